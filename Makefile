@@ -1,0 +1,43 @@
+# make demo | test | bench | lint: each sets up .venv itself. PYTHON, VENV and TORCH choose interpreter, folder and torch.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.14.1
+EXTRAS ?= test,demo,lint
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: demo test bench lint format wheel clean
+
+demo: $(STAMP)
+	$(BIN)/python -m zeroblock.demo
+
+test: $(STAMP)
+	$(BIN)/pytest $(TESTFLAGS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
+
+wheel: $(STAMP)
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info zeroblock/_C*.so $(VENV)

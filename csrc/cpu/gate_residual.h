@@ -1,0 +1,119 @@
+// gate_residual: y = residual + gate * branch; backward dbranch = gate * dy, dgate = sum over T of dy * branch.
+// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32, y rounded once. One piece of work is a chunk of tokens; dgate is
+// summed per chunk in the workspace, then over the chunks in order: deterministic for any number of threads.
+#pragma once
+
+#include "rows.h"
+
+namespace zeroblock {
+namespace {
+
+template <class T, class M>
+void gate_residual_fwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
+  const int64_t D = p.D;
+  const ConstantRow scalar(p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f);
+  const Operand<M> gate = operand(p.gate, reinterpret_cast<const M*>(scalar.lanes));
+  T* const y = static_cast<T*>(p.y);
+  const bool streamed = streams(y, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    for (int64_t t = t_begin; t < t_end; ++t) {
+      const int64_t row = (b * p.T + t) * D;
+      const T* const residual = static_cast<const T*>(p.residual) + row;
+      const T* const branch = static_cast<const T*>(p.branch) + row;
+      const OperandRow<M> g = gate.row(b, t);
+      each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
+        const Vec out = fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes));
+        put(y + row + i, out, lanes, streamed);
+      });
+    }
+  });
+}
+
+// Second stage of a per-sample dgate: over the chunks of each sample.
+inline void finish_dgate(float* dgate, const float* partials, int64_t B, int64_t T, int64_t D, ParallelFor run) {
+  const int64_t chunks = chunks_per_sample(T);
+  each_column_block(run, B, D, chunks, [&](int64_t b, int64_t begin, int64_t end) {
+    each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
+      store(dgate + b * D + i, sum_partials(partials + b * chunks * D + i, chunks, D, lanes), lanes);
+    });
+  });
+}
+
+// dgate is elementwise for a per-token gate, [B, D] for a per-sample one and a single number for a scalar one. That one is
+// a sum of B T D terms that may cancel, so it is taken in fp64, where the products are exact.
+enum class GateForm { kSample, kToken, kScalar };
+
+template <GateForm kForm, class T, class M>
+void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
+  const int64_t D = p.D, chunks = p.B * chunks_per_sample(p.T);
+  const ConstantRow scalar(p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f);
+  const Operand<M> gate = operand(p.gate, reinterpret_cast<const M*>(scalar.lanes));
+  const bool wants_dgate = p.dgate != nullptr;
+  T* const dbranch = static_cast<T*>(p.dbranch);
+  T* const dgate = kForm == GateForm::kToken ? static_cast<T*>(p.dgate) : nullptr;
+  const int64_t bytes = (dgate != nullptr ? 4 : 3) * p.B * p.T * D * static_cast<int64_t>(sizeof(T));
+  const bool streamed = streams(dbranch, D, bytes) && streams(dgate, D, bytes);
+  double* const exact = reinterpret_cast<double*>(p.workspace);
+  each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
+    float* const acc = wants_dgate && kForm == GateForm::kSample ? p.workspace + chunk * D : nullptr;
+    if (acc != nullptr) fill_zero(acc, D);
+    Sum64 sums[kTileRows];
+    each_tile(t_begin, t_end, [&](int64_t t, auto tile) {
+      const int64_t row = (b * p.T + t) * D;
+      const T* const dy = static_cast<const T*>(p.dy) + row;
+      const T* const branch = static_cast<const T*>(p.branch) + row;
+      each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
+        Vec total = zero();
+        for (int r = 0; r < tile.rows; ++r) {
+          const int64_t k = r * D + i;
+          const Vec d = load(dy + k, lanes);
+          if (dbranch != nullptr) put(dbranch + row + k, gate.row(b, t + r).at(i, lanes) * d, lanes, streamed);
+          if (!wants_dgate) continue;
+          const Vec h = load(branch + k, lanes);
+          if (kForm == GateForm::kToken) put(dgate + row + k, d * h, lanes, streamed);
+          if (kForm == GateForm::kSample) total = fmadd(d, h, total);
+          if (kForm == GateForm::kScalar) sums[r].add_product(d, h);
+        }
+        accumulate(acc, i, total, lanes);
+      });
+    });
+    if (wants_dgate && kForm == GateForm::kScalar) {
+      exact[chunk] = (sums[0].total() + sums[1].total()) + (sums[2].total() + sums[3].total());
+    }
+  });
+  if (!wants_dgate || kForm == GateForm::kToken) return;
+  if (kForm == GateForm::kSample) {
+    finish_dgate(static_cast<float*>(p.dgate), p.workspace, p.B, p.T, D, run);
+  } else {
+    double total = 0.0;
+    for (int64_t c = 0; c < chunks; ++c) total += exact[c];
+    *static_cast<float*>(p.dgate) = static_cast<float>(total);
+  }
+}
+
+inline void gate_residual_fwd(const GateResidual& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* t) {
+    with_operand_type(t, p.gate, [&](auto* m) { gate_residual_fwd_of(t, m, p, run); });
+  });
+}
+
+inline void gate_residual_bwd(const GateResidual& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* t) {
+    float* const f = nullptr;
+    if (is_per_token(p.gate)) {
+      gate_residual_bwd_of<GateForm::kToken>(t, t, p, run);
+    } else if (p.scalar_gate != nullptr) {
+      gate_residual_bwd_of<GateForm::kScalar>(t, f, p, run);
+    } else {
+      gate_residual_bwd_of<GateForm::kSample>(t, f, p, run);
+    }
+  });
+}
+
+inline int64_t gate_residual_bwd_workspace(const GateResidual& p) {
+  if (p.dgate == nullptr || is_per_token(p.gate)) return 0;
+  return p.B * chunks_per_sample(p.T) * (p.scalar_gate != nullptr ? 2 : p.D);  // 2 floats hold a double
+}
+
+}  // namespace
+}  // namespace zeroblock

@@ -1,0 +1,137 @@
+// gate_residual_layer_norm_modulate: x_new = residual + gate * branch; y = layer_norm(x_new) * (1 + scale) + shift.
+// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. x_new is rounded to its type before its statistics are taken.
+// Backward is that of layer_norm_modulate with dx_new added, then dbranch = gate * dresidual and
+// dgate = sum over T of dresidual * branch, in the same walk. Sums over T: per chunk, then over the chunks in order.
+#pragma once
+
+#include "gate_residual.h"
+#include "layer_norm_modulate.h"
+
+namespace zeroblock {
+namespace {
+
+// A streamed x_new waits here (in L1) for its statistics and for y; longer rows are stored the ordinary way.
+constexpr int64_t kRowBytes = 16384;
+
+// Copies whole vectors past the caches.
+ZB_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
+  for (int64_t k = 0; k < bytes; k += 32) {
+    const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + k));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + k), v);
+  }
+}
+
+template <class T, class G, class S, class H>
+void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidualLayerNormModulate& p, ParallelFor run) {
+  const int64_t D = p.D, row_bytes = D * static_cast<int64_t>(sizeof(T)), bytes = 4 * p.B * p.T * row_bytes;
+  const ConstantRow one(1.0f);
+  const Operand<G> gate = operand(p.gate, reinterpret_cast<const G*>(one.lanes));
+  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
+  const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
+  const bool stream_y = streams(static_cast<T*>(p.y), D, bytes);
+  const bool stream_x = streams(static_cast<T*>(p.x_new), D, bytes) && row_bytes <= kRowBytes && row_bytes % 32 == 0;
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    alignas(64) char held[kRowBytes];
+    for (int64_t t = t_begin; t < t_end; ++t) {
+      const int64_t row = b * p.T + t;
+      const T* const residual = static_cast<const T*>(p.residual) + row * D;
+      const T* const branch = static_cast<const T*>(p.branch) + row * D;
+      T* const x_new = static_cast<T*>(p.x_new) + row * D;
+      T* const x = stream_x ? reinterpret_cast<T*>(held) : x_new;
+      const OperandRow<G> g = gate.row(b, t);
+      const float x_sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
+        store(x + i, fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes)), lanes);
+        return acc + load(x + i, lanes);  // as rounded
+      });
+      const RowStats stats = row_stats(x, D, x_sum, false, p.eps);
+      p.mean[row] = stats.mean;
+      p.rstd[row] = stats.rstd;
+      modulate_row<false>(x, static_cast<T*>(p.y) + row * D, D, stats, Affine{}, scale.row(b, t), shift.row(b, t),
+                          stream_y);
+      if (stream_x) stream_copy(x_new, x, row_bytes);
+    }
+  });
+}
+
+template <bool kTokenScale, class T, class S, class G>
+void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLayerNormModulate& p, ParallelFor run) {
+  const int64_t D = p.D;
+  const ConstantRow one(1.0f);
+  const Operand<G> gate = operand(p.gate, reinterpret_cast<const G*>(one.lanes));
+  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
+  const bool wants_u = !kTokenScale && (p.dshift != nullptr || p.dscale != nullptr);
+  const bool wants_un = !kTokenScale && p.dscale != nullptr;
+  const bool wants_dy = kTokenScale && p.dshift != nullptr;
+  T* const dresidual = static_cast<T*>(p.dresidual);
+  T* const dbranch = static_cast<T*>(p.dbranch);
+  T* const token_dgate = is_per_token(p.gate) ? static_cast<T*>(p.dgate) : nullptr;
+  const bool wants_gate = p.dgate != nullptr && token_dgate == nullptr;
+  const int64_t bytes = 6 * p.B * p.T * D * static_cast<int64_t>(sizeof(T));
+  const bool streamed = streams(dresidual, D, bytes) && streams(dbranch, D, bytes) && streams(token_dgate, D, bytes);
+  // Partial sums of the modulation, and behind them those of the gate.
+  float* const gate_sums = p.workspace + p.B * chunks_per_sample(p.T) * kSums * D;
+  each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
+    float* const partials = p.workspace + chunk * kSums * D;
+    float* const gate_sum = wants_gate ? gate_sums + chunk * D : nullptr;
+    if (wants_u || wants_un || wants_dy) fill_zero(partials, kSums * D);
+    if (wants_gate) fill_zero(gate_sum, D);
+    const ModulateSums sums = {wants_un ? partials + kSumUN * D : nullptr, wants_u ? partials + kSumU * D : nullptr,
+                               wants_dy ? partials + kSumExtra * D : nullptr};
+    each_tile(t_begin, t_end, [&](int64_t t, auto tile) {
+      const int64_t row = b * p.T + t, start = row * D;
+      const T* const branch = static_cast<const T*>(p.branch) + start;
+      const T* const dx_new = p.dx_new != nullptr ? static_cast<const T*>(p.dx_new) + start : nullptr;
+      const ModulateTile<T, S> rows = {
+          D, b, t, static_cast<const T*>(p.x_new) + start, static_cast<const T*>(p.dy) + start, p.mean + row,
+          p.rstd + row, kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr, scale,
+          Affine{}, sums};
+      modulate_bwd_tile<tile.rows, false, kTokenScale>(rows, [&](int r, int64_t i, Vec grad, auto lanes) ZB_BODY {
+        const int64_t k = r * D + i;
+        const Vec d = dx_new != nullptr ? grad + load(dx_new + k, lanes) : grad;
+        put(dresidual + start + k, d, lanes, streamed);
+        if (dbranch != nullptr) put(dbranch + start + k, gate.row(b, t + r).at(i, lanes) * d, lanes, streamed);
+        if (p.dgate == nullptr) return;
+        const Vec product = d * load(branch + k, lanes);
+        if (token_dgate != nullptr) put(token_dgate + start + k, product, lanes, streamed);
+        accumulate(gate_sum, i, product, lanes);
+      });
+    });
+  });
+  const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), nullptr, nullptr,
+                               nullptr, nullptr, kTokenScale};
+  finish_modulate(grads, p.scale, p.workspace, p.B, p.T, D, run);
+  if (wants_gate) finish_dgate(static_cast<float*>(p.dgate), gate_sums, p.B, p.T, D, run);
+}
+
+inline void gate_residual_layer_norm_modulate_fwd(const GateResidualLayerNormModulate& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* t) {
+    with_operand_type(t, p.gate, [&](auto* g) {
+      with_operand_type(t, p.scale, [&](auto* s) {
+        with_operand_type(t, p.shift, [&](auto* h) {
+          gate_residual_layer_norm_modulate_fwd_of(t, g, s, h, p, run);
+        });
+      });
+    });
+  });
+}
+
+inline void gate_residual_layer_norm_modulate_bwd(const GateResidualLayerNormModulate& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* t) {
+    with_operand_type(t, p.gate, [&](auto* g) {
+      if (is_per_token(p.scale)) {
+        gate_residual_layer_norm_modulate_bwd_of<true>(t, t, g, p, run);
+      } else {
+        gate_residual_layer_norm_modulate_bwd_of<false>(t, static_cast<float*>(nullptr), g, p, run);
+      }
+    });
+  });
+}
+
+inline int64_t gate_residual_layer_norm_modulate_bwd_workspace(const GateResidualLayerNormModulate& p) {
+  const bool modulate = p.dshift != nullptr || (p.dscale != nullptr && !is_per_token(p.scale));
+  const bool gate = p.dgate != nullptr && !is_per_token(p.gate);
+  return modulate || gate ? p.B * chunks_per_sample(p.T) * (kSums + 1) * p.D : 0;
+}
+
+}  // namespace
+}  // namespace zeroblock

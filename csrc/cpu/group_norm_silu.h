@@ -1,0 +1,294 @@
+// GroupNorm, modulation and SiLU in one kernel: what both directions share, and forward.
+//
+// z = (x - mean) * a + b with a = rstd * weight * (1 + scale), b = bias * (1 + scale) + shift; y = z * sigmoid(z).
+// x * a + (b - mean * a) would save an operation but cancels where |mean| >> std.
+//   [N, C, S]: a group of a sample is contiguous; one work item takes its statistics and applies them while it is cached.
+//   [N, S, C]: chunks of whole rows leave per-channel statistics, one item per sample merges them over chunks and groups,
+//   and a second walk over the chunks applies them. Rows are read in order, four at a time.
+// Statistics are taken block by block, mean first, then centred squares; blocks are merged by Chan's formula.
+#pragma once
+
+#include "wide.h"
+
+namespace zeroblock {
+namespace {
+
+constexpr int64_t kGroupNormGrain = 16384;   // elements below which another thread does not pay
+constexpr int64_t kGroupNormBlock = 1024;    // elements summed in fp32 before fp64 takes over
+constexpr int64_t kGroupNormChunk = 16384;   // elements of a chunk of rows: both its passes hit the cache
+
+ZB_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ZB_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// Work items, each of `elements`, for parallel().
+ZB_INLINE int64_t group_norm_grain(int64_t elements) { return larger(1, kGroupNormGrain / larger(1, elements)); }
+
+// With one position per channel both layouts are the same memory, and rows of C fill the vectors better.
+ZB_INLINE bool group_norm_by_rows(const GroupNormSilu& p) { return p.channels_last || p.S == 1; }
+
+constexpr int64_t kMaxRows = 128;  // rows summed in fp32 before compensated sums take over
+
+// The cut of [S, C] into chunks of rows.
+struct RowChunks {
+  int64_t rows, count;
+  explicit RowChunks(const GroupNormSilu& p)
+      : rows(smaller(kMaxRows, larger(1, kGroupNormChunk / larger(1, p.C) / 4) * 4)),
+        count((p.S + rows - 1) / rows) {}
+  int64_t rows_of(int64_t k, int64_t S) const { return smaller(rows, S - k * rows); }
+};
+
+// Two sums over a block: add(sums, i, lanes) adds what is at i.
+struct BlockSums {
+  Wide first = zero(), second = zero();
+};
+struct TwoSums {
+  double first = 0, second = 0;
+};
+template <class Add>
+ZB_INLINE TwoSums sum_block(int64_t n, const Add& add) {
+  BlockSums sums;
+  for_wide_lanes(n, [&](int64_t i, auto lanes) { add(sums, i, lanes); });
+  return {sum(total(sums.first)), sum(total(sums.second))};
+}
+
+struct Kahan {
+  Vec total = zero(), lost = zero();
+  ZB_INLINE void add(Vec a) {
+    const Vec y = a - lost;
+    const Vec t = total + y;
+    lost = (t - total) - y;
+    total = t;
+  }
+};
+
+ZB_INLINE float rstd_of(double sum_of_squares, double count, float eps) {
+  return static_cast<float>(1.0 / __builtin_sqrt(sum_of_squares / count + static_cast<double>(eps)));
+}
+
+struct MeanRstd {
+  float mean, rstd;
+};
+
+template <class T>
+ZB_LOOPS MeanRstd group_statistics(const T* x, int64_t n, float eps) {
+  double mean = 0, squares = 0;
+  for (int64_t begin = 0; begin < n; begin += kGroupNormBlock) {
+    const T* block = x + begin;
+    const int64_t size = smaller(kGroupNormBlock, n - begin);
+    const double count = static_cast<double>(size);
+    // The fp32 sum is only the centre; what it misses shows in the sum of the differences.
+    const TwoSums s = sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) {
+      add_to(sums.first, load(block + i, lanes));
+    });
+    const float centre = static_cast<float>(s.first / count);
+    const TwoSums d = sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) {
+      const auto d = keep_first(load(block + i, lanes) - set1(centre), lanes);
+      add_to(sums.first, d);
+      add_product_to(sums.second, d, d);
+    });
+    const double missed = d.first / count;
+    const double delta = centre + missed - mean, part = count / static_cast<double>(begin + size);
+    mean += delta * part;
+    squares += d.second - d.first * missed + delta * delta * part * static_cast<double>(begin);
+  }
+  return {static_cast<float>(mean), rstd_of(squares, static_cast<double>(n), eps)};
+}
+
+// weight * (1 + scale) and bias * (1 + scale) + shift of channel c of sample n.
+ZB_INLINE float modulation(const GroupNormSilu& p, int64_t n, int64_t c) {
+  return p.scale ? 1.0f + p.scale[n * p.C + c] : 1.0f;
+}
+ZB_INLINE float channel_gain(const GroupNormSilu& p, int64_t n, int64_t c) {
+  return (p.weight ? p.weight[c] : 1.0f) * modulation(p, n, c);
+}
+ZB_INLINE float channel_offset(const GroupNormSilu& p, int64_t n, int64_t c) {
+  return (p.bias ? p.bias[c] : 0.0f) * modulation(p, n, c) + (p.shift ? p.shift[n * p.C + c] : 0.0f);
+}
+
+template <bool kSilu, class V, class T>
+ZB_INLINE V activate(V z, const T* type) {
+  if constexpr (kSilu) return z * sigmoid_for(z, type);
+  return z;
+}
+
+template <bool kSilu, class T>
+ZB_LOOPS void apply_channel(const T* x, T* y, int64_t n, float mean, float a, float b) {
+  const Vec vmean = set1(mean), va = set1(a), vb = set1(b);
+  for_wide_lanes(n, [&](int64_t i, auto lanes) {
+    store(y + i, activate<kSilu>(fmadd(load(x + i, lanes) - vmean, va, vb), y), lanes);
+  });
+}
+
+template <bool kSilu, class T>
+void group_norm_silu_fwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
+  const int64_t D = p.C / p.G, size = D * p.S;
+  parallel(run, 0, p.N * p.G, group_norm_grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / p.G, first_channel = item % p.G * D;
+      const T* x = static_cast<const T*>(p.x) + item * size;
+      T* y = static_cast<T*>(p.y) + item * size;
+      const MeanRstd s = group_statistics(x, size, p.eps);
+      p.mean[item] = s.mean;
+      p.rstd[item] = s.rstd;
+      for (int64_t d = 0; d < D; ++d) {
+        const int64_t c = first_channel + d;
+        const float a = s.rstd * channel_gain(p, n, c), b = channel_offset(p, n, c);
+        apply_channel<kSilu>(x + d * p.S, y + d * p.S, p.S, s.mean, a, b);
+      }
+    }
+  });
+}
+
+ZB_INLINE void fill(float* p, int64_t n, float value) {
+  for_lanes(n, [&](int64_t i, auto lanes) { store(p + i, set1(value), lanes); });
+}
+
+// What a chunk of rows says of each channel, [C] each: its mean in fp32, and the sums of the differences from that and of
+// their squares. The first sum would be 0 in exact arithmetic; it is what the mean misses.
+struct ChunkStatistics {
+  float *centre, *missed, *squares;
+  ChunkStatistics(float* base, int64_t item, int64_t C)
+      : centre(base + item * 3 * C), missed(centre + C), squares(missed + C) {}
+};
+
+template <class T>
+ZB_LOOPS void channel_statistics(const T* x, int64_t rows, int64_t C, ChunkStatistics chunk) {
+  fill(chunk.centre, 3 * C, 0.0f);
+  for_row_tiles(rows, C, [&](int64_t row, auto tile) {
+    for_lanes(C, [&](int64_t c, auto lanes) {
+      store(chunk.centre + c, load(chunk.centre + c, lanes) + total(tile.load(x + row * C + c, lanes)), lanes);
+    });
+  });
+  const Vec inverse = set1(1.0f / static_cast<float>(rows));
+  for_lanes(C, [&](int64_t c, auto lanes) { store(chunk.centre + c, load(chunk.centre + c, lanes) * inverse, lanes); });
+  for_row_tiles(rows, C, [&](int64_t row, auto tile) {
+    for_lanes(C, [&](int64_t c, auto lanes) {
+      const auto d = tile.load(x + row * C + c, lanes) - load(chunk.centre + c, lanes);
+      store(chunk.missed + c, load(chunk.missed + c, lanes) + total(d), lanes);
+      store(chunk.squares + c, load(chunk.squares + c, lanes) + total_product(d, d), lanes);
+    });
+  });
+}
+
+// Sum in fp64 over the D channels of a group.
+ZB_INLINE double group_total(const float* values, int64_t D) {
+  double total = 0;
+  for (int64_t d = 0; d < D; ++d) total += static_cast<double>(values[d]);
+  return total;
+}
+
+// The per-channel vectors of one sample, [C] each: z = (x - mean) * a + b.
+struct ChannelAffine {
+  float *mean, *a, *b;
+  ChannelAffine(float* base, int64_t n, int64_t C) : mean(base + n * 3 * C), a(mean + C), b(a + C) {}
+};
+
+// On entry affine.a holds rstd.
+ZB_INLINE void fold_modulation(const GroupNormSilu& p, int64_t n, const ChannelAffine& affine) {
+  for_lanes(p.C, [&](int64_t c, auto lanes) {
+    const Vec factor = p.scale ? set1(1.0f) + load(p.scale + n * p.C + c, lanes) : set1(1.0f);
+    const Vec gain = p.weight ? load(p.weight + c, lanes) * factor : factor;
+    const Vec offset = p.bias ? load(p.bias + c, lanes) * factor : zero();
+    store(affine.a + c, load(affine.a + c, lanes) * gain, lanes);
+    store(affine.b + c, p.shift ? offset + load(p.shift + n * p.C + c, lanes) : offset, lanes);
+  });
+}
+
+// Merges the chunks' statistics of sample n into its groups' and leaves its affine. With e = centre - mean, a chunk's sum
+// of squares around the mean is squares + 2 * e * missed + rows * e^2.
+ZB_LOOPS inline void merge_statistics(const GroupNormSilu& p, int64_t n, RowChunks chunks, float* base,
+                                      ChannelAffine affine) {
+  const int64_t C = p.C, D = C / p.G;
+  const double rows = static_cast<double>(p.S), count = rows * static_cast<double>(D);
+  const auto chunk = [&](int64_t k) { return ChunkStatistics(base, n * chunks.count + k, C); };
+  const auto rows_of = [&](int64_t k) { return set1(static_cast<float>(chunks.rows_of(k, p.S))); };
+  // A channel's sum is rows * pivot + rest: near the pivot nothing is lost to rounding.
+  const float* pivot = chunk(0).centre;
+  float* rest = affine.a;
+  for_lanes(C, [&](int64_t c, auto lanes) {
+    const Vec centre0 = load(pivot + c, lanes);
+    Kahan total;
+    for (int64_t k = 0; k < chunks.count; ++k) {
+      total.add(fmadd(load(chunk(k).centre + c, lanes) - centre0, rows_of(k), load(chunk(k).missed + c, lanes)));
+    }
+    store(rest + c, total.total, lanes);
+  });
+  for (int64_t g = 0; g < p.G; ++g) {
+    const double total = rows * group_total(pivot + g * D, D) + group_total(rest + g * D, D);
+    p.mean[n * p.G + g] = static_cast<float>(total / count);
+    fill(affine.mean + g * D, D, p.mean[n * p.G + g]);
+  }
+  for_lanes(C, [&](int64_t c, auto lanes) {
+    const Vec mean = load(affine.mean + c, lanes);
+    Kahan total;
+    for (int64_t k = 0; k < chunks.count; ++k) {
+      const Vec e = load(chunk(k).centre + c, lanes) - mean, missed = load(chunk(k).missed + c, lanes);
+      total.add(fmadd(e, fmadd(e, rows_of(k), missed + missed), load(chunk(k).squares + c, lanes)));
+    }
+    store(affine.a + c, total.total, lanes);
+  });
+  for (int64_t g = 0; g < p.G; ++g) {
+    p.rstd[n * p.G + g] = rstd_of(group_total(affine.a + g * D, D), count, p.eps);
+    fill(affine.a + g * D, D, p.rstd[n * p.G + g]);
+  }
+  fold_modulation(p, n, affine);
+}
+
+template <bool kSilu, class T>
+ZB_LOOPS void apply_rows(const T* x, T* y, int64_t rows, int64_t C, ChannelAffine affine) {
+  for_row_tiles(rows, C, [&](int64_t row, auto tile) {
+    for_lanes(C, [&](int64_t c, auto lanes) {
+      const Vec mean = load(affine.mean + c, lanes), a = load(affine.a + c, lanes), b = load(affine.b + c, lanes);
+      const int64_t i = row * C + c;
+      tile.store(y + i, activate<kSilu>(fmadd(tile.load(x + i, lanes) - mean, a, b), y), lanes);
+    });
+  });
+}
+
+// Workspace: the statistics of every chunk, [N, chunks, 3, C]; the affine, [N, 3, C].
+template <bool kSilu, class T>
+void group_norm_silu_fwd_rows(const GroupNormSilu& p, ParallelFor run, T*) {
+  const int64_t C = p.C;
+  const RowChunks chunks(p);
+  const int64_t items = p.N * chunks.count, grain = group_norm_grain(chunks.rows * C);
+  float* statistics = p.workspace;
+  float* affines = statistics + items * 3 * C;
+
+  parallel(run, 0, items, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / chunks.count, k = item % chunks.count;
+      const T* x = static_cast<const T*>(p.x) + (n * p.S + k * chunks.rows) * C;
+      channel_statistics(x, chunks.rows_of(k, p.S), C, ChunkStatistics(statistics, item, C));
+    }
+  });
+  parallel(run, 0, p.N, group_norm_grain(chunks.count * C), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) merge_statistics(p, n, chunks, statistics, ChannelAffine(affines, n, C));
+  });
+  parallel(run, 0, items, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / chunks.count, k = item % chunks.count;
+      const int64_t start = (n * p.S + k * chunks.rows) * C;
+      apply_rows<kSilu>(static_cast<const T*>(p.x) + start, static_cast<T*>(p.y) + start, chunks.rows_of(k, p.S), C,
+                        ChannelAffine(affines, n, C));
+    }
+  });
+}
+
+void group_norm_silu_fwd(const GroupNormSilu& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* type) {
+    if (group_norm_by_rows(p)) {
+      p.silu ? group_norm_silu_fwd_rows<true>(p, run, type) : group_norm_silu_fwd_rows<false>(p, run, type);
+    } else {
+      p.silu ? group_norm_silu_fwd_nchw<true>(p, run, type) : group_norm_silu_fwd_nchw<false>(p, run, type);
+    }
+  });
+}
+
+int64_t group_norm_silu_fwd_workspace(const GroupNormSilu& p) {
+  return group_norm_by_rows(p) ? p.N * p.C * (3 * RowChunks(p).count + 3) : 0;
+}
+
+}  // namespace
+}  // namespace zeroblock
+
+#include "group_norm_silu_bwd.h"

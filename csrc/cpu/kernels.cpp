@@ -1,0 +1,33 @@
+// All CPU kernels of one instruction set, in one object. setup.py compiles this file once per instruction set, with
+// ZB_TABLE naming the table and the compiler flags choosing the vector width of vec.h.
+#include "activation.h"
+#include "gate_residual.h"
+#include "gate_residual_layer_norm_modulate.h"
+#include "group_norm_silu.h"
+#include "is_zero.h"
+#include "layer_norm_modulate.h"
+
+namespace zeroblock {
+
+extern const CpuKernels ZB_TABLE;
+const CpuKernels ZB_TABLE = {
+    ZB_ISA_NAME,
+    group_norm_silu_fwd,
+    group_norm_silu_bwd,
+    group_norm_silu_fwd_workspace,
+    group_norm_silu_bwd_workspace,
+    layer_norm_modulate_fwd,
+    layer_norm_modulate_bwd,
+    layer_norm_modulate_bwd_workspace,
+    gate_residual_fwd,
+    gate_residual_bwd,
+    gate_residual_bwd_workspace,
+    gate_residual_layer_norm_modulate_fwd,
+    gate_residual_layer_norm_modulate_bwd,
+    gate_residual_layer_norm_modulate_bwd_workspace,
+    activation_fwd,
+    activation_bwd,
+    is_zero,
+};
+
+}  // namespace zeroblock

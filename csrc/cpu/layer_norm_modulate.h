@@ -1,0 +1,259 @@
+// layer_norm_modulate: y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: no mean, no bias.
+// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output);
+// backward twice (sums, then dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and
+// g = dy * (1 + scale) [* weight]). Gradients of the modulation are summed per chunk of tokens in the workspace, then
+// over the chunks in order: deterministic for any number of threads.
+#pragma once
+
+#include "rows.h"
+
+namespace zeroblock {
+namespace {
+
+struct RowStats {
+  float mean, rstd;
+};
+
+ZB_INLINE float inverse_root(float a) { return 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(a))); }
+
+// Given the sum of the row (ignored for rms, whose mean stays 0).
+template <class T>
+ZB_INLINE RowStats row_stats(const T* x, int64_t D, float row_sum, bool rms, float eps) {
+  const float mean = rms ? 0.0f : row_sum / static_cast<float>(D);
+  const Vec m = set1(mean);
+  const float squares = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
+    const Vec d = keep(load(x + i, lanes) - m, lanes);
+    return fmadd(d, d, acc);
+  });
+  return {mean, inverse_root(squares / static_cast<float>(D) + eps)};
+}
+
+template <class T>
+ZB_INLINE float row_sum(const T* x, int64_t D) {
+  return sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY { return acc + load(x + i, lanes); });
+}
+
+// weight and bias of the channels; present only when kAffine.
+struct Affine {
+  OperandRow<float> weight, bias;
+};
+
+template <bool kAffine, class T, class S, class H>
+ZB_INLINE void modulate_row(const T* x, T* y, int64_t D, RowStats stats, const Affine& affine, OperandRow<S> scale,
+                            OperandRow<H> shift, bool streamed) {
+  const Vec mean = set1(stats.mean), rstd = set1(stats.rstd), one = set1(1.0f);
+  each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
+    Vec xhat = (load(x + i, lanes) - mean) * rstd;
+    if (kAffine) xhat = fmadd(xhat, affine.weight.at(i, lanes), affine.bias.at(i, lanes));
+    put(y + i, fmadd(xhat, one + scale.at(i, lanes), shift.at(i, lanes)), lanes, streamed);
+  });
+}
+
+template <bool kAffine, class T, class S, class H>
+void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, ParallelFor run) {
+  const int64_t D = p.D;
+  const ConstantRow one(1.0f);
+  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
+  const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
+  const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
+  const bool streamed = streams(static_cast<T*>(p.y), D, 2 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    for (int64_t t = t_begin; t < t_end; ++t) {
+      const int64_t row = b * p.T + t;
+      const T* const x = static_cast<const T*>(p.x) + row * D;
+      const RowStats stats = row_stats(x, D, p.rms ? 0.0f : row_sum(x, D), p.rms, p.eps);
+      if (p.mean != nullptr) p.mean[row] = stats.mean;
+      p.rstd[row] = stats.rstd;
+      modulate_row<kAffine>(x, static_cast<T*>(p.y) + row * D, D, stats, affine, scale.row(b, t), shift.row(b, t),
+                            streamed);
+    }
+  });
+}
+
+// Rows of one chunk's partial sums in the workspace: sum u * n, sum u, and a third one of the caller's. u is dy when the
+// scale is one row per sample (it factors out of the sum over T) and dy * (1 + scale) when it is per token.
+constexpr int kSumUN = 0, kSumU = 1, kSumExtra = 2, kSums = 3;
+
+// Where a chunk adds its sums; null for those that are not wanted.
+struct ModulateSums {
+  float *un, *u, *dy;
+};
+
+// What backward of one tile of rows reads. x, dy and dscale start at the first row of the tile.
+template <class T, class S>
+struct ModulateTile {
+  int64_t D, b, t;
+  const T* x;
+  const T* dy;
+  const float* mean;  // null: 0 (rms)
+  const float* rstd;
+  T* dscale;  // per-token only, or null
+  Operand<S> scale;
+  Affine affine;
+  ModulateSums sums;
+};
+
+// After adding to the sums, calls emit(r, i, dx, lanes) for every row of the tile and every column step. The sums are
+// taken with all rows of a column step at once (one load and store of each accumulator), dx is written row by row.
+template <int R, bool kAffine, bool kTokenScale, class T, class S, class Emit>
+ZB_INLINE void modulate_bwd_tile(const ModulateTile<T, S>& a, const Emit& emit) {
+  const int64_t D = a.D;
+  const Vec one = set1(1.0f);
+  Vec mean[R], rstd[R], sum_g[R], sum_gn[R];
+  OperandRow<S> scale[R];
+  each_row<R>([&](int r) ZB_BODY {
+    mean[r] = set1(a.mean == nullptr ? 0.0f : a.mean[r]);
+    rstd[r] = set1(a.rstd[r]);
+    sum_g[r] = sum_gn[r] = zero();
+    scale[r] = a.scale.row(a.b, a.t + r);
+  });
+  each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
+    const Vec weight = kAffine ? a.affine.weight.at(i, lanes) : one, shared = one + scale[0].at(i, lanes);
+    Vec un = zero(), u = zero(), total = zero();
+    each_row<R>([&](int r) ZB_BODY {
+      const int64_t k = r * D + i;
+      const Vec d = load(a.dy + k, lanes);
+      const Vec n = (load(a.x + k, lanes) - mean[r]) * rstd[r];
+      const Vec modulated = d * (kTokenScale ? one + scale[r].at(i, lanes) : shared);
+      const Vec g = kAffine ? modulated * weight : modulated;
+      sum_g[r] += g;
+      sum_gn[r] = fmadd(g, n, sum_gn[r]);
+      un = fmadd(kTokenScale ? modulated : d, n, un);
+      u += kTokenScale ? modulated : d;
+      if (kTokenScale) {
+        total += d;
+        const Vec xhat = kAffine ? fmadd(n, weight, a.affine.bias.at(i, lanes)) : n;
+        if (a.dscale != nullptr) store(a.dscale + k, d * xhat, lanes);
+      }
+    });
+    accumulate(a.sums.un, i, un, lanes);
+    accumulate(a.sums.u, i, u, lanes);
+    if (kTokenScale) accumulate(a.sums.dy, i, total, lanes);
+  });
+  for (int r = 0; r < R; ++r) {
+    const Vec mean_g = set1(a.mean == nullptr ? 0.0f : sum(sum_g[r]) / static_cast<float>(D));
+    const Vec slope = set1(sum(sum_gn[r]) / static_cast<float>(D) * a.rstd[r]);
+    const Vec row_mean = set1(a.mean == nullptr ? 0.0f : a.mean[r]), row_rstd = set1(a.rstd[r]);
+    const OperandRow<S> row_scale = a.scale.row(a.b, a.t + r);
+    each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
+      const int64_t k = r * D + i;
+      const Vec modulated = load(a.dy + k, lanes) * (one + row_scale.at(i, lanes));
+      const Vec g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
+      emit(r, i, row_rstd * fnmadd(load(a.x + k, lanes) - row_mean, slope, g - mean_g), lanes);
+    });
+  }
+}
+
+// The [B, D] and [D] gradients that come out of the partial sums; null when not wanted.
+struct ModulateGrads {
+  float *dshift, *dscale, *dweight, *dbias;
+  const float *weight, *bias;
+  bool token_scale;
+};
+
+// Second stage: over the chunks of a sample, then (weight and bias) over the samples.
+inline void finish_modulate(const ModulateGrads& out, const Rows& scale_rows, float* workspace, int64_t B, int64_t T,
+                            int64_t D, ParallelFor run) {
+  const int64_t chunks = chunks_per_sample(T), stride = kSums * D;
+  const bool affine = out.dweight != nullptr || out.dbias != nullptr;
+  const ConstantRow one(1.0f);
+  const Rows absent = {nullptr, false, 0, 0};
+  const Operand<float> scale = operand(out.token_scale ? absent : scale_rows, kZeros);
+  const OperandRow<float> weight = channel_row(out.weight, one.lanes), bias = channel_row(out.bias, kZeros);
+  if (affine || out.dshift != nullptr || out.dscale != nullptr) {
+    each_column_block(run, B, D, 2 * chunks, [&](int64_t b, int64_t begin, int64_t end) {
+      float* const partials = workspace + b * chunks * stride;
+      each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
+        const auto total = [&](int slot) { return sum_partials(partials + slot * D + i, chunks, stride, lanes); };
+        const bool needs_un = affine || out.dscale != nullptr;
+        const Vec un = needs_un ? total(kSumUN) : zero();
+        const Vec u = needs_un || !out.token_scale ? total(kSumU) : zero();
+        if (out.dshift != nullptr) store(out.dshift + b * D + i, out.token_scale ? total(kSumExtra) : u, lanes);
+        if (out.dscale != nullptr) {
+          store(out.dscale + b * D + i, fmadd(weight.at(i, lanes), un, bias.at(i, lanes) * u), lanes);
+        }
+        if (affine && chunks > 0) {  // the sample's own sums replace those of its first chunk
+          const Vec factor = set1(1.0f) + scale.row(b, 0).at(i, lanes);
+          store(partials + kSumUN * D + i, un * factor, lanes);
+          store(partials + kSumU * D + i, u * factor, lanes);
+        }
+      });
+    });
+  }
+  if (!affine) return;
+  each_column_block(run, 1, D, B, [&](int64_t, int64_t begin, int64_t end) {
+    each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
+      const auto total = [&](int slot) {
+        return sum_partials(workspace + slot * D + i, chunks > 0 ? B : 0, chunks * stride, lanes);
+      };
+      if (out.dweight != nullptr) store(out.dweight + i, total(kSumUN), lanes);
+      if (out.dbias != nullptr) store(out.dbias + i, total(kSumU), lanes);
+    });
+  });
+}
+
+template <bool kAffine, bool kTokenScale, class T, class S>
+void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor run) {
+  const int64_t D = p.D;
+  const ConstantRow one(1.0f);
+  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
+  const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
+  const bool affine_grads = p.dweight != nullptr || p.dbias != nullptr;
+  const bool wants_u = affine_grads || (!kTokenScale && (p.dshift != nullptr || p.dscale != nullptr));
+  const bool wants_un = affine_grads || (!kTokenScale && p.dscale != nullptr);
+  const bool wants_dy = kTokenScale && p.dshift != nullptr;
+  T* const dx = static_cast<T*>(p.dx);
+  const bool streamed = streams(dx, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
+  each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
+    float* const partials = p.workspace + chunk * kSums * D;
+    if (wants_u || wants_un || wants_dy) fill_zero(partials, kSums * D);
+    const ModulateSums sums = {wants_un ? partials + kSumUN * D : nullptr, wants_u ? partials + kSumU * D : nullptr,
+                               wants_dy ? partials + kSumExtra * D : nullptr};
+    each_tile(t_begin, t_end, [&](int64_t t, auto tile) {
+      const int64_t row = b * p.T + t;
+      const ModulateTile<T, S> rows = {
+          D, b, t, static_cast<const T*>(p.x) + row * D, static_cast<const T*>(p.dy) + row * D,
+          p.rms ? nullptr : p.mean + row, p.rstd + row,
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + row * D : nullptr, scale, affine, sums};
+      modulate_bwd_tile<tile.rows, kAffine, kTokenScale>(rows, [&](int r, int64_t i, Vec grad, auto lanes) ZB_BODY {
+        put(dx + (row + r) * D + i, grad, lanes, streamed);
+      });
+    });
+  });
+  const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), p.dweight, p.dbias,
+                               p.weight, p.bias, kTokenScale};
+  finish_modulate(grads, p.scale, p.workspace, p.B, p.T, D, run);
+}
+
+inline void layer_norm_modulate_fwd(const LayerNormModulate& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* t) {
+    with_operand_type(t, p.scale, [&](auto* s) {
+      with_operand_type(t, p.shift, [&](auto* h) {
+        with_bool(p.weight != nullptr || p.bias != nullptr, [&](auto affine) {
+          layer_norm_modulate_fwd_of<affine.value>(t, s, h, p, run);
+        });
+      });
+    });
+  });
+}
+
+inline void layer_norm_modulate_bwd(const LayerNormModulate& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* t) {
+    with_bool(p.weight != nullptr || p.bias != nullptr, [&](auto affine) {
+      if (is_per_token(p.scale)) {
+        layer_norm_modulate_bwd_of<affine.value, true>(t, t, p, run);
+      } else {
+        layer_norm_modulate_bwd_of<affine.value, false>(t, static_cast<float*>(nullptr), p, run);
+      }
+    });
+  });
+}
+
+inline int64_t layer_norm_modulate_bwd_workspace(const LayerNormModulate& p) {
+  const bool sums = p.dweight != nullptr || p.dbias != nullptr || p.dshift != nullptr ||
+                    (p.dscale != nullptr && !is_per_token(p.scale));
+  return sums ? p.B * chunks_per_sample(p.T) * kSums * p.D : 0;
+}
+
+}  // namespace
+}  // namespace zeroblock

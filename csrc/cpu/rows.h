@@ -1,0 +1,263 @@
+// What the row kernels share: column loops with tails, operands that may be absent, chunks of tokens, streamed stores,
+// and the second stage of every reduction over tokens.
+#pragma once
+
+#include "vec.h"
+
+// A lambda in an inner loop: inlined before arrays are split into registers.
+#define ZB_BODY __attribute__((always_inline))
+
+namespace zeroblock {
+namespace {
+
+// Tokens of one sample that one piece of work covers. Sums over T are taken per chunk, then over chunks in order, so the
+// result depends on the shape alone; short chunks also keep the fp32 rounding of long sums small.
+constexpr int64_t kChunkRows = 64;
+// Rows that share one load and store of the accumulators, and one load of a per-sample operand.
+constexpr int kTileRows = 4;
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t kGrainElements = 32768;
+// A call that touches more than this many bytes writes past the caches: its output would be evicted before it is read.
+constexpr int64_t kStreamBytes = int64_t{24} << 20;
+// Addends in a row before a partial sum is put aside.
+constexpr int64_t kCascade = 32;
+
+template <bool B>
+struct Bool {
+  static constexpr bool value = B;
+};
+
+template <class F>
+ZB_INLINE void with_bool(bool b, const F& f) {
+  if (b) {
+    f(Bool<true>{});
+  } else {
+    f(Bool<false>{});
+  }
+}
+
+// How many lanes a column step uses: all of them, or the first n of the tail.
+struct Full {};
+struct Part {
+  int n;
+};
+
+template <class T>
+ZB_INLINE Vec load(const T* p, Full) {
+  return load(p);
+}
+template <class T>
+ZB_INLINE Vec load(const T* p, Part part) {
+  return load(p, part.n);
+}
+template <class T>
+ZB_INLINE void store(T* p, Vec a, Full) {
+  store(p, a);
+}
+template <class T>
+ZB_INLINE void store(T* p, Vec a, Part part) {
+  store(p, a, part.n);
+}
+template <class T>
+ZB_INLINE void put(T* p, Vec a, Full, bool streamed) {
+  if (streamed) {
+    stream(p, a);
+  } else {
+    store(p, a);
+  }
+}
+template <class T>
+ZB_INLINE void put(T* p, Vec a, Part part, bool) {
+  store(p, a, part.n);
+}
+
+// Zero in the lanes beyond the tail.
+ZB_INLINE Vec keep(Vec a, Full) { return a; }
+ZB_INLINE Vec keep(Vec a, Part part) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_mov_ps(tail_mask(part.n), a.v)};
+#else
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(tail_mask(part.n)))};
+#endif
+}
+
+// f(i, lanes) for the columns begin .. end.
+template <class F>
+ZB_INLINE void each_column(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) f(i, Full{});
+  if (i < end) f(i, Part{static_cast<int>(end - i)});
+}
+
+// The sum over D columns of what acc = f(acc, i, lanes) adds; four chains hide the latency of the addition.
+template <class F>
+ZB_INLINE float sum_columns(int64_t D, const F& f) {
+  Vec a = zero(), b = zero(), c = zero(), d = zero();
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= D; i += 4 * kLanes) {
+    a = f(a, i, Full{});
+    b = f(b, i + kLanes, Full{});
+    c = f(c, i + 2 * kLanes, Full{});
+    d = f(d, i + 3 * kLanes, Full{});
+  }
+  each_column(i, D, [&](int64_t j, auto lanes) ZB_BODY { a = f(a, j, lanes); });
+  return sum((a + b) + (c + d));
+}
+
+// Lane sums in fp64 of products of fp32 numbers, which are exact there.
+struct Sum64 {
+#if defined(__AVX512F__)
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  ZB_INLINE void add_product(Vec a, Vec b) {
+    low = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_castps512_ps256(b.v)), low);
+    high = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)),
+                           _mm512_cvtps_pd(_mm512_extractf32x8_ps(b.v, 1)), high);
+  }
+  ZB_INLINE double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
+#else
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  ZB_INLINE void add_product(Vec a, Vec b) {
+    low = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_castps256_ps128(b.v)), low);
+    high = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)),
+                           _mm256_cvtps_pd(_mm256_extractf128_ps(b.v, 1)), high);
+  }
+  ZB_INLINE double total() const {
+    alignas(32) double lanes[4];
+    _mm256_store_pd(lanes, _mm256_add_pd(low, high));
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  }
+#endif
+};
+
+// One row of an operand. When the operand is absent, mask is 0 and one constant vector serves every column.
+template <class M>
+struct OperandRow {
+  const M* p;
+  int64_t mask;
+  template <class Lanes>
+  ZB_INLINE Vec at(int64_t i, Lanes lanes) const {
+    return load(p + (i & mask), lanes);
+  }
+};
+
+template <class M>
+struct Operand {
+  const M* p;
+  int64_t stride_b, stride_t, mask;
+  ZB_INLINE OperandRow<M> row(int64_t b, int64_t t) const { return {p + b * stride_b + t * stride_t, mask}; }
+};
+
+alignas(64) const float kZeros[kLanes] = {};
+struct ConstantRow {
+  alignas(64) float lanes[kLanes];
+  explicit ConstantRow(float value) { store(lanes, set1(value)); }
+};
+
+// M is float for a per-sample operand, the activation type for a per-token one; `absent` holds kLanes values of it.
+template <class M>
+ZB_INLINE Operand<M> operand(const Rows& rows, const M* absent) {
+  if (rows.ptr == nullptr) return {absent, 0, 0, 0};
+  return {static_cast<const M*>(rows.ptr), rows.stride_b, rows.per_token ? rows.stride_t : 0, -1};
+}
+
+ZB_INLINE OperandRow<float> channel_row(const float* p, const float* absent) {
+  return p == nullptr ? OperandRow<float>{absent, 0} : OperandRow<float>{p, -1};
+}
+
+ZB_INLINE bool is_per_token(const Rows& rows) { return rows.ptr != nullptr && rows.per_token; }
+
+// f(M*) with the element type of an operand of activations of type T.
+template <class T, class F>
+ZB_INLINE void with_operand_type(T*, const Rows& rows, const F& f) {
+  if (is_per_token(rows)) {
+    f(static_cast<T*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
+
+ZB_INLINE int64_t chunks_per_sample(int64_t T) { return (T + kChunkRows - 1) / kChunkRows; }
+
+// f(chunk, b, t_begin, t_end) for every chunk of tokens of every sample, in parallel.
+template <class F>
+ZB_INLINE void each_chunk(ParallelFor run, int64_t B, int64_t T, int64_t D, const F& f) {
+  const int64_t per_sample = chunks_per_sample(T);
+  const int64_t rows = T < kChunkRows ? T : kChunkRows;
+  parallel(run, 0, B * per_sample, kGrainElements / (rows * D + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t b = chunk / per_sample;
+      const int64_t t = (chunk - b * per_sample) * kChunkRows;
+      f(chunk, b, t, t + kChunkRows < T ? t + kChunkRows : T);
+    }
+    _mm_sfence();  // streamed stores become visible before the other threads go on
+  });
+}
+
+// f(0) .. f(R - 1), written out so that arrays indexed by the row become registers.
+template <int R, class F>
+ZB_INLINE void each_row(const F& f) {
+  static_assert(R == 1 || R == 4, "one call per row");
+  f(0);
+  if (R == 4) {
+    f(1);
+    f(2);
+    f(3);
+  }
+}
+
+// f(t, Tile) for t_begin .. t_end in tiles of kTileRows rows, then single rows; Tile::rows is a constant.
+template <int R>
+struct Tile {
+  static constexpr int rows = R;
+};
+template <class F>
+ZB_INLINE void each_tile(int64_t t_begin, int64_t t_end, const F& f) {
+  int64_t t = t_begin;
+  for (; t + kTileRows <= t_end; t += kTileRows) f(t, Tile<kTileRows>{});
+  for (; t < t_end; ++t) f(t, Tile<1>{});
+}
+
+// Streaming needs every row of the output to start on a vector boundary.
+template <class T>
+ZB_INLINE bool streams(const T* out, int64_t D, int64_t total_bytes) {
+  constexpr uint64_t vector_bytes = kLanes * sizeof(T);
+  return total_bytes > kStreamBytes &&
+         (reinterpret_cast<uint64_t>(out) | (static_cast<uint64_t>(D) * sizeof(T))) % vector_bytes == 0;
+}
+
+// Sum of `count` rows of partial sums, `stride` floats apart, at one column step.
+template <class Lanes>
+ZB_INLINE Vec sum_partials(const float* p, int64_t count, int64_t stride, Lanes lanes) {
+  Vec total = zero();
+  for (int64_t k = 0; k < count; k += kCascade) {
+    Vec a = zero();
+    for (int64_t j = k; j < count && j < k + kCascade; ++j) a += load(p + j * stride, lanes);
+    total += a;
+  }
+  return total;
+}
+
+// f(b, begin, end) over blocks of columns of every sample, in parallel; `depth` rows are read for each.
+template <class F>
+ZB_INLINE void each_column_block(ParallelFor run, int64_t B, int64_t D, int64_t depth, const F& f) {
+  constexpr int64_t block = 128;
+  const int64_t blocks = (D + block - 1) / block;
+  parallel(run, 0, B * blocks, kGrainElements / (block * (depth + 1)) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t b = k / blocks;
+      const int64_t begin = (k - b * blocks) * block;
+      f(b, begin, begin + block < D ? begin + block : D);
+    }
+  });
+}
+
+ZB_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
+
+// Adds to a row of accumulators; a null row is a sum that nobody asked for.
+template <class Lanes>
+ZB_INLINE void accumulate(float* acc, int64_t i, Vec a, Lanes lanes) {
+  if (acc != nullptr) store(acc + i, load(acc + i, lanes) + a, lanes);
+}
+
+}  // namespace
+}  // namespace zeroblock

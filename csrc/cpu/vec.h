@@ -1,0 +1,284 @@
+// A thin vector of fp32 lanes for AVX2 (8) and AVX-512 (16), with exp and sigmoid of its own.
+//
+// Every kernel source is compiled once per instruction set. Everything here lives in an anonymous namespace and is
+// force-inlined, and no std template is used: an inline function shared between the objects could be taken by the linker
+// from the AVX-512 one and crash an older processor.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../zeroblock.h"
+
+#define ZB_INLINE inline __attribute__((always_inline))
+// For a loop nest: everything it calls, generic lambdas above all, becomes part of it. Its arguments come by value, so
+// that the compiler can keep them in registers across stores.
+#define ZB_LOOPS __attribute__((flatten, noinline))
+
+namespace zeroblock {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+
+struct Vec {
+  __m512 v;
+};
+
+ZB_INLINE Vec set1(float a) { return {_mm512_set1_ps(a)}; }
+ZB_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+ZB_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+ZB_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+ZB_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+ZB_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
+ZB_INLINE Vec fmsub(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }    // a * b - c
+ZB_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
+// NaN in x survives both: the instruction returns its second operand when either is NaN.
+ZB_INLINE Vec min_with(float bound, Vec x) { return {_mm512_min_ps(_mm512_set1_ps(bound), x.v)}; }
+ZB_INLINE Vec max_with(float bound, Vec x) { return {_mm512_max_ps(_mm512_set1_ps(bound), x.v)}; }
+ZB_INLINE Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+ZB_INLINE Vec times_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Relative error 2^-14: enough for a result that is rounded to 16 bits.
+ZB_INLINE Vec reciprocal_estimate(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
+// The estimate and one Newton step: 1 ulp for |a| in [2^-126, 2^126].
+template <class V>
+ZB_INLINE V reciprocal(V a) {
+  const V r = reciprocal_estimate(a);
+  return fmadd(r, fnmadd(a, r, set1(1.0f)), r);
+}
+
+ZB_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+
+ZB_INLINE __mmask16 tail_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+ZB_INLINE Vec keep_first(Vec a, int n) { return {_mm512_maskz_mov_ps(tail_mask(n), a.v)}; }  // other lanes 0
+
+ZB_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+ZB_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(tail_mask(n), p)}; }
+ZB_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+ZB_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, tail_mask(n), a.v); }
+ZB_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }  // p aligned to 64 bytes
+
+ZB_INLINE Vec widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+// Round to nearest even on the integer view (vcvtneps2bf16 would flush subnormals); NaN becomes a quiet NaN. The result
+// is the upper half of every lane.
+ZB_INLINE __m512i round_bf16(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+ZB_INLINE __m256i narrow_bf16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a), 16)); }
+ZB_INLINE Vec load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+ZB_INLINE Vec load(const bf16* p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(tail_mask(n), p)); }
+ZB_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
+ZB_INLINE void store(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_bf16(a)); }
+ZB_INLINE void stream(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a)); }
+
+ZB_INLINE Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+ZB_INLINE Vec load(const f16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(tail_mask(n), p))}; }
+ZB_INLINE __m256i narrow_f16(Vec a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+ZB_INLINE void store(f16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a)); }
+ZB_INLINE void store(f16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_f16(a)); }
+ZB_INLINE void stream(f16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a)); }
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+
+struct Vec {
+  __m256 v;
+};
+
+ZB_INLINE Vec set1(float a) { return {_mm256_set1_ps(a)}; }
+ZB_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+ZB_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+ZB_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+ZB_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+ZB_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+ZB_INLINE Vec fmsub(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
+ZB_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+ZB_INLINE Vec min_with(float bound, Vec x) { return {_mm256_min_ps(_mm256_set1_ps(bound), x.v)}; }
+ZB_INLINE Vec max_with(float bound, Vec x) { return {_mm256_max_ps(_mm256_set1_ps(bound), x.v)}; }
+ZB_INLINE Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// n integral, in [-126, 127]: builds 2^n in the exponent field.
+ZB_INLINE Vec times_power_of_2(Vec a, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
+}
+// 12-bit estimate and one Newton step; one step is short of fp32, so that the exact one divides.
+ZB_INLINE Vec reciprocal_estimate(Vec a) {
+  const Vec r = {_mm256_rcp_ps(a.v)};
+  return fmadd(r, fnmadd(a, r, set1(1.0f)), r);
+}
+ZB_INLINE Vec reciprocal(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)}; }
+
+ZB_INLINE float sum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+ZB_INLINE __m256i tail_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+ZB_INLINE Vec keep_first(Vec a, int n) { return {_mm256_and_ps(a.v, _mm256_castsi256_ps(tail_mask(n)))}; }
+ZB_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+ZB_INLINE Vec load(const float* p, int n) { return {_mm256_maskload_ps(p, tail_mask(n))}; }
+ZB_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+ZB_INLINE void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, tail_mask(n), a.v); }
+ZB_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }  // p aligned to 32 bytes
+
+// AVX2 has no 16-bit masks: a tail goes through 16 bytes on the stack.
+ZB_INLINE __m128i load_tail_16(const void* p, int n) {
+  __m128i h = _mm_setzero_si128();
+  std::memcpy(&h, p, static_cast<size_t>(n) * 2);
+  return h;
+}
+ZB_INLINE void store_tail_16(void* p, __m128i h, int n) { std::memcpy(p, &h, static_cast<size_t>(n) * 2); }
+
+ZB_INLINE Vec widen_bf16(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
+ZB_INLINE __m256i round_bf16(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
+}
+ZB_INLINE __m128i narrow_bf16(Vec a) {
+  const __m256i h = _mm256_srli_epi32(round_bf16(a), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+ZB_INLINE Vec load(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+ZB_INLINE Vec load(const bf16* p, int n) { return widen_bf16(load_tail_16(p, n)); }
+ZB_INLINE void store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a)); }
+ZB_INLINE void store(bf16* p, Vec a, int n) { store_tail_16(p, narrow_bf16(a), n); }
+ZB_INLINE void stream(bf16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(a)); }
+
+ZB_INLINE __m128i narrow_f16(Vec a) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+ZB_INLINE Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+ZB_INLINE Vec load(const f16* p, int n) { return {_mm256_cvtph_ps(load_tail_16(p, n))}; }
+ZB_INLINE void store(f16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(a)); }
+ZB_INLINE void store(f16* p, Vec a, int n) { store_tail_16(p, narrow_f16(a), n); }
+ZB_INLINE void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_f16(a)); }
+
+#else
+#error "csrc/cpu kernels need AVX2 or AVX-512; setup.py compiles them with the flags of each"
+#endif
+
+// The value that storing to T and loading again would give (used where a rounded value feeds further arithmetic).
+ZB_INLINE Vec round_to(Vec a, const float*) { return a; }
+ZB_INLINE Vec round_to(Vec a, const bf16*) { return widen_bf16(narrow_bf16(a)); }
+#if defined(__AVX512F__)
+ZB_INLINE Vec round_to(Vec a, const f16*) { return {_mm512_cvtph_ps(narrow_f16(a))}; }
+#else
+ZB_INLINE Vec round_to(Vec a, const f16*) { return {_mm256_cvtph_ps(narrow_f16(a))}; }
+#endif
+
+ZB_INLINE Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+
+// Takes the place of a tail's count where every lane takes part, so that one generic body serves both.
+struct All {};
+template <class T>
+ZB_INLINE Vec load(const T* p, All) {
+  return load(p);
+}
+template <class T>
+ZB_INLINE void store(T* p, Vec a, All) {
+  store(p, a);
+}
+ZB_INLINE Vec keep_first(Vec a, All) { return a; }
+
+// body(i, lanes) for i = 0, kLanes, ... below n; lanes is All{}, or the number of elements left in the tail.
+template <class Body>
+ZB_INLINE void for_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, All{});
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// What follows takes a Vec, or several of them in step (wide.h).
+
+// 2^f for f in [-1/2, 1/2], minimax: 2e-8 relative, and 3e-6 for a result of 16 bits.
+template <class V>
+ZB_INLINE V exp2_fraction(V f, const float*) {
+  V p = fmadd(f, set1(1.53533620e-4f), set1(1.33988750e-3f));
+  p = fmadd(p, f, set1(9.61843692e-3f));
+  p = fmadd(p, f, set1(5.55033237e-2f));
+  p = fmadd(p, f, set1(2.40226477e-1f));
+  p = fmadd(p, f, set1(6.93147182e-1f));
+  return fmadd(p, f, set1(1.0f));
+}
+template <class V, class T>
+ZB_INLINE V exp2_fraction(V f, const T*) {
+  V p = fmadd(f, set1(9.58285294e-3f), set1(5.59064262e-2f));
+  p = fmadd(p, f, set1(2.40240991e-1f));
+  p = fmadd(p, f, set1(6.93124175e-1f));
+  return fmadd(p, f, set1(1.0f));
+}
+
+// exp(x) for x in [-87, 88]: 2^n * 2^f with n = round(x log2 e); log2 e in two parts keeps f exact to the last bit.
+template <class V>
+ZB_INLINE V exp_bounded(V x) {
+  const V n = round_nearest(x * set1(1.44269502f));
+  V f = fmsub(x, set1(1.44269502f), n);
+  f = fmadd(x, set1(1.92596299e-8f), f);
+  return times_power_of_2(exp2_fraction(f, static_cast<const float*>(nullptr)), n);
+}
+
+template <class V>
+ZB_INLINE V clamp_exponent(V x) {
+  return max_with(-87.0f, min_with(87.0f, x));
+}
+
+// 1 / (1 + exp(-x)). Clamping keeps exp and the reciprocal inside the normal range: at x = -87 the result is 1.6e-38.
+template <class V>
+ZB_INLINE V sigmoid(V x) {
+  return reciprocal(set1(1.0f) + exp_bounded(clamp_exponent(set1(0.0f) - x)));
+}
+
+// The sigmoid of an x that carries a rounding error of its own (one rounding of x * log2 e is added to it), as exact as a
+// result stored as T deserves: for 16-bit elements within 2^-13.
+template <class V>
+ZB_INLINE V sigmoid_for(V x, const float* type) {
+  const V t = clamp_exponent(x) * set1(-1.44269502f), n = round_nearest(t);
+  return reciprocal(set1(1.0f) + times_power_of_2(exp2_fraction(t - n, type), n));
+}
+template <class V, class T>
+ZB_INLINE V sigmoid_for(V x, const T* type) {
+  const V bounded = clamp_exponent(x), n = round_nearest(bounded * set1(-1.44269502f));
+  const V f = fmsub(bounded, set1(-1.44269502f), n);
+  return reciprocal_estimate(set1(1.0f) + times_power_of_2(exp2_fraction(f, type), n));
+}
+
+template <class Body>
+ZB_INLINE void parallel(ParallelFor run, int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  run(
+      begin, end, grain,
+      [](void* ctx, int64_t b, int64_t e) { (*static_cast<const Body*>(ctx))(b, e); }, const_cast<Body*>(&body));
+}
+
+// Calls f(T*) with a null pointer of the element type that dtype names.
+template <class F>
+ZB_INLINE void with_type(DType dtype, const F& f) {
+  if (dtype == DType::kF32) {
+    f(static_cast<float*>(nullptr));
+  } else if (dtype == DType::kBF16) {
+    f(static_cast<bf16*>(nullptr));
+  } else {
+    f(static_cast<f16*>(nullptr));
+  }
+}
+
+}  // namespace
+}  // namespace zeroblock

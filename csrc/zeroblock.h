@@ -1,0 +1,159 @@
+// Parameter blocks and launchers shared by every native backend. No torch header may be included here.
+//
+// Conventions
+//   * pointers are raw, sizes are int64_t, strides are in elements, never in bytes;
+//   * x, y, dy, dx and other activations have the element type `dtype`;
+//   * per-channel and per-sample vectors, statistics and reductions are always fp32;
+//   * a null pointer means "argument not given" (inputs) or "gradient not wanted" (outputs);
+//   * results do not depend on the number of threads: work is cut into pieces by shape alone.
+#pragma once
+
+#include <cstdint>
+
+namespace zeroblock {
+
+enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+// The binding hands in the framework's thread pool: run body(ctx, b, e) over disjoint ranges that cover [begin, end).
+using ParallelBody = void (*)(void* ctx, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* ctx);
+
+// y = act(((x - mean) * rstd * weight + bias) * (1 + scale) + shift), statistics over one group of one sample.
+// x is [N, C, S] (channels_last == false) or [N, S, C] (true), dense. mean, rstd: [N, G].
+struct GroupNormSilu {
+  DType dtype;
+  bool channels_last;
+  bool silu;  // false: no activation
+  int64_t N, C, G, S;
+  float eps;
+  const void* x;
+  const float* weight;  // [C] or null (1)
+  const float* bias;    // [C] or null (0)
+  const float* scale;   // [N, C] or null (0)
+  const float* shift;   // [N, C] or null (0)
+  float* mean;          // written by fwd, read by bwd
+  float* rstd;
+  void* y;  // fwd only
+  // backward
+  const void* dy;  // same layout as x
+  void* dx;
+  float* dweight;  // [C] or null
+  float* dbias;    // [C] or null
+  float* dscale;   // [N, C] or null
+  float* dshift;   // [N, C] or null
+  float* workspace;  // as many floats as the matching *_workspace function says
+};
+
+// A modulation operand seen as [B, T, D]. per_token == false: fp32, one row per sample, stride_b apart (0: one row for
+// all). per_token == true: element type dtype, rows stride_b / stride_t apart, last dimension contiguous.
+struct Rows {
+  const void* ptr;  // null: not given
+  bool per_token;
+  int64_t stride_b, stride_t;
+};
+
+// y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: xhat = x * rstd [* weight].
+// x, y, dy, dx are dense [B, T, D]. mean, rstd: [B, T]; mean is null for rms.
+struct LayerNormModulate {
+  DType dtype;
+  bool rms;
+  int64_t B, T, D;
+  float eps;
+  const void* x;
+  const float* weight;  // [D] or null
+  const float* bias;    // [D] or null
+  Rows shift, scale;
+  float* mean;
+  float* rstd;
+  void* y;
+  // backward; a per-token dshift is dy itself and is never asked for
+  const void* dy;
+  void* dx;
+  float* dweight;  // [D] or null
+  float* dbias;    // [D] or null
+  float* dshift;   // [B, D] or null
+  void* dscale;    // per_token ? dtype [B, T, D] : fp32 [B, D]; or null
+  float* workspace;
+};
+
+// y = residual + gate * branch, all dense [B, T, D]; gate a Rows or one number for all (scalar_gate).
+struct GateResidual {
+  DType dtype;
+  int64_t B, T, D;
+  const void* residual;
+  const void* branch;
+  Rows gate;
+  const float* scalar_gate;  // one element, or null
+  void* y;
+  // backward: dbranch = gate * dy; dgate = sum over T of dy * branch
+  const void* dy;
+  void* dbranch;  // or null
+  void* dgate;    // per_token ? dtype [B, T, D] : fp32 [B, D] ([1] for scalar_gate); or null
+  float* workspace;
+};
+
+// x_new = residual + gate * branch; y = layer_norm(x_new) * (1 + scale) + shift. x_new is rounded to dtype before its
+// statistics are taken, so that y is exactly layer_norm_modulate(x_new).
+// Backward, with dx_new the gradient that reaches x_new directly: dresidual = dx_new + LN-backward(dy);
+// dbranch = gate * dresidual; dgate = sum over T of dresidual * branch.
+struct GateResidualLayerNormModulate {
+  DType dtype;
+  int64_t B, T, D;
+  float eps;
+  const void* residual;
+  const void* branch;
+  Rows gate, shift, scale;
+  void* x_new;  // written by fwd, read by bwd
+  void* y;
+  float* mean;
+  float* rstd;
+  // backward
+  const void* dx_new;  // or null (0)
+  const void* dy;
+  void* dresidual;
+  void* dbranch;  // or null
+  void* dgate;    // as in GateResidual, or null
+  float* dshift;  // [B, D] or null
+  void* dscale;   // as in LayerNormModulate, or null
+  float* workspace;
+};
+
+enum class Act : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
+
+// fwd: y = act(x). bwd: dx = dy * act'(x), and y = act(x) again when y is not null (one read of x serves both).
+struct Activation {
+  DType dtype;
+  Act act;
+  int64_t n;
+  const void* x;
+  void* y;
+  const void* dy;
+  void* dx;
+};
+
+// The kernels of one instruction set. Every *_workspace returns a number of floats.
+struct CpuKernels {
+  const char* isa;
+  void (*group_norm_silu_fwd)(const GroupNormSilu&, ParallelFor);
+  void (*group_norm_silu_bwd)(const GroupNormSilu&, ParallelFor);
+  int64_t (*group_norm_silu_fwd_workspace)(const GroupNormSilu&);
+  int64_t (*group_norm_silu_bwd_workspace)(const GroupNormSilu&);
+  void (*layer_norm_modulate_fwd)(const LayerNormModulate&, ParallelFor);
+  void (*layer_norm_modulate_bwd)(const LayerNormModulate&, ParallelFor);
+  int64_t (*layer_norm_modulate_bwd_workspace)(const LayerNormModulate&);
+  void (*gate_residual_fwd)(const GateResidual&, ParallelFor);
+  void (*gate_residual_bwd)(const GateResidual&, ParallelFor);
+  int64_t (*gate_residual_bwd_workspace)(const GateResidual&);
+  void (*gate_residual_layer_norm_modulate_fwd)(const GateResidualLayerNormModulate&, ParallelFor);
+  void (*gate_residual_layer_norm_modulate_bwd)(const GateResidualLayerNormModulate&, ParallelFor);
+  int64_t (*gate_residual_layer_norm_modulate_bwd_workspace)(const GateResidualLayerNormModulate&);
+  void (*activation_fwd)(const Activation&, ParallelFor);
+  void (*activation_bwd)(const Activation&, ParallelFor);
+  // True when every one of the `bytes` bytes, read as elements of `element_size` (2, 4 or 8) bytes, is +0 or -0.
+  bool (*is_zero)(const void* data, int64_t bytes, int element_size, ParallelFor);
+};
+
+// The table for this processor, or null when it has neither AVX2+FMA+F16C nor AVX-512 (F, BW, DQ, VL).
+const CpuKernels* cpu_kernels();
+
+}  // namespace zeroblock
