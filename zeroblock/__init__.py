@@ -1,0 +1,38 @@
+"""zeroblock: fused, zero-aware residual blocks for diffusion models.
+
+GroupNorm-SiLU-conv-residual (U-Net ResBlocks) and adaLN modulation (DiT blocks), forward and backward, as drop-in
+modules; while the last weight (or gate) of a residual branch is exactly zero, the branch's matmuls are not executed.
+"""
+
+from . import nn
+from ._explain import explain, info
+from .functional import (
+    conv_residual,
+    gate_residual,
+    gate_residual_layer_norm_modulate,
+    group_norm_silu,
+    group_norm_silu_conv_residual,
+    is_zero,
+    layer_norm_modulate,
+    layer_norm_modulate_linear,
+    linear_gate_residual,
+    rms_norm_modulate,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "conv_residual",
+    "explain",
+    "gate_residual",
+    "gate_residual_layer_norm_modulate",
+    "group_norm_silu",
+    "group_norm_silu_conv_residual",
+    "info",
+    "is_zero",
+    "layer_norm_modulate",
+    "layer_norm_modulate_linear",
+    "linear_gate_residual",
+    "nn",
+    "rms_norm_modulate",
+]

@@ -1,0 +1,15 @@
+"""The autocast policy: in which dtype a convolution or linear computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """The dtype autocast gives a convolution or linear with this weight now; None when it leaves it alone (fp64
+    too)."""
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)

@@ -1,0 +1,208 @@
+"""Executes a branch that is zero, and its backward (contract: zero.py).
+
+The modules describe their branch to `skipped_branch`; whatever a skipped branch still has to compute is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _backends
+from ._autocast import autocast_dtype
+from ._compose import bare_residual, linear_grads
+from .reference import channel_view, modulation
+
+
+class Tail:
+    """The last layer of a branch: a convolution, a linear layer, or nothing (`module` None)."""
+
+    def __init__(self, module: nn.Module | None):
+        self.module = module
+        self.is_conv = module is not None and not isinstance(module, nn.Linear)
+        self.weight: Tensor | None = getattr(module, "weight", None)
+        self.bias: Tensor | None = getattr(module, "bias", None)
+        self.autocast = None if self.weight is None else autocast_dtype(self.weight)
+        # What the layer computes in.
+        self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
+
+    def _conv_arguments(self) -> tuple:
+        m = self.module
+        return list(m.stride), list(m.padding), list(m.dilation), False, [0] * len(m.padding), m.groups
+
+    def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.module is None:
+            return h
+        if not self.is_conv:
+            return F.linear(h, weight, bias)
+        return torch.convolution(h, weight, bias, *self._conv_arguments())
+
+    def output_like(self, h: Tensor) -> Tensor:
+        """A tensor with the shape, dtype and device of tail(h), holding nothing; h may hold nothing either."""
+        m = self.module
+        if m is None:
+            return h
+        features = (m.in_channels, h.shape[1]) if self.is_conv else (m.in_features, h.shape[-1])
+        if features[0] != features[1]:
+            raise ValueError(f"{type(m).__name__}: x must have {features[0]} channels, got {list(h.shape)}")
+        if self.is_conv:
+            spatial = zip(h.shape[2:], m.kernel_size, m.stride, m.padding, m.dilation, strict=True)
+            size = (h.shape[0], m.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial))
+        else:
+            size = (*h.shape[:-1], m.out_features)
+        return h.new_empty(1, dtype=self.dtype).expand(size)
+
+    def grads(self, dy: Tensor, h: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+        """(dweight, dbias) where mask asks, computed in the layer's dtype."""
+        dy, h = dy.to(self.dtype), h.to(self.dtype)
+        if not self.is_conv:
+            dweight, dbias = linear_grads(dy, h, weight, True, [False, *mask])[1:]
+        else:
+            _, dweight, dbias = torch.ops.aten.convolution_backward.default(
+                dy, h, weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(), [False, *mask]
+            )
+        return tuple(None if g is None else g.to(weight.dtype) for g in (dweight, dbias))
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return dy.sum([d for d in range(dy.dim()) if d != (1 if self.is_conv else dy.dim() - 1)])
+
+    def broadcast(self, v: Tensor, ndim: int) -> Tensor:
+        """A bias [D] or a gate ([1], [D], [B, D], [B, T, D]) shaped to multiply the output."""
+        if self.is_conv and v.numel() > 1:
+            return channel_view(v, ndim)
+        return modulation(v)
+
+
+@dataclasses.dataclass
+class Branch:
+    """A branch whose tail weight (or, with `zero_gate`, whose gate) was found zero.
+
+    body(*activations) runs everything before the tail and returns the tensors from which `hidden` gives the tail's
+    input again (ResBlock: conv1's output; norm and activation are recomputed). Both are differentiable. `parameters`
+    are those of the body. `example` stands for the tail's input where only its shape, dtype and device matter.
+    """
+
+    tail: Tail
+    activations: Sequence[Tensor]
+    parameters: Sequence[Tensor]
+    body: Callable[..., tuple[Tensor, ...]]
+    hidden: Callable[..., Tensor]
+    example: Tensor
+    zero_gate: bool = False
+    always_run: bool = False
+
+
+def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None = None) -> Tensor:
+    """residual + gate * tail(h) of a branch that is zero, with eager's gradients; a fresh tensor."""
+    tail = branch.tail
+    inputs = (residual, tail.weight, tail.bias, gate, *branch.activations, *branch.parameters)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _SkippedBranch.apply(branch, *inputs)
+    if branch.always_run:
+        branch.body(*branch.activations)
+    return _bare(branch, residual, tail.bias, gate)
+
+
+def _bare(branch: Branch, residual: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+    tail = branch.tail
+    like = tail.output_like(branch.example) if residual is None else residual.new_empty(1, dtype=tail.dtype)
+    step = None
+    if bias is not None and not branch.zero_gate:
+        ndim = branch.example.dim()
+        step = tail.broadcast(bias.to(tail.dtype), ndim)
+        if gate is not None:
+            step = tail.broadcast(gate, ndim).to(step.dtype) * step
+    return bare_residual(residual, step, like.expand_as(residual) if residual is not None else like)
+
+
+class _SkippedBranch(torch.autograd.Function):
+    """Inputs: residual, tail weight, tail bias, gate, then the branch's activations and parameters.
+
+    Saved: the activations and the tail's own tensors (the caller owns them), and what the body returned. For a zero
+    gate that wants a gradient it is the tail's output.
+    """
+
+    @staticmethod
+    def forward(ctx, branch, residual, weight, bias, gate, *upstream):
+        # The function keeps no activation but through save_for_backward.
+        ctx.branch = dataclasses.replace(branch, activations=(), example=branch.example.new_empty(0))
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        need_hidden = ctx.needs_input_grad[2] and not branch.zero_gate
+        need_output = ctx.needs_input_grad[4] and branch.zero_gate
+        activations = upstream[: len(branch.activations)]
+        body = ()
+        if need_hidden or need_output or branch.always_run:
+            body = branch.body(*activations)
+        if need_output:
+            body = (branch.tail(branch.hidden(*body), weight, bias),)
+        elif not need_hidden:
+            body = ()
+        ctx.counts = len(activations), len(body)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, bias, gate, *activations, *body)
+        ctx.upstream = [(t.shape, t.dtype, t.device) for t in upstream]
+        return _bare(branch, residual, bias, gate)
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[1:]
+        if dy is None:
+            return (None,) * (1 + len(needs))
+        branch, tail = ctx.branch, ctx.branch.tail
+        weight, bias, gate, *saved = ctx.saved_tensors
+        activations, body = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
+        dresidual = dy.to(ctx.residual_dtype) if needs[0] else None
+        if torch.is_grad_enabled():
+            return None, dresidual, *_differentiable(branch, needs[1:], dy, weight, bias, gate, activations)
+        dweight = dbias = dgate = None
+        if branch.zero_gate:
+            dweight = torch.zeros_like(weight) if needs[1] else None
+            dbias = torch.zeros_like(bias) if needs[2] else None
+            if needs[3]:
+                dgate = _gate_grad(tail, dy, gate, body[0])
+        else:
+            step = dy if gate is None else dy * tail.broadcast(gate, dy.dim()).to(dy.dtype)
+            if needs[1]:
+                dweight, dbias = tail.grads(step, branch.hidden(*body), weight, [True, bool(needs[2])])
+            elif needs[2]:
+                dbias = tail.bias_grad(step.to(tail.dtype)).to(bias.dtype)
+            if needs[3]:
+                dgate = torch.zeros_like(gate)
+                if bias is not None:
+                    dgate = _gate_grad(tail, dy, gate, tail.broadcast(bias, dy.dim()).to(dy.dtype).expand_as(dy))
+        zeros = (
+            torch.zeros(shape, dtype=dtype, device=device) if need else None
+            for (shape, dtype, device), need in zip(ctx.upstream, needs[4:], strict=True)
+        )
+        return None, dresidual, dweight, dbias, dgate, *zeros
+
+
+def _gate_grad(tail: Tail, dy: Tensor, gate: Tensor, output: Tensor) -> Tensor:
+    """sum of dy * output over the dimensions along which the gate is broadcast."""
+    if not tail.is_conv or gate.numel() == 1:
+        primitives = _backends.select("gate_residual_bwd", output)
+        return primitives.gate_residual_bwd(dy.to(output.dtype), gate, output, True, False)[0]
+    grad = dy.float() * output.float()
+    return grad.sum_to_size(tail.broadcast(gate, dy.dim()).shape).view(gate.shape).to(gate.dtype)
+
+
+def _differentiable(branch, needs, dy, weight, bias, gate, activations):
+    """The gradients with a graph of their own (create_graph): the branch again, densely.
+
+    Parameters of the body are taken from the module, as the body itself does; everything else passes as an argument.
+    """
+    tail = branch.tail
+
+    autocast = torch.autocast(dy.device.type, dtype=tail.autocast, enabled=tail.autocast is not None)
+    with torch.enable_grad(), autocast:
+        y = tail(branch.hidden(*branch.body(*activations)), weight, bias)
+        if gate is not None:
+            y = tail.broadcast(gate, y.dim()).to(y.dtype) * y
+    inputs = [weight, bias, gate, *activations, *branch.parameters]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

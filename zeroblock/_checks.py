@@ -1,0 +1,146 @@
+"""Argument checks: one message grammar, `op: arg must <requirement>, got <value>`, before anything is computed.
+
+TypeError for the wrong kind of thing, ValueError for a wrong value. The checks read metadata only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = (None, "silu", "gelu", "gelu_tanh")
+
+
+def fail(op: str, arg: str, requirement: str, got: Any) -> ValueError:
+    return ValueError(f"{op}: {arg} must {requirement}, got {got}")
+
+
+def floating(op: str, **tensors: Any) -> None:
+    """Tensors of a floating dtype, all on one device; None is let through."""
+    device = None
+    for arg, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {arg} must be a Tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATING:
+            raise TypeError(f"{op}: {arg} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+        if device is None:
+            device, first = t.device, arg
+        elif t.device != device:
+            raise fail(op, arg, f"be on the device of {first} ({device})", t.device)
+
+
+def required(op: str, **tensors: Any) -> None:
+    for arg, t in tensors.items():
+        if t is None:
+            raise TypeError(f"{op}: {arg} must be a Tensor, got None")
+
+
+def eps_value(op: str, eps: Any) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not 0.0 <= eps < float("inf"):
+        raise fail(op, "eps", "be finite and >= 0", eps)
+
+
+def shape(op: str, arg: str, t: Tensor | None, size: tuple, notation: str) -> None:
+    if t is not None and tuple(t.shape) != size:
+        raise fail(op, arg, f"have shape {notation} = {list(size)}", list(t.shape))
+
+
+def images(op: str, x: Tensor, num_groups: Any, weight, bias, scale, shift) -> None:
+    """x [N, C, *S], weight/bias [C], scale/shift [N, C], C divisible by num_groups."""
+    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"{op}: num_groups must be an int, got {type(num_groups).__name__}")
+    if x.dim() < 2:
+        raise fail(op, "x", "have shape [N, C, *S]", list(x.shape))
+    N, C = x.shape[:2]
+    if C == 0:
+        raise fail(op, "x", "have at least one channel in [N, C, *S]", list(x.shape))
+    if num_groups <= 0 or C % num_groups != 0:
+        raise fail(op, "num_groups", f"be positive and divide C = {C}", num_groups)
+    shape(op, "weight", weight, (C,), "[C]")
+    shape(op, "bias", bias, (C,), "[C]")
+    shape(op, "scale", scale, (N, C), "[N, C]")
+    shape(op, "shift", shift, (N, C), "[N, C]")
+
+
+def tokens(op: str, arg: str, t: Tensor) -> None:
+    if t.dim() != 3:
+        raise fail(op, arg, "have shape [B, T, D]", list(t.shape))
+    if t.shape[2] == 0:
+        raise fail(op, arg, "have at least one feature in [B, T, D]", list(t.shape))
+
+
+def modulation(op: str, x: Tensor, **operands: Tensor | None) -> None:
+    """[B, D] or [B, T, D] operands of x [B, T, D]."""
+    B, T, D = x.shape
+    for arg, v in operands.items():
+        if v is not None and tuple(v.shape) not in ((B, D), (B, T, D)):
+            raise fail(op, arg, f"have shape [B, D] = {[B, D]} or [B, T, D] = {[B, T, D]}", list(v.shape))
+
+
+def gate(op: str, gate: Tensor, branch: Tensor) -> None:
+    """[1] for a branch of any shape; [D], [B, D] or [B, T, D] for a branch [B, T, D]."""
+    if gate.dim() == 1 and gate.shape[0] == 1:
+        return
+    if branch.dim() != 3:
+        raise fail(op, "gate", "have shape [1] unless branch is [B, T, D]", list(gate.shape))
+    B, T, D = branch.shape
+    if tuple(gate.shape) not in ((D,), (B, D), (B, T, D)):
+        raise fail(op, "gate", f"have shape [1], [D], [B, D] or [B, T, D] for branch {[B, T, D]}", list(gate.shape))
+
+
+def same_shape(op: str, arg: str, t: Tensor, other: str, size: tuple) -> None:
+    if tuple(t.shape) != tuple(size):
+        raise fail(op, arg, f"have the shape of {other}, {list(size)}", list(t.shape))
+
+
+def convolution(op: str, channels: int, h: Tensor, weight: Tensor, bias, residual, padding: Any) -> list[int]:
+    """Checks a stride-1 convolution of [N, C, *S] and its residual; returns the padding per dimension."""
+    dims = weight.dim() - 2
+    if not 1 <= dims <= 3 or h.dim() != weight.dim():
+        raise fail(
+            op, "weight", f"have shape [Cout, Cin, *K] with as many dimensions as {list(h.shape)}", list(weight.shape)
+        )
+    if weight.shape[1] != channels:
+        raise fail(op, "weight", f"take {channels} input channels (groups are not supported)", list(weight.shape))
+    shape(op, "bias", bias, (weight.shape[0],), "[Cout]")
+    pad = [padding] * dims if isinstance(padding, int) else list(padding)
+    if len(pad) != dims or any(p < 0 for p in pad):
+        raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
+    size = [n + 2 * p - k + 1 for n, p, k in zip(h.shape[2:], pad, weight.shape[2:], strict=True)]
+    if any(n <= 0 for n in size):
+        raise fail(op, "weight", f"fit into the padded input {list(h.shape)}", list(weight.shape))
+    if residual is not None:
+        same_shape(op, "residual", residual, "the convolution's output", (h.shape[0], weight.shape[0], *size))
+    return pad
+
+
+def linear(op: str, features: int, weight: Tensor, bias) -> None:
+    if weight.dim() != 2 or weight.shape[1] != features:
+        raise fail(op, "weight", f"have shape [out, {features}]", list(weight.shape))
+    shape(op, "bias", bias, (weight.shape[0],), "[out]")
+
+
+def same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """Convolutions and GEMMs take operands of one dtype."""
+    given = {arg: t.dtype for arg, t in tensors.items() if t is not None}
+    if len(set(given.values())) > 1:
+        raise TypeError(
+            f"{op}: {', '.join(given)} must have one dtype, got {', '.join(str(d) for d in given.values())}"
+        )
+
+
+def choice(op: str, arg: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise fail(op, arg, f"be one of {', '.join(map(repr, allowed))}", repr(value))
+
+
+def probability(op: str, p: Any) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise fail(op, "dropout_p", "be in [0, 1]", p)

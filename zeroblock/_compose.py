@@ -1,0 +1,238 @@
+"""What the ops compute on a backend: primitives (`_cpu`, `_plain`) composed with the library's convolutions and GEMMs.
+
+Every function takes the primitives module first and returns what the registered op returns. A skipped op reports it
+in its last result, an int8 tensor on the device of the op: 0 executed, 1 the tail weight was zero, 2 the gate was
+zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import zero
+from ._layout import channels_last_format
+from .reference import channel_view, conv, dropout_keep, modulation
+
+EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
+
+
+def _verdict(like: Tensor, value: int) -> Tensor:
+    return torch.full((1,), value, dtype=torch.int8, device=like.device)
+
+
+def _weight_is_zero(op: str, zero_skip: bool, weight: Tensor) -> bool:
+    skipped = zero_skip and zero.is_exactly_zero(weight)
+    zero.count(op, skipped)
+    return skipped
+
+
+def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
+    """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
+    if residual is None:
+        return branch
+    if residual.dtype == branch.dtype and (residual.stride() == branch.stride() or 0 in residual.stride()):
+        return branch.add_(residual)
+    return residual + branch
+
+
+def bare_residual(residual: Tensor | None, step: Tensor | None, like: Tensor) -> Tensor:
+    """residual + step without the branch, a fresh tensor; step broadcasts against `like`, which has the shape and dtype
+    of the branch's output."""
+    if residual is None:
+        return like.new_zeros(like.shape) if step is None else step.to(like.dtype).expand(like.shape).clone()
+    out = torch.promote_types(residual.dtype, like.dtype)
+    if not (residual.is_contiguous() or channels_last_format(residual)):
+        # The memory format of a sum with a non-dense residual is that of the other operand.
+        dense = like.new_zeros(like.shape)
+        return residual.to(out) + (dense if step is None else dense + step)
+    return torch.add(residual.to(out), 0.0 if step is None else step)
+
+
+# ---- convolutions ---------------------------------------------------------------------------------------------------
+
+
+def _conv_or_skip(op, h, weight, bias, residual, padding, zero_skip):
+    if _weight_is_zero(op, zero_skip, weight):
+        like = conv_output(h, weight, padding)
+        step = None if bias is None else channel_view(bias, like.dim())
+        return bare_residual(residual, step, like), _verdict(like, ZERO_WEIGHT)
+    return None
+
+
+def conv_output(h: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
+    """A tensor that describes conv(h) (shape, dtype, device) and holds nothing."""
+    size = [n + 2 * p - k + 1 for n, p, k in zip(h.shape[2:], padding, weight.shape[2:], strict=True)]
+    return h.new_empty(1, dtype=weight.dtype).expand(h.shape[0], weight.shape[0], *size)
+
+
+def _conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    """The library's convolution; a 1-D one comes back as a view of a 2-D result, which an op may not return."""
+    y = conv(h, weight, bias, padding)
+    return torch.ops.aten._unsafe_view(y, y.shape) if y.dim() == 3 else y
+
+
+def conv_residual(P, h, weight, bias, residual, padding, zero_skip):
+    skipped = _conv_or_skip("conv_residual", h, weight, bias, residual, padding, zero_skip)
+    if skipped is not None:
+        return skipped
+    return add_residual(residual, _conv(h, weight, bias, padding)), _verdict(h, EXECUTED)
+
+
+def conv_grads(dy, h, weight, has_bias, padding, mask):
+    """(dh, dweight, dbias) of conv(h), each only where mask asks."""
+    dims = weight.dim() - 2
+    ones, zeros = [1] * dims, [0] * dims
+    bias_sizes = [weight.shape[0]] if has_bias else None
+    mask = [mask[0], mask[1], mask[2] and has_bias]
+    if not any(mask):
+        return None, None, None
+    return torch.ops.aten.convolution_backward.default(
+        dy, h, weight, bias_sizes, ones, padding, ones, False, zeros, 1, mask
+    )
+
+
+def conv_residual_bwd(P, dy, h, weight, skipped, padding, has_bias, mask):
+    dy = dy.to(weight.dtype)
+    if not int(skipped):
+        return conv_grads(dy, h, weight, has_bias, padding, mask)
+    _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
+    return torch.zeros_like(h) if mask[0] else None, dweight, dbias
+
+
+def _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype):
+    h, mean, rstd = P.group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale, shift, True)
+    return dropout_keep(h.to(dtype), keep, dropout_p), mean, rstd
+
+
+def group_norm_silu_conv_residual(
+    P,
+    x,
+    num_groups,
+    norm_weight,
+    norm_bias,
+    eps,
+    scale,
+    shift,
+    keep,
+    dropout_p,
+    weight,
+    bias,
+    residual,
+    padding,
+    zero_skip,
+):
+    skipped = _conv_or_skip("group_norm_silu_conv_residual", x, weight, bias, residual, padding, zero_skip)
+    if skipped is not None:
+        y, verdict = skipped
+        moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
+        return y, moments[0].clone(), moments[1].clone(), verdict
+    h, mean, rstd = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
+    return add_residual(residual, _conv(h, weight, bias, padding)), mean, rstd, _verdict(x, EXECUTED)
+
+
+def group_norm_silu_conv_residual_bwd(
+    P, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight, skipped,
+    padding, has_bias, mask,
+):  # fmt: skip
+    """(dx, dnorm_weight, dnorm_bias, dscale, dshift, dweight, dbias); mask: dx and the norm's, dweight, dbias."""
+    dy = dy.to(weight.dtype)
+    if int(skipped):
+        h = None
+        if mask[1]:
+            h, _, _ = _hidden(
+                P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype
+            )
+        _, dweight, dbias = conv_grads(dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
+        upstream = (x, norm_weight, norm_bias, scale, shift)
+        return *((None if t is None else torch.zeros_like(t)) for t in upstream), dweight, dbias
+    h, _, _ = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
+    dh, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, mask)
+    if not mask[0]:
+        return None, None, None, None, None, dweight, dbias
+    del h
+    dz = dropout_keep(dh, keep, dropout_p).to(x.dtype)
+    norm = P.group_norm_silu_bwd(dz, x, mean, rstd, norm_weight, norm_bias, scale, shift, num_groups, True)
+    return *norm, dweight, dbias
+
+
+# ---- linears --------------------------------------------------------------------------------------------------------
+
+
+def linear_grads(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, mask: list[bool]):
+    """(dh, dweight, dbias) of linear(h) for [..., K] inputs, each only where mask asks."""
+    flat = dy.reshape(-1, weight.shape[0])
+    dh = (flat @ weight).view(h.shape) if mask[0] else None
+    dweight = flat.t() @ h.reshape(-1, weight.shape[1]) if mask[1] else None
+    return dh, dweight, flat.sum(0) if mask[2] and has_bias else None
+
+
+def layer_norm_modulate_linear(P, x, shift, scale, weight, bias, eps):
+    h, mean, rstd = P.layer_norm_modulate(x, shift, scale, None, None, eps, False)
+    return F.linear(h.to(weight.dtype), weight, bias), mean, rstd
+
+
+def layer_norm_modulate_linear_bwd(P, dy, x, mean, rstd, shift, scale, weight, eps, has_bias, mask):
+    """(dx, dshift, dscale, dweight, dbias); mask: dx and the modulation's, dweight, dbias."""
+    h = x
+    if mask[1]:
+        h = P.layer_norm_modulate(x, shift, scale, None, None, eps, False)[0].to(weight.dtype)
+    dh, dweight, dbias = linear_grads(dy.to(weight.dtype), h, weight, has_bias, mask)
+    if not mask[0]:
+        return None, None, None, dweight, dbias
+    dx, dshift, dscale, _, _ = P.layer_norm_modulate_bwd(dh, x, mean, rstd, shift, scale, None, None, False)
+    return dx, dshift, dscale, dweight, dbias
+
+
+def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_skip, save_branch):
+    """(y, branch, skipped); branch is kept for dgate when save_branch, else empty."""
+    zero_gate = zero_skip and gate is not None and not save_branch and zero.is_exactly_zero(gate)
+    zero_weight = zero_skip and not zero_gate and zero.is_exactly_zero(weight)
+    zero.count("linear_gate_residual", zero_gate or zero_weight)
+    if zero_gate or zero_weight:
+        like = h.new_empty(1, dtype=weight.dtype).expand(*h.shape[:-1], weight.shape[0])
+        branch = like.new_zeros(like.shape if save_branch else 0)
+        step = None if zero_gate else bias
+        if step is not None and save_branch:
+            branch.copy_(step)
+        if step is not None and gate is not None:
+            step = modulation(gate).to(step.dtype) * step
+        return bare_residual(residual, step, like), branch, _verdict(h, ZERO_GATE if zero_gate else ZERO_WEIGHT)
+    a = h if activation is None else P.activation(h, activation)
+    branch = F.linear(a.to(weight.dtype), weight, bias)
+    none = branch.new_empty(0)
+    if gate is None:
+        return add_residual(residual, branch), none, _verdict(h, EXECUTED)
+    if residual is None:
+        y = modulation(gate).to(branch.dtype) * branch
+    else:
+        y = P.gate_residual(residual, gate, branch)
+    return y, branch if save_branch else none, _verdict(h, EXECUTED)
+
+
+def linear_gate_residual_bwd(P, dy, h, weight, gate, branch, skipped, activation, has_bias, mask):
+    """(dh, dweight, dbias, dgate); mask in that order."""
+    verdict = int(skipped)
+    dgate, dbranch = None, dy
+    if gate is not None:
+        need_dbranch = verdict != ZERO_GATE and (mask[1] or mask[2] or (mask[0] and not verdict))
+        dgate, dbranch = P.gate_residual_bwd(dy, gate, branch if mask[3] else dy, mask[3], need_dbranch)
+    if verdict == ZERO_GATE:
+        dh, dweight = (torch.zeros_like(t) if m else None for t, m in ((h, mask[0]), (weight, mask[1])))
+        return dh, dweight, weight.new_zeros(weight.shape[0]) if mask[2] and has_bias else None, dgate
+    dbranch = None if dbranch is None else dbranch.to(weight.dtype)
+    dh = None
+    if mask[0]:
+        dh = torch.zeros_like(h) if verdict else linear_grads(dbranch, h, weight, False, [True, False, False])[0]
+    a = h
+    if activation is not None and mask[0] and not verdict:  # one read of h gives both
+        dh, a = P.activation_bwd(dh.to(h.dtype), h, activation, mask[1])
+    elif activation is not None and mask[1]:
+        a = P.activation(h, activation)
+    if not (mask[1] or mask[2]):
+        return dh, None, None, dgate
+    _, dweight, dbias = linear_grads(
+        dbranch, a.to(weight.dtype) if mask[1] else h, weight, has_bias, [False, mask[1], mask[2]]
+    )
+    return dh, dweight, dbias, dgate

@@ -1,0 +1,164 @@
+"""The primitives on the native CPU kernels: settles layouts and dtypes, then calls the private C++ ops of
+csrc/bindings.cpp.
+
+Same names and signatures as `_plain.py`. Import this module only when the extension is loaded (see `_backends.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._layout import as_layout, channels_last_format
+
+NAME = "cpu"
+_lib = torch.ops.zeroblock
+_group_norm_silu = _lib._group_norm_silu.default
+_group_norm_silu_bwd = _lib._group_norm_silu_bwd.default
+_layer_norm_modulate = _lib._layer_norm_modulate.default
+_layer_norm_modulate_bwd = _lib._layer_norm_modulate_bwd.default
+_gate_residual = _lib._gate_residual.default
+_gate_residual_bwd = _lib._gate_residual_bwd.default
+_gate_norm = _lib._gate_residual_layer_norm_modulate.default
+_gate_norm_bwd = _lib._gate_residual_layer_norm_modulate_bwd.default
+_activation = _lib._activation.default
+_activation_bwd = _lib._activation_bwd.default
+_is_zero = _lib._is_zero.default
+
+_ACTIVATION_IDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+
+
+def _like(grad: Tensor, operand: Tensor | None) -> Tensor | None:
+    """An fp32 gradient in the dtype and shape of its operand; None where there is no operand."""
+    return None if operand is None else grad.to(operand.dtype).view(operand.shape)
+
+
+def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu):
+    layout = channels_last_format(x)
+    x = as_layout(x, layout)
+    return _group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, layout is not None)
+
+
+def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu):
+    layout = channels_last_format(x)
+    x, dy = as_layout(x, layout), as_layout(dy.to(x.dtype), layout)
+    dx, dweight, dbias, dscale, dshift = _group_norm_silu_bwd(
+        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None
+    )
+    return dx, _like(dweight, weight), _like(dbias, bias), _like(dscale, scale), _like(dshift, shift)
+
+
+def _operand(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """A per-token operand in the dtype of x with dense rows; per-sample ones are converted by the binding."""
+    if v is None or v.dim() != 3:
+        return v
+    v = v.to(x.dtype)
+    return v if v.stride(2) == 1 or v.shape[2] == 1 else v.contiguous()
+
+
+def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms):
+    x = x.contiguous()
+    y, mean, rstd = _layer_norm_modulate(x, _operand(shift, x), _operand(scale, x), weight, bias, eps, rms)
+    return y, None if rms else mean, rstd
+
+
+def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
+    x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
+    shift_op = shift if shift is None or shift.dim() == 2 else None
+    dx, dshift, dscale, dweight, dbias = _layer_norm_modulate_bwd(
+        dy, x, mean, rstd, shift_op, _operand(scale, x), weight, bias, rms
+    )
+    if shift is not None and shift.dim() == 3:
+        dshift = dy
+    return dx, _like(dshift, shift), _like(dscale, scale), _like(dweight, weight), _like(dbias, bias)
+
+
+def _is_single(gate: Tensor) -> bool:
+    return gate.dim() == 1 and gate.numel() == 1
+
+
+def _tokens(t: Tensor, single: bool, layout: torch.memory_format | None) -> Tensor:
+    """Dense [B, T, D]; with a single gate for everything, the elements of any dense tensor in memory order."""
+    t = as_layout(t, layout)
+    if not single:
+        return t
+    return (t if layout is None else t.movedim(1, -1)).reshape(1, 1, -1)
+
+
+def _untokens(flat: Tensor, shape: torch.Size, layout: torch.memory_format | None) -> Tensor:
+    if layout is None:
+        return flat.view(shape)
+    return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def gate_residual(residual, gate, branch):
+    dtype = torch.promote_types(residual.dtype, branch.dtype)
+    layout, single = channels_last_format(residual), _is_single(gate)
+    branch = _tokens(branch.to(dtype), single, layout)
+    y = _gate_residual(_tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch)
+    return _untokens(y, residual.shape, layout)
+
+
+def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch):
+    layout, single = channels_last_format(branch), _is_single(gate)
+    flat, dy = _tokens(branch.to(dy.dtype), single, layout), _tokens(dy, single, layout)
+    dgate, dbranch = _gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch)
+    return (
+        _gate_gradient(dgate, gate) if need_dgate else None,
+        _untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
+    )
+
+
+def _gate_gradient(dgate: Tensor, gate: Tensor) -> Tensor:
+    """[B, D] from the kernel; a [D] gate is shared by the samples."""
+    if gate.dim() == 1 and gate.numel() > 1:
+        dgate = dgate.sum(0)
+    return dgate.to(gate.dtype).view(gate.shape)
+
+
+def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps):
+    branch, residual = branch.contiguous(), residual.contiguous()
+    return _gate_norm(residual, _row(gate, branch), branch, _operand(shift, branch), _operand(scale, branch), eps)
+
+
+def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale):
+    branch = branch.contiguous()
+    dresidual, dgate, dbranch, dshift, dscale = _gate_norm_bwd(
+        None if dx_new is None else dx_new.contiguous(),
+        dy.contiguous(),
+        x_new,
+        mean,
+        rstd,
+        _row(gate, branch),
+        branch,
+        _operand(shift, branch),
+        _operand(scale, branch),
+    )
+    if _is_single(gate):
+        dgate = dgate.sum().view(1)
+    dshift = dy if shift.dim() == 3 else dshift
+    return dresidual, _gate_gradient(dgate, gate), dbranch, _like(dshift, shift), _like(dscale, scale)
+
+
+def _row(gate: Tensor, x: Tensor) -> Tensor | None:
+    """The combined kernel takes rows only: a single gate becomes one row."""
+    return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _operand(gate, x)
+
+
+def activation(x, name):
+    return _activation(x.contiguous(), _ACTIVATION_IDS[name])
+
+
+def activation_bwd(dy, x, name, need_y):
+    dx, y = _activation_bwd(dy.contiguous(), x.contiguous(), _ACTIVATION_IDS[name], need_y)
+    return dx, y if need_y else None
+
+
+def is_zero(t: Tensor) -> bool:
+    return _is_zero(t if t.is_contiguous() else _dense_view(t))
+
+
+def _dense_view(t: Tensor) -> Tensor:
+    """The same elements in memory order: dense in any dimension order costs nothing, anything else a copy."""
+    order = sorted(range(t.dim()), key=t.stride, reverse=True)
+    return t.permute(order).contiguous()

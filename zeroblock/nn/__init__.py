@@ -1,0 +1,25 @@
+"""Drop-in modules: same constructors, parameter names and gradients as the blocks they stand for, zero branches
+skipped."""
+
+from .dit import Attention, DiTBlock, FinalLayer, Mlp
+from .fixup import FixupBasicBlock, FixupBottleneck
+from .resblock import GroupNorm32, ResBlock
+from .residual import ResidualBranch, ReZero
+from .zero_layers import ZeroConv1d, ZeroConv2d, ZeroConv3d, ZeroLinear
+
+__all__ = [
+    "Attention",
+    "DiTBlock",
+    "FinalLayer",
+    "FixupBasicBlock",
+    "FixupBottleneck",
+    "GroupNorm32",
+    "Mlp",
+    "ReZero",
+    "ResBlock",
+    "ResidualBranch",
+    "ZeroConv1d",
+    "ZeroConv2d",
+    "ZeroConv3d",
+    "ZeroLinear",
+]

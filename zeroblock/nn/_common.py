@@ -1,0 +1,54 @@
+"""What the modules share: zero initialisation and the question whether a layer is the plain one it looks like."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _branch, zero
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def zero_parameters(module: nn.Module) -> nn.Module:
+    """Sets every parameter of module to zero, in place, and returns it."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    return module
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """A convolution whose forward is torch.convolution of its weight: no subclass of unknown making, zero padding."""
+    return (
+        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and type(module).forward in _CONV_FORWARDS
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward in _LINEAR_FORWARDS
+
+
+# Filled with the forwards of zeroblock's own subclasses by zero_layers.py.
+_CONV_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
+_LINEAR_FORWARDS = {nn.Linear.forward}
+
+
+def fits_fused(conv: nn.Module) -> bool:
+    """A convolution that the fused ops take: plain, stride 1, dilation 1, one group."""
+    return is_plain_conv(conv) and conv.groups == 1 and set(conv.stride) == {1} and set(conv.dilation) == {1}
+
+
+def decide(name: str, tail: _branch.Tail, gate: Tensor | None = None) -> str | None:
+    """ "weight" or "gate" when the branch is zero by it (the caller has made sure that a skip is allowed), else
+    None."""
+    found = None
+    if gate is not None and zero.is_exactly_zero(gate):
+        found = "gate"
+    elif tail.weight is not None and zero.is_exactly_zero(tail.weight):
+        found = "weight"
+    zero.count(name, found is not None)
+    return found

@@ -1,0 +1,154 @@
+"""DiT's blocks with adaLN-Zero. Source: Peebles & Xie 2023, facebookresearch/DiT `models.py`, timm `Attention`,
+`Mlp`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional, zero
+from .._branch import Branch, Tail, skipped_branch
+from . import _common
+from .residual import residual_branch
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of [B, T, D]: the qkv and output projections, and what lies between them."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Attention: num_heads must divide dim = {dim}, got {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """[B, T, 3D] -> [B, T, D]"""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attend(self.qkv(x)))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), GELU in its tanh form."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DiTBlock(nn.Module):
+    """y = x + gate_msa * attn(modulate(norm1 x)), then y + gate_mlp * mlp(modulate(norm2 y)).
+
+    The six vectors are Linear(silu(c)), zero at the start. x [B, T, D], c [B, D] -> [B, T, D]. While a gate is exactly
+    zero its half of the block runs at most once, without a graph; without gradients not at all (zeroblock/zero.py).
+    """
+
+    zero_skip = "auto"
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, *, qkv_bias: bool = True):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        modulation = _common.zero_parameters(nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        if self._gates_stay_zero(x):
+            zero.count("DiTBlock", True)
+            return x.clone(memory_format=torch.contiguous_format)
+        fused = self._fusable()
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = self._half(x, shift_msa, scale_msa, gate_msa, self.norm1, self.attn, fused)
+        return self._half(x, shift_mlp, scale_mlp, gate_mlp, self.norm2, self.mlp, fused)
+
+    def _gates_stay_zero(self, x: Tensor) -> bool:
+        """Without gradients, zero gate rows of the modulation's weight and bias decide before anything is computed."""
+        linear = self.adaLN_modulation[-1]
+        if torch.is_grad_enabled() or not zero.may_skip_branch(self.zero_skip, linear.weight):
+            return False
+        if type(linear) is not nn.Linear or not zero.bypassable(self.children()):
+            return False
+        rows = [t.unflatten(0, (6, -1)) for t in (linear.weight.detach(), linear.bias.detach())]
+        return all(zero.is_exactly_zero(t[i]) for i in (2, 5) for t in rows)
+
+    def _fusable(self) -> bool:
+        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        return (
+            type(self.attn) is Attention
+            and type(self.mlp) is Mlp
+            and all(type(m) is nn.Linear for m in linears)
+            and zero.bypassable((self.norm1, self.attn, self.norm2, self.mlp))
+        )
+
+    def _half(
+        self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, norm: nn.LayerNorm, layer: nn.Module, fused: bool
+    ) -> Tensor:
+        """x + gate * layer(modulate(norm x))"""
+        if not fused:
+            return functional.gate_residual(x, gate, layer(norm(x) * (1 + scale[:, None]) + shift[:, None]))
+        attention = layer is self.attn
+        first, tail = (layer.qkv, layer.proj) if attention else (layer.fc1, layer.fc2)
+
+        def hidden(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            h = functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=norm.eps)
+            return layer.attend(h) if attention else h
+
+        def before_tail(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            h = hidden(x, shift, scale)
+            return h if attention else layer.act(h)
+
+        y = residual_branch("DiTBlock", self.zero_skip, x, before_tail, tail, gate, (x, shift, scale), modules=(first,))
+        if y is not None:
+            return y
+        activation = None if attention else "gelu_tanh"
+        return functional.linear_gate_residual(
+            hidden(x, shift, scale), tail.weight, tail.bias, gate, x, activation=activation
+        )
+
+
+class FinalLayer(nn.Module):
+    """linear(modulate(norm x)), modulation and linear zero at the start. x [B, T, D], c [B, D] -> [B, T, p * p * C].
+
+    While the linear is exactly zero the result is its bias, and norm, modulation and linear do not run.
+    """
+
+    zero_skip = "auto"
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = _common.zero_parameters(nn.Linear(hidden_size, patch_size * patch_size * out_channels))
+        modulation = _common.zero_parameters(nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        linear, norm = self.linear, self.norm_final
+        plain = type(linear) is nn.Linear and zero.bypassable((norm, linear))
+        if plain and zero.may_skip_branch(self.zero_skip, linear.weight) and zero.bypassable((self.adaLN_modulation,)):
+            tail = Tail(linear)
+            if _common.decide("FinalLayer", tail):
+                parameters = list(self.adaLN_modulation.parameters())
+                return skipped_branch(Branch(tail, (x, c), parameters, self._modulation, self._modulate, x), None)
+        if not plain:
+            return linear(self._modulate(*self._modulation(x, c)))
+        x, shift, scale = self._modulation(x, c)
+        return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=norm.eps)
+
+    def _modulation(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return x, shift, scale
+
+    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return functional.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps)

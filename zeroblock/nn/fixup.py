@@ -1,0 +1,111 @@
+"""Fixup's residual blocks. Source: Zhang, Dauphin & Ma 2019, hongyi-zhang/Fixup (cifar and imagenet)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _common
+from .residual import residual_branch
+
+
+def _scalar(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.full((1,), value))
+
+
+class _FixupBlock(nn.Module):
+    """y = relu(shortcut(x) + scale * last_conv(body(x)) + last_bias); the last conv starts at zero.
+
+    A downsampling shortcut sees x + bias1a; where it has fewer channels than the branch (CIFAR's pooling), the new ones
+    are filled with zeros.
+    """
+
+    zero_skip = "auto"
+    expansion = 1
+    downsample: nn.Module | None
+
+    def _body(self, x: Tensor, *_parameters: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _last(self) -> tuple[nn.Module, nn.Parameter]:
+        raise NotImplementedError
+
+    def _shortcut(self, x: Tensor, channels: int) -> Tensor:
+        if self.downsample is None:
+            return x
+        identity = self.downsample(x + self.bias1a)
+        missing = channels - identity.shape[1]
+        if missing > 0:
+            identity = torch.cat((identity, identity.new_zeros(identity.shape[0], missing, *identity.shape[2:])), dim=1)
+        return identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bias = self._last()
+        identity = self._shortcut(x, conv.weight.shape[0])
+        scalars = [p for name, p in self.named_parameters(recurse=False) if p is not bias and p is not self.scale]
+        convs = tuple(m for m in self.children() if isinstance(m, nn.Conv2d) and m is not conv)
+        y = residual_branch(
+            type(self).__name__,
+            self.zero_skip,
+            identity + bias,
+            self._body,
+            conv,
+            self.scale,
+            (x, *scalars),
+            modules=(*convs, self.relu),
+        )
+        if y is not None:
+            return F.relu(y, inplace=True)
+        out = conv(self._body(x)) * self.scale + bias
+        return F.relu(out.add_(identity), inplace=True)
+
+
+class FixupBasicBlock(_FixupBlock):
+    """Two 3x3 convs with scalar biases in place of norms. x [N, C, H, W]."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.bias1a = _scalar(0.0)
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bias1b = _scalar(0.0)
+        self.relu = nn.ReLU(inplace=True)
+        self.bias2a = _scalar(0.0)
+        self.conv2 = _common.zero_parameters(nn.Conv2d(planes, planes, 3, padding=1, bias=False))
+        self.scale = _scalar(1.0)
+        self.bias2b = _scalar(0.0)
+        self.downsample = downsample
+
+    def _body(self, x: Tensor, *_parameters: Tensor) -> Tensor:
+        return self.relu(self.conv1(x + self.bias1a) + self.bias1b) + self.bias2a
+
+    def _last(self) -> tuple[nn.Module, nn.Parameter]:
+        return self.conv2, self.bias2b
+
+
+class FixupBottleneck(_FixupBlock):
+    """1x1, 3x3 (strided) and 1x1 convs, four times as wide at the end. x [N, C, H, W]."""
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.bias1a = _scalar(0.0)
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bias1b = _scalar(0.0)
+        self.bias2a = _scalar(0.0)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bias2b = _scalar(0.0)
+        self.bias3a = _scalar(0.0)
+        self.conv3 = _common.zero_parameters(nn.Conv2d(planes, planes * self.expansion, 1, bias=False))
+        self.scale = _scalar(1.0)
+        self.bias3b = _scalar(0.0)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def _body(self, x: Tensor, *_parameters: Tensor) -> Tensor:
+        out = self.relu(self.conv1(x + self.bias1a) + self.bias1b)
+        return self.relu(self.conv2(out + self.bias2a) + self.bias2b) + self.bias3a
+
+    def _last(self) -> tuple[nn.Module, nn.Parameter]:
+        return self.conv3, self.bias3b

@@ -1,0 +1,68 @@
+"""Convolutions and linears that start at zero, and are skipped while they are.
+
+Source: `zero_module` of openai/guided-diffusion, the zero convolutions of lllyasviel/ControlNet.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import zero
+from .._branch import Branch, Tail, skipped_branch
+from . import _common
+
+
+class _ZeroLayer(nn.Module):
+    """forward(x, residual=None) = residual + layer(x); weight and bias are zero at the start.
+
+    While the weight is exactly zero the result is residual + bias and the layer does not run; its weight still gets its
+    gradient. Constructor arguments, parameter names and state_dict are those of the torch layer.
+    """
+
+    zero_skip = "auto"
+
+    def reset_parameters(self) -> None:
+        _common.zero_parameters(self)
+
+    def _is_plain(self) -> bool:
+        raise NotImplementedError
+
+    def _dense(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = super().forward(x)
+        return y if residual is None else residual + y
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if zero.may_skip_branch(self.zero_skip, self.weight) and self._is_plain():
+            tail = Tail(self)
+            fits = residual is None or residual.shape == tail.output_like(x).shape
+            if fits and _common.decide(type(self).__name__, tail):
+                return skipped_branch(Branch(tail, (x,), (), lambda x: (x,), lambda x: x, x), residual)
+        return self._dense(x, residual)
+
+
+class _ZeroConv(_ZeroLayer):
+    def _is_plain(self) -> bool:
+        return _common.is_plain_conv(self)
+
+
+class ZeroConv1d(_ZeroConv, nn.Conv1d):
+    """nn.Conv1d that starts at zero: forward(x, residual=None) = residual + conv(x), skipped while zero."""
+
+
+class ZeroConv2d(_ZeroConv, nn.Conv2d):
+    """nn.Conv2d that starts at zero: forward(x, residual=None) = residual + conv(x), skipped while zero."""
+
+
+class ZeroConv3d(_ZeroConv, nn.Conv3d):
+    """nn.Conv3d that starts at zero: forward(x, residual=None) = residual + conv(x), skipped while zero."""
+
+
+class ZeroLinear(_ZeroLayer, nn.Linear):
+    """nn.Linear that starts at zero: forward(x, residual=None) = residual + linear(x), skipped while zero."""
+
+    def _is_plain(self) -> bool:
+        return True
+
+
+_common._CONV_FORWARDS.add(_ZeroLayer.forward)
+_common._LINEAR_FORWARDS.add(_ZeroLayer.forward)

@@ -1,0 +1,214 @@
+"""Every op of zeroblock in plain PyTorch: the specification, the fp64 oracle, and the path where no kernel runs.
+
+These functions work for any floating dtype, device and layout, are differentiable to any order, and hold under
+torch.func transforms, forward-mode AD, torch.compile and export. Norms compute in fp32 (fp64 for fp64 input) and
+round once, at the end; shapes are written `[N, C, *S]` (images, any number of spatial dimensions) and `[B, T, D]`
+(tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Padding = int | Sequence[int]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and accumulation: fp64 for fp64 input, fp32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def channel_view(v: Tensor, ndim: int) -> Tensor:
+    """[C] or [N, C] shaped to broadcast against [N, C, *S] of `ndim` dimensions."""
+    return v.reshape(*(v.shape if v.dim() == 2 else (1, *v.shape)), *([1] * (ndim - 2)))
+
+
+def group_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and 1/sqrt(var + eps) of each group of each sample, [N, G]; the mean first, then the centred squares."""
+    grouped = x.reshape(x.shape[0], num_groups, -1).to(compute_dtype(x))
+    mean = grouped.mean(dim=2)
+    var = (grouped - mean[:, :, None]).square().mean(dim=2)
+    return mean, (var + eps).rsqrt()
+
+
+def row_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and 1/sqrt(var + eps) of each row of [..., D]."""
+    x = x.to(compute_dtype(x))
+    mean = x.mean(dim=-1)
+    return mean, ((x - mean[..., None]).square().mean(dim=-1) + eps).rsqrt()
+
+
+def modulation(v: Tensor) -> Tensor:
+    """[B, D] -> [B, 1, D], broadcast over the tokens; [B, T, D], [D] and [1] as they are."""
+    return v[:, None] if v.dim() == 2 else v
+
+
+def apply_activation(h: Tensor, activation: str | None) -> Tensor:
+    """None, "silu", "gelu" (erf) or "gelu_tanh"."""
+    if activation is None:
+        return h
+    if activation == "silu":
+        return F.silu(h)
+    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def dropout_keep(h: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """Dropout with a given boolean mask: h / (1 - p) where kept, 0 elsewhere (p = 1 keeps nothing)."""
+    return h if keep is None else h * (keep.to(h.dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0))
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """act(group_norm(x) * (1 + scale) + shift); x [N, C, *S], weight/bias [C], scale/shift [N, C]."""
+    mean, rstd = group_moments(x, num_groups, eps)
+    per_channel = x.shape[1] // num_groups
+    mean, rstd = (channel_view(m.repeat_interleave(per_channel, dim=1), x.dim()) for m in (mean, rstd))
+    z = (x.to(mean.dtype) - mean) * rstd
+    if weight is not None:
+        z = z * channel_view(weight.to(z.dtype), x.dim())
+    if bias is not None:
+        z = z + channel_view(bias.to(z.dtype), x.dim())
+    if scale is not None:
+        z = z * (1 + channel_view(scale.to(z.dtype), x.dim()))
+    if shift is not None:
+        z = z + channel_view(shift.to(z.dtype), x.dim())
+    return apply_activation(z, activation).to(x.dtype)
+
+
+def conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
+    """Stride-1 convolution in as many dimensions as the weight has."""
+    dims = weight.dim() - 2
+    pad = [padding] * dims if isinstance(padding, int) else list(padding)
+    ones = [1] * dims
+    return torch.convolution(h, weight, bias, ones, pad, ones, False, [0] * dims, 1)
+
+
+def conv_residual(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, padding: Padding = 1
+) -> Tensor:
+    """residual + conv(h); h [N, Cin, *S], weight [Cout, Cin, *K], residual [N, Cout, *S']."""
+    y = conv(h, weight, bias, padding)
+    return y if residual is None else residual + y
+
+
+def group_norm_silu_conv_residual(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+    padding: Padding = 1,
+) -> Tensor:
+    """residual + conv(dropout(silu(group_norm(x) * (1 + scale) + shift))), the convolution in the dtype of `weight`."""
+    h = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale=scale, shift=shift).to(weight.dtype)
+    return conv_residual(dropout_keep(h, keep, dropout_p), weight, bias, residual, padding=padding)
+
+
+def _modulate(xhat: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        xhat = xhat * (1 + modulation(scale).to(xhat.dtype))
+    return xhat if shift is None else xhat + modulation(shift).to(xhat.dtype)
+
+
+def layer_norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """layer_norm(x) * (1 + scale) + shift; x [B, T, D], shift/scale [B, D] or [B, T, D], weight/bias [D]."""
+    mean, rstd = row_moments(x, eps)
+    xhat = (x.to(mean.dtype) - mean[..., None]) * rstd[..., None]
+    if weight is not None:
+        xhat = xhat * weight.to(xhat.dtype)
+    if bias is not None:
+        xhat = xhat + bias.to(xhat.dtype)
+    return _modulate(xhat, shift, scale).to(x.dtype)
+
+
+def rms_norm_modulate(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, *, eps: float = 1e-6, weight: Tensor | None = None
+) -> Tensor:
+    """rms_norm(x) * (1 + scale) + shift, rms_norm(x) = x / sqrt(mean(x^2) + eps) [* weight]."""
+    wide = x.to(compute_dtype(x))
+    xhat = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        xhat = xhat * weight.to(xhat.dtype)
+    return _modulate(xhat, shift, scale).to(x.dtype)
+
+
+def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """residual + gate * branch, rounded once; gate [B, D], [B, T, D], [D] or [1]."""
+    out = torch.promote_types(residual.dtype, branch.dtype)
+    wide = torch.promote_types(out, torch.float32)
+    return (residual.to(wide) + modulation(gate).to(wide) * branch.to(wide)).to(out)
+
+
+def gate_residual_layer_norm_modulate(
+    residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """x_new = residual + gate * branch and layer_norm_modulate(x_new, shift, scale)."""
+    x_new = gate_residual(residual, gate, branch)
+    return x_new, layer_norm_modulate(x_new, shift, scale, eps=eps)
+
+
+def layer_norm_modulate_linear(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """linear(layer_norm_modulate(x, shift, scale)); weight [O, D]."""
+    return F.linear(layer_norm_modulate(x, shift, scale, eps=eps).to(weight.dtype), weight, bias)
+
+
+def linear_gate_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """residual + gate * linear(act(h)); h [B, T, K], weight [D, K], gate as in gate_residual, or None (1)."""
+    branch = F.linear(apply_activation(h, activation).to(weight.dtype), weight, bias)
+    if gate is not None and residual is not None:
+        return gate_residual(residual, gate, branch)
+    if gate is not None:
+        branch = modulation(gate).to(branch.dtype) * branch
+    return branch if residual is None else residual + branch
+
+
+def is_zero(*tensors: Tensor) -> Tensor:
+    """One bool per tensor: every element is +0 or -0. Judged on the bits, so that flushed denormals do not pass."""
+    bits = {torch.float64: torch.int64, torch.float32: torch.int32}
+    flags = [((t.contiguous().view(bits.get(t.dtype, torch.int16)) << 1) == 0).all() for t in tensors]
+    return torch.stack(flags) if flags else torch.empty(0, dtype=torch.bool)

@@ -1,0 +1,113 @@
+"""Helpers for tests and benchmarks: error budgets, bitwise comparison, poisoned memory, saved bytes, backends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._backends import BACKENDS, CPU_MISSING, use_backend
+from ..zero import counters, reset_counters
+
+__all__ = [
+    "BACKENDS",
+    "CPU_MISSING",
+    "assert_bitwise_equal",
+    "assert_error_budget",
+    "counters",
+    "poison_empty",
+    "reset_counters",
+    "rounding",
+    "saved_activation_bytes",
+    "use_backend",
+]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative error of one rounding to dtype."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_error_budget(got: Tensor, eager: Tensor, exact: Tensor, what: str = "result", factor: float = 2.0) -> None:
+    """got may be wrong, against the fp64 result `exact`, by at most `factor` x eager's error plus one rounding.
+
+    Judged twice: as a relative L2 error and as the largest error relative to the largest element. `eager` is the same
+    computation by PyTorch in the dtype of `got`.
+    """
+    assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    assert got.dtype == eager.dtype, f"{what}: dtype {got.dtype}, eager gives {eager.dtype}"
+    assert torch.isfinite(exact).all(), f"{what}: the fp64 result is not finite, the comparison would mean nothing"
+    assert torch.isfinite(got).all(), (
+        f"{what}: {int((~torch.isfinite(got)).sum())} of {got.numel()} elements not finite"
+    )
+    if got.numel() == 0:
+        return
+    exact = exact.double()
+    for name, norm in (("L2", lambda t: t.norm()), ("max", lambda t: t.abs().max())):
+        size = norm(exact)
+        limit = factor * norm(eager.double() - exact) + rounding(got.dtype) * size
+        error = norm(got.double() - exact)
+        assert error <= limit, (
+            f"{what}: {name} error {error / size:.3g} exceeds the budget {limit / size:.3g} "
+            f"(eager's error {norm(eager.double() - exact) / size:.3g})"
+        )
+
+
+def assert_bitwise_equal(got: Tensor, expected: Tensor, what: str = "result") -> None:
+    """Same shape, dtype and bits (so -0.0 differs from +0.0, and NaN equals the same NaN)."""
+    assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
+    assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    a, b = got.contiguous().view(integers), expected.contiguous().view(integers)
+    if not torch.equal(a, b):
+        first = int((a != b).flatten().nonzero()[0])
+        raise AssertionError(
+            f"{what}: {int((a != b).sum())} of {a.numel()} elements differ, first at flat index {first}: "
+            f"{got.flatten()[first].item()!r} instead of {expected.flatten()[first].item()!r}"
+        )
+
+
+class _Poison(TorchDispatchMode):
+    _NAMES = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.name().split(".")[0] in self._NAMES and result.is_floating_point() and result.device.type != "meta":
+            result.fill_(float("nan"))
+        return result
+
+
+def poison_empty() -> TorchDispatchMode:
+    """A context in which memory that PyTorch hands out uninitialised is NaN: an element that is never written shows."""
+    return _Poison()
+
+
+@contextlib.contextmanager
+def count_saved(exclude: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
+    """Collects {storage address: bytes} of everything autograd saves in the block, `exclude`'s storages left out."""
+    known = {t.untyped_storage().data_ptr() for t in exclude}
+    found: dict[int, int] = {}
+    alive = []  # a freed storage's address could come back
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known and storage.nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield found
+
+
+def saved_activation_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that fn() leaves saved for backward, by distinct storages; pass inputs and parameters as `exclude`."""
+    with count_saved(exclude) as found:
+        result = fn()
+        total = sum(found.values())
+    del result
+    return total

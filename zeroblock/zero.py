@@ -1,0 +1,117 @@
+"""The zero contract: while a residual branch is exactly zero, its matmuls are not executed.
+
+A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolution or linear layer, `gate` optional.
+
+1. Zero means every element is +0 or -0, judged on the bits. Only plain floating strided tensors are ever judged.
+2. The values decide, at that call: on the CPU an early-exit scan before each use. Nothing is remembered between calls.
+3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
+4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
+5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
+6. Dropout masks are drawn before the decision, as eager draws them: the random stream is the same.
+7. Non-finite values: eager turns 0 * inf into NaN, a skipped branch does not.
+8. BatchNorm in train mode, hooks on bypassed submodules, torch.func transforms and forward-mode AD stop a skip. A
+   backward with create_graph recomputes its gradient through the reference.
+9. No collective is added: weights that are sharded (DTensor) are dense by rule 1.
+10. `counters` tells how often each plan was executed and skipped.
+
+Policies: "auto" (never synchronises a device: only CPU branches are skipped, until a GPU backend is built), "sync"
+(reads the verdict back from the device; refused during CUDA-graph capture), "never" (eager's behaviour, NaN and all).
+Under torch.compile and export the ops' own test applies: the tail is skipped, the body runs. This module decides;
+`_branch.py` executes a skipped branch and its backward, `_compose.py` a skipped op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _nn_module
+
+from . import _backends
+from . import reference as ref
+
+POLICIES = ("auto", "sync", "never")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+executed: dict[str, int] = {}
+skipped: dict[str, int] = {}
+
+
+def count(name: str, was_skipped: bool) -> None:
+    table = skipped if was_skipped else executed
+    table[name] = table.get(name, 0) + 1
+
+
+def counters() -> dict[str, tuple[int, int]]:
+    """{op or module: (executed, skipped)} since the start or the last `reset_counters`."""
+    return {name: (executed.get(name, 0), skipped.get(name, 0)) for name in sorted({*executed, *skipped})}
+
+
+def reset_counters() -> None:
+    executed.clear()
+    skipped.clear()
+
+
+def is_exactly_zero(t: Tensor) -> bool:
+    """Every element is +0 or -0; False for any tensor that may not be judged (rule 1). Reads device memory back."""
+    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.dtype not in DTYPES:
+        return False
+    if t.device.type == "meta":
+        return False
+    return _backends.select("is_zero", t).is_zero(t)
+
+
+def transforms_active() -> bool:
+    """torch.func transforms or forward-mode AD: the reference handles them, and nothing is skipped (rule 8)."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def may_skip(policy: str, weight: Tensor) -> bool:
+    """Whether an op may test its weight at this call; a device is read back under "sync" only."""
+    if policy == "auto":
+        return weight.device.type == "cpu"
+    if policy == "never":
+        return False
+    if policy != "sync":
+        raise ValueError(f"zero_skip: must be one of {', '.join(POLICIES)}, got {policy!r}")
+    if weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError('zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids')
+    return True
+
+
+def may_skip_branch(policy: str, weight: Tensor) -> bool:
+    """Whether a module may decide for a whole branch: also needs to run eagerly, outside any dispatch mode."""
+    return (
+        may_skip(policy, weight)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not transforms_active()
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # offloading and casting hooks replace it on the instance
+    )
+
+
+def bypassable(modules: Iterable[nn.Module]) -> bool:
+    """Whether these submodules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn."""
+    if _nn_module._has_any_global_hook():
+        return False
+    for top in modules:
+        for m in top.modules():
+            if _is_hooked(m) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training):
+                return False
+    return True
+
+
+def is_zero_on_device(tensors: list[Tensor]) -> Tensor:
+    """`is_zero` for tensors on one device, without reading back."""
+    return ref.is_zero(*tensors)
