@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -100,6 +101,13 @@ Tensor f32(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
 
-Tensor absent(const Tensor& like) { return f32(like, {0}); }
+// Scratch memory of one call, not initialised.
+struct Workspace {
+  explicit Workspace(int64_t floats) : data(floats > 0 ? new float[floats] : nullptr) {}
+  std::unique_ptr<float[]> data;
+};
+
+// A result that was not asked for: an undefined tensor, None in Python.
+Tensor absent() { return Tensor(); }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // Each private op checks what memory safety needs, allocates its results, fills the parameter block of zeroblock.h and
 // calls the kernel. Shapes, layouts and dtypes are settled by the Python caller (zeroblock/_cpu.py); a check that fails
-// here is a bug there. An absent result is an empty tensor.
+// here is a bug there. An absent result is undefined, None in Python.
 #include "binding_args.h"
 
 namespace {
@@ -38,12 +38,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight,
   std::vector<Tensor> keep;
   GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
   Tensor y = torch::stable::empty_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
-  Tensor workspace = f32(x, {kernels().group_norm_silu_fwd_workspace(p)});
+  const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
   p.y = y.mutable_data_ptr();
   p.mean = data<float>(mean);
   p.rstd = data<float>(rstd);
-  p.workspace = data<float>(workspace);
+  p.workspace = workspace.data.get();
   kernels().group_norm_silu_fwd(p, parallel_for);
   return {y, mean, rstd};
 }
@@ -59,16 +59,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
   p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
   Tensor dx = torch::stable::empty_like(x);
-  Tensor dweight = weight ? f32(x, {p.C}) : absent(x), dbias = bias ? f32(x, {p.C}) : absent(x);
-  Tensor dscale = scale ? f32(x, {p.N, p.C}) : absent(x), dshift = shift ? f32(x, {p.N, p.C}) : absent(x);
+  Tensor dweight = weight ? f32(x, {p.C}) : absent(), dbias = bias ? f32(x, {p.C}) : absent();
+  Tensor dscale = scale ? f32(x, {p.N, p.C}) : absent(), dshift = shift ? f32(x, {p.N, p.C}) : absent();
   p.dy = dy.const_data_ptr();
   p.dx = dx.mutable_data_ptr();
   if (weight) p.dweight = data<float>(dweight);
   if (bias) p.dbias = data<float>(dbias);
   if (scale) p.dscale = data<float>(dscale);
   if (shift) p.dshift = data<float>(dshift);
-  Tensor workspace = f32(x, {kernels().group_norm_silu_bwd_workspace(p)});
-  p.workspace = data<float>(workspace);
+  const Workspace workspace(kernels().group_norm_silu_bwd_workspace(p));
+  p.workspace = workspace.data.get();
   kernels().group_norm_silu_bwd(p, parallel_for);
   return {dx, dweight, dbias, dscale, dshift};
 }
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(Tensor x, MaybeTensor shi
                                                        MaybeTensor weight, MaybeTensor bias, double eps, bool rms) {
   std::vector<Tensor> keep;
   LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, keep);
-  Tensor y = torch::stable::empty_like(x), mean = rms ? absent(x) : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
+  Tensor y = torch::stable::empty_like(x), mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
   p.eps = static_cast<float>(eps);
   p.y = y.mutable_data_ptr();
   p.mean = rms ? nullptr : data<float>(mean);
@@ -124,15 +124,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
   p.dy = dy.const_data_ptr();
   Tensor dx = torch::stable::empty_like(x);
   p.dx = dx.mutable_data_ptr();
-  Tensor dshift = shift && !p.shift.per_token ? f32(x, {p.B, p.D}) : absent(x);
-  Tensor dscale = !scale ? absent(x) : p.scale.per_token ? torch::stable::empty_like(x) : f32(x, {p.B, p.D});
-  Tensor dweight = weight ? f32(x, {p.D}) : absent(x), dbias = bias ? f32(x, {p.D}) : absent(x);
+  Tensor dshift = shift && !p.shift.per_token ? f32(x, {p.B, p.D}) : absent();
+  Tensor dscale = !scale ? absent() : p.scale.per_token ? torch::stable::empty_like(x) : f32(x, {p.B, p.D});
+  Tensor dweight = weight ? f32(x, {p.D}) : absent(), dbias = bias ? f32(x, {p.D}) : absent();
   if (shift && !p.shift.per_token) p.dshift = data<float>(dshift);
   if (scale) p.dscale = dscale.mutable_data_ptr();
   if (weight) p.dweight = data<float>(dweight);
   if (bias) p.dbias = data<float>(dbias);
-  Tensor workspace = f32(x, {kernels().layer_norm_modulate_bwd_workspace(p)});
-  p.workspace = data<float>(workspace);
+  const Workspace workspace(kernels().layer_norm_modulate_bwd_workspace(p));
+  p.workspace = workspace.data.get();
   kernels().layer_norm_modulate_bwd(p, parallel_for);
   return {dx, dshift, dscale, dweight, dbias};
 }
@@ -179,12 +179,12 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor bran
   check_like(dy, branch, "dy");
   check_tokens(dy, "dy");
   p.dy = dy.const_data_ptr();
-  Tensor dgate = need_dgate ? gate_gradient(branch, p.scalar_gate, p.gate.per_token) : absent(branch);
-  Tensor dbranch = need_dbranch ? torch::stable::empty_like(branch) : absent(branch);
+  Tensor dgate = need_dgate ? gate_gradient(branch, p.scalar_gate, p.gate.per_token) : absent();
+  Tensor dbranch = need_dbranch ? torch::stable::empty_like(branch) : absent();
   if (need_dgate) p.dgate = dgate.mutable_data_ptr();
   if (need_dbranch) p.dbranch = dbranch.mutable_data_ptr();
-  Tensor workspace = f32(branch, {kernels().gate_residual_bwd_workspace(p)});
-  p.workspace = data<float>(workspace);
+  const Workspace workspace(kernels().gate_residual_bwd_workspace(p));
+  p.workspace = workspace.data.get();
   kernels().gate_residual_bwd(p, parallel_for);
   return {dgate, dbranch};
 }
@@ -239,15 +239,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modu
   p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
   Tensor dresidual = torch::stable::empty_like(branch), dbranch = torch::stable::empty_like(branch);
   Tensor dgate = gate_gradient(branch, false, p.gate.per_token);
-  Tensor dshift = p.shift.per_token ? absent(branch) : f32(branch, {p.B, p.D});
+  Tensor dshift = p.shift.per_token ? absent() : f32(branch, {p.B, p.D});
   Tensor dscale = gate_gradient(branch, false, p.scale.per_token);
   p.dresidual = dresidual.mutable_data_ptr();
   p.dbranch = dbranch.mutable_data_ptr();
   p.dgate = dgate.mutable_data_ptr();
   if (!p.shift.per_token) p.dshift = data<float>(dshift);
   p.dscale = dscale.mutable_data_ptr();
-  Tensor workspace = f32(branch, {kernels().gate_residual_layer_norm_modulate_bwd_workspace(p)});
-  p.workspace = data<float>(workspace);
+  const Workspace workspace(kernels().gate_residual_layer_norm_modulate_bwd_workspace(p));
+  p.workspace = workspace.data.get();
   kernels().gate_residual_layer_norm_modulate_bwd(p, parallel_for);
   return {dresidual, dgate, dbranch, dshift, dscale};
 }
@@ -277,7 +277,7 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor x, int64_t act, bool
   Activation p = activation_params(x, act);
   check_like(dy, x, "dy");
   STD_TORCH_CHECK(dy.is_contiguous(), "zeroblock: dy must be dense");
-  Tensor dx = torch::stable::empty_like(x), y = need_y ? torch::stable::empty_like(x) : absent(x);
+  Tensor dx = torch::stable::empty_like(x), y = need_y ? torch::stable::empty_like(x) : absent();
   p.dy = dy.const_data_ptr();
   p.dx = dx.mutable_data_ptr();
   p.y = need_y ? y.mutable_data_ptr() : nullptr;

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _plain, ops
+from . import _lane, _plain, ops
 from . import reference as ref
+from ._lane import call
 
 MaybeTensor = Tensor | None
 
@@ -89,6 +90,7 @@ def _register(
     torch.library.register_autograd(
         f"{ops.NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=ops._library
     )
+    _lane.add_function(getattr(ops, name), setup_context, run_backward)
 
 
 # ---- group_norm_silu ------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def _register(
 
 def _group_norm_silu(inputs, needed, dy, mean, rstd):
     x, num_groups, weight, bias, _, scale, shift, silu = inputs
-    dx, *rest = ops.group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
+    dx, *rest = call(ops.group_norm_silu_bwd, dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
     return dx, None, rest[0], rest[1], None, rest[2], rest[3], None
 
 
@@ -116,12 +118,12 @@ _register(
 
 def _layer_norm_modulate(inputs, needed, dy, mean, rstd):
     x, shift, scale, weight, bias, _ = inputs
-    return *ops.layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias), None
+    return *call(ops.layer_norm_modulate_bwd, dy, x, mean, rstd, shift, scale, weight, bias), None
 
 
 def _rms_norm_modulate(inputs, needed, dy, rstd):
     x, shift, scale, weight, _ = inputs
-    return *ops.rms_norm_modulate_bwd(dy, x, rstd, shift, scale, weight), None
+    return *call(ops.rms_norm_modulate_bwd, dy, x, rstd, shift, scale, weight), None
 
 
 _register(
@@ -144,7 +146,7 @@ def _gate_residual(inputs, needed, dy):
     _, gate, branch = inputs
     dgate = dbranch = None
     if needed[1] or needed[2]:
-        dgate, dbranch = ops.gate_residual_bwd(dy, gate, branch, needed[1], needed[2])
+        dgate, dbranch = call(ops.gate_residual_bwd, dy, gate, branch, needed[1], needed[2])
     return None, dgate, dbranch
 
 
@@ -156,9 +158,11 @@ def _gate_residual_higher(inputs, needed, grads, extra):
 def _gate_norm(inputs, needed, dx_new, dy, x_new, mean, rstd):
     _, gate, branch, shift, scale, _ = inputs
     if dy is None:
-        dgate, dbranch = ops.gate_residual_bwd(dx_new, gate, branch, True, True)
+        dgate, dbranch = call(ops.gate_residual_bwd, dx_new, gate, branch, True, True)
         return dx_new, dgate, dbranch, torch.zeros_like(shift), torch.zeros_like(scale), None
-    return *ops.gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale), None
+    return *call(
+        ops.gate_residual_layer_norm_modulate_bwd, dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale
+    ), None
 
 
 def _gate_norm_higher(inputs, needed, grads, extra):
@@ -190,7 +194,7 @@ def _conv_residual(inputs, needed, dy, skipped):
     h, weight, bias, _, padding, _ = inputs
     grads = (None, None, None)
     if any(needed[:3]):
-        grads = ops.conv_residual_bwd(dy, h, weight, skipped, padding, bias is not None, needed[:3])
+        grads = call(ops.conv_residual_bwd, dy, h, weight, skipped, padding, bias is not None, needed[:3])
     return *grads, None, None, None
 
 
@@ -199,8 +203,7 @@ def _group_norm_silu_conv_residual(inputs, needed, dy, mean, rstd, skipped):
     grads = (None,) * 7
     upstream = any(needed[i] for i in (0, 2, 3, 5, 6))
     if upstream or needed[9] or needed[10]:
-        grads = ops.group_norm_silu_conv_residual_bwd(
-            dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, p, weight, skipped, padding,
+        grads = call(ops.group_norm_silu_conv_residual_bwd, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, p, weight, skipped, padding,
             bias is not None, [upstream, needed[9], needed[10]],
         )  # fmt: skip
     dx, dnorm_weight, dnorm_bias, dscale, dshift, dweight, dbias = grads
@@ -235,7 +238,9 @@ _register(
 def _layer_norm_modulate_linear(inputs, needed, dy, mean, rstd):
     x, shift, scale, weight, bias, eps = inputs
     mask = [any(needed[:3]), needed[3], needed[4]]
-    grads = ops.layer_norm_modulate_linear_bwd(dy, x, mean, rstd, shift, scale, weight, eps, bias is not None, mask)
+    grads = call(
+        ops.layer_norm_modulate_linear_bwd, dy, x, mean, rstd, shift, scale, weight, eps, bias is not None, mask
+    )
     return *grads, None
 
 
@@ -243,8 +248,8 @@ def _linear_gate_residual(inputs, needed, dy, branch, skipped):
     h, weight, bias, gate, _, activation, _, _ = inputs
     grads = (None, None, None, None)
     if any(needed[:4]):
-        grads = ops.linear_gate_residual_bwd(
-            dy, h, weight, gate, branch, skipped, activation, bias is not None, needed[:4]
+        grads = call(
+            ops.linear_gate_residual_bwd, dy, h, weight, gate, branch, skipped, activation, bias is not None, needed[:4]
         )
     return *grads, None, None, None, None
 

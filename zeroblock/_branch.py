@@ -109,14 +109,13 @@ def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None 
 
 def _bare(branch: Branch, residual: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
     tail = branch.tail
-    like = tail.output_like(branch.example) if residual is None else residual.new_empty(1, dtype=tail.dtype)
     step = None
     if bias is not None and not branch.zero_gate:
         ndim = branch.example.dim()
         step = tail.broadcast(bias.to(tail.dtype), ndim)
         if gate is not None:
             step = tail.broadcast(gate, ndim).to(step.dtype) * step
-    return bare_residual(residual, step, like.expand_as(residual) if residual is not None else like)
+    return bare_residual(residual, step, lambda: tail.output_like(branch.example), tail.dtype or branch.example.dtype)
 
 
 class _SkippedBranch(torch.autograd.Function):

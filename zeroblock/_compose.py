@@ -7,6 +7,8 @@ zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,17 +39,21 @@ def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
     return residual + branch
 
 
-def bare_residual(residual: Tensor | None, step: Tensor | None, like: Tensor) -> Tensor:
-    """residual + step without the branch, a fresh tensor; step broadcasts against `like`, which has the shape and dtype
-    of the branch's output."""
+def bare_residual(
+    residual: Tensor | None, step: Tensor | None, like: Callable[[], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """residual + step without the branch, a fresh tensor. step broadcasts; dtype is that of the branch's output, and
+    like() describes it where the residual does not."""
     if residual is None:
-        return like.new_zeros(like.shape) if step is None else step.to(like.dtype).expand(like.shape).clone()
-    out = torch.promote_types(residual.dtype, like.dtype)
-    if not (residual.is_contiguous() or channels_last_format(residual)):
-        # The memory format of a sum with a non-dense residual is that of the other operand.
-        dense = like.new_zeros(like.shape)
-        return residual.to(out) + (dense if step is None else dense + step)
-    return torch.add(residual.to(out), 0.0 if step is None else step)
+        size = like()
+        return size.new_zeros(size.shape) if step is None else step.to(dtype).expand(size.shape).clone()
+    if residual.dtype != dtype:
+        residual = residual.to(torch.promote_types(residual.dtype, dtype))
+    if residual.is_contiguous() or channels_last_format(residual):
+        return torch.add(residual, 0.0 if step is None else step)
+    # The memory format of a sum with a non-dense residual is that of the other operand.
+    dense = residual.new_zeros(residual.shape)
+    return residual + (dense if step is None else dense + step)
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
@@ -55,9 +61,9 @@ def bare_residual(residual: Tensor | None, step: Tensor | None, like: Tensor) ->
 
 def _conv_or_skip(op, h, weight, bias, residual, padding, zero_skip):
     if _weight_is_zero(op, zero_skip, weight):
-        like = conv_output(h, weight, padding)
-        step = None if bias is None else channel_view(bias, like.dim())
-        return bare_residual(residual, step, like), _verdict(like, ZERO_WEIGHT)
+        step = None if bias is None else channel_view(bias, h.dim())
+        y = bare_residual(residual, step, lambda: conv_output(h, weight, padding), weight.dtype)
+        return y, _verdict(h, ZERO_WEIGHT)
     return None
 
 
@@ -191,14 +197,15 @@ def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_sk
     zero_weight = zero_skip and not zero_gate and zero.is_exactly_zero(weight)
     zero.count("linear_gate_residual", zero_gate or zero_weight)
     if zero_gate or zero_weight:
-        like = h.new_empty(1, dtype=weight.dtype).expand(*h.shape[:-1], weight.shape[0])
-        branch = like.new_zeros(like.shape if save_branch else 0)
+        size = (*h.shape[:-1], weight.shape[0])
+        branch = h.new_zeros(size if save_branch else 0, dtype=weight.dtype)
         step = None if zero_gate else bias
         if step is not None and save_branch:
             branch.copy_(step)
         if step is not None and gate is not None:
             step = modulation(gate).to(step.dtype) * step
-        return bare_residual(residual, step, like), branch, _verdict(h, ZERO_GATE if zero_gate else ZERO_WEIGHT)
+        y = bare_residual(residual, step, lambda: h.new_empty(1, dtype=weight.dtype).expand(size), weight.dtype)
+        return y, branch, _verdict(h, ZERO_GATE if zero_gate else ZERO_WEIGHT)
     a = h if activation is None else P.activation(h, activation)
     branch = F.linear(a.to(weight.dtype), weight, bias)
     none = branch.new_empty(0)

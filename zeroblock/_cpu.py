@@ -29,8 +29,10 @@ _ACTIVATION_IDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
 def _like(grad: Tensor, operand: Tensor | None) -> Tensor | None:
-    """An fp32 gradient in the dtype and shape of its operand; None where there is no operand."""
-    return None if operand is None else grad.to(operand.dtype).view(operand.shape)
+    """An fp32 gradient in the dtype of its operand; None where there is no operand."""
+    if operand is None or grad.dtype == operand.dtype:
+        return None if operand is None else grad
+    return grad.to(operand.dtype)
 
 
 def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu):
@@ -92,6 +94,8 @@ def _untokens(flat: Tensor, shape: torch.Size, layout: torch.memory_format | Non
 
 
 def gate_residual(residual, gate, branch):
+    if gate.dim() == 2 and residual.dtype == branch.dtype and residual.is_contiguous() and branch.is_contiguous():
+        return _gate_residual(residual, gate, branch)
     dtype = torch.promote_types(residual.dtype, branch.dtype)
     layout, single = channels_last_format(residual), _is_single(gate)
     branch = _tokens(branch.to(dtype), single, layout)
@@ -100,6 +104,9 @@ def gate_residual(residual, gate, branch):
 
 
 def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch):
+    if gate.dim() == 2 and dy.dtype == branch.dtype == gate.dtype and dy.is_contiguous() and branch.is_contiguous():
+        dgate, dbranch = _gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch)
+        return dgate if dgate is None else dgate.to(gate.dtype), dbranch
     layout, single = channels_last_format(branch), _is_single(gate)
     flat, dy = _tokens(branch.to(dy.dtype), single, layout), _tokens(dy, single, layout)
     dgate, dbranch = _gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch)
@@ -151,7 +158,7 @@ def activation(x, name):
 
 def activation_bwd(dy, x, name, need_y):
     dx, y = _activation_bwd(dy.contiguous(), x.contiguous(), _ACTIVATION_IDS[name], need_y)
-    return dx, y if need_y else None
+    return dx, y
 
 
 def is_zero(t: Tensor) -> bool:

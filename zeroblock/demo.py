@@ -1,48 +1,52 @@
-"""Train a small U-Net and a small DiT on real digits, once with eager blocks and once with zeroblock's, and compare.
+"""Train a small U-Net and a small DiT on real digits, with eager blocks and with zeroblock's, and compare them.
 
 Both versions start from the same seed and see the same images, timesteps and noise, step by step in turn. The program
 prints step times, the memory saved for backward and the steps in which each residual branch was exactly zero, draws
 digits with both, writes one picture, and exits with status 1 if a check fails:
 
-* both versions start from identical weights and leave the zero phase in the same step, branch by branch;
-* the loss curves agree: their distance is at most twice that between eager and eager started from weights moved by one
-  unit in the last place, a disturbance as small as rounding itself;
-* trained weights go from zeroblock to eager and back, and give the same output up to rounding.
+* both versions start from identical weights; while a branch is zero zeroblock skips it, every time; each branch leaves
+  zero in the same step in both versions;
+* the loss curves agree: their distance is at most twice the distance between eager and eager whose weights are moved
+  by up to one unit in the last place before every step, a disturbance as small as rounding itself;
+* trained weights go from zeroblock to eager and back, strictly, and give the same output up to rounding.
 
-The timed work is forward, backward and the Adam step of one batch; the time shown is the median over all steps.
+Times are medians. "While zero" repeats forward and backward before the first optimizer step, as micro-batches do.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
-import math
 import statistics
 import sys
+import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-import zeroblock.nn
-from zeroblock import models
-from zeroblock.testing import (
-    assert_error_budget,
-    counters,
-    eager,
-    reset_counters,
-    rounding,
-    saved_activation_bytes,
-)
+import zeroblock.nn as fused
 
-ZERO_STEPS_TIMED = 6
+from . import _demo_picture, models
+from .testing import assert_error_budget, counters, eager, reset_counters, rounding, saved_activation_bytes
+
 QUICK_STEPS = 6
-COLORS = {"eager": "#9aa3ad", "zeroblock": "#d1495b"}
+SAMPLING_STEPS = 25
+ZERO_REPEATS = 7
+FUSED_BRANCHES = {fused.ResBlock: 1, fused.DiTBlock: 2, fused.FinalLayer: 1}
+Check = Callable[[bool, str], None]
 
 
 @dataclass
 class Case:
     name: str
-    build: object
+    build: Callable[[Any], nn.Module]
     learning_rate: float
     batch: int
     steps: int
@@ -56,244 +60,178 @@ CASES = [
 
 @dataclass
 class Run:
-    """One model in training and what was seen of it."""
+    """A model in training and what was seen of it."""
 
-    model: torch.nn.Module
+    model: Any
     optimizer: torch.optim.Optimizer
-    losses: list = field(default_factory=list)
-    seconds: list = field(default_factory=list)
-    zero_seconds: list = field(default_factory=list)
-    zero_steps: dict = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of forward, backward and optimizer step
+    zero_seconds: list[float] = field(default_factory=list)  # of forward and backward before the first optimizer step
+    zero_steps: dict[str, list[int]] = field(default_factory=dict)
     saved_bytes: int = 0
-    samples: torch.Tensor = None
+    samples: Tensor | None = None
 
-    def backward(self, batch):
+    @classmethod
+    def start(cls, case: Case, blocks: Any, seed: int) -> Run:
+        torch.manual_seed(seed)
+        model = case.build(blocks)
+        return cls(model, torch.optim.Adam(model.parameters(), lr=case.learning_rate, betas=(0.9, 0.99)))
+
+    def backward(self, batch: tuple[Tensor, ...]) -> float:
         self.optimizer.zero_grad()
         loss = models.noise_loss(self.model, batch)
         loss.backward()
         return loss.item()
 
-    def note_zero_branches(self, step):
-        """Record the branches that are exactly zero in `step` (from 1)."""
-        for name, tail in self.model.zero_tails().items():
-            steps = self.zero_steps.setdefault(name, [])
-            if all(not t.any() for t in tail):
-                steps.append(step)
-
-    def step(self, batch):
+    def step(self, batch: tuple[Tensor, ...], learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         start = time.perf_counter()
         self.losses.append(self.backward(batch))
         self.optimizer.step()
         self.seconds.append(time.perf_counter() - start)
 
+    def note_zero_branches(self, step: int) -> None:
+        for name, tail in self.model.zero_tails().items():
+            steps = self.zero_steps.setdefault(name, [])
+            if not any(t.any() for t in tail):
+                steps.append(step)
+
+    @torch.no_grad()
+    def move_weights(self, generator: torch.Generator) -> None:
+        """Every weight that is not zero goes up, goes down or stays, by one unit in the last place."""
+        for parameter in self.model.parameters():
+            ulps = torch.randint(-1, 2, parameter.shape, generator=generator, dtype=torch.int32)
+            parameter.view(torch.int32).add_(ulps * (parameter != 0))
+
 
 class Progress:
-    """A bar on a terminal, a line per tenth elsewhere."""
+    """A bar on a terminal, ten lines elsewhere."""
 
-    def __init__(self, label, total):
+    def __init__(self, label: str, total: int):
         self.label, self.total, self.start = label, total, time.perf_counter()
         self.terminal = sys.stderr.isatty()
 
-    def update(self, done, note):
-        tenth = max(1, self.total // 10)
-        if not self.terminal and done % tenth and done != self.total:
+    def update(self, done: int, note: str) -> None:
+        if not self.terminal and done % max(1, self.total // 10) and done != self.total:
             return
-        bar = "#" * (24 * done // self.total)
-        seconds = time.perf_counter() - self.start
+        bar, seconds = "#" * (24 * done // self.total), time.perf_counter() - self.start
         line = f"{self.label:6s} [{bar:24s}] {done}/{self.total} {seconds:5.1f} s  {note}"
         end = "\n" if not self.terminal or done == self.total else ""
         print(("\r" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
 
-def need(module):
+def need(module: str) -> Any:
     """Import a package of the demo extra, or end with a message that says how to get it."""
     try:
-        return __import__(module, fromlist=["_"])
+        return import_module(module)
     except ImportError as error:
-        raise SystemExit(f"zeroblock demo: needs {error.name}; install it with: pip install zeroblock[demo]") from error
+        raise SystemExit(f"zeroblock demo: {error}; install it with: pip install zeroblock[demo]") from error
 
 
-def load_digits():
-    """scikit-learn's 1797 scanned digits: images [N, 1, 16, 16] in [-1, 1] (8x8, interpolated) and labels [N]."""
+def load_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1797 scanned digits: images [N, 1, 16, 16] in [-1, 1] (interpolated from 8x8) and labels [N]."""
     digits = need("sklearn.datasets").load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     return F.interpolate(images, size=16, mode="bilinear", align_corners=False), torch.tensor(digits.target)
 
 
-@torch.no_grad()
-def move_by_one_ulp(model, seed):
-    """Every weight that is not zero goes up, goes down or stays, by one unit in the last place."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        direction = torch.randint(-1, 2, parameter.shape, generator=generator) * math.inf
-        moved = torch.nextafter(parameter, torch.where(direction.isnan(), parameter, direction))
-        parameter.copy_(torch.where(parameter == 0, parameter, moved))
-
-
-def distance(losses, reference):
+def distance(losses: list[float], reference: list[float]) -> float:
     """Relative L2 distance of two loss curves."""
     a, b = torch.tensor(losses, dtype=torch.float64), torch.tensor(reference, dtype=torch.float64)
     return ((a - b).norm() / b.norm()).item()
 
 
-def start_run(case, blocks, seed):
-    torch.manual_seed(seed)
-    model = case.build(blocks)
-    return Run(model, torch.optim.Adam(model.parameters(), lr=case.learning_rate, betas=(0.9, 0.99)))
-
-
-def train(case, data, steps, seed, check):
-    """Train eager, zeroblock and the disturbed eager run in turn; returns the first two."""
-    runs = {"eager": start_run(case, eager, seed), "zeroblock": start_run(case, zeroblock.nn, seed)}
-    timed = list(runs.values())
-    weights = [run.model.state_dict() for run in timed]
-    same = weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    check(same, f"{case.name}: same seed, same {len(weights[0])} tensors")
-    disturbed = start_run(case, eager, seed)
-    move_by_one_ulp(disturbed.model, seed)
-
-    generator = torch.Generator().manual_seed(seed)
-    batch = models.draw_batch(*data, case.batch, generator)
+def time_zero_phase(case: Case, runs: dict[str, Run], batch: tuple[Tensor, ...], check: Check) -> None:
     reset_counters()
-    for repeat in range(
-        ZERO_STEPS_TIMED + 1
-    ):  # as micro-batches before the first optimizer step; the first one warms up
-        for run in timed:
+    for _ in range(ZERO_REPEATS):
+        for run in runs.values():
             start = time.perf_counter()
             run.backward(batch)
-            if repeat:
-                run.zero_seconds.append(time.perf_counter() - start)
+            run.zero_seconds.append(time.perf_counter() - start)
     skipped = sum(count for _, count in counters().values())
-    check(skipped > 0, f"{case.name}: {skipped} branches skipped while zero")
+    branches = sum(FUSED_BRANCHES.get(type(module), 0) for module in runs["zeroblock"].model.modules())
+    every = ZERO_REPEATS * branches
+    check(skipped == every, f"{case.name}: {skipped} of {every} fused branches skipped while zero")
 
+
+def train(case: Case, data: tuple[Tensor, Tensor], steps: int, seed: int, check: Check) -> dict[str, Run]:
+    """Train eager, zeroblock and eager with moved weights in turn; returns the first two."""
+    runs = {"eager": Run.start(case, eager, seed), "zeroblock": Run.start(case, fused, seed)}
+    plain, ours = runs.values()
+    moved = Run.start(case, eager, seed)
+    weights, others = plain.model.state_dict(), ours.model.state_dict()
+    same = weights.keys() == others.keys() and all(torch.equal(w, others[k]) for k, w in weights.items())
+    check(same, f"{case.name}: {len(weights)} tensors start identical")
+
+    generator, moves = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    batch = models.draw_batch(*data, case.batch, generator)
+    time_zero_phase(case, runs, batch, check)
     progress = Progress(case.name, steps)
     for step in range(1, steps + 1):
         batch = models.draw_batch(*data, case.batch, generator)
-        for run in (*timed[:: 1 if step % 2 else -1], disturbed):
-            for group in run.optimizer.param_groups:
-                group["lr"] = case.learning_rate * min(1.0, 2 * (1 - (step - 1) / steps))
+        learning_rate = case.learning_rate * min(1.0, 2 - 2 * (step - 1) / steps)
+        for run in (plain, ours) if step % 2 else (ours, plain):
             run.note_zero_branches(step)
-            run.step(batch)
-        progress.update(step, f"loss {statistics.fmean(timed[1].losses[-20:]):.3f}")
+            run.step(batch, learning_rate)
+        moved.move_weights(moves)
+        moved.step(batch, learning_rate)
+        progress.update(step, f"loss {statistics.fmean(ours.losses[-20:]):.3f}")
 
-    for run in timed:
-        tensors = (*run.model.parameters(), *run.model.buffers(), *batch)
-        run.saved_bytes = saved_activation_bytes(lambda model=run.model: models.noise_loss(model, batch), tensors)
-    check(timed[0].zero_steps == timed[1].zero_steps, f"{case.name}: every branch zero in the same steps as in eager")
-    drift = distance(disturbed.losses, timed[0].losses)
-    found = distance(timed[1].losses, timed[0].losses)
-    check(
-        found <= 2 * drift + rounding(torch.float32),
-        f"{case.name}: loss curves agree to {found:.1e} (eager moved by one ulp: {drift:.1e})",
-    )
+    for run in runs.values():
+        known = (*run.model.parameters(), *run.model.buffers(), *batch)
+        run.saved_bytes = saved_activation_bytes(partial(models.noise_loss, run.model, batch), known)
+    check(plain.zero_steps == ours.zero_steps, f"{case.name}: each branch leaves zero in the same step as in eager")
+    found, drift = (distance(run.losses, plain.losses) for run in (ours, moved))
+    limit = 2 * (drift + rounding(torch.float32))  # two losses may be rounded apart even when nothing else differs
+    check(found <= limit, f"{case.name}: loss curves agree: distance {found:.1e}, allowed {limit:.1e}")
     return runs
 
 
-def check_round_trip(case, runs, batch, check):
-    """zeroblock's weights into eager and back; each way every key must match."""
+@torch.no_grad()
+def check_round_trip(case: Case, trained: nn.Module, batch: tuple[Tensor, ...], check: Check) -> None:
+    """The trained weights into eager and back."""
     x, t, y, _ = batch
-    trained = runs["zeroblock"].model
-    there = case.build(eager)
+    there, back = case.build(eager), case.build(fused)
     there.load_state_dict(trained.state_dict(), strict=True)
-    back = case.build(zeroblock.nn)
     back.load_state_dict(there.state_dict(), strict=True)
+    expected, exact = there(x, t, y), copy.deepcopy(there).double()(x.double(), t, y)
+    failure = ""
     try:
-        with torch.no_grad():
-            exact = copy.deepcopy(there).double()(x.double(), t, y)
-            for model in (trained, back):
-                assert_error_budget(model(x, t, y), there(x, t, y), exact, "output")
+        for model in (trained, back):
+            assert_error_budget(model(x, t, y), expected, exact, "output")
     except AssertionError as error:
-        check(False, f"{case.name}: weights moved to eager and back: {error}")
-    else:
-        check(True, f"{case.name}: weights moved to eager and back give the same output")
+        failure = f": {error}"
+    check(not failure, f"{case.name}: the weights give the same output in eager and back in zeroblock{failure}")
 
 
-def summary(case, runs):
+def summary(case: Case, runs: dict[str, Run]) -> list[str]:
     """The lines of the table, and the zero phase in words."""
     rows = [
-        ("step, branches zero (ms)", [1e3 * statistics.median(r.zero_seconds) for r in runs.values()]),
-        ("step, dense (ms)", [1e3 * statistics.median(r.seconds) for r in runs.values()]),
-        ("saved for backward (MiB)", [r.saved_bytes / 2**20 for r in runs.values()]),
-        ("loss, mean of the last 20", [statistics.fmean(r.losses[-20:]) for r in runs.values()]),
+        ("step while zero (ms)", [1e3 * statistics.median(run.zero_seconds) for run in runs.values()]),
+        ("step after (ms)", [1e3 * statistics.median(run.seconds) for run in runs.values()]),
+        ("saved for backward (MiB)", [run.saved_bytes / 2**20 for run in runs.values()]),
     ]
-    lines = [f"{case.name:<28}{'eager':>10}{'zeroblock':>12}{'ratio':>9}"]
-    lines += [f"  {label:<26}{a:>10.3f}{b:>12.3f}{a / b:>8.2f}x" for label, (a, b) in rows]
-    phases = {}
+    lines = ["", f"{case.name:<28}{'eager':>10}{'zeroblock':>12}{'ratio':>9}"]
+    lines += [f"  {label:<26}{a:>10.1f}{b:>12.1f}{a / b:>8.2f}x" for label, (a, b) in rows]
+    losses = [statistics.fmean(run.losses[-20:]) for run in runs.values()]
+    lines.append(f"  {'loss, last 20 steps':<26}{losses[0]:>10.5f}{losses[1]:>12.5f}")
+    phases: dict[tuple[int, ...], list[str]] = {}
     for name, steps in runs["zeroblock"].zero_steps.items():
         phases.setdefault(tuple(steps), []).append(name)
-    for steps, names in phases.items():
-        when = f"in step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}" if steps else "never"
-        lines.append(f"  exactly zero {when}: {', '.join(names)}")
+    for when, names in phases.items():
+        text = f"exactly zero in steps {', '.join(map(str, when)) or 'none'}: {' '.join(names)}"
+        lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
-def draw(results, path):
-    """One row per model: loss curves, step time, saved memory, zero phase, samples."""
-    need("matplotlib").use("Agg")
-    plt = need("matplotlib.pyplot")
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
-    figure = plt.figure(figsize=(16, 3.5 * len(results)), layout="constrained")
-    grid = figure.add_gridspec(len(results), 5, width_ratios=(2.3, 1.5, 0.8, 1.9, 2.9))
-    for row, (case, runs) in enumerate(results):
-        loss, times, memory, phase, digits = (figure.add_subplot(grid[row, column]) for column in range(5))
-        for name, run in runs.items():
-            style = {"lw": 4.5, "alpha": 0.45} if name == "eager" else {"lw": 1.2}
-            width = max(1, len(run.losses) // 40)
-            curve = [statistics.fmean(run.losses[max(0, i - width) : i + 1]) for i in range(len(run.losses))]
-            loss.plot(range(1, len(curve) + 1), curve, color=COLORS[name], label=name, **style)
-        loss.set(title=f"{case.name}: loss (moving mean)", xlabel="step", yscale="log")
-        loss.legend(frameon=False)
-
-        groups = [[statistics.median(getattr(r, k)) * 1e3 for r in runs.values()] for k in ("zero_seconds", "seconds")]
-        draw_bars(times, groups, ("branches zero\n(fwd + bwd)", "dense\n(whole step)"), "{:.0f}")
-        times.set_title("step time (ms)")
-        draw_bars(memory, [[r.saved_bytes / 2**20 for r in runs.values()]], ("",), "{:.1f}")
-        memory.set_title("saved for\nbackward (MiB)")
-
-        zero_steps = runs["zeroblock"].zero_steps
-        last = max((max(steps, default=0) for steps in zero_steps.values()), default=0) + 2
-        for i, steps in enumerate(zero_steps.values()):
-            for step in range(1, last + 1):
-                color = COLORS["zeroblock"] if step in steps else "#e6e8eb"
-                phase.add_patch(plt.Rectangle((step - 0.46, i - 0.42), 0.92, 0.84, color=color, lw=0))
-        phase.set(title="zero phase (filled: branch exactly zero)", xlabel="step", xlim=(0.4, last + 0.6))
-        phase.set(xticks=range(1, last + 1), yticks=range(len(zero_steps)), ylim=(len(zero_steps) - 0.4, -0.6))
-        phase.set_yticklabels(zero_steps, fontsize=7)
-        phase.tick_params(length=0)
-        phase.spines[["left", "bottom"]].set_visible(False)
-
-        strips = [run.samples.clamp(-1, 1).squeeze(1).permute(1, 0, 2).flatten(1) for run in runs.values()]
-        for i, (name, strip) in enumerate(zip(runs, strips, strict=True)):
-            halves = torch.cat(strip.chunk(2, dim=1), dim=0)
-            axis = digits.inset_axes((0.0, 0.52 - 0.5 * i, 1.0, 0.46))
-            axis.imshow(halves, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.set_ylabel(name, color=COLORS[name])
-        digits.set(title="samples of the classes 0 to 9")
-        digits.axis("off")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_bars(axis, groups, labels, number):
-    """Groups of an eager and a zeroblock bar, each with its value."""
-    for i, group in enumerate(groups):
-        for offset, (name, value) in zip((-0.21, 0.21), zip(COLORS, group, strict=True), strict=True):
-            bar = axis.bar(i + offset, value, 0.38, color=COLORS[name])
-            axis.bar_label(bar, [number.format(value)], padding=2, fontsize=9)
-    axis.set_xticks(range(len(labels)), labels)
-    axis.tick_params(length=0)
-    axis.set_yticks([])
-    axis.spines["left"].set_visible(False)
-    axis.margins(y=0.15)
-
-
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m zeroblock demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, help="optimizer steps of each model (default: 300 U-Net, 500 DiT)")
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zeroblock.demo", description=__doc__.split("\n\n")[0])
+    defaults = ", ".join(f"{case.steps} for the {case.name}" for case in CASES)
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of each model (default: {defaults})")
     parser.add_argument("--out", default="demo.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few steps only: checks that everything runs")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: only checks that everything runs")
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
@@ -302,24 +240,25 @@ def main(arguments=None):
     start = time.perf_counter()
     failures = []
 
-    def check(passed, what):
+    def check(passed: bool, what: str) -> None:
         print(f"{'ok    ' if passed else 'FAILED'} {what}", flush=True)
         if not passed:
             failures.append(what)
 
     results, lines = [], []
     for case in CASES:
-        steps = options.steps or (QUICK_STEPS if options.quick else case.steps)
-        runs = train(case, data, steps, options.seed, check)
-        check_round_trip(case, runs, models.draw_batch(*data, 10, torch.Generator().manual_seed(options.seed)), check)
+        runs = train(case, data, options.steps or (QUICK_STEPS if options.quick else case.steps), options.seed, check)
+        generator = torch.Generator().manual_seed(options.seed)
+        check_round_trip(case, runs["zeroblock"].model, models.draw_batch(*data, 10, generator), check)
+        noise = torch.randn(10, 1, 16, 16, generator=generator)
         for run in runs.values():
-            noise = torch.randn(10, 1, 16, 16, generator=torch.Generator().manual_seed(options.seed))
-            run.samples = models.sample(run.model, noise, torch.arange(10), QUICK_STEPS if options.quick else 25)
+            evaluations = QUICK_STEPS if options.quick else SAMPLING_STEPS
+            run.samples = models.sample(run.model, noise, torch.arange(10), evaluations)
         results.append((case, runs))
-        lines += ["", *summary(case, runs)]
-    draw(results, options.out)
+        lines += summary(case, runs)
+    _demo_picture.draw(results, options.out)
     print("\n".join(lines))
-    print(f"\n{time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads; picture: {options.out}")
+    print(f"\n{time.perf_counter() - start:.0f} s with {torch.get_num_threads()} threads; picture: {options.out}")
     print(f"{len(failures)} checks failed" if failures else "all checks passed")
     return 1 if failures else 0
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _checks, ops, zero
 from . import reference as ref
 from ._autocast import autocast_dtype
+from ._lane import call
 
 
 def _autocast(weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -64,7 +65,7 @@ def group_norm_silu(
     _checks.choice(op, "activation", activation, ("silu", None))
     if zero.transforms_active():
         return ref.group_norm_silu(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    return ops.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
+    return call(ops.group_norm_silu, x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
 
 
 def group_norm_silu_conv_residual(
@@ -116,8 +117,22 @@ def group_norm_silu_conv_residual(
             dropout_p=dropout_p, padding=pad,
         )  # fmt: skip
     skip = zero.may_skip(zero_skip, weight)
-    return ops.group_norm_silu_conv_residual(
-        x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight, bias, residual, pad, skip
+    return call(
+        ops.group_norm_silu_conv_residual,
+        x,
+        num_groups,
+        norm_weight,
+        norm_bias,
+        eps,
+        scale,
+        shift,
+        keep,
+        dropout_p,
+        weight,
+        bias,
+        residual,
+        pad,
+        skip,
     )[0]
 
 
@@ -147,7 +162,7 @@ def conv_residual(
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
-    return ops.conv_residual(h, weight, bias, residual, pad, zero.may_skip(zero_skip, weight))[0]
+    return call(ops.conv_residual, h, weight, bias, residual, pad, zero.may_skip(zero_skip, weight))[0]
 
 
 def layer_norm_modulate(
@@ -177,7 +192,7 @@ def layer_norm_modulate(
     _checks.eps_value(op, eps)
     if zero.transforms_active():
         return ref.layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias)
-    return ops.layer_norm_modulate(x, shift, scale, weight, bias, eps)[0]
+    return call(ops.layer_norm_modulate, x, shift, scale, weight, bias, eps)[0]
 
 
 def rms_norm_modulate(
@@ -197,7 +212,7 @@ def rms_norm_modulate(
     _checks.eps_value(op, eps)
     if zero.transforms_active():
         return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight)
-    return ops.rms_norm_modulate(x, shift, scale, weight, eps)[0]
+    return call(ops.rms_norm_modulate, x, shift, scale, weight, eps)[0]
 
 
 def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
@@ -215,7 +230,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     _checks.gate(op, gate, branch)
     if zero.transforms_active():
         return ref.gate_residual(residual, gate, branch)
-    return ops.gate_residual(residual, gate, branch)
+    return call(ops.gate_residual, residual, gate, branch)
 
 
 def gate_residual_layer_norm_modulate(
@@ -240,7 +255,7 @@ def gate_residual_layer_norm_modulate(
     if residual.dtype != branch.dtype:
         branch = branch.to(torch.promote_types(residual.dtype, branch.dtype))
         residual = residual.to(branch.dtype)
-    return ops.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps)[:2]
+    return call(ops.gate_residual_layer_norm_modulate, residual, gate, branch, shift, scale, eps)[:2]
 
 
 def layer_norm_modulate_linear(
@@ -268,7 +283,7 @@ def layer_norm_modulate_linear(
     _checks.same_dtype(op, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps=eps)
-    return ops.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps)[0]
+    return call(ops.layer_norm_modulate_linear, x, shift, scale, weight, bias, eps)[0]
 
 
 def linear_gate_residual(
@@ -305,7 +320,7 @@ def linear_gate_residual(
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
     skip = zero.may_skip(zero_skip, weight)
     save_branch = gate is not None and gate.requires_grad and torch.is_grad_enabled()
-    return ops.linear_gate_residual(h, weight, bias, gate, residual, activation, skip, save_branch)[0]
+    return call(ops.linear_gate_residual, h, weight, bias, gate, residual, activation, skip, save_branch)[0]
 
 
 def is_zero(*tensors: Tensor) -> Tensor:
@@ -318,4 +333,4 @@ def is_zero(*tensors: Tensor) -> Tensor:
     [True, False]
     """
     _checks.floating("is_zero", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
-    return ops.is_zero(list(tensors))
+    return call(ops.is_zero, list(tensors))

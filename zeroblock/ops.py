@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, _compose, zero
+from . import _backends, _compose, _lane, zero
 from ._layout import empty_like_dense
 from .reference import compute_dtype, conv
 
@@ -40,13 +40,17 @@ def _op(schema: str, fake, composition, lead: int = 0):
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
     def run(*args):
-        x = args[lead]
-        results = composition(_backends.select(name, x), *args)
-        return _filled(results, x) if isinstance(results, tuple) else results
+        return composition(_backends.select(name, args[lead]), *args)
 
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    def run_filled(*args):
+        results = run(*args)
+        return _filled(results, args[lead]) if isinstance(results, tuple) else results
+
+    _library.impl(name, run_filled, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _lane.add_run(op, run)
+    return op
 
 
 def _stats(x: Tensor, *size: int) -> Tensor:
@@ -332,5 +336,6 @@ torch.library.register_fake(
     lib=_library,
 )
 is_zero = torch.ops.zeroblock.is_zero.default
+_lane.add_run(is_zero, _is_zero)
 
 from . import _autograd  # noqa: E402,F401  (registers the backward formulas)

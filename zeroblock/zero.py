@@ -103,13 +103,14 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def bypassable(modules: Iterable[nn.Module]) -> bool:
     """Whether these submodules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn."""
-    if _nn_module._has_any_global_hook():
+    return not _nn_module._has_any_global_hook() and all(map(_is_bypassable, modules))
+
+
+def _is_bypassable(module: nn.Module) -> bool:
+    if _is_hooked(module) or (module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)):
         return False
-    for top in modules:
-        for m in top.modules():
-            if _is_hooked(m) or (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training):
-                return False
-    return True
+    children = module._modules
+    return not children or all(map(_is_bypassable, [m for m in children.values() if m is not None]))
 
 
 def is_zero_on_device(tensors: list[Tensor]) -> Tensor:

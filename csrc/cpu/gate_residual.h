@@ -57,29 +57,23 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
     float* const acc = wants_dgate && kForm == GateForm::kSample ? p.workspace + chunk * D : nullptr;
     if (acc != nullptr) fill_zero(acc, D);
-    Sum64 sums[kTileRows];
-    each_tile(t_begin, t_end, [&](int64_t t, auto tile) {
+    Sum64 sum;
+    for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = (b * p.T + t) * D;
       const T* const dy = static_cast<const T*>(p.dy) + row;
       const T* const branch = static_cast<const T*>(p.branch) + row;
+      const OperandRow<M> g = gate.row(b, t);
       each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-        Vec total = zero();
-        for (int r = 0; r < tile.rows; ++r) {
-          const int64_t k = r * D + i;
-          const Vec d = load(dy + k, lanes);
-          if (dbranch != nullptr) put(dbranch + row + k, gate.row(b, t + r).at(i, lanes) * d, lanes, streamed);
-          if (!wants_dgate) continue;
-          const Vec h = load(branch + k, lanes);
-          if (kForm == GateForm::kToken) put(dgate + row + k, d * h, lanes, streamed);
-          if (kForm == GateForm::kSample) total = fmadd(d, h, total);
-          if (kForm == GateForm::kScalar) sums[r].add_product(d, h);
-        }
-        accumulate(acc, i, total, lanes);
+        const Vec d = load(dy + i, lanes);
+        if (dbranch != nullptr) put(dbranch + row + i, g.at(i, lanes) * d, lanes, streamed);
+        if (!wants_dgate) return;
+        const Vec h = load(branch + i, lanes);
+        if (kForm == GateForm::kToken) put(dgate + row + i, d * h, lanes, streamed);
+        if (kForm == GateForm::kSample) accumulate(acc, i, d, h, lanes);
+        if (kForm == GateForm::kScalar) sum.add_product(d, h);
       });
-    });
-    if (wants_dgate && kForm == GateForm::kScalar) {
-      exact[chunk] = (sums[0].total() + sums[1].total()) + (sums[2].total() + sums[3].total());
     }
+    if (wants_dgate && kForm == GateForm::kScalar) exact[chunk] = sum.total();
   });
   if (!wants_dgate || kForm == GateForm::kToken) return;
   if (kForm == GateForm::kSample) {

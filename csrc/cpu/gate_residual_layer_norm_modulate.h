@@ -77,25 +77,31 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
     if (wants_gate) fill_zero(gate_sum, D);
     const ModulateSums sums = {wants_un ? partials + kSumUN * D : nullptr, wants_u ? partials + kSumU * D : nullptr,
                                wants_dy ? partials + kSumExtra * D : nullptr};
-    each_tile(t_begin, t_end, [&](int64_t t, auto tile) {
+    for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = b * p.T + t, start = row * D;
       const T* const branch = static_cast<const T*>(p.branch) + start;
       const T* const dx_new = p.dx_new != nullptr ? static_cast<const T*>(p.dx_new) + start : nullptr;
-      const ModulateTile<T, S> rows = {
-          D, b, t, static_cast<const T*>(p.x_new) + start, static_cast<const T*>(p.dy) + start, p.mean + row,
-          p.rstd + row, kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr, scale,
-          Affine{}, sums};
-      modulate_bwd_tile<tile.rows, false, kTokenScale>(rows, [&](int r, int64_t i, Vec grad, auto lanes) ZB_BODY {
-        const int64_t k = r * D + i;
-        const Vec d = dx_new != nullptr ? grad + load(dx_new + k, lanes) : grad;
-        put(dresidual + start + k, d, lanes, streamed);
-        if (dbranch != nullptr) put(dbranch + start + k, gate.row(b, t + r).at(i, lanes) * d, lanes, streamed);
-        if (p.dgate == nullptr) return;
-        const Vec product = d * load(branch + k, lanes);
-        if (token_dgate != nullptr) put(token_dgate + start + k, product, lanes, streamed);
-        accumulate(gate_sum, i, product, lanes);
-      });
-    });
+      const OperandRow<G> g = gate.row(b, t);
+      const ModulateRow<T, S> inputs = {
+          D, static_cast<const T*>(p.x_new) + start, static_cast<const T*>(p.dy) + start, p.mean[row], p.rstd[row],
+          false, scale.row(b, t), Affine{}, sums,
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
+      modulate_bwd_row<false, kTokenScale>(
+          inputs,
+          [&](int64_t i) ZB_BODY {
+            if (p.dgate != nullptr) prefetch(branch, i);
+            if (dx_new != nullptr) prefetch(dx_new, i);
+          },
+          [&](int64_t i, Vec grad, auto lanes) ZB_BODY {
+            const Vec d = dx_new != nullptr ? grad + load(dx_new + i, lanes) : grad;
+            put(dresidual + start + i, d, lanes, streamed);
+            if (dbranch != nullptr) put(dbranch + start + i, g.at(i, lanes) * d, lanes, streamed);
+            if (p.dgate == nullptr) return;
+            const Vec h = load(branch + i, lanes);
+            if (token_dgate != nullptr) put(token_dgate + start + i, d * h, lanes, streamed);
+            accumulate(gate_sum, i, d, h, lanes);
+          });
+    }
   });
   const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), nullptr, nullptr,
                                nullptr, nullptr, kTokenScale};

@@ -2,9 +2,9 @@
 //
 // z = (x - mean) * a + b with a = rstd * weight * (1 + scale), b = bias * (1 + scale) + shift; y = z * sigmoid(z).
 // x * a + (b - mean * a) would save an operation but cancels where |mean| >> std.
-//   [N, C, S]: a group of a sample is contiguous; one work item takes its statistics and applies them while it is cached.
-//   [N, S, C]: chunks of whole rows leave per-channel statistics, one item per sample merges them over chunks and groups,
-//   and a second walk over the chunks applies them. Rows are read in order, four at a time.
+//   [N, C, S]: a group of a sample is contiguous; one work item takes its statistics and applies them while it is
+//   cached. [N, S, C]: chunks of whole rows leave per-channel statistics, one item per sample merges them over chunks
+//   and groups, and a second walk over the chunks applies them. Rows are read in order, four at a time.
 // Statistics are taken block by block, mean first, then centred squares; blocks are merged by Chan's formula.
 #pragma once
 
@@ -13,9 +13,9 @@
 namespace zeroblock {
 namespace {
 
-constexpr int64_t kGroupNormGrain = 16384;   // elements below which another thread does not pay
-constexpr int64_t kGroupNormBlock = 1024;    // elements summed in fp32 before fp64 takes over
-constexpr int64_t kGroupNormChunk = 16384;   // elements of a chunk of rows: both its passes hit the cache
+constexpr int64_t kGroupNormGrain = 16384;  // elements below which another thread does not pay
+constexpr int64_t kGroupNormBlock = 2048;   // elements summed in fp32 before fp64 takes over
+constexpr int64_t kGroupNormChunk = 16384;  // elements of a chunk of rows: both its passes hit the cache
 
 ZB_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ZB_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -32,8 +32,7 @@ constexpr int64_t kMaxRows = 128;  // rows summed in fp32 before compensated sum
 struct RowChunks {
   int64_t rows, count;
   explicit RowChunks(const GroupNormSilu& p)
-      : rows(smaller(kMaxRows, larger(1, kGroupNormChunk / larger(1, p.C) / 4) * 4)),
-        count((p.S + rows - 1) / rows) {}
+      : rows(smaller(kMaxRows, larger(1, kGroupNormChunk / larger(1, p.C) / 4) * 4)), count((p.S + rows - 1) / rows) {}
   int64_t rows_of(int64_t k, int64_t S) const { return smaller(rows, S - k * rows); }
 };
 
@@ -77,9 +76,8 @@ ZB_LOOPS MeanRstd group_statistics(const T* x, int64_t n, float eps) {
     const int64_t size = smaller(kGroupNormBlock, n - begin);
     const double count = static_cast<double>(size);
     // The fp32 sum is only the centre; what it misses shows in the sum of the differences.
-    const TwoSums s = sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) {
-      add_to(sums.first, load(block + i, lanes));
-    });
+    const TwoSums s =
+        sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) { add_to(sums.first, load(block + i, lanes)); });
     const float centre = static_cast<float>(s.first / count);
     const TwoSums d = sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) {
       const auto d = keep_first(load(block + i, lanes) - set1(centre), lanes);
@@ -143,8 +141,8 @@ ZB_INLINE void fill(float* p, int64_t n, float value) {
   for_lanes(n, [&](int64_t i, auto lanes) { store(p + i, set1(value), lanes); });
 }
 
-// What a chunk of rows says of each channel, [C] each: its mean in fp32, and the sums of the differences from that and of
-// their squares. The first sum would be 0 in exact arithmetic; it is what the mean misses.
+// What a chunk of rows says of each channel, [C] each: its mean in fp32, and the sums of the differences from that and
+// of their squares. The first sum would be 0 in exact arithmetic; it is what the mean misses.
 struct ChunkStatistics {
   float *centre, *missed, *squares;
   ChunkStatistics(float* base, int64_t item, int64_t C)
@@ -194,8 +192,8 @@ ZB_INLINE void fold_modulation(const GroupNormSilu& p, int64_t n, const ChannelA
   });
 }
 
-// Merges the chunks' statistics of sample n into its groups' and leaves its affine. With e = centre - mean, a chunk's sum
-// of squares around the mean is squares + 2 * e * missed + rows * e^2.
+// Merges the chunks' statistics of sample n into its groups' and leaves its affine. With e = centre - mean, a chunk's
+// sum of squares around the mean is squares + 2 * e * missed + rows * e^2.
 ZB_LOOPS inline void merge_statistics(const GroupNormSilu& p, int64_t n, RowChunks chunks, float* base,
                                       ChannelAffine affine) {
   const int64_t C = p.C, D = C / p.G;

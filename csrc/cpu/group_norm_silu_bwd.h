@@ -12,12 +12,12 @@
 namespace zeroblock {
 namespace {
 
-// act'(z) * dy
+// dy * act'(z). With e = exp(-z) and s = 1 / (1 + e), 1 - s is e * s: nothing cancels where s is near 1.
 template <bool kSilu, class V, class T>
 ZB_INLINE V group_norm_dz(V z, V dy, const T* type) {
   if constexpr (!kSilu) return dy;
-  const V s = sigmoid_for(z, type);
-  return dy * fmadd(z * s, set1(1.0f) - s, s);
+  const V e = exp_negated_for(z, type), s = reciprocal_for(set1(1.0f) + e, type);
+  return (dy * s) * fmadd(z, e * s, set1(1.0f));
 }
 
 template <class T>
@@ -49,8 +49,8 @@ ZB_LOOPS void channel_gradient(const T* x, const T* dy, T* dx, int64_t n, float 
   const Vec vmean = set1(mean), va = set1(a), vb = set1(b), vshared = set1(shared), vslope = set1(slope);
   for_wide_lanes(n, [&](int64_t i, auto lanes) {
     const auto centred = load(x + i, lanes) - vmean;
-    const auto dz = kKeepsDz<T> ? load(dx + i, lanes)
-                                : group_norm_dz<kSilu>(fmadd(centred, va, vb), load(dy + i, lanes), x);
+    const auto dz =
+        kKeepsDz<T> ? load(dx + i, lanes) : group_norm_dz<kSilu>(fmadd(centred, va, vb), load(dy + i, lanes), x);
     store(dx + i, fnmadd(centred, vslope, fmsub(dz, va, vshared)), lanes);
   });
 }
@@ -76,8 +76,8 @@ void group_norm_silu_bwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
       for (int64_t d = 0; d < D; ++d) {
         const int64_t c = first_channel + d;
         const float gain = channel_gain(p, n, c);
-        const TwoSums s = channel_gradient_sums<kSilu>(x + d * p.S, dy + d * p.S, dx ? dx + d * p.S : nullptr, p.S, mean,
-                                                       rstd * gain, channel_offset(p, n, c));
+        const TwoSums s = channel_gradient_sums<kSilu>(x + d * p.S, dy + d * p.S, dx ? dx + d * p.S : nullptr, p.S,
+                                                       mean, rstd * gain, channel_offset(p, n, c));
         sums.dz[n * p.C + c] = static_cast<float>(s.first);
         sums.dz_xhat[n * p.C + c] = static_cast<float>(s.second * rstd);
         m1 += gain * s.first;
@@ -202,8 +202,8 @@ void group_norm_silu_bwd_rows(const GroupNormSilu& p, ParallelFor run, T*) {
   parallel(run, 0, p.N, group_norm_grain(chunks.count * C), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t first = n * chunks.count * C;
-      merge_gradient_sums(p, n, chunks.count, partial_dz + first, partial_dz_x + first, sums, ChannelAffine(affines, n, C),
-                          ChannelGradient(gradients, n, C));
+      merge_gradient_sums(p, n, chunks.count, partial_dz + first, partial_dz_x + first, sums,
+                          ChannelAffine(affines, n, C), ChannelGradient(gradients, n, C));
     }
   });
   if (!dx) return;
@@ -217,7 +217,7 @@ void group_norm_silu_bwd_rows(const GroupNormSilu& p, ParallelFor run, T*) {
 }
 
 // The gradients of the vectors, from the channel sums.
-ZB_INLINE void group_norm_vector_gradients(const GroupNormSilu& p) {
+ZB_LOOPS inline void group_norm_vector_gradients(const GroupNormSilu& p) {
   const ChannelSums sums(p);
   const int64_t C = p.C;
   for (int64_t n = 0; n < p.N; ++n) {

@@ -79,69 +79,53 @@ struct ModulateSums {
   float *un, *u, *dy;
 };
 
-// What backward of one tile of rows reads. x, dy and dscale start at the first row of the tile.
+// What backward of one row reads.
 template <class T, class S>
-struct ModulateTile {
-  int64_t D, b, t;
+struct ModulateRow {
+  int64_t D;
   const T* x;
   const T* dy;
-  const float* mean;  // null: 0 (rms)
-  const float* rstd;
-  T* dscale;  // per-token only, or null
-  Operand<S> scale;
+  float mean;  // 0 for rms
+  float rstd;
+  bool rms;
+  OperandRow<S> scale;
   Affine affine;
   ModulateSums sums;
+  T* dscale;  // per-token only, or null
 };
 
-// After adding to the sums, calls emit(r, i, dx, lanes) for every row of the tile and every column step. The sums are
-// taken with all rows of a column step at once (one load and store of each accumulator), dx is written row by row.
-template <int R, bool kAffine, bool kTokenScale, class T, class S, class Emit>
-ZB_INLINE void modulate_bwd_tile(const ModulateTile<T, S>& a, const Emit& emit) {
+// Adds to the sums, then calls emit(i, dx, lanes) for every column step. `ahead` is called in the first walk, for what
+// the second one will need.
+template <bool kAffine, bool kTokenScale, class T, class S, class Ahead, class Emit>
+ZB_INLINE void modulate_bwd_row(const ModulateRow<T, S>& a, const Ahead& ahead, const Emit& emit) {
   const int64_t D = a.D;
-  const Vec one = set1(1.0f);
-  Vec mean[R], rstd[R], sum_g[R], sum_gn[R];
-  OperandRow<S> scale[R];
-  each_row<R>([&](int r) ZB_BODY {
-    mean[r] = set1(a.mean == nullptr ? 0.0f : a.mean[r]);
-    rstd[r] = set1(a.rstd[r]);
-    sum_g[r] = sum_gn[r] = zero();
-    scale[r] = a.scale.row(a.b, a.t + r);
-  });
+  const Vec one = set1(1.0f), mean = set1(a.mean), rstd = set1(a.rstd);
+  Vec sum_g = zero(), sum_gn = zero();
   each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-    const Vec weight = kAffine ? a.affine.weight.at(i, lanes) : one, shared = one + scale[0].at(i, lanes);
-    Vec un = zero(), u = zero(), total = zero();
-    each_row<R>([&](int r) ZB_BODY {
-      const int64_t k = r * D + i;
-      const Vec d = load(a.dy + k, lanes);
-      const Vec n = (load(a.x + k, lanes) - mean[r]) * rstd[r];
-      const Vec modulated = d * (kTokenScale ? one + scale[r].at(i, lanes) : shared);
-      const Vec g = kAffine ? modulated * weight : modulated;
-      sum_g[r] += g;
-      sum_gn[r] = fmadd(g, n, sum_gn[r]);
-      un = fmadd(kTokenScale ? modulated : d, n, un);
-      u += kTokenScale ? modulated : d;
-      if (kTokenScale) {
-        total += d;
-        const Vec xhat = kAffine ? fmadd(n, weight, a.affine.bias.at(i, lanes)) : n;
-        if (a.dscale != nullptr) store(a.dscale + k, d * xhat, lanes);
-      }
-    });
-    accumulate(a.sums.un, i, un, lanes);
+    ahead(i);
+    const Vec d = load(a.dy + i, lanes), n = (load(a.x + i, lanes) - mean) * rstd;
+    const Vec modulated = d * (one + a.scale.at(i, lanes));
+    const Vec g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
+    sum_g += g;
+    sum_gn = fmadd(g, n, sum_gn);
+    const Vec u = kTokenScale ? modulated : d;
+    accumulate(a.sums.un, i, u, n, lanes);
     accumulate(a.sums.u, i, u, lanes);
-    if (kTokenScale) accumulate(a.sums.dy, i, total, lanes);
+    if (kTokenScale) {
+      accumulate(a.sums.dy, i, d, lanes);
+      const Vec xhat = kAffine ? fmadd(n, a.affine.weight.at(i, lanes), a.affine.bias.at(i, lanes)) : n;
+      if (a.dscale != nullptr) store(a.dscale + i, d * xhat, lanes);
+    }
   });
-  for (int r = 0; r < R; ++r) {
-    const Vec mean_g = set1(a.mean == nullptr ? 0.0f : sum(sum_g[r]) / static_cast<float>(D));
-    const Vec slope = set1(sum(sum_gn[r]) / static_cast<float>(D) * a.rstd[r]);
-    const Vec row_mean = set1(a.mean == nullptr ? 0.0f : a.mean[r]), row_rstd = set1(a.rstd[r]);
-    const OperandRow<S> row_scale = a.scale.row(a.b, a.t + r);
-    each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-      const int64_t k = r * D + i;
-      const Vec modulated = load(a.dy + k, lanes) * (one + row_scale.at(i, lanes));
-      const Vec g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
-      emit(r, i, row_rstd * fnmadd(load(a.x + k, lanes) - row_mean, slope, g - mean_g), lanes);
-    });
-  }
+  const Vec mean_g = set1(a.rms ? 0.0f : sum(sum_g) / static_cast<float>(D));
+  const Vec slope = set1(sum(sum_gn) / static_cast<float>(D) * a.rstd);
+  each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
+    prefetch(a.x + D, i);
+    prefetch(a.dy + D, i);
+    const Vec modulated = load(a.dy + i, lanes) * (one + a.scale.at(i, lanes));
+    const Vec g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
+    emit(i, rstd * fnmadd(load(a.x + i, lanes) - mean, slope, g - mean_g), lanes);
+  });
 }
 
 // The [B, D] and [D] gradients that come out of the partial sums; null when not wanted.
@@ -209,16 +193,16 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
     if (wants_u || wants_un || wants_dy) fill_zero(partials, kSums * D);
     const ModulateSums sums = {wants_un ? partials + kSumUN * D : nullptr, wants_u ? partials + kSumU * D : nullptr,
                                wants_dy ? partials + kSumExtra * D : nullptr};
-    each_tile(t_begin, t_end, [&](int64_t t, auto tile) {
-      const int64_t row = b * p.T + t;
-      const ModulateTile<T, S> rows = {
-          D, b, t, static_cast<const T*>(p.x) + row * D, static_cast<const T*>(p.dy) + row * D,
-          p.rms ? nullptr : p.mean + row, p.rstd + row,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + row * D : nullptr, scale, affine, sums};
-      modulate_bwd_tile<tile.rows, kAffine, kTokenScale>(rows, [&](int r, int64_t i, Vec grad, auto lanes) ZB_BODY {
-        put(dx + (row + r) * D + i, grad, lanes, streamed);
-      });
-    });
+    for (int64_t t = t_begin; t < t_end; ++t) {
+      const int64_t row = b * p.T + t, start = row * D;
+      const ModulateRow<T, S> inputs = {
+          D, static_cast<const T*>(p.x) + start, static_cast<const T*>(p.dy) + start, p.rms ? 0.0f : p.mean[row],
+          p.rstd[row], p.rms, scale.row(b, t), affine, sums,
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
+      modulate_bwd_row<kAffine, kTokenScale>(
+          inputs, [](int64_t) {},
+          [&](int64_t i, Vec grad, auto lanes) ZB_BODY { put(dx + start + i, grad, lanes, streamed); });
+    }
   });
   const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), p.dweight, p.dbias,
                                p.weight, p.bias, kTokenScale};

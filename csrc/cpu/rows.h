@@ -13,8 +13,6 @@ namespace {
 // Tokens of one sample that one piece of work covers. Sums over T are taken per chunk, then over chunks in order, so the
 // result depends on the shape alone; short chunks also keep the fp32 rounding of long sums small.
 constexpr int64_t kChunkRows = 64;
-// Rows that share one load and store of the accumulators, and one load of a per-sample operand.
-constexpr int kTileRows = 4;
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kGrainElements = 32768;
 // A call that touches more than this many bytes writes past the caches: its output would be evicted before it is read.
@@ -193,28 +191,11 @@ ZB_INLINE void each_chunk(ParallelFor run, int64_t B, int64_t T, int64_t D, cons
   });
 }
 
-// f(0) .. f(R - 1), written out so that arrays indexed by the row become registers.
-template <int R, class F>
-ZB_INLINE void each_row(const F& f) {
-  static_assert(R == 1 || R == 4, "one call per row");
-  f(0);
-  if (R == 4) {
-    f(1);
-    f(2);
-    f(3);
-  }
-}
-
-// f(t, Tile) for t_begin .. t_end in tiles of kTileRows rows, then single rows; Tile::rows is a constant.
-template <int R>
-struct Tile {
-  static constexpr int rows = R;
-};
-template <class F>
-ZB_INLINE void each_tile(int64_t t_begin, int64_t t_end, const F& f) {
-  int64_t t = t_begin;
-  for (; t + kTileRows <= t_end; t += kTileRows) f(t, Tile<kTileRows>{});
-  for (; t < t_end; ++t) f(t, Tile<1>{});
+// Starts loading the line of column i of a later row. The hardware follows one forward walk per array, but loses it when a
+// row is walked twice.
+template <class T>
+ZB_INLINE void prefetch(const T* row, int64_t i) {
+  _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
 }
 
 // Streaming needs every row of the output to start on a vector boundary.
@@ -253,7 +234,11 @@ ZB_INLINE void each_column_block(ParallelFor run, int64_t B, int64_t D, int64_t 
 
 ZB_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-// Adds to a row of accumulators; a null row is a sum that nobody asked for.
+// Adds a * b to a row of accumulators; a null row is a sum that nobody asked for.
+template <class Lanes>
+ZB_INLINE void accumulate(float* acc, int64_t i, Vec a, Vec b, Lanes lanes) {
+  if (acc != nullptr) store(acc + i, fmadd(a, b, load(acc + i, lanes)), lanes);
+}
 template <class Lanes>
 ZB_INLINE void accumulate(float* acc, int64_t i, Vec a, Lanes lanes) {
   if (acc != nullptr) store(acc + i, load(acc + i, lanes) + a, lanes);

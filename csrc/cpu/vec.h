@@ -1,8 +1,8 @@
 // A thin vector of fp32 lanes for AVX2 (8) and AVX-512 (16), with exp and sigmoid of its own.
 //
 // Every kernel source is compiled once per instruction set. Everything here lives in an anonymous namespace and is
-// force-inlined, and no std template is used: an inline function shared between the objects could be taken by the linker
-// from the AVX-512 one and crash an older processor.
+// force-inlined, and no std template is used: an inline function shared between the objects could be taken by the
+// linker from the AVX-512 one and crash an older processor.
 #pragma once
 
 #include <immintrin.h>
@@ -46,7 +46,9 @@ ZB_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c
 // NaN in x survives both: the instruction returns its second operand when either is NaN.
 ZB_INLINE Vec min_with(float bound, Vec x) { return {_mm512_min_ps(_mm512_set1_ps(bound), x.v)}; }
 ZB_INLINE Vec max_with(float bound, Vec x) { return {_mm512_max_ps(_mm512_set1_ps(bound), x.v)}; }
-ZB_INLINE Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+ZB_INLINE Vec round_nearest(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 ZB_INLINE Vec times_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // Relative error 2^-14: enough for a result that is rounded to 16 bits.
 ZB_INLINE Vec reciprocal_estimate(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
@@ -247,25 +249,36 @@ ZB_INLINE V sigmoid(V x) {
   return reciprocal(set1(1.0f) + exp_bounded(clamp_exponent(set1(0.0f) - x)));
 }
 
-// The sigmoid of an x that carries a rounding error of its own (one rounding of x * log2 e is added to it), as exact as a
-// result stored as T deserves: for 16-bit elements within 2^-13.
+// The steps of a sigmoid whose x carries a rounding error of its own (one rounding of x * log2 e joins it), as exact as
+// a result stored as T deserves: for 16-bit elements within 2^-13.
 template <class V>
-ZB_INLINE V sigmoid_for(V x, const float* type) {
+ZB_INLINE V exp_negated_for(V x, const float* type) {
   const V t = clamp_exponent(x) * set1(-1.44269502f), n = round_nearest(t);
-  return reciprocal(set1(1.0f) + times_power_of_2(exp2_fraction(t - n, type), n));
+  return times_power_of_2(exp2_fraction(t - n, type), n);
+}
+template <class V, class T>
+ZB_INLINE V exp_negated_for(V x, const T* type) {
+  const V bounded = clamp_exponent(x), n = round_nearest(bounded * set1(-1.44269502f));
+  return times_power_of_2(exp2_fraction(fmsub(bounded, set1(-1.44269502f), n), type), n);
+}
+template <class V>
+ZB_INLINE V reciprocal_for(V a, const float*) {
+  return reciprocal(a);
+}
+template <class V, class T>
+ZB_INLINE V reciprocal_for(V a, const T*) {
+  return reciprocal_estimate(a);
 }
 template <class V, class T>
 ZB_INLINE V sigmoid_for(V x, const T* type) {
-  const V bounded = clamp_exponent(x), n = round_nearest(bounded * set1(-1.44269502f));
-  const V f = fmsub(bounded, set1(-1.44269502f), n);
-  return reciprocal_estimate(set1(1.0f) + times_power_of_2(exp2_fraction(f, type), n));
+  return reciprocal_for(set1(1.0f) + exp_negated_for(x, type), type);
 }
 
 template <class Body>
 ZB_INLINE void parallel(ParallelFor run, int64_t begin, int64_t end, int64_t grain, const Body& body) {
   run(
-      begin, end, grain,
-      [](void* ctx, int64_t b, int64_t e) { (*static_cast<const Body*>(ctx))(b, e); }, const_cast<Body*>(&body));
+      begin, end, grain, [](void* ctx, int64_t b, int64_t e) { (*static_cast<const Body*>(ctx))(b, e); },
+      const_cast<Body*>(&body));
 }
 
 // Calls f(T*) with a null pointer of the element type that dtype names.

@@ -19,19 +19,43 @@ ZB_INLINE Wide each(const F& f) {
   return {f(0), f(1), f(2), f(3)};
 }
 
-ZB_INLINE Wide operator+(Wide a, Wide b) { return each([&](int k) { return a.v[k] + b.v[k]; }); }
-ZB_INLINE Wide operator-(Wide a, Wide b) { return each([&](int k) { return a.v[k] - b.v[k]; }); }
-ZB_INLINE Wide operator*(Wide a, Wide b) { return each([&](int k) { return a.v[k] * b.v[k]; }); }
-ZB_INLINE Wide fmadd(Wide a, Wide b, Wide c) { return each([&](int k) { return fmadd(a.v[k], b.v[k], c.v[k]); }); }
-ZB_INLINE Wide fmsub(Wide a, Wide b, Wide c) { return each([&](int k) { return fmsub(a.v[k], b.v[k], c.v[k]); }); }
-ZB_INLINE Wide fnmadd(Wide a, Wide b, Wide c) { return each([&](int k) { return fnmadd(a.v[k], b.v[k], c.v[k]); }); }
-ZB_INLINE Wide min_with(float bound, Wide x) { return each([&](int k) { return min_with(bound, x.v[k]); }); }
-ZB_INLINE Wide max_with(float bound, Wide x) { return each([&](int k) { return max_with(bound, x.v[k]); }); }
-ZB_INLINE Wide round_nearest(Wide a) { return each([&](int k) { return round_nearest(a.v[k]); }); }
-ZB_INLINE Wide times_power_of_2(Wide a, Wide n) { return each([&](int k) { return times_power_of_2(a.v[k], n.v[k]); }); }
-ZB_INLINE Wide reciprocal_estimate(Wide a) { return each([&](int k) { return reciprocal_estimate(a.v[k]); }); }
+ZB_INLINE Wide operator+(Wide a, Wide b) {
+  return each([&](int k) { return a.v[k] + b.v[k]; });
+}
+ZB_INLINE Wide operator-(Wide a, Wide b) {
+  return each([&](int k) { return a.v[k] - b.v[k]; });
+}
+ZB_INLINE Wide operator*(Wide a, Wide b) {
+  return each([&](int k) { return a.v[k] * b.v[k]; });
+}
+ZB_INLINE Wide fmadd(Wide a, Wide b, Wide c) {
+  return each([&](int k) { return fmadd(a.v[k], b.v[k], c.v[k]); });
+}
+ZB_INLINE Wide fmsub(Wide a, Wide b, Wide c) {
+  return each([&](int k) { return fmsub(a.v[k], b.v[k], c.v[k]); });
+}
+ZB_INLINE Wide fnmadd(Wide a, Wide b, Wide c) {
+  return each([&](int k) { return fnmadd(a.v[k], b.v[k], c.v[k]); });
+}
+ZB_INLINE Wide min_with(float bound, Wide x) {
+  return each([&](int k) { return min_with(bound, x.v[k]); });
+}
+ZB_INLINE Wide max_with(float bound, Wide x) {
+  return each([&](int k) { return max_with(bound, x.v[k]); });
+}
+ZB_INLINE Wide round_nearest(Wide a) {
+  return each([&](int k) { return round_nearest(a.v[k]); });
+}
+ZB_INLINE Wide times_power_of_2(Wide a, Wide n) {
+  return each([&](int k) { return times_power_of_2(a.v[k], n.v[k]); });
+}
+ZB_INLINE Wide reciprocal_estimate(Wide a) {
+  return each([&](int k) { return reciprocal_estimate(a.v[k]); });
+}
 #if !defined(__AVX512F__)
-ZB_INLINE Wide reciprocal(Wide a) { return each([&](int k) { return reciprocal(a.v[k]); }); }
+ZB_INLINE Wide reciprocal(Wide a) {
+  return each([&](int k) { return reciprocal(a.v[k]); });
+}
 #endif
 
 // The sum of the four; a Vec is its own.

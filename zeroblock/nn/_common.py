@@ -37,9 +37,14 @@ _CONV_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _LINEAR_FORWARDS = {nn.Linear.forward}
 
 
+def parameters_of(*modules: nn.Module) -> list[Tensor]:
+    """Every parameter of the modules; none while gradients are off, when nobody asks for theirs."""
+    return [p for m in modules for p in m.parameters()] if torch.is_grad_enabled() else []
+
+
 def fits_fused(conv: nn.Module) -> bool:
     """A convolution that the fused ops take: plain, stride 1, dilation 1, one group."""
-    return is_plain_conv(conv) and conv.groups == 1 and set(conv.stride) == {1} and set(conv.dilation) == {1}
+    return is_plain_conv(conv) and conv.groups == 1 and max(conv.stride) == 1 and max(conv.dilation) == 1
 
 
 def decide(name: str, tail: _branch.Tail, gate: Tensor | None = None) -> str | None:

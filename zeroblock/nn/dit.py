@@ -139,7 +139,7 @@ class FinalLayer(nn.Module):
         if plain and zero.may_skip_branch(self.zero_skip, linear.weight) and zero.bypassable((self.adaLN_modulation,)):
             tail = Tail(linear)
             if _common.decide("FinalLayer", tail):
-                parameters = list(self.adaLN_modulation.parameters())
+                parameters = _common.parameters_of(self.adaLN_modulation)
                 return skipped_branch(Branch(tail, (x, c), parameters, self._modulation, self._modulate, x), None)
         if not plain:
             return linear(self._modulate(*self._modulation(x, c)))

@@ -206,6 +206,6 @@ class ResBlock(nn.Module):
             )
             return dropout_keep(a, keep, dropout.p)
 
-        parameters = [*self.in_layers.parameters(), *self.emb_layers.parameters(), *norm.parameters()]
+        parameters = _common.parameters_of(self.in_layers, self.emb_layers, norm)
         residual = self.skip_connection(self.x_upd(x))
         return skipped_branch(Branch(tail, (x, emb), parameters, self._body, hidden, residual), residual)

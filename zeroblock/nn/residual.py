@@ -49,7 +49,7 @@ def residual_branch(
     branch = Branch(
         description,
         activations,
-        [p for m in modules for p in m.parameters()],
+        _common.parameters_of(*modules),
         _Replayable(body) if random else lambda *a: (body(*a),),
         lambda h: h,
         residual,

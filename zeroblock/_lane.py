@@ -1,0 +1,55 @@
+"""The eager lane: in plain eager mode an op's composition and backward are called directly.
+
+A registered Python op costs several microseconds a call, more with autograd, as long as the smaller kernels themselves
+(benchmarks/overhead.py). `call` therefore goes past the dispatcher when nothing could see the difference: plain tensors, no
+compilation, no dispatch or function mode. Both lanes share the composition, what is saved, and the backward formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+_runs: dict[Any, Callable] = {}
+_functions: dict[Any, type[torch.autograd.Function]] = {}
+
+
+def add_run(op: Any, run: Callable) -> None:
+    """`run(*args)` is what `op` computes."""
+    _runs[op] = run
+
+
+def add_function(op: Any, setup_context: Callable, backward: Callable) -> None:
+    """Makes the differentiable form of `op` from the functions registered as its autograd."""
+    run = _runs[op]
+
+    class Lane(torch.autograd.Function):
+        # One method: a separate setup_context would bind the signature anew at every call.
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = run(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+    Lane.backward = staticmethod(backward)  # type: ignore[assignment]
+    Lane.__name__ = op._schema.name.split("::")[1]
+    _functions[op] = Lane
+
+
+def call(op: Any, *args: Any) -> Any:
+    """op(*args), by the shorter way where it is the same."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return op(*args)
+    needs_grad = False
+    for a in args:
+        if isinstance(a, Tensor):
+            if type(a) not in _PLAIN:
+                return op(*args)
+            needs_grad = needs_grad or a.requires_grad
+    if needs_grad and torch.is_grad_enabled() and op in _functions:
+        return _functions[op].apply(*args)
+    return _runs[op](*args)
