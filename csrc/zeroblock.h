@@ -131,6 +131,15 @@ struct Activation {
   void* dx;
 };
 
+// y = x + bias for a dense x seen as [R, C, S], bias along C; what is left of a zero branch.
+struct AddBias {
+  DType dtype;
+  int64_t R, C, S;
+  const void* x;
+  const float* bias;  // [C] or null (0)
+  void* y;
+};
+
 // The kernels of one instruction set. Every *_workspace returns a number of floats.
 struct CpuKernels {
   const char* isa;
@@ -149,6 +158,7 @@ struct CpuKernels {
   int64_t (*gate_residual_layer_norm_modulate_bwd_workspace)(const GateResidualLayerNormModulate&);
   void (*activation_fwd)(const Activation&, ParallelFor);
   void (*activation_bwd)(const Activation&, ParallelFor);
+  void (*add_bias)(const AddBias&, ParallelFor);
   // True when every one of the `bytes` bytes, read as elements of `element_size` (2, 4 or 8) bytes, is +0 or -0.
   bool (*is_zero)(const void* data, int64_t bytes, int element_size, ParallelFor);
 };

@@ -37,8 +37,11 @@ class Tail:
     def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.module is None:
             return h
-        if not self.is_conv:
+        if not self.is_conv and torch.is_grad_enabled():
             return F.linear(h, weight, bias)
+        if not self.is_conv:
+            P = _backends.select("linear_gate_residual", h)
+            return P.linear(*(t if t is None else t.to(self.dtype) for t in (h, weight, bias)))
         return torch.convolution(h, weight, bias, *self._conv_arguments())
 
     def output_like(self, h: Tensor) -> Tensor:
@@ -60,7 +63,8 @@ class Tail:
         """(dweight, dbias) where mask asks, computed in the layer's dtype."""
         dy, h = dy.to(self.dtype), h.to(self.dtype)
         if not self.is_conv:
-            dweight, dbias = linear_grads(dy, h, weight, True, [False, *mask])[1:]
+            P = _backends.select("linear_gate_residual_bwd", dy)
+            dweight, dbias = linear_grads(P, dy, h, weight, True, [False, *mask])[1:]
         else:
             _, dweight, dbias = torch.ops.aten.convolution_backward.default(
                 dy, h, weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(), [False, *mask]
@@ -83,7 +87,9 @@ class Branch:
 
     body(*activations) runs everything before the tail and returns the tensors from which `hidden` gives the tail's
     input again (ResBlock: conv1's output; norm and activation are recomputed). Both are differentiable. `parameters`
-    are those of the body. `example` stands for the tail's input where only its shape, dtype and device matter.
+    are those of the body. `example` gives the output's shape and device where there is no residual (it is the tail's
+    input), its rank otherwise. A body that draws random numbers always runs. `carried`: the residual depends on the
+    first activation, which gets its gradient there, without a tensor of zeros being added to it.
     """
 
     tail: Tail
@@ -94,6 +100,7 @@ class Branch:
     example: Tensor
     zero_gate: bool = False
     always_run: bool = False
+    carried: bool = False
 
 
 def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None = None) -> Tensor:
@@ -108,14 +115,11 @@ def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None 
 
 
 def _bare(branch: Branch, residual: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    tail = branch.tail
-    step = None
-    if bias is not None and not branch.zero_gate:
-        ndim = branch.example.dim()
-        step = tail.broadcast(bias.to(tail.dtype), ndim)
-        if gate is not None:
-            step = tail.broadcast(gate, ndim).to(step.dtype) * step
-    return bare_residual(residual, step, lambda: tail.output_like(branch.example), tail.dtype or branch.example.dtype)
+    tail, example = branch.tail, branch.example
+    bias = None if branch.zero_gate else bias
+    gate = None if gate is None or bias is None else tail.broadcast(gate, example.dim())
+    dim = 1 if tail.is_conv else -1
+    return bare_residual(residual, bias, gate, dim, tail.dtype or example.dtype, lambda: tail.output_like(example))
 
 
 class _SkippedBranch(torch.autograd.Function):
@@ -143,7 +147,6 @@ class _SkippedBranch(torch.autograd.Function):
         ctx.counts = len(activations), len(body)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, bias, gate, *activations, *body)
-        ctx.upstream = [(t.shape, t.dtype, t.device) for t in upstream]
         return _bare(branch, residual, bias, gate)
 
     @staticmethod
@@ -173,10 +176,10 @@ class _SkippedBranch(torch.autograd.Function):
                 dgate = torch.zeros_like(gate)
                 if bias is not None:
                     dgate = _gate_grad(tail, dy, gate, tail.broadcast(bias, dy.dim()).to(dy.dtype).expand_as(dy))
-        zeros = (
-            torch.zeros(shape, dtype=dtype, device=device) if need else None
-            for (shape, dtype, device), need in zip(ctx.upstream, needs[4:], strict=True)
-        )
+        upstream = (*activations, *branch.parameters)
+        zeros = [torch.zeros_like(t) if need else None for t, need in zip(upstream, needs[4:], strict=True)]
+        if branch.carried:
+            zeros[0] = None
         return None, dresidual, dweight, dbias, dgate, *zeros
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import zero
+from . import _backends, zero
 from ._layout import channels_last_format
 from .reference import channel_view, conv, dropout_keep, modulation
 
@@ -40,20 +39,34 @@ def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
 
 
 def bare_residual(
-    residual: Tensor | None, step: Tensor | None, like: Callable[[], Tensor], dtype: torch.dtype
+    residual: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    dim: int,
+    dtype: torch.dtype,
+    like: Callable[[], Tensor],
 ) -> Tensor:
-    """residual + step without the branch, a fresh tensor. step broadcasts; dtype is that of the branch's output, and
-    like() describes it where the residual does not."""
-    if residual is None:
-        size = like()
-        return size.new_zeros(size.shape) if step is None else step.to(dtype).expand(size.shape).clone()
-    if residual.dtype != dtype:
+    """residual + gate * bias, what is left of a branch that is zero; always a fresh tensor.
+
+    bias runs along dimension `dim` (1 for a convolution, -1 for a linear), gate broadcasts against the output, `dtype` is
+    that of the branch's output, and like() describes the output where no residual does.
+    """
+    bias = None if bias is None else bias.to(dtype)
+    if residual is not None:
         residual = residual.to(torch.promote_types(residual.dtype, dtype))
-    if residual.is_contiguous() or channels_last_format(residual):
-        return torch.add(residual, 0.0 if step is None else step)
+        dense = residual.is_contiguous() or channels_last_format(residual) is not None
+        if dense and (gate is None or bias is None):
+            return _backends.select("add_bias", residual).add_bias(residual, bias, dim)
+    out = like() if residual is None else residual
+    step = bias if bias is None or dim == -1 else channel_view(bias, out.dim())
+    if step is not None and gate is not None:
+        step = gate.to(step.dtype) * step
+    if residual is not None and dense:
+        return residual + step
+    full = out.new_zeros(out.shape, dtype=dtype)
+    full = full if step is None else full.copy_(step)
     # The memory format of a sum with a non-dense residual is that of the other operand.
-    dense = residual.new_zeros(residual.shape)
-    return residual + (dense if step is None else dense + step)
+    return full if residual is None else residual + full
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
@@ -61,8 +74,7 @@ def bare_residual(
 
 def _conv_or_skip(op, h, weight, bias, residual, padding, zero_skip):
     if _weight_is_zero(op, zero_skip, weight):
-        step = None if bias is None else channel_view(bias, h.dim())
-        y = bare_residual(residual, step, lambda: conv_output(h, weight, padding), weight.dtype)
+        y = bare_residual(residual, bias, None, 1, weight.dtype, lambda: conv_output(h, weight, padding))
         return y, _verdict(h, ZERO_WEIGHT)
     return None
 
@@ -166,17 +178,17 @@ def group_norm_silu_conv_residual_bwd(
 # ---- linears --------------------------------------------------------------------------------------------------------
 
 
-def linear_grads(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, mask: list[bool]):
-    """(dh, dweight, dbias) of linear(h) for [..., K] inputs, each only where mask asks."""
+def linear_grads(P, dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, mask: list[bool]):
+    """(dh, dweight, dbias) of linear(h) for [..., K] inputs, each only where mask asks; dy and h in the dtype of weight."""
     flat = dy.reshape(-1, weight.shape[0])
-    dh = (flat @ weight).view(h.shape) if mask[0] else None
-    dweight = flat.t() @ h.reshape(-1, weight.shape[1]) if mask[1] else None
+    dh = P.linear(flat, weight.t(), None).view(h.shape) if mask[0] else None
+    dweight = P.linear(flat.t(), h.reshape(-1, weight.shape[1]).t(), None) if mask[1] else None
     return dh, dweight, flat.sum(0) if mask[2] and has_bias else None
 
 
 def layer_norm_modulate_linear(P, x, shift, scale, weight, bias, eps):
     h, mean, rstd = P.layer_norm_modulate(x, shift, scale, None, None, eps, False)
-    return F.linear(h.to(weight.dtype), weight, bias), mean, rstd
+    return P.linear(h.to(weight.dtype), weight, bias), mean, rstd
 
 
 def layer_norm_modulate_linear_bwd(P, dy, x, mean, rstd, shift, scale, weight, eps, has_bias, mask):
@@ -184,7 +196,7 @@ def layer_norm_modulate_linear_bwd(P, dy, x, mean, rstd, shift, scale, weight, e
     h = x
     if mask[1]:
         h = P.layer_norm_modulate(x, shift, scale, None, None, eps, False)[0].to(weight.dtype)
-    dh, dweight, dbias = linear_grads(dy.to(weight.dtype), h, weight, has_bias, mask)
+    dh, dweight, dbias = linear_grads(P, dy.to(weight.dtype), h, weight, has_bias, mask)
     if not mask[0]:
         return None, None, None, dweight, dbias
     dx, dshift, dscale, _, _ = P.layer_norm_modulate_bwd(dh, x, mean, rstd, shift, scale, None, None, False)
@@ -199,15 +211,15 @@ def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_sk
     if zero_gate or zero_weight:
         size = (*h.shape[:-1], weight.shape[0])
         branch = h.new_zeros(size if save_branch else 0, dtype=weight.dtype)
-        step = None if zero_gate else bias
-        if step is not None and save_branch:
-            branch.copy_(step)
-        if step is not None and gate is not None:
-            step = modulation(gate).to(step.dtype) * step
-        y = bare_residual(residual, step, lambda: h.new_empty(1, dtype=weight.dtype).expand(size), weight.dtype)
+        bias = None if zero_gate else bias
+        if bias is not None and save_branch:
+            branch.copy_(bias)
+        gate = None if gate is None else modulation(gate)
+        like = lambda: h.new_empty(1, dtype=weight.dtype).expand(size)  # noqa: E731
+        y = bare_residual(residual, bias, gate, -1, weight.dtype, like)
         return y, branch, _verdict(h, ZERO_GATE if zero_gate else ZERO_WEIGHT)
     a = h if activation is None else P.activation(h, activation)
-    branch = F.linear(a.to(weight.dtype), weight, bias)
+    branch = P.linear(a.to(weight.dtype), weight, bias)
     none = branch.new_empty(0)
     if gate is None:
         return add_residual(residual, branch), none, _verdict(h, EXECUTED)
@@ -231,7 +243,7 @@ def linear_gate_residual_bwd(P, dy, h, weight, gate, branch, skipped, activation
     dbranch = None if dbranch is None else dbranch.to(weight.dtype)
     dh = None
     if mask[0]:
-        dh = torch.zeros_like(h) if verdict else linear_grads(dbranch, h, weight, False, [True, False, False])[0]
+        dh = torch.zeros_like(h) if verdict else linear_grads(P, dbranch, h, weight, False, [True, False, False])[0]
     a = h
     if activation is not None and mask[0] and not verdict:  # one read of h gives both
         dh, a = P.activation_bwd(dh.to(h.dtype), h, activation, mask[1])
@@ -240,6 +252,6 @@ def linear_gate_residual_bwd(P, dy, h, weight, gate, branch, skipped, activation
     if not (mask[1] or mask[2]):
         return dh, None, None, dgate
     _, dweight, dbias = linear_grads(
-        dbranch, a.to(weight.dtype) if mask[1] else h, weight, has_bias, [False, mask[1], mask[2]]
+        P, dbranch, a.to(weight.dtype) if mask[1] else h, weight, has_bias, [False, mask[1], mask[2]]
     )
     return dh, dweight, dbias, dgate

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch.nn.functional as F
+
 COLORS = {"eager": "#9aa3ad", "zeroblock": "#d1495b"}
 INK, EMPTY = "#30343b", "#e9ebee"
 
@@ -82,11 +84,12 @@ def _zero_phase(axis, zero_steps):
 
 
 def _samples(axis, runs):
-    """Ten digits per run, in two lines of five."""
+    """Ten digits per run, in two lines of five, apart by a frame of NaN, which is drawn as background."""
     axis.set_title("samples, classes 0 to 9")
     axis.axis("off")
     for i, (name, run) in enumerate(runs.items()):
-        lines = run.samples.squeeze(1).unflatten(0, (2, 5)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        framed = F.pad(run.samples.squeeze(1), (0, 1, 0, 1), value=float("nan"))
+        lines = framed.unflatten(0, (2, 5)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
         image = axis.inset_axes((0.03, 0.51 - 0.5 * i, 0.97, 0.48))
         image.imshow(lines.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         image.set(xticks=[], yticks=[])

@@ -7,6 +7,7 @@ else is composed from them in `_compose.py`. Results that do not apply are None.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference as ref
@@ -118,6 +119,14 @@ def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, b
     dresidual = dx if dx_new is None else dx + dx_new
     dgate, dbranch = gate_residual_bwd(dresidual, gate, branch, True, True)
     return dresidual, dgate, dbranch, dshift, dscale
+
+
+def add_bias(x, bias, dim):
+    return x + (0.0 if bias is None else bias if dim == -1 else channel_view(bias, x.dim()))
+
+
+def linear(x, weight, bias):
+    return F.linear(x, weight, bias)
 
 
 def activation(x, name):

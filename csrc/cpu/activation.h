@@ -45,9 +45,9 @@ struct GeluTanh {
   }
 };
 
-// x Phi(x), slope = Phi(x) + x phi(x). With m = |x|, Phi(-m) = exp(-m^2 / 2) P(u) / (m + 3), u = (m - 3) / (m + 3): P is a
-// minimax polynomial of (m + 3) exp(m^2 / 2) Phi(-m) on [0, 13.2], 7e-8 relative. The rounding error of m^2 is put back
-// into the exponential, so that Phi keeps its relative precision where it is small.
+// x Phi(x), slope = Phi(x) + x phi(x). With m = |x|: Phi(-m) = exp(-m^2 / 2) P(u) / (m + 3), u = (m - 3) / (m + 3),
+// where P is a minimax polynomial of (m + 3) exp(m^2 / 2) Phi(-m) on [0, 13.2], 7e-8 relative. The rounding error of
+// m^2 is put back into the exponential, so that Phi keeps its relative precision where it is small.
 struct Gelu {
   ZB_INLINE static ActValue at(Vec x) {
     const Vec low = max_with(-13.1f, x), bounded = min_with(13.1f, low), one = set1(1.0f);

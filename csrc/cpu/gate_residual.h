@@ -30,17 +30,17 @@ void gate_residual_fwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
 }
 
 // Second stage of a per-sample dgate: over the chunks of each sample.
-inline void finish_dgate(float* dgate, const float* partials, int64_t B, int64_t T, int64_t D, ParallelFor run) {
-  const int64_t chunks = chunks_per_sample(T);
-  each_column_block(run, B, D, chunks, [&](int64_t b, int64_t begin, int64_t end) {
+inline void finish_dgate(float* dgate, const Partials& partials, int64_t slot, int64_t B, ParallelFor run) {
+  const int64_t D = partials.D;
+  each_column_block(run, B, D, chunks_per_sample(partials.T), [&](int64_t b, int64_t begin, int64_t end) {
     each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
-      store(dgate + b * D + i, sum_partials(partials + b * chunks * D + i, chunks, D, lanes), lanes);
+      store(dgate + b * D + i, partials.sample_sum(b, slot, i, lanes), lanes);
     });
   });
 }
 
-// dgate is elementwise for a per-token gate, [B, D] for a per-sample one and a single number for a scalar one. That one is
-// a sum of B T D terms that may cancel, so it is taken in fp64, where the products are exact.
+// dgate is elementwise for a per-token gate, [B, D] for a per-sample one and a single number for a scalar one. The last
+// is a sum of B T D terms that may cancel, so it is taken in fp64, where the products are exact.
 enum class GateForm { kSample, kToken, kScalar };
 
 template <GateForm kForm, class T, class M>
@@ -53,12 +53,12 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   T* const dgate = kForm == GateForm::kToken ? static_cast<T*>(p.dgate) : nullptr;
   const int64_t bytes = (dgate != nullptr ? 4 : 3) * p.B * p.T * D * static_cast<int64_t>(sizeof(T));
   const bool streamed = streams(dbranch, D, bytes) && streams(dgate, D, bytes);
+  const Partials partials = {wants_dgate && kForm == GateForm::kSample ? p.workspace : nullptr, 1, p.T, D};
   double* const exact = reinterpret_cast<double*>(p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
-    float* const acc = wants_dgate && kForm == GateForm::kSample ? p.workspace + chunk * D : nullptr;
-    if (acc != nullptr) fill_zero(acc, D);
+    float* const dgate_sum = partials.running(chunk, 0);
     Sum64 sum;
-    for (int64_t t = t_begin; t < t_end; ++t) {
+    partials.each_row(chunk, t_begin, t_end, [&](int64_t t) ZB_BODY {
       const int64_t row = (b * p.T + t) * D;
       const T* const dy = static_cast<const T*>(p.dy) + row;
       const T* const branch = static_cast<const T*>(p.branch) + row;
@@ -69,15 +69,15 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
         if (!wants_dgate) return;
         const Vec h = load(branch + i, lanes);
         if (kForm == GateForm::kToken) put(dgate + row + i, d * h, lanes, streamed);
-        if (kForm == GateForm::kSample) accumulate(acc, i, d, h, lanes);
+        if (kForm == GateForm::kSample) accumulate(dgate_sum, i, d, h, lanes);
         if (kForm == GateForm::kScalar) sum.add_product(d, h);
       });
-    }
+    });
     if (wants_dgate && kForm == GateForm::kScalar) exact[chunk] = sum.total();
   });
   if (!wants_dgate || kForm == GateForm::kToken) return;
   if (kForm == GateForm::kSample) {
-    finish_dgate(static_cast<float*>(p.dgate), p.workspace, p.B, p.T, D, run);
+    finish_dgate(static_cast<float*>(p.dgate), partials, 0, p.B, run);
   } else {
     double total = 0.0;
     for (int64_t c = 0; c < chunks; ++c) total += exact[c];
@@ -106,7 +106,8 @@ inline void gate_residual_bwd(const GateResidual& p, ParallelFor run) {
 
 inline int64_t gate_residual_bwd_workspace(const GateResidual& p) {
   if (p.dgate == nullptr || is_per_token(p.gate)) return 0;
-  return p.B * chunks_per_sample(p.T) * (p.scalar_gate != nullptr ? 2 : p.D);  // 2 floats hold a double
+  if (p.scalar_gate != nullptr) return 2 * p.B * chunks_per_sample(p.T);  // a double per chunk
+  return Partials{nullptr, 1, p.T, p.D}.size(p.B);
 }
 
 }  // namespace

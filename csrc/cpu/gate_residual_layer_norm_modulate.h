@@ -53,14 +53,21 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
   });
 }
 
+// The modulation's two sums, and the gate's behind them.
+ZB_INLINE Partials gated_partials(const GateResidualLayerNormModulate& p, float* workspace) {
+  const bool wanted = p.dshift != nullptr || (p.dscale != nullptr && !is_per_token(p.scale)) ||
+                      (p.dgate != nullptr && !is_per_token(p.gate));
+  return {wanted ? workspace : nullptr, wanted ? 3 : 0, p.T, p.D};
+}
+
 template <bool kTokenScale, class T, class S, class G>
 void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
   const ConstantRow one(1.0f);
   const Operand<G> gate = operand(p.gate, reinterpret_cast<const G*>(one.lanes));
   const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
-  const bool wants_u = !kTokenScale && (p.dshift != nullptr || p.dscale != nullptr);
   const bool wants_un = !kTokenScale && p.dscale != nullptr;
+  const bool wants_u = !kTokenScale && (p.dshift != nullptr || p.dscale != nullptr);
   const bool wants_dy = kTokenScale && p.dshift != nullptr;
   T* const dresidual = static_cast<T*>(p.dresidual);
   T* const dbranch = static_cast<T*>(p.dbranch);
@@ -68,16 +75,13 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
   const bool wants_gate = p.dgate != nullptr && token_dgate == nullptr;
   const int64_t bytes = 6 * p.B * p.T * D * static_cast<int64_t>(sizeof(T));
   const bool streamed = streams(dresidual, D, bytes) && streams(dbranch, D, bytes) && streams(token_dgate, D, bytes);
-  // Partial sums of the modulation, and behind them those of the gate.
-  float* const gate_sums = p.workspace + p.B * chunks_per_sample(p.T) * kSums * D;
+  const Partials partials = gated_partials(p, p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
-    float* const partials = p.workspace + chunk * kSums * D;
-    float* const gate_sum = wants_gate ? gate_sums + chunk * D : nullptr;
-    if (wants_u || wants_un || wants_dy) fill_zero(partials, kSums * D);
-    if (wants_gate) fill_zero(gate_sum, D);
-    const ModulateSums sums = {wants_un ? partials + kSumUN * D : nullptr, wants_u ? partials + kSumU * D : nullptr,
-                               wants_dy ? partials + kSumExtra * D : nullptr};
-    for (int64_t t = t_begin; t < t_end; ++t) {
+    float* const gate_sum = wants_gate ? partials.running(chunk, kSumExtra) : nullptr;
+    const ModulateSums sums = {wants_un ? partials.running(chunk, kSumUN) : nullptr,
+                               wants_u ? partials.running(chunk, kSumU) : nullptr,
+                               wants_dy ? partials.running(chunk, kSumU) : nullptr};
+    partials.each_row(chunk, t_begin, t_end, [&](int64_t t) ZB_BODY {
       const int64_t row = b * p.T + t, start = row * D;
       const T* const branch = static_cast<const T*>(p.branch) + start;
       const T* const dx_new = p.dx_new != nullptr ? static_cast<const T*>(p.dx_new) + start : nullptr;
@@ -101,12 +105,12 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
             if (token_dgate != nullptr) put(token_dgate + start + i, d * h, lanes, streamed);
             accumulate(gate_sum, i, d, h, lanes);
           });
-    }
+    });
   });
   const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), nullptr, nullptr,
-                               nullptr, nullptr, kTokenScale};
-  finish_modulate(grads, p.scale, p.workspace, p.B, p.T, D, run);
-  if (wants_gate) finish_dgate(static_cast<float*>(p.dgate), gate_sums, p.B, p.T, D, run);
+                               nullptr, nullptr, kTokenScale, kSumU};
+  finish_modulate(grads, p.scale, partials, p.B, run);
+  if (wants_gate) finish_dgate(static_cast<float*>(p.dgate), partials, kSumExtra, p.B, run);
 }
 
 inline void gate_residual_layer_norm_modulate_fwd(const GateResidualLayerNormModulate& p, ParallelFor run) {
@@ -134,9 +138,7 @@ inline void gate_residual_layer_norm_modulate_bwd(const GateResidualLayerNormMod
 }
 
 inline int64_t gate_residual_layer_norm_modulate_bwd_workspace(const GateResidualLayerNormModulate& p) {
-  const bool modulate = p.dshift != nullptr || (p.dscale != nullptr && !is_per_token(p.scale));
-  const bool gate = p.dgate != nullptr && !is_per_token(p.gate);
-  return modulate || gate ? p.B * chunks_per_sample(p.T) * (kSums + 1) * p.D : 0;
+  return gated_partials(p, nullptr).size(p.B);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // All CPU kernels of one instruction set, in one object. setup.py compiles this file once per instruction set, with
 // ZB_TABLE naming the table and the compiler flags choosing the vector width of vec.h.
 #include "activation.h"
+#include "add_bias.h"
 #include "gate_residual.h"
 #include "gate_residual_layer_norm_modulate.h"
 #include "group_norm_silu.h"
@@ -27,6 +28,7 @@ const CpuKernels ZB_TABLE = {
     gate_residual_layer_norm_modulate_bwd_workspace,
     activation_fwd,
     activation_bwd,
+    add_bias,
     is_zero,
 };
 

@@ -1,4 +1,4 @@
-// layer_norm_modulate: y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: no mean, no bias.
+// layer_norm_modulate: y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: mean = 0.
 // [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output);
 // backward twice (sums, then dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and
 // g = dy * (1 + scale) [* weight]). Gradients of the modulation are summed per chunk of tokens in the workspace, then
@@ -14,7 +14,10 @@ struct RowStats {
   float mean, rstd;
 };
 
-ZB_INLINE float inverse_root(float a) { return 1.0f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(a))); }
+// 1 / sqrt(a) in fp64: its error would be that of every element of the row.
+ZB_INLINE float inverse_root(double a) {
+  return static_cast<float>(1.0 / _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a))));
+}
 
 // Given the sum of the row (ignored for rms, whose mean stays 0).
 template <class T>
@@ -25,7 +28,7 @@ ZB_INLINE RowStats row_stats(const T* x, int64_t D, float row_sum, bool rms, flo
     const Vec d = keep(load(x + i, lanes) - m, lanes);
     return fmadd(d, d, acc);
   });
-  return {mean, inverse_root(squares / static_cast<float>(D) + eps)};
+  return {mean, inverse_root(squares / static_cast<double>(D) + eps)};
 }
 
 template <class T>
@@ -70,11 +73,11 @@ void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, Parallel
   });
 }
 
-// Rows of one chunk's partial sums in the workspace: sum u * n, sum u, and a third one of the caller's. u is dy when the
-// scale is one row per sample (it factors out of the sum over T) and dy * (1 + scale) when it is per token.
-constexpr int kSumUN = 0, kSumU = 1, kSumExtra = 2, kSums = 3;
+// Slots of the partial sums: u * n, u, and a third one of the caller's. u is dy when the scale is one row per sample
+// (it factors out of the sum over T) and dy * (1 + scale) when it is per token.
+constexpr int64_t kSumUN = 0, kSumU = 1, kSumExtra = 2;
 
-// Where a chunk adds its sums; null for those that are not wanted.
+// Where the sums of a chunk are added up; null for those that are not wanted.
 struct ModulateSums {
   float *un, *u, *dy;
 };
@@ -133,47 +136,51 @@ struct ModulateGrads {
   float *dshift, *dscale, *dweight, *dbias;
   const float *weight, *bias;
   bool token_scale;
+  int64_t dshift_slot;  // the slot that summed dy
 };
 
 // Second stage: over the chunks of a sample, then (weight and bias) over the samples.
-inline void finish_modulate(const ModulateGrads& out, const Rows& scale_rows, float* workspace, int64_t B, int64_t T,
-                            int64_t D, ParallelFor run) {
-  const int64_t chunks = chunks_per_sample(T), stride = kSums * D;
-  const bool affine = out.dweight != nullptr || out.dbias != nullptr;
+inline void finish_modulate(const ModulateGrads& out, const Rows& scale_rows, const Partials& partials, int64_t B,
+                            ParallelFor run) {
+  const int64_t D = partials.D, chunks = chunks_per_sample(partials.T);
+  const bool affine = out.dweight != nullptr || out.dbias != nullptr, needs_un = affine || out.dscale != nullptr;
   const ConstantRow one(1.0f);
   const Rows absent = {nullptr, false, 0, 0};
   const Operand<float> scale = operand(out.token_scale ? absent : scale_rows, kZeros);
   const OperandRow<float> weight = channel_row(out.weight, one.lanes), bias = channel_row(out.bias, kZeros);
-  if (affine || out.dshift != nullptr || out.dscale != nullptr) {
-    each_column_block(run, B, D, 2 * chunks, [&](int64_t b, int64_t begin, int64_t end) {
-      float* const partials = workspace + b * chunks * stride;
-      each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
-        const auto total = [&](int slot) { return sum_partials(partials + slot * D + i, chunks, stride, lanes); };
-        const bool needs_un = affine || out.dscale != nullptr;
-        const Vec un = needs_un ? total(kSumUN) : zero();
-        const Vec u = needs_un || !out.token_scale ? total(kSumU) : zero();
-        if (out.dshift != nullptr) store(out.dshift + b * D + i, out.token_scale ? total(kSumExtra) : u, lanes);
-        if (out.dscale != nullptr) {
-          store(out.dscale + b * D + i, fmadd(weight.at(i, lanes), un, bias.at(i, lanes) * u), lanes);
-        }
-        if (affine && chunks > 0) {  // the sample's own sums replace those of its first chunk
-          const Vec factor = set1(1.0f) + scale.row(b, 0).at(i, lanes);
-          store(partials + kSumUN * D + i, un * factor, lanes);
-          store(partials + kSumU * D + i, u * factor, lanes);
-        }
-      });
+  if (!needs_un && out.dshift == nullptr) return;
+  each_column_block(run, B, D, 2 * chunks, [&](int64_t b, int64_t begin, int64_t end) {
+    each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
+      if (out.dshift != nullptr) {
+        store(out.dshift + b * D + i, partials.sample_sum(b, out.dshift_slot, i, lanes), lanes);
+      }
+      if (!needs_un) return;
+      const Vec un = partials.sample_sum(b, kSumUN, i, lanes), u = partials.sample_sum(b, kSumU, i, lanes);
+      if (out.dscale != nullptr) {
+        store(out.dscale + b * D + i, fmadd(weight.at(i, lanes), un, bias.at(i, lanes) * u), lanes);
+      }
+      if (affine && chunks > 0) {
+        const Vec factor = set1(1.0f) + scale.row(b, 0).at(i, lanes);
+        store(partials.total(b * chunks, kSumUN) + i, un * factor, lanes);
+        store(partials.total(b * chunks, kSumU) + i, u * factor, lanes);
+      }
     });
-  }
+  });
   if (!affine) return;
   each_column_block(run, 1, D, B, [&](int64_t, int64_t begin, int64_t end) {
     each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
-      const auto total = [&](int slot) {
-        return sum_partials(workspace + slot * D + i, chunks > 0 ? B : 0, chunks * stride, lanes);
-      };
-      if (out.dweight != nullptr) store(out.dweight + i, total(kSumUN), lanes);
-      if (out.dbias != nullptr) store(out.dbias + i, total(kSumU), lanes);
+      if (out.dweight != nullptr) store(out.dweight + i, partials.batch_sum(B, kSumUN, i, lanes), lanes);
+      if (out.dbias != nullptr) store(out.dbias + i, partials.batch_sum(B, kSumU, i, lanes), lanes);
     });
   });
+}
+
+// A per-token scale leaves only the affine gradients and dshift to be summed, the latter in a slot of its own.
+ZB_INLINE Partials modulate_partials(const LayerNormModulate& p, float* workspace) {
+  const bool token_scale = is_per_token(p.scale);
+  const bool wanted = p.dweight != nullptr || p.dbias != nullptr || p.dshift != nullptr ||
+                      (p.dscale != nullptr && !token_scale);
+  return {wanted ? workspace : nullptr, wanted ? (token_scale ? 3 : 2) : 0, p.T, p.D};
 }
 
 template <bool kAffine, bool kTokenScale, class T, class S>
@@ -183,17 +190,17 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
   const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
   const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
   const bool affine_grads = p.dweight != nullptr || p.dbias != nullptr;
-  const bool wants_u = affine_grads || (!kTokenScale && (p.dshift != nullptr || p.dscale != nullptr));
   const bool wants_un = affine_grads || (!kTokenScale && p.dscale != nullptr);
+  const bool wants_u = wants_un || (!kTokenScale && p.dshift != nullptr);
   const bool wants_dy = kTokenScale && p.dshift != nullptr;
   T* const dx = static_cast<T*>(p.dx);
   const bool streamed = streams(dx, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
+  const Partials partials = modulate_partials(p, p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
-    float* const partials = p.workspace + chunk * kSums * D;
-    if (wants_u || wants_un || wants_dy) fill_zero(partials, kSums * D);
-    const ModulateSums sums = {wants_un ? partials + kSumUN * D : nullptr, wants_u ? partials + kSumU * D : nullptr,
-                               wants_dy ? partials + kSumExtra * D : nullptr};
-    for (int64_t t = t_begin; t < t_end; ++t) {
+    const ModulateSums sums = {wants_un ? partials.running(chunk, kSumUN) : nullptr,
+                               wants_u ? partials.running(chunk, kSumU) : nullptr,
+                               wants_dy ? partials.running(chunk, kSumExtra) : nullptr};
+    partials.each_row(chunk, t_begin, t_end, [&](int64_t t) ZB_BODY {
       const int64_t row = b * p.T + t, start = row * D;
       const ModulateRow<T, S> inputs = {
           D, static_cast<const T*>(p.x) + start, static_cast<const T*>(p.dy) + start, p.rms ? 0.0f : p.mean[row],
@@ -202,11 +209,11 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
       modulate_bwd_row<kAffine, kTokenScale>(
           inputs, [](int64_t) {},
           [&](int64_t i, Vec grad, auto lanes) ZB_BODY { put(dx + start + i, grad, lanes, streamed); });
-    }
+    });
   });
   const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), p.dweight, p.dbias,
-                               p.weight, p.bias, kTokenScale};
-  finish_modulate(grads, p.scale, p.workspace, p.B, p.T, D, run);
+                               p.weight, p.bias, kTokenScale, kTokenScale ? kSumExtra : kSumU};
+  finish_modulate(grads, p.scale, partials, p.B, run);
 }
 
 inline void layer_norm_modulate_fwd(const LayerNormModulate& p, ParallelFor run) {
@@ -234,9 +241,7 @@ inline void layer_norm_modulate_bwd(const LayerNormModulate& p, ParallelFor run)
 }
 
 inline int64_t layer_norm_modulate_bwd_workspace(const LayerNormModulate& p) {
-  const bool sums = p.dweight != nullptr || p.dbias != nullptr || p.dshift != nullptr ||
-                    (p.dscale != nullptr && !is_per_token(p.scale));
-  return sums ? p.B * chunks_per_sample(p.T) * kSums * p.D : 0;
+  return modulate_partials(p, nullptr).size(p.B);
 }
 
 }  // namespace

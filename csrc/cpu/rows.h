@@ -10,15 +10,15 @@
 namespace zeroblock {
 namespace {
 
-// Tokens of one sample that one piece of work covers. Sums over T are taken per chunk, then over chunks in order, so the
-// result depends on the shape alone; short chunks also keep the fp32 rounding of long sums small.
+// Tokens of one sample that one piece of work covers. Sums over T are taken per chunk, then over the chunks in order:
+// the result depends on the shape alone.
 constexpr int64_t kChunkRows = 64;
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kGrainElements = 32768;
 // A call that touches more than this many bytes writes past the caches: its output would be evicted before it is read.
 constexpr int64_t kStreamBytes = int64_t{24} << 20;
-// Addends in a row before a partial sum is put aside.
-constexpr int64_t kCascade = 32;
+// Addends in a row before a sum is put aside: long fp32 sums lose a bit with every fourfold of their length.
+constexpr int64_t kCascade = 16;
 
 template <bool B>
 struct Bool {
@@ -107,7 +107,8 @@ struct Sum64 {
 #if defined(__AVX512F__)
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
   ZB_INLINE void add_product(Vec a, Vec b) {
-    low = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_castps512_ps256(b.v)), low);
+    low = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_castps512_ps256(b.v)),
+                          low);
     high = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)),
                            _mm512_cvtps_pd(_mm512_extractf32x8_ps(b.v, 1)), high);
   }
@@ -115,7 +116,8 @@ struct Sum64 {
 #else
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
   ZB_INLINE void add_product(Vec a, Vec b) {
-    low = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_castps256_ps128(b.v)), low);
+    low = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_castps256_ps128(b.v)),
+                          low);
     high = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)),
                            _mm256_cvtps_pd(_mm256_extractf128_ps(b.v, 1)), high);
   }
@@ -191,8 +193,8 @@ ZB_INLINE void each_chunk(ParallelFor run, int64_t B, int64_t T, int64_t D, cons
   });
 }
 
-// Starts loading the line of column i of a later row. The hardware follows one forward walk per array, but loses it when a
-// row is walked twice.
+// Starts loading the line of column i of a later row: the hardware follows one forward walk per array, but loses it
+// when a row is walked twice.
 template <class T>
 ZB_INLINE void prefetch(const T* row, int64_t i) {
   _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
@@ -218,6 +220,49 @@ ZB_INLINE Vec sum_partials(const float* p, int64_t count, int64_t stride, Lanes 
   return total;
 }
 
+// The workspace of a reduction over tokens: for every chunk `slots` rows of D running sums and, behind them, as many
+// rows of sums put aside, which hold the chunk's totals in the end.
+struct Partials {
+  float* workspace;  // null: nothing is wanted
+  int64_t slots, T, D;
+
+  ZB_INLINE int64_t chunk_size() const { return 2 * slots * D; }
+  ZB_INLINE int64_t size(int64_t B) const { return B * chunks_per_sample(T) * chunk_size(); }
+  ZB_INLINE float* running(int64_t chunk, int64_t slot) const { return workspace + chunk * chunk_size() + slot * D; }
+  ZB_INLINE float* total(int64_t chunk, int64_t slot) const { return running(chunk, slots + slot); }
+
+  // row(t) adds to the running sums of the chunk, for t_begin .. t_end.
+  template <class Row>
+  ZB_INLINE void each_row(int64_t chunk, int64_t t_begin, int64_t t_end, const Row& row) const {
+    if (workspace != nullptr) {
+      std::memset(running(chunk, 0), 0, static_cast<size_t>(chunk_size()) * sizeof(float));
+    }
+    for (int64_t t = t_begin; t < t_end; ++t) {
+      row(t);
+      if (workspace == nullptr || ((t + 1 - t_begin) % kCascade != 0 && t + 1 != t_end)) continue;
+      float* const sums = running(chunk, 0);
+      float* const aside = total(chunk, 0);
+      each_column(0, slots * D, [&](int64_t i, auto lanes) ZB_BODY {
+        store(aside + i, load(aside + i, lanes) + load(sums + i, lanes), lanes);
+        store(sums + i, zero(), lanes);
+      });
+    }
+  }
+
+  // Over the chunks of sample b.
+  template <class Lanes>
+  ZB_INLINE Vec sample_sum(int64_t b, int64_t slot, int64_t i, Lanes lanes) const {
+    const int64_t chunks = chunks_per_sample(T);
+    return sum_partials(total(b * chunks, slot) + i, chunks, chunk_size(), lanes);
+  }
+  // Over the samples, once the totals of each have been written over those of its first chunk.
+  template <class Lanes>
+  ZB_INLINE Vec batch_sum(int64_t B, int64_t slot, int64_t i, Lanes lanes) const {
+    const int64_t chunks = chunks_per_sample(T);
+    return sum_partials(total(0, slot) + i, chunks > 0 ? B : 0, chunks * chunk_size(), lanes);
+  }
+};
+
 // f(b, begin, end) over blocks of columns of every sample, in parallel; `depth` rows are read for each.
 template <class F>
 ZB_INLINE void each_column_block(ParallelFor run, int64_t B, int64_t D, int64_t depth, const F& f) {
@@ -231,8 +276,6 @@ ZB_INLINE void each_column_block(ParallelFor run, int64_t B, int64_t D, int64_t 
     }
   });
 }
-
-ZB_INLINE void fill_zero(float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); }
 
 // Adds a * b to a row of accumulators; a null row is a sum that nobody asked for.
 template <class Lanes>

@@ -208,4 +208,5 @@ class ResBlock(nn.Module):
 
         parameters = _common.parameters_of(self.in_layers, self.emb_layers, norm)
         residual = self.skip_connection(self.x_upd(x))
-        return skipped_branch(Branch(tail, (x, emb), parameters, self._body, hidden, residual), residual)
+        branch = Branch(tail, (x, emb), parameters, self._body, hidden, residual, carried=True)
+        return skipped_branch(branch, residual)

@@ -55,6 +55,7 @@ def residual_branch(
         residual,
         zero_gate=found == "gate",
         always_run=random,
+        carried=residual is activations[0],
     )
     return skipped_branch(branch, residual, gate)
 

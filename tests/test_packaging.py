@@ -1,0 +1,155 @@
+"""The wheel, the editable install, the source layout: what a user gets, and whom it must not disturb."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import zeroblock as zb
+from zeroblock.testing import CPU_MISSING
+
+ROOT = Path(__file__).parent.parent
+HF_KERNELS = "def get_kernel(name):\n    return name\n"
+
+
+def run(*command, cwd, **env):
+    merged = {**os.environ, **env}
+    result = subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the source tree without anything built, as a fresh clone has it."""
+    target = tmp_path_factory.mktemp("source") / "zeroblock"
+    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((ROOT / name).read_bytes())
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(out), ".")
+    run(*pip, cwd=source)
+    return next(out.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"zeroblock", f"zeroblock-{zb.__version__}.dist-info"}
+    assert "zeroblock/kernels/__init__.py" in names
+    assert {"zeroblock/ops.py", "zeroblock/nn/resblock.py", "zeroblock/testing/eager.py"} <= set(names)
+    assert any(re.fullmatch(r"zeroblock/_C.*\.so", name) for name in names) == (CPU_MISSING is None)
+
+
+@pytest.mark.slow
+def test_wheel_beside_hugging_face_kernels(wheel, tmp_path):
+    """Installed next to a top-level package `kernels`, both import, and neither touches the other's files."""
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text(HF_KERNELS)
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
+    assert (site / "kernels" / "__init__.py").read_text() == HF_KERNELS
+    code = "import kernels, zeroblock, zeroblock.kernels; print(kernels.get_kernel('x'), zeroblock.__file__)"
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert printed == ["x", str(site / "zeroblock" / "__init__.py")]
+
+
+@pytest.mark.slow
+def test_wheel_runs_with_its_own_native_kernels(wheel, tmp_path):
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
+    code = (
+        "import torch, zeroblock as zb; x = torch.randn(2, 64, 5, 5);"
+        "print(zb.explain('group_norm_silu', x, 32).backend, zb.group_norm_silu(x, 32).isfinite().all().item())"
+    )
+    backend, finite = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert (backend, finite) == ("reference" if CPU_MISSING else "cpu", "True")
+
+
+@pytest.mark.slow
+def test_build_without_a_compiler_leaves_a_working_reference(source, tmp_path):
+    clean = tmp_path / "clean"
+    shutil.copytree(source, clean, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), ".")
+    run(*pip, cwd=clean, CXX="no-such-compiler")
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not any(name.endswith(".so") for name in names)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import torch, zeroblock as zb; print(zb.explain('group_norm_silu', torch.randn(2, 64, 5, 5), 32))"
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "backend reference" in printed and "was not built" in printed
+
+
+@pytest.mark.parametrize("value, message", [("1", "ZEROBLOCK_BUILD_CUDA=1, but"), ("maybe", "must be auto, 1 or 0")])
+def test_asking_for_cuda_in_vain_fails_loudly(source, value, message):
+    env = {**os.environ, "ZEROBLOCK_BUILD_CUDA": value}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=source, env=env, capture_output=True, text=True
+    )
+    assert result.returncode != 0 and message in result.stdout + result.stderr
+
+
+def test_source_folder_kernels_explains_itself():
+    """`import kernels` in the repository root finds our folder: the error says so."""
+    result = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and "zeroblock's source folder" in result.stderr
+
+
+def test_pytest_does_not_shadow_kernels():
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or Path(spec.origin).parent != ROOT / "kernels"
+
+
+def test_only_the_bindings_include_torch():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.name not in ("bindings.cpp", "binding_args.h"):
+            found = re.findall(r"#include\s*[<\"](?:torch|ATen|c10)/[^>\"]+", path.read_text())
+            assert not found, f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_kernel_objects_share_no_inline_function(tmp_path):
+    """No weak symbol may leave an instruction-set object: the linker could keep the one an older processor cannot run."""
+    objects = sorted((ROOT / "build").rglob("kernels_avx*.o"))
+    if not objects:
+        pytest.skip("no object files of a native build in build/")
+    for path in objects:
+        symbols = run("nm", "--defined-only", "-C", str(path), cwd=ROOT)
+        weak = [line for line in symbols.splitlines() if re.search(r"\s[WVu]\s", line)]
+        assert not weak, f"{path.name}: {weak[:3]}"
+
+
+def test_importing_pulls_in_no_test_or_demo_package():
+    code = (
+        "import sys, zeroblock;"
+        "print([m for m in ('sklearn', 'matplotlib', 'hypothesis', 'diffusers', 'pytest', 'triton') if m in sys.modules])"
+    )
+    assert run(sys.executable, "-c", code, cwd=ROOT.parent).strip() == "[]"
+
+
+def test_readme_example_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks, "README.md has no python example"
+    for block in blocks:
+        run(sys.executable, "-c", block, cwd=tmp_path)
+
+
+def test_every_variable_the_code_reads_is_documented():
+    read = set()
+    for path in [ROOT / "setup.py", *(ROOT / "zeroblock").rglob("*.py")]:
+        read |= set(re.findall(r"environ(?:\.get\(|\[)\"(ZEROBLOCK_\w+)\"", path.read_text()))
+    assert read and all(name in (ROOT / "README.md").read_text() for name in read)
