@@ -1,4 +1,5 @@
-// How tensors become the raw arguments of zeroblock.h. Private to bindings.cpp: no other file may include torch headers.
+// How tensors become the raw arguments of zeroblock.h. Private to bindings.cpp: no other file may include torch
+// headers.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -68,8 +69,10 @@ void check_like(const Tensor& t, const Tensor& x, const char* what) {
 // Small vectors are handed to the kernels as dense fp32; keep holds a converted copy for the duration of the call.
 const float* as_f32(const MaybeTensor& t, int64_t numel, std::vector<Tensor>& keep, const char* what) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->is_cpu() && t->numel() == numel, "zeroblock: ", what, " must have ", numel, " elements on the CPU");
-  if (t->scalar_type() == ScalarType::Float && t->is_contiguous()) return static_cast<const float*>(t->const_data_ptr());
+  STD_TORCH_CHECK(t->is_cpu() && t->numel() == numel, "zeroblock: ", what, " must have ", numel,
+                  " elements on the CPU");
+  if (t->scalar_type() == ScalarType::Float && t->is_contiguous())
+    return static_cast<const float*>(t->const_data_ptr());
   keep.push_back(torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float)));
   return static_cast<const float*>(keep.back().const_data_ptr());
 }

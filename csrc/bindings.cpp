@@ -225,9 +225,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modulate(Ten
   return {x_new, y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modulate_bwd(
-    MaybeTensor dx_new, Tensor dy, Tensor x_new, Tensor mean, Tensor rstd, Tensor gate, Tensor branch, Tensor shift,
-    Tensor scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modulate_bwd(MaybeTensor dx_new, Tensor dy,
+                                                                                         Tensor x_new, Tensor mean,
+                                                                                         Tensor rstd, Tensor gate,
+                                                                                         Tensor branch, Tensor shift,
+                                                                                         Tensor scale) {
   std::vector<Tensor> keep;
   GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, keep);
   for (const Tensor* t : {&dy, &x_new}) check_like(*t, branch, "dy and x_new"), check_tokens(*t, "dy and x_new");
@@ -255,7 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modu
 // ---- activation, is_zero --------------------------------------------------------------------------------------------
 
 Activation activation_params(const Tensor& x, int64_t act) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && act >= 0 && act <= 2, "zeroblock: activation needs a dense tensor");
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && act >= 0 && act <= 2,
+                  "zeroblock: activation needs a dense tensor");
   Activation p{};
   p.dtype = dtype_of(x);
   p.act = static_cast<Act>(act);
@@ -321,22 +324,29 @@ std::string isa() { return cpu_kernels() ? cpu_kernels()->isa : ""; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
-  m.def("_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, "
-        "bool silu, bool channels_last) -> (Tensor, Tensor, Tensor)");
-  m.def("_group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-        "Tensor? scale, Tensor? shift, int groups, bool silu, bool channels_last) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("_layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps, "
-        "bool rms) -> (Tensor, Tensor, Tensor)");
-  m.def("_layer_norm_modulate_bwd(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? shift, Tensor? scale, "
-        "Tensor? weight, Tensor? bias, bool rms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+      "bool silu, bool channels_last) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+      "Tensor? scale, Tensor? shift, int groups, bool silu, bool channels_last) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps, "
+      "bool rms) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_layer_norm_modulate_bwd(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? shift, Tensor? scale, "
+      "Tensor? weight, Tensor? bias, bool rms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_gate_residual(Tensor residual, Tensor gate, Tensor branch) -> Tensor");
-  m.def("_gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch) "
-        "-> (Tensor, Tensor)");
-  m.def("_gate_residual_layer_norm_modulate(Tensor residual, Tensor gate, Tensor branch, Tensor shift, Tensor scale, "
-        "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("_gate_residual_layer_norm_modulate_bwd(Tensor? dx_new, Tensor dy, Tensor x_new, Tensor mean, Tensor rstd, "
-        "Tensor gate, Tensor branch, Tensor shift, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "_gate_residual_layer_norm_modulate(Tensor residual, Tensor gate, Tensor branch, Tensor shift, Tensor scale, "
+      "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_gate_residual_layer_norm_modulate_bwd(Tensor? dx_new, Tensor dy, Tensor x_new, Tensor mean, Tensor rstd, "
+      "Tensor gate, Tensor branch, Tensor shift, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_activation(Tensor x, int act) -> Tensor");
   m.def("_activation_bwd(Tensor dy, Tensor x, int act, bool need_y) -> (Tensor, Tensor)");
   m.def("_add_bias(Tensor x, Tensor? bias, bool last) -> Tensor");

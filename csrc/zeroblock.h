@@ -37,10 +37,10 @@ struct GroupNormSilu {
   // backward
   const void* dy;  // same layout as x
   void* dx;
-  float* dweight;  // [C] or null
-  float* dbias;    // [C] or null
-  float* dscale;   // [N, C] or null
-  float* dshift;   // [N, C] or null
+  float* dweight;    // [C] or null
+  float* dbias;      // [C] or null
+  float* dscale;     // [N, C] or null
+  float* dshift;     // [N, C] or null
   float* workspace;  // as many floats as the matching *_workspace function says
 };
 

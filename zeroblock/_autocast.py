@@ -10,6 +10,6 @@ def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype autocast gives a convolution or linear with this weight now; None when it leaves it alone (fp64
     too)."""
     device = weight.device.type
-    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+    if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

@@ -204,8 +204,8 @@ def _group_norm_silu_conv_residual(inputs, needed, dy, mean, rstd, skipped):
     upstream = any(needed[i] for i in (0, 2, 3, 5, 6))
     if upstream or needed[9] or needed[10]:
         grads = call(
-            ops.group_norm_silu_conv_residual_bwd, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift,
-            keep, p, weight, skipped, padding, bias is not None, [upstream, needed[9], needed[10]],
+            ops.group_norm_silu_conv_residual_bwd, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale,
+            shift, keep, p, weight, skipped, padding, bias is not None, [upstream, needed[9], needed[10]],
         )  # fmt: skip
     dx, dnorm_weight, dnorm_bias, dscale, dshift, dweight, dbias = grads
     norm = (dx, None, dnorm_weight, dnorm_bias, None, dscale, dshift, None, None)

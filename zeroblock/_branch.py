@@ -5,8 +5,9 @@ The modules describe their branch to `skipped_branch`; whatever a skipped branch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from . import _backends
 from ._autocast import autocast_dtype
-from ._compose import bare_residual, linear_grads
+from ._compose import bare_residual, conv_size, empty_conv_output, linear_grads
 from .reference import channel_view, modulation
 
 
@@ -37,27 +38,29 @@ class Tail:
     def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.module is None:
             return h
-        if not self.is_conv and torch.is_grad_enabled():
-            return F.linear(h, weight, bias)
-        if not self.is_conv:
-            P = _backends.select("linear_gate_residual", h)
-            return P.linear(*(t if t is None else t.to(self.dtype) for t in (h, weight, bias)))
-        return torch.convolution(h, weight, bias, *self._conv_arguments())
-
-    def output_like(self, h: Tensor) -> Tensor:
-        """A tensor with the shape, dtype and device of tail(h), holding nothing; h may hold nothing either."""
-        m = self.module
-        if m is None:
-            return h
-        features = (m.in_channels, h.shape[1]) if self.is_conv else (m.in_features, h.shape[-1])
-        if features[0] != features[1]:
-            raise ValueError(f"{type(m).__name__}: x must have {features[0]} channels, got {list(h.shape)}")
+        h, weight, bias = (t if t is None else t.to(self.dtype) for t in (h, weight, bias))
         if self.is_conv:
-            spatial = zip(h.shape[2:], m.kernel_size, m.stride, m.padding, m.dilation, strict=True)
-            size = (h.shape[0], m.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spatial))
-        else:
-            size = (*h.shape[:-1], m.out_features)
-        return h.new_empty(1, dtype=self.dtype).expand(size)
+            return torch.convolution(h, weight, bias, *self._conv_arguments())
+        if torch.is_grad_enabled():
+            return F.linear(h, weight, bias)
+        return _backends.select("linear_gate_residual", h).linear(h, weight, bias)
+
+    def output_size(self, h: Tensor) -> tuple[int, ...]:
+        m = self.module
+        expected, found = (m.in_channels, h.shape[1]) if self.is_conv else (m.in_features, h.shape[-1])
+        if expected != found:
+            raise ValueError(f"{type(m).__name__}: x must have {expected} channels, got {list(h.shape)}")
+        if self.is_conv:
+            return conv_size(h, m.weight, m.padding, m.stride, m.dilation)
+        return *h.shape[:-1], m.out_features
+
+    def empty_output(self, h: Tensor) -> Tensor:
+        """An uninitialised tensor like tail(h), in eager's memory format."""
+        if self.module is None:
+            return torch.empty_like(h)
+        if self.is_conv:
+            return empty_conv_output(h, self.weight, self.output_size(h), self.dtype)
+        return h.new_empty(self.output_size(h), dtype=self.dtype)
 
     def grads(self, dy: Tensor, h: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
         """(dweight, dbias) where mask asks, computed in the layer's dtype."""
@@ -81,6 +84,10 @@ class Tail:
         return modulation(v)
 
 
+# A parameter, where it lives and what it is called there.
+Owned = tuple[nn.Module, str, Tensor]
+
+
 @dataclasses.dataclass
 class Branch:
     """A branch whose tail weight (or, with `zero_gate`, whose gate) was found zero.
@@ -89,24 +96,26 @@ class Branch:
     input again (ResBlock: conv1's output; norm and activation are recomputed). Both are differentiable. `parameters`
     are those of the body. `example` gives the output's shape and device where there is no residual (it is the tail's
     input), its rank otherwise. A body that draws random numbers always runs. `carried`: the residual depends on the
-    first activation, which gets its gradient there, without a tensor of zeros being added to it.
+    first activation, which gets its gradient there, without a tensor of zeros being added to it. `recomputed` are the
+    parameters `hidden` reads: like the tail's weight they must not change between forward and backward.
     """
 
     tail: Tail
     activations: Sequence[Tensor]
-    parameters: Sequence[Tensor]
+    parameters: Sequence[Owned]
     body: Callable[..., tuple[Tensor, ...]]
     hidden: Callable[..., Tensor]
     example: Tensor
     zero_gate: bool = False
     always_run: bool = False
     carried: bool = False
+    recomputed: Sequence[Tensor] = ()
 
 
 def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None = None) -> Tensor:
     """residual + gate * tail(h) of a branch that is zero, with eager's gradients; a fresh tensor."""
     tail = branch.tail
-    inputs = (residual, tail.weight, tail.bias, gate, *branch.activations, *branch.parameters)
+    inputs = (residual, tail.weight, tail.bias, gate, *branch.activations, *(p for _, _, p in branch.parameters))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _SkippedBranch.apply(branch, *inputs)
     if branch.always_run:
@@ -119,7 +128,7 @@ def _bare(branch: Branch, residual: Tensor | None, bias: Tensor | None, gate: Te
     bias = None if branch.zero_gate else bias
     gate = None if gate is None or bias is None else tail.broadcast(gate, example.dim())
     dim = 1 if tail.is_conv else -1
-    return bare_residual(residual, bias, gate, dim, tail.dtype or example.dtype, lambda: tail.output_like(example))
+    return bare_residual(residual, bias, gate, dim, tail.dtype or example.dtype, lambda: tail.empty_output(example))
 
 
 class _SkippedBranch(torch.autograd.Function):
@@ -146,7 +155,7 @@ class _SkippedBranch(torch.autograd.Function):
             body = ()
         ctx.counts = len(activations), len(body)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, bias, gate, *activations, *body)
+        ctx.save_for_backward(weight, bias, gate, *activations, *body, *branch.recomputed)
         return _bare(branch, residual, bias, gate)
 
     @staticmethod
@@ -156,7 +165,7 @@ class _SkippedBranch(torch.autograd.Function):
             return (None,) * (1 + len(needs))
         branch, tail = ctx.branch, ctx.branch.tail
         weight, bias, gate, *saved = ctx.saved_tensors
-        activations, body = saved[: ctx.counts[0]], saved[ctx.counts[0] :]
+        activations, body = saved[: ctx.counts[0]], saved[ctx.counts[0] : sum(ctx.counts)]
         dresidual = dy.to(ctx.residual_dtype) if needs[0] else None
         if torch.is_grad_enabled():
             return None, dresidual, *_differentiable(branch, needs[1:], dy, weight, bias, gate, activations)
@@ -169,18 +178,33 @@ class _SkippedBranch(torch.autograd.Function):
         else:
             step = dy if gate is None else dy * tail.broadcast(gate, dy.dim()).to(dy.dtype)
             if needs[1]:
-                dweight, dbias = tail.grads(step, branch.hidden(*body), weight, [True, bool(needs[2])])
+                with _as_in_forward(branch.parameters):
+                    hidden = branch.hidden(*body)
+                dweight, dbias = tail.grads(step, hidden, weight, [True, bool(needs[2])])
             elif needs[2]:
                 dbias = tail.bias_grad(step.to(tail.dtype)).to(bias.dtype)
             if needs[3]:
                 dgate = torch.zeros_like(gate)
                 if bias is not None:
                     dgate = _gate_grad(tail, dy, gate, tail.broadcast(bias, dy.dim()).to(dy.dtype).expand_as(dy))
-        upstream = (*activations, *branch.parameters)
+        upstream = (*activations, *(p for _, _, p in branch.parameters))
         zeros = [torch.zeros_like(t) if need else None for t, need in zip(upstream, needs[4:], strict=True)]
         if branch.carried:
             zeros[0] = None
         return None, dresidual, dweight, dbias, dgate, *zeros
+
+
+@contextlib.contextmanager
+def _as_in_forward(parameters: Sequence[Owned]) -> Iterator[None]:
+    """Modules have the parameters they had at forward, which functional_call may have taken away since."""
+    changed = [(m, name, m._parameters[name], p) for m, name, p in parameters if m._parameters[name] is not p]
+    for m, name, _, p in changed:
+        m._parameters[name] = p  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for m, name, now, _ in changed:
+            m._parameters[name] = now
 
 
 def _gate_grad(tail: Tail, dy: Tensor, gate: Tensor, output: Tensor) -> Tensor:
@@ -188,23 +212,21 @@ def _gate_grad(tail: Tail, dy: Tensor, gate: Tensor, output: Tensor) -> Tensor:
     if not tail.is_conv or gate.numel() == 1:
         primitives = _backends.select("gate_residual_bwd", output)
         return primitives.gate_residual_bwd(dy.to(output.dtype), gate, output, True, False)[0]
-    grad = dy.float() * output.float()
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    grad = dy.to(wide) * output.to(wide)
     return grad.sum_to_size(tail.broadcast(gate, dy.dim()).shape).view(gate.shape).to(gate.dtype)
 
 
 def _differentiable(branch, needs, dy, weight, bias, gate, activations):
-    """The gradients with a graph of their own (create_graph): the branch again, densely.
-
-    Parameters of the body are taken from the module, as the body itself does; everything else passes as an argument.
-    """
+    """The gradients with a graph of their own (create_graph): the branch again, densely."""
     tail = branch.tail
 
     autocast = torch.autocast(dy.device.type, dtype=tail.autocast, enabled=tail.autocast is not None)
-    with torch.enable_grad(), autocast:
+    with torch.enable_grad(), autocast, _as_in_forward(branch.parameters):
         y = tail(branch.hidden(*branch.body(*activations)), weight, bias)
         if gate is not None:
-            y = tail.broadcast(gate, y.dim()).to(y.dtype) * y
-    inputs = [weight, bias, gate, *activations, *branch.parameters]
+            y = tail.broadcast(gate, y.dim()) * y
+    inputs = [weight, bias, gate, *activations, *(p for _, _, p in branch.parameters)]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -7,7 +7,7 @@ zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,29 +44,29 @@ def bare_residual(
     gate: Tensor | None,
     dim: int,
     dtype: torch.dtype,
-    like: Callable[[], Tensor],
+    empty: Callable[[], Tensor] | None,
 ) -> Tensor:
     """residual + gate * bias, what is left of a branch that is zero; always a fresh tensor.
 
-    bias runs along dimension `dim` (1 for a convolution, -1 for a linear), gate broadcasts against the output, `dtype` is
-    that of the branch's output, and like() describes the output where no residual does.
+    bias runs along dimension `dim` (1 for a convolution, -1 for a linear), gate broadcasts against the output, `dtype`
+    is that of the branch's output, and empty() allocates that output where there is no residual.
     """
-    bias = None if bias is None else bias.to(dtype)
+    # Zero products are +0: a bias of -0 comes out of the layer as +0.
+    bias = None if bias is None else bias.to(dtype) + 0.0
+    dtype = dtype if gate is None else torch.promote_types(dtype, gate.dtype)
     if residual is not None:
         residual = residual.to(torch.promote_types(residual.dtype, dtype))
         dense = residual.is_contiguous() or channels_last_format(residual) is not None
         if dense and (gate is None or bias is None):
             return _backends.select("add_bias", residual).add_bias(residual, bias, dim)
-    out = like() if residual is None else residual
-    step = bias if bias is None or dim == -1 else channel_view(bias, out.dim())
-    if step is not None and gate is not None:
-        step = gate.to(step.dtype) * step
-    if residual is not None and dense:
-        return residual + step
-    full = out.new_zeros(out.shape, dtype=dtype)
-    full = full if step is None else full.copy_(step)
-    # The memory format of a sum with a non-dense residual is that of the other operand.
-    return full if residual is None else residual + full
+    branch = empty() if residual is None else residual.new_empty(residual.shape, dtype=dtype)
+    if bias is None:
+        branch.zero_()
+    else:
+        step = bias if dim == -1 else channel_view(bias, branch.dim())
+        branch.copy_(step if gate is None else gate * step)
+    # The memory format of a sum with a non-dense residual is that of the branch.
+    return branch if residual is None else residual + branch
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
@@ -74,15 +74,26 @@ def bare_residual(
 
 def _conv_or_skip(op, h, weight, bias, residual, padding, zero_skip):
     if _weight_is_zero(op, zero_skip, weight):
-        y = bare_residual(residual, bias, None, 1, weight.dtype, lambda: conv_output(h, weight, padding))
+        ones = [1] * len(padding)
+        size = conv_size(h, weight, padding, ones, ones)
+        empty = lambda: empty_conv_output(h, weight, size, weight.dtype)  # noqa: E731
+        y = bare_residual(residual, bias, None, 1, weight.dtype, empty)
         return y, _verdict(h, ZERO_WEIGHT)
     return None
 
 
-def conv_output(h: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
-    """A tensor that describes conv(h) (shape, dtype, device) and holds nothing."""
-    size = [n + 2 * p - k + 1 for n, p, k in zip(h.shape[2:], padding, weight.shape[2:], strict=True)]
-    return h.new_empty(1, dtype=weight.dtype).expand(h.shape[0], weight.shape[0], *size)
+def conv_size(
+    h: Tensor, weight: Tensor, padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """The shape of conv(h)."""
+    spatial = zip(h.shape[2:], weight.shape[2:], padding, stride, dilation, strict=True)
+    return h.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in spatial)
+
+
+def empty_conv_output(h: Tensor, weight: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor like conv(h): channels-last where h or the weight is."""
+    layout = channels_last_format(h) or channels_last_format(weight) or torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device=h.device, memory_format=layout)
 
 
 def _conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
@@ -179,7 +190,7 @@ def group_norm_silu_conv_residual_bwd(
 
 
 def linear_grads(P, dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, mask: list[bool]):
-    """(dh, dweight, dbias) of linear(h) for [..., K] inputs, each only where mask asks; dy and h in the dtype of weight."""
+    """(dh, dweight, dbias) of linear(h) for [..., K] inputs, each only where mask asks; all of one dtype."""
     flat = dy.reshape(-1, weight.shape[0])
     dh = P.linear(flat, weight.t(), None).view(h.shape) if mask[0] else None
     dweight = P.linear(flat.t(), h.reshape(-1, weight.shape[1]).t(), None) if mask[1] else None
@@ -215,8 +226,8 @@ def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_sk
         if bias is not None and save_branch:
             branch.copy_(bias)
         gate = None if gate is None else modulation(gate)
-        like = lambda: h.new_empty(1, dtype=weight.dtype).expand(size)  # noqa: E731
-        y = bare_residual(residual, bias, gate, -1, weight.dtype, like)
+        dtype = weight.dtype if gate is None else torch.promote_types(weight.dtype, gate.dtype)
+        y = bare_residual(residual, bias, gate, -1, weight.dtype, lambda: h.new_empty(size, dtype=dtype))
         return y, branch, _verdict(h, ZERO_GATE if zero_gate else ZERO_WEIGHT)
     a = h if activation is None else P.activation(h, activation)
     branch = P.linear(a.to(weight.dtype), weight, bias)
@@ -224,7 +235,7 @@ def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_sk
     if gate is None:
         return add_residual(residual, branch), none, _verdict(h, EXECUTED)
     if residual is None:
-        y = modulation(gate).to(branch.dtype) * branch
+        y = modulation(gate) * branch
     else:
         y = P.gate_residual(residual, gate, branch)
     return y, branch if save_branch else none, _verdict(h, EXECUTED)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._layout import as_layout, channels_last_format
+from .reference import promoted
 
 NAME = "cpu"
 _lib = torch.ops.zeroblock
@@ -96,9 +97,14 @@ def _untokens(flat: Tensor, shape: torch.Size, layout: torch.memory_format | Non
 
 
 def gate_residual(residual, gate, branch):
-    if gate.dim() == 2 and residual.dtype == branch.dtype and residual.is_contiguous() and branch.is_contiguous():
+    if (
+        gate.dim() == 2
+        and residual.dtype == branch.dtype == gate.dtype
+        and residual.is_contiguous()
+        and branch.is_contiguous()
+    ):
         return _gate_residual(residual, gate, branch)
-    dtype = torch.promote_types(residual.dtype, branch.dtype)
+    dtype = promoted(residual, gate, branch)
     layout, single = channels_last_format(residual), _is_single(gate)
     branch = _tokens(branch.to(dtype), single, layout)
     y = _gate_residual(_tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch)

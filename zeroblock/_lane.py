@@ -1,8 +1,9 @@
 """The eager lane: in plain eager mode an op's composition and backward are called directly.
 
 A registered Python op costs several microseconds a call, more with autograd, as long as the smaller kernels themselves
-(benchmarks/overhead.py). `call` therefore goes past the dispatcher when nothing could see the difference: plain tensors,
-no compilation, no dispatch or function mode. Both lanes share the composition, what is saved, and the backward formula.
+(benchmarks/overhead.py). `call` therefore goes past the dispatcher when nothing could see the difference: plain
+tensors, no compilation, no dispatch or function mode. Both lanes share the composition, what is saved, and the backward
+formula.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference as ref
-from .reference import compute_dtype, modulation
+from .reference import channel_view, compute_dtype, modulation
 
 NAME = "reference"
 ACTIVATIONS: tuple[str | None, ...] = ("silu", "gelu_tanh", "gelu")

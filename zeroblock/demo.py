@@ -53,7 +53,7 @@ class Case:
 
 
 CASES = [
-    Case("U-Net", lambda blocks: models.UNet(blocks, channel_mult=(1, 1)), 2e-3, 16, 300),
+    Case("U-Net", lambda blocks: models.UNet(blocks, channel_mult=(1, 1)), 2e-3, 32, 220),
     Case("DiT", lambda blocks: models.DiT(blocks, hidden_size=96, depth=3, num_heads=3), 3e-3, 32, 500),
 ]
 

@@ -220,7 +220,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
     Args: residual and branch of one shape; gate [1], or, for [B, T, D], also [D], [B, D] (broadcast over T) or [B, T,
     D].
-    Returns y in the promoted dtype of residual and branch. Raises ValueError or TypeError.
+    Returns y in their promoted dtype. Raises ValueError or TypeError.
     Saved for backward: gate and branch. Source: facebookresearch/DiT `DiTBlock`; ReZero, Bachlechner et al. 2021.
     """
     op = "gate_residual"
@@ -252,9 +252,8 @@ def gate_residual_layer_norm_modulate(
     _checks.eps_value(op, eps)
     if zero.transforms_active():
         return ref.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
-    if residual.dtype != branch.dtype:
-        branch = branch.to(torch.promote_types(residual.dtype, branch.dtype))
-        residual = residual.to(branch.dtype)
+    dtype = ref.promoted(residual, gate, branch)
+    residual, branch = residual.to(dtype), branch.to(dtype)
     return call(ops.gate_residual_layer_norm_modulate, residual, gate, branch, shift, scale, eps)[:2]
 
 

@@ -50,7 +50,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         tokens = x.flatten(2)
-        q, k, v = self.qkv(self.norm(tokens)).unflatten(1, (3, self.num_heads, -1)).transpose(-1, -2).unbind(1)
+        qkv = self.qkv(self.norm(tokens)).transpose(1, 2).contiguous()  # fused attention wants the features together
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
         return (tokens + self.proj_out(h)).reshape(x.shape)
 

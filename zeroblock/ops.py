@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _backends, _compose, _lane, zero
 from ._layout import empty_like_dense
-from .reference import compute_dtype, conv
+from .reference import compute_dtype, conv, promoted
 
 NAMESPACE = "zeroblock"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -147,7 +147,7 @@ rms_norm_modulate_bwd = _op(
 
 
 def _fake_gate_residual(residual, gate, branch):
-    return empty_like_dense(residual).to(torch.promote_types(residual.dtype, branch.dtype))
+    return empty_like_dense(residual).to(promoted(residual, gate, branch))
 
 
 def _fake_gate_norm(residual, gate, branch, shift, scale, eps):
@@ -282,7 +282,8 @@ def _fake_norm_linear_bwd(dy, x, mean, rstd, shift, scale, weight, eps, has_bias
 
 def _fake_linear_gate(h, weight, bias, gate, residual, activation, zero_skip, save_branch):
     branch = h.new_empty(*h.shape[:-1], weight.shape[0], dtype=weight.dtype)
-    y = branch if residual is None else empty_like_dense(residual).to(torch.promote_types(residual.dtype, branch.dtype))
+    y = branch if residual is None else empty_like_dense(residual)
+    y = y.to(promoted(*(t for t in (residual, gate, branch) if t is not None)))
     return y, branch.new_empty(branch.shape if save_branch else (0,)), _flag(h)
 
 

@@ -8,6 +8,7 @@ round once, at the end; shapes are written `[N, C, *S]` (images, any number of s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,11 @@ def row_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.to(compute_dtype(x))
     mean = x.mean(dim=-1)
     return mean, ((x - mean[..., None]).square().mean(dim=-1) + eps).rsqrt()
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype PyTorch's arithmetic gives these tensors (none of them 0-dimensional)."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
 def modulation(v: Tensor) -> Tensor:
@@ -162,8 +168,8 @@ def rms_norm_modulate(
 
 
 def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """residual + gate * branch, rounded once; gate [B, D], [B, T, D], [D] or [1]."""
-    out = torch.promote_types(residual.dtype, branch.dtype)
+    """residual + gate * branch in their promoted dtype, rounded once; gate [B, D], [B, T, D], [D] or [1]."""
+    out = promoted(residual, gate, branch)
     wide = torch.promote_types(out, torch.float32)
     return (residual.to(wide) + modulation(gate).to(wide) * branch.to(wide)).to(out)
 
@@ -203,7 +209,7 @@ def linear_gate_residual(
     if gate is not None and residual is not None:
         return gate_residual(residual, gate, branch)
     if gate is not None:
-        branch = modulation(gate).to(branch.dtype) * branch
+        branch = modulation(gate) * branch
     return branch if residual is None else residual + branch
 
 

@@ -107,8 +107,8 @@ def bypassable(modules: Iterable[nn.Module]) -> bool:
 
 
 def _is_bypassable(module: nn.Module) -> bool:
-    if _is_hooked(module) or (module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)):
-        return False
+    if _is_hooked(module) or (module.training and isinstance(module, nn.modules.batchnorm._NormBase)):
+        return False  # batch and instance norms update running statistics
     children = module._modules
     return not children or all(map(_is_bypassable, [m for m in children.values() if m is not None]))
 

@@ -1,6 +1,6 @@
-// add_bias: y = x + bias, bias along one dimension, or y = x + 0 (which turns -0 into +0). What is left of a zero branch.
-// x is [R, C, S]: NCHW has R = N, channels-last and token layouts have S = 1. fp32, bf16 or fp16, bias fp32, one rounding.
-// One piece of work is a run of rows.
+// add_bias: y = x + bias, bias along one dimension, or y = x + 0 (which turns -0 into +0). What is left of a zero
+// branch. x is [R, C, S]: NCHW has R = N, channels-last and token layouts have S = 1. fp32, bf16 or fp16, bias fp32,
+// one rounding. One piece of work is a run of rows.
 #pragma once
 
 #include "rows.h"
@@ -25,7 +25,8 @@ void add_bias_of(T*, const AddBias& p, ParallelFor run) {
         });
       } else {
         const Vec b = set1(p.bias != nullptr ? p.bias[r % p.C] : 0.0f);
-        each_column(0, width, [&](int64_t i, auto lanes) ZB_BODY { put(out + i, load(in + i, lanes) + b, lanes, streamed); });
+        each_column(0, width,
+                    [&](int64_t i, auto lanes) ZB_BODY { put(out + i, load(in + i, lanes) + b, lanes, streamed); });
       }
     }
     _mm_sfence();

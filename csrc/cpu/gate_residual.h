@@ -86,9 +86,8 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
 }
 
 inline void gate_residual_fwd(const GateResidual& p, ParallelFor run) {
-  with_type(p.dtype, [&](auto* t) {
-    with_operand_type(t, p.gate, [&](auto* m) { gate_residual_fwd_of(t, m, p, run); });
-  });
+  with_type(p.dtype,
+            [&](auto* t) { with_operand_type(t, p.gate, [&](auto* m) { gate_residual_fwd_of(t, m, p, run); }); });
 }
 
 inline void gate_residual_bwd(const GateResidual& p, ParallelFor run) {

@@ -87,8 +87,15 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
       const T* const dx_new = p.dx_new != nullptr ? static_cast<const T*>(p.dx_new) + start : nullptr;
       const OperandRow<G> g = gate.row(b, t);
       const ModulateRow<T, S> inputs = {
-          D, static_cast<const T*>(p.x_new) + start, static_cast<const T*>(p.dy) + start, p.mean[row], p.rstd[row],
-          false, scale.row(b, t), Affine{}, sums,
+          D,
+          static_cast<const T*>(p.x_new) + start,
+          static_cast<const T*>(p.dy) + start,
+          p.mean[row],
+          p.rstd[row],
+          false,
+          scale.row(b, t),
+          Affine{},
+          sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
       modulate_bwd_row<false, kTokenScale>(
           inputs,
@@ -107,8 +114,9 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           });
     });
   });
-  const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), nullptr, nullptr,
-                               nullptr, nullptr, kTokenScale, kSumU};
+  const ModulateGrads grads = {
+      p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), nullptr, nullptr, nullptr, nullptr, kTokenScale,
+      kSumU};
   finish_modulate(grads, p.scale, partials, p.B, run);
   if (wants_gate) finish_dgate(static_cast<float*>(p.dgate), partials, kSumExtra, p.B, run);
 }
@@ -117,9 +125,7 @@ inline void gate_residual_layer_norm_modulate_fwd(const GateResidualLayerNormMod
   with_type(p.dtype, [&](auto* t) {
     with_operand_type(t, p.gate, [&](auto* g) {
       with_operand_type(t, p.scale, [&](auto* s) {
-        with_operand_type(t, p.shift, [&](auto* h) {
-          gate_residual_layer_norm_modulate_fwd_of(t, g, s, h, p, run);
-        });
+        with_operand_type(t, p.shift, [&](auto* h) { gate_residual_layer_norm_modulate_fwd_of(t, g, s, h, p, run); });
       });
     });
   });

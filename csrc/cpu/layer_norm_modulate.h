@@ -178,8 +178,8 @@ inline void finish_modulate(const ModulateGrads& out, const Rows& scale_rows, co
 // A per-token scale leaves only the affine gradients and dshift to be summed, the latter in a slot of its own.
 ZB_INLINE Partials modulate_partials(const LayerNormModulate& p, float* workspace) {
   const bool token_scale = is_per_token(p.scale);
-  const bool wanted = p.dweight != nullptr || p.dbias != nullptr || p.dshift != nullptr ||
-                      (p.dscale != nullptr && !token_scale);
+  const bool wanted =
+      p.dweight != nullptr || p.dbias != nullptr || p.dshift != nullptr || (p.dscale != nullptr && !token_scale);
   return {wanted ? workspace : nullptr, wanted ? (token_scale ? 3 : 2) : 0, p.T, p.D};
 }
 
@@ -203,16 +203,25 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
     partials.each_row(chunk, t_begin, t_end, [&](int64_t t) ZB_BODY {
       const int64_t row = b * p.T + t, start = row * D;
       const ModulateRow<T, S> inputs = {
-          D, static_cast<const T*>(p.x) + start, static_cast<const T*>(p.dy) + start, p.rms ? 0.0f : p.mean[row],
-          p.rstd[row], p.rms, scale.row(b, t), affine, sums,
+          D,
+          static_cast<const T*>(p.x) + start,
+          static_cast<const T*>(p.dy) + start,
+          p.rms ? 0.0f : p.mean[row],
+          p.rstd[row],
+          p.rms,
+          scale.row(b, t),
+          affine,
+          sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
       modulate_bwd_row<kAffine, kTokenScale>(
           inputs, [](int64_t) {},
           [&](int64_t i, Vec grad, auto lanes) ZB_BODY { put(dx + start + i, grad, lanes, streamed); });
     });
   });
-  const ModulateGrads grads = {p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), p.dweight, p.dbias,
-                               p.weight, p.bias, kTokenScale, kTokenScale ? kSumExtra : kSumU};
+  const ModulateGrads grads = {p.dshift,    kTokenScale ? nullptr : static_cast<float*>(p.dscale),
+                               p.dweight,   p.dbias,
+                               p.weight,    p.bias,
+                               kTokenScale, kTokenScale ? kSumExtra : kSumU};
   finish_modulate(grads, p.scale, partials, p.B, run);
 }
 
@@ -220,9 +229,8 @@ inline void layer_norm_modulate_fwd(const LayerNormModulate& p, ParallelFor run)
   with_type(p.dtype, [&](auto* t) {
     with_operand_type(t, p.scale, [&](auto* s) {
       with_operand_type(t, p.shift, [&](auto* h) {
-        with_bool(p.weight != nullptr || p.bias != nullptr, [&](auto affine) {
-          layer_norm_modulate_fwd_of<affine.value>(t, s, h, p, run);
-        });
+        with_bool(p.weight != nullptr || p.bias != nullptr,
+                  [&](auto affine) { layer_norm_modulate_fwd_of<affine.value>(t, s, h, p, run); });
       });
     });
   });

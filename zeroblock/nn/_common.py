@@ -23,13 +23,18 @@ def is_plain_conv(module: nn.Module) -> bool:
     return (
         isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         and type(module).forward in _CONV_FORWARDS
+        and module._parameters.get("weight") is not None  # parametrized and pruned weights live elsewhere
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward in _LINEAR_FORWARDS
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward in _LINEAR_FORWARDS
+        and module._parameters.get("weight") is not None
+    )
 
 
 # Filled with the forwards of zeroblock's own subclasses by zero_layers.py.
@@ -37,9 +42,38 @@ _CONV_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 _LINEAR_FORWARDS = {nn.Linear.forward}
 
 
-def parameters_of(*modules: nn.Module) -> list[Tensor]:
+def parameters_of(*modules: nn.Module) -> list[_branch.Owned]:
     """Every parameter of the modules; none while gradients are off, when nobody asks for theirs."""
-    return [p for m in modules for p in m.parameters()] if torch.is_grad_enabled() else []
+    if not torch.is_grad_enabled():
+        return []
+    found: dict[int, _branch.Owned] = {}
+    for top in modules:
+        for m in top.modules():
+            for name, p in m._parameters.items():
+                if p is not None:
+                    found.setdefault(id(p), (m, name, p))
+    return list(found.values())
+
+
+# Modules of torch.nn that never draw random numbers, by the file that defines them.
+_DETERMINISTIC = {
+    f"torch.nn.modules.{name}"
+    for name in "activation batchnorm container conv flatten instancenorm linear normalization padding pixelshuffle "
+    "pooling upsampling".split()
+}
+_RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+def may_draw(module: nn.Module) -> bool:
+    """Whether a call of module may consume random numbers: in training, anything but the layers known not to."""
+    return any(m.training and not _is_deterministic(m) for m in module.modules())
+
+
+def _is_deterministic(m: nn.Module) -> bool:
+    if isinstance(m, nn.modules.dropout._DropoutNd):
+        return m.p in (0.0, 1.0)
+    home = type(m).__module__
+    return (home in _DETERMINISTIC or home.startswith("zeroblock.nn.")) and not isinstance(m, _RANDOM)
 
 
 def fits_fused(conv: nn.Module) -> bool:

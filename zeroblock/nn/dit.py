@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional, zero
 from .._branch import Branch, Tail, skipped_branch
+from .._compose import bare_residual
 from . import _common
 from .residual import residual_branch
 
@@ -67,7 +68,7 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         if self._gates_stay_zero(x):
             zero.count("DiTBlock", True)
-            return x.clone(memory_format=torch.contiguous_format)
+            return bare_residual(x, None, None, -1, x.dtype, None)
         fused = self._fusable()
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = self._half(x, shift_msa, scale_msa, gate_msa, self.norm1, self.attn, fused)
@@ -76,19 +77,19 @@ class DiTBlock(nn.Module):
     def _gates_stay_zero(self, x: Tensor) -> bool:
         """Without gradients, zero gate rows of the modulation's weight and bias decide before anything is computed."""
         linear = self.adaLN_modulation[-1]
-        if torch.is_grad_enabled() or not zero.may_skip_branch(self.zero_skip, linear.weight):
+        if torch.is_grad_enabled() or not _common.is_plain_linear(linear) or linear.bias is None:
             return False
-        if type(linear) is not nn.Linear or not zero.bypassable(self.children()):
+        if not zero.may_skip_branch(self.zero_skip, linear.weight) or not zero.bypassable(self.children()):
             return False
-        rows = [t.unflatten(0, (6, -1)) for t in (linear.weight.detach(), linear.bias.detach())]
-        return all(zero.is_exactly_zero(t[i]) for i in (2, 5) for t in rows)
+        weight, bias, D = linear.weight.detach(), linear.bias.detach(), linear.in_features
+        return all(zero.is_exactly_zero(t[i * D : (i + 1) * D]) for i in (2, 5) for t in (weight, bias))
 
     def _fusable(self) -> bool:
         linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         return (
             type(self.attn) is Attention
             and type(self.mlp) is Mlp
-            and all(type(m) is nn.Linear for m in linears)
+            and all(map(_common.is_plain_linear, linears))
             and zero.bypassable((self.norm1, self.attn, self.norm2, self.mlp))
         )
 
@@ -114,7 +115,7 @@ class DiTBlock(nn.Module):
             return y
         activation = None if attention else "gelu_tanh"
         return functional.linear_gate_residual(
-            hidden(x, shift, scale), tail.weight, tail.bias, gate, x, activation=activation
+            hidden(x, shift, scale), tail.weight, tail.bias, gate, x, activation=activation, zero_skip=self.zero_skip
         )
 
 
@@ -135,15 +136,15 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm_final
-        plain = type(linear) is nn.Linear and zero.bypassable((norm, linear))
+        plain = _common.is_plain_linear(linear) and zero.bypassable((norm, linear))
         if plain and zero.may_skip_branch(self.zero_skip, linear.weight) and zero.bypassable((self.adaLN_modulation,)):
             tail = Tail(linear)
             if _common.decide("FinalLayer", tail):
                 parameters = _common.parameters_of(self.adaLN_modulation)
                 return skipped_branch(Branch(tail, (x, c), parameters, self._modulation, self._modulate, x), None)
-        if not plain:
-            return linear(self._modulate(*self._modulation(x, c)))
         x, shift, scale = self._modulation(x, c)
+        if not plain:
+            return linear(norm(x) * (1 + scale[:, None]) + shift[:, None])
         return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=norm.eps)
 
     def _modulation(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -208,5 +208,6 @@ class ResBlock(nn.Module):
 
         parameters = _common.parameters_of(self.in_layers, self.emb_layers, norm)
         residual = self.skip_connection(self.x_upd(x))
-        branch = Branch(tail, (x, emb), parameters, self._body, hidden, residual, carried=True)
+        recomputed = (norm.weight, norm.bias)
+        branch = Branch(tail, (x, emb), parameters, self._body, hidden, residual, carried=True, recomputed=recomputed)
         return skipped_branch(branch, residual)

@@ -7,15 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from .. import functional, zero
 from .._branch import Branch, Tail, skipped_branch
 from . import _common
-
-
-def _draws_random_numbers(module: nn.Module) -> bool:
-    return any(isinstance(m, _DropoutNd) and m.training and 0 < m.p < 1 for m in module.modules())
 
 
 def residual_branch(
@@ -33,19 +28,21 @@ def residual_branch(
 
     `modules` are the submodules that a skip bypasses, the tail's excepted; their parameters get zero gradients.
     """
+    if tail is not None and not (_common.is_plain_conv(tail) or _common.is_plain_linear(tail)):
+        return None
     judged = gate if tail is None else tail.weight
     if judged is None or not zero.may_skip_branch(policy, judged):
-        return None
-    if tail is not None and not (_common.is_plain_conv(tail) or _common.is_plain_linear(tail)):
         return None
     bypassed = modules if tail is None else (*modules, tail)
     if not zero.bypassable(bypassed):
         return None
     description = Tail(tail)
+    if tail is not None and residual.shape[1 if description.is_conv else -1] != tail.weight.shape[0]:
+        return None  # eager broadcasts or raises
     found = _common.decide(name, description, gate)
     if found is None:
         return None
-    random = any(_draws_random_numbers(m) for m in modules)
+    random = any(map(_common.may_draw, modules))
     branch = Branch(
         description,
         activations,

@@ -24,7 +24,7 @@ class _ZeroLayer(nn.Module):
     def reset_parameters(self) -> None:
         _common.zero_parameters(self)
 
-    def _is_plain(self) -> bool:
+    def _is_plain(self, x: Tensor) -> bool:
         raise NotImplementedError
 
     def _dense(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -32,17 +32,17 @@ class _ZeroLayer(nn.Module):
         return y if residual is None else residual + y
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if zero.may_skip_branch(self.zero_skip, self.weight) and self._is_plain():
+        if self._is_plain(x) and zero.may_skip_branch(self.zero_skip, self.weight):
             tail = Tail(self)
-            fits = residual is None or residual.shape == tail.output_like(x).shape
+            fits = residual is None or residual.shape == tail.output_size(x)
             if fits and _common.decide(type(self).__name__, tail):
                 return skipped_branch(Branch(tail, (x,), (), lambda x: (x,), lambda x: x, x), residual)
         return self._dense(x, residual)
 
 
 class _ZeroConv(_ZeroLayer):
-    def _is_plain(self) -> bool:
-        return _common.is_plain_conv(self)
+    def _is_plain(self, x: Tensor) -> bool:
+        return _common.is_plain_conv(self) and x.dim() == self.weight.dim()
 
 
 class ZeroConv1d(_ZeroConv, nn.Conv1d):
@@ -60,8 +60,8 @@ class ZeroConv3d(_ZeroConv, nn.Conv3d):
 class ZeroLinear(_ZeroLayer, nn.Linear):
     """nn.Linear that starts at zero: forward(x, residual=None) = residual + linear(x), skipped while zero."""
 
-    def _is_plain(self) -> bool:
-        return True
+    def _is_plain(self, x: Tensor) -> bool:
+        return _common.is_plain_linear(self)
 
 
 _common._CONV_FORWARDS.add(_ZeroLayer.forward)

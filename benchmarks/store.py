@@ -1,0 +1,121 @@
+"""The results on disk: one CSV per machine and group, one row per case, thread count and allocator setting.
+
+A new measurement of a case replaces its row and leaves all others, so that a run can be interrupted or filtered.
+"""
+
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+GROUPS = ("memory_bound", "zero", "dense", "overhead", "saved")
+
+COLUMNS = (
+    "group", "case", "op", "shape", "layout", "dtype", "mode", "threads", "allocator",
+    "unit", "eager", "compile", "max_autotune", "freezing", "zeroblock", "floor",  # medians, in `unit`
+    "best", "ratio", "lo", "hi", "p20", "p80",  # zeroblock against the better of eager and compile
+    "ratio_all",  # against the best of all baselines
+    "floor_percent",  # 100 * floor / zeroblock: the percentage of the copy bandwidth that is reached
+    "rounds", "dropped",
+    "machine", "torch", "zeroblock_version", "backend", "commit", "date",
+)  # fmt: skip
+KEY = ("case", "threads", "allocator")
+NUMBERS = COLUMNS[10:16] + COLUMNS[17:26]
+
+# "pinned": freed memory stays with the process, so that page faults do not decide the comparison.
+ALLOCATORS = {
+    "pinned": {
+        "MALLOC_MMAP_THRESHOLD_": str(2 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+        "MALLOC_TOP_PAD_": str(256 << 20),
+    },
+    "default": {},
+}
+
+
+def allocator() -> str:
+    """The setting this process runs under, by its environment."""
+    pinned = ALLOCATORS["pinned"]
+    return "pinned" if all(os.environ.get(name) == value for name, value in pinned.items()) else "default"
+
+
+def cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine_slug() -> str:
+    """A folder name for this machine: its CPU and the number of cores, "amd-epyc-2-cores"."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {os.cpu_count()} cores".lower()).strip("-")
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    revision = git("rev-parse", "--short", "HEAD")
+    if not revision:
+        return "none"
+    return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", "..") else "")
+
+
+def provenance() -> dict[str, str]:
+    """What every row of this run has in common."""
+    import zeroblock
+
+    return {
+        "allocator": allocator(),
+        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "zeroblock_version": zeroblock.__version__,
+        "backend": zeroblock.explain("is_zero", torch.zeros(1)).backend,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def _number(text: str) -> float:
+    return float(text) if text else float("nan")
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of one CSV; numbers as floats, NaN where there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{**row, **{name: _number(row[name]) for name in NUMBERS}} for row in rows]
+
+
+def read_all(folder: Path, groups=GROUPS) -> list[dict]:
+    return [row for group in groups for row in read(folder / f"{group}.csv")]
+
+
+def _text(value) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return str(value)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Add `rows`, each in place of the row with its key, and keep the file whole if the process dies midway."""
+    merged = {tuple(str(row[name]) for name in KEY): row for row in [*read(path), *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _text(row[name]) for name in COLUMNS} for row in merged.values())
+    draft.replace(path)
