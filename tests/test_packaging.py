@@ -84,7 +84,18 @@ def test_wheel_runs_with_its_own_native_kernels(wheel, tmp_path):
 def test_build_without_a_compiler_leaves_a_working_reference(source, tmp_path):
     clean = tmp_path / "clean"
     shutil.copytree(source, clean, ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), ".")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        ".",
+    )
     run(*pip, cwd=clean, CXX="no-such-compiler")
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
@@ -123,7 +134,8 @@ def test_only_the_bindings_include_torch():
 
 
 def test_kernel_objects_share_no_inline_function(tmp_path):
-    """No weak symbol may leave an instruction-set object: the linker could keep the one an older processor cannot run."""
+    """No weak symbol may leave an instruction-set object: the linker could keep the one an older processor cannot
+    run."""
     objects = sorted((ROOT / "build").rglob("kernels_avx*.o"))
     if not objects:
         pytest.skip("no object files of a native build in build/")

@@ -19,6 +19,17 @@ from ._compose import bare_residual, conv_size, empty_conv_output, linear_grads
 from .reference import channel_view, modulation
 
 
+def conv_padding(conv: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The padding on both sides of each dimension, and what "same" adds on the far side of it for even kernels."""
+    zeros = (0,) * len(conv.kernel_size)
+    if not isinstance(conv.padding, str):
+        return tuple(conv.padding), zeros
+    if conv.padding == "valid":
+        return zeros, zeros
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return tuple(t // 2 for t in total), tuple(t % 2 for t in total)
+
+
 class Tail:
     """The last layer of a branch: a convolution, a linear layer, or nothing (`module` None)."""
 
@@ -31,16 +42,24 @@ class Tail:
         # What the layer computes in.
         self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
 
+        self.padding, self.overhang = conv_padding(module) if self.is_conv else ((), ())
+
     def _conv_arguments(self) -> tuple:
         m = self.module
-        return list(m.stride), list(m.padding), list(m.dilation), False, [0] * len(m.padding), m.groups
+        return list(m.stride), list(self.padding), list(m.dilation), False, [0] * len(self.padding), m.groups
+
+    def _padded(self, h: Tensor) -> Tensor:
+        """h with what padding="same" adds on the far side only."""
+        if not any(self.overhang):
+            return h
+        return F.pad(h, [side for extra in reversed(self.overhang) for side in (0, extra)])
 
     def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.module is None:
             return h
         h, weight, bias = (t if t is None else t.to(self.dtype) for t in (h, weight, bias))
         if self.is_conv:
-            return torch.convolution(h, weight, bias, *self._conv_arguments())
+            return torch.convolution(self._padded(h), weight, bias, *self._conv_arguments())
         if torch.is_grad_enabled():
             return F.linear(h, weight, bias)
         return _backends.select("linear_gate_residual", h).linear(h, weight, bias)
@@ -51,7 +70,8 @@ class Tail:
         if expected != found:
             raise ValueError(f"{type(m).__name__}: x must have {expected} channels, got {list(h.shape)}")
         if self.is_conv:
-            return conv_size(h, m.weight, m.padding, m.stride, m.dilation)
+            spatial = [n + extra for n, extra in zip(h.shape[2:], self.overhang, strict=True)]
+            return conv_size((h.shape[0], *spatial), m.weight, self.padding, m.stride, m.dilation)
         return *h.shape[:-1], m.out_features
 
     def empty_output(self, h: Tensor) -> Tensor:
@@ -70,7 +90,7 @@ class Tail:
             dweight, dbias = linear_grads(P, dy, h, weight, True, [False, *mask])[1:]
         else:
             _, dweight, dbias = torch.ops.aten.convolution_backward.default(
-                dy, h, weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(), [False, *mask]
+                dy, self._padded(h), weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(), [False, *mask]
             )
         return tuple(None if g is None else g.to(weight.dtype) for g in (dweight, dbias))
 
@@ -125,10 +145,11 @@ def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None 
 
 def _bare(branch: Branch, residual: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
     tail, example = branch.tail, branch.example
-    bias = None if branch.zero_gate else bias
-    gate = None if gate is None or bias is None else tail.broadcast(gate, example.dim())
-    dim = 1 if tail.is_conv else -1
-    return bare_residual(residual, bias, gate, dim, tail.dtype or example.dtype, lambda: tail.empty_output(example))
+    dtype = tail.dtype or example.dtype
+    bias = None if bias is None or branch.zero_gate else bias.to(dtype)
+    if gate is not None:
+        dtype, gate = torch.promote_types(dtype, gate.dtype), tail.broadcast(gate, example.dim())
+    return bare_residual(residual, bias, gate, 1 if tail.is_conv else -1, dtype, lambda: tail.empty_output(example))
 
 
 class _SkippedBranch(torch.autograd.Function):

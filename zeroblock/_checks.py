@@ -37,7 +37,7 @@ def floating(op: str, **tensors: Any) -> None:
 def required(op: str, **tensors: Any) -> None:
     for arg, t in tensors.items():
         if t is None:
-            raise TypeError(f"{op}: {arg} must be a Tensor, got None")
+            raise TypeError(f"{op}: {arg} must be a Tensor, got NoneType")
 
 
 def eps_value(op: str, eps: Any) -> None:
@@ -52,8 +52,8 @@ def shape(op: str, arg: str, t: Tensor | None, size: tuple, notation: str) -> No
         raise fail(op, arg, f"have shape {notation} = {list(size)}", list(t.shape))
 
 
-def images(op: str, x: Tensor, num_groups: Any, weight, bias, scale, shift) -> None:
-    """x [N, C, *S], weight/bias [C], scale/shift [N, C], C divisible by num_groups."""
+def images(op: str, x: Tensor, num_groups: Any, scale, shift, **affine: Tensor | None) -> None:
+    """x [N, C, *S], the two norm parameters [C], scale/shift [N, C], C divisible by num_groups."""
     if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
         raise TypeError(f"{op}: num_groups must be an int, got {type(num_groups).__name__}")
     if x.dim() < 2:
@@ -63,8 +63,8 @@ def images(op: str, x: Tensor, num_groups: Any, weight, bias, scale, shift) -> N
         raise fail(op, "x", "have at least one channel in [N, C, *S]", list(x.shape))
     if num_groups <= 0 or C % num_groups != 0:
         raise fail(op, "num_groups", f"be positive and divide C = {C}", num_groups)
-    shape(op, "weight", weight, (C,), "[C]")
-    shape(op, "bias", bias, (C,), "[C]")
+    for arg, t in affine.items():
+        shape(op, arg, t, (C,), "[C]")
     shape(op, "scale", scale, (N, C), "[N, C]")
     shape(op, "shift", shift, (N, C), "[N, C]")
 
@@ -86,6 +86,8 @@ def modulation(op: str, x: Tensor, **operands: Tensor | None) -> None:
 
 def gate(op: str, gate: Tensor, branch: Tensor) -> None:
     """[1] for a branch of any shape; [D], [B, D] or [B, T, D] for a branch [B, T, D]."""
+    if branch.dim() == 0:
+        raise fail(op, "branch", "have at least one dimension", list(branch.shape))
     if gate.dim() == 1 and gate.shape[0] == 1:
         return
     if branch.dim() != 3:
@@ -110,7 +112,10 @@ def convolution(op: str, channels: int, h: Tensor, weight: Tensor, bias, residua
     if weight.shape[1] != channels:
         raise fail(op, "weight", f"take {channels} input channels (groups are not supported)", list(weight.shape))
     shape(op, "bias", bias, (weight.shape[0],), "[Cout]")
-    pad = [padding] * dims if isinstance(padding, int) else list(padding)
+    pad = [padding] * dims if isinstance(padding, int) else padding
+    if not isinstance(pad, (list, tuple)) or not all(isinstance(p, (int, torch.SymInt)) for p in pad):
+        raise TypeError(f"{op}: padding must be an int or {dims} of them, got {padding!r}")
+    pad = list(pad)
     if len(pad) != dims or any(p < 0 for p in pad):
         raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
     size = [n + 2 * p - k + 1 for n, p, k in zip(h.shape[2:], pad, weight.shape[2:], strict=True)]
@@ -142,5 +147,7 @@ def choice(op: str, arg: str, value: Any, allowed: tuple) -> None:
 
 
 def probability(op: str, p: Any) -> None:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a number, got {type(p).__name__}")
     if not 0.0 <= p <= 1.0:
         raise fail(op, "dropout_p", "be in [0, 1]", p)

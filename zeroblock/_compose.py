@@ -48,12 +48,11 @@ def bare_residual(
 ) -> Tensor:
     """residual + gate * bias, what is left of a branch that is zero; always a fresh tensor.
 
-    bias runs along dimension `dim` (1 for a convolution, -1 for a linear), gate broadcasts against the output, `dtype`
-    is that of the branch's output, and empty() allocates that output where there is no residual.
+    bias, in the layer's dtype, runs along dimension `dim` (1 for a convolution, -1 for a linear); gate broadcasts
+    against the output; `dtype` is that of gate * layer; empty() allocates the output where there is no residual.
     """
     # Zero products are +0: a bias of -0 comes out of the layer as +0.
-    bias = None if bias is None else bias.to(dtype) + 0.0
-    dtype = dtype if gate is None else torch.promote_types(dtype, gate.dtype)
+    bias = None if bias is None else bias + 0.0
     if residual is not None:
         residual = residual.to(torch.promote_types(residual.dtype, dtype))
         dense = residual.is_contiguous() or channels_last_format(residual) is not None
@@ -69,13 +68,18 @@ def bare_residual(
     return branch if residual is None else residual + branch
 
 
+def _zeros(t: Tensor) -> Tensor:
+    """A zero gradient of t, in the format the ops return."""
+    return torch.zeros_like(t, memory_format=channels_last_format(t) or torch.contiguous_format)
+
+
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
 
 def _conv_or_skip(op, h, weight, bias, residual, padding, zero_skip):
     if _weight_is_zero(op, zero_skip, weight):
         ones = [1] * len(padding)
-        size = conv_size(h, weight, padding, ones, ones)
+        size = conv_size((h.shape[0], *h.shape[2:]), weight, padding, ones, ones)
         empty = lambda: empty_conv_output(h, weight, size, weight.dtype)  # noqa: E731
         y = bare_residual(residual, bias, None, 1, weight.dtype, empty)
         return y, _verdict(h, ZERO_WEIGHT)
@@ -83,11 +87,16 @@ def _conv_or_skip(op, h, weight, bias, residual, padding, zero_skip):
 
 
 def conv_size(
-    h: Tensor, weight: Tensor, padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+    batch_and_spatial: Sequence[int],
+    weight: Tensor,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[int, ...]:
-    """The shape of conv(h)."""
-    spatial = zip(h.shape[2:], weight.shape[2:], padding, stride, dilation, strict=True)
-    return h.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in spatial)
+    """The shape of a convolution's output; the input's channels do not matter."""
+    batch, *inner = batch_and_spatial
+    spatial = zip(inner, weight.shape[2:], padding, stride, dilation, strict=True)
+    return batch, weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in spatial)
 
 
 def empty_conv_output(h: Tensor, weight: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -127,7 +136,7 @@ def conv_residual_bwd(P, dy, h, weight, skipped, padding, has_bias, mask):
     if not int(skipped):
         return conv_grads(dy, h, weight, has_bias, padding, mask)
     _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
-    return torch.zeros_like(h) if mask[0] else None, dweight, dbias
+    return _zeros(h) if mask[0] else None, dweight, dbias
 
 
 def _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype):
@@ -174,8 +183,8 @@ def group_norm_silu_conv_residual_bwd(
                 P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype
             )
         _, dweight, dbias = conv_grads(dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
-        upstream = (x, norm_weight, norm_bias, scale, shift)
-        return *((None if t is None else torch.zeros_like(t)) for t in upstream), dweight, dbias
+        upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
+        return *((None if t is None else _zeros(t)) for t in upstream), dweight, dbias
     h, _, _ = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
     dh, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, mask)
     if not mask[0]:
@@ -227,13 +236,13 @@ def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_sk
             branch.copy_(bias)
         gate = None if gate is None else modulation(gate)
         dtype = weight.dtype if gate is None else torch.promote_types(weight.dtype, gate.dtype)
-        y = bare_residual(residual, bias, gate, -1, weight.dtype, lambda: h.new_empty(size, dtype=dtype))
-        return y, branch, _verdict(h, ZERO_GATE if zero_gate else ZERO_WEIGHT)
+        y = bare_residual(residual, bias, gate, -1, dtype, lambda: h.new_empty(size, dtype=dtype))
+        return y.contiguous(), branch, _verdict(h, ZERO_GATE if zero_gate else ZERO_WEIGHT)
     a = h if activation is None else P.activation(h, activation)
     branch = P.linear(a.to(weight.dtype), weight, bias)
     none = branch.new_empty(0)
     if gate is None:
-        return add_residual(residual, branch), none, _verdict(h, EXECUTED)
+        return add_residual(residual, branch).contiguous(), none, _verdict(h, EXECUTED)
     if residual is None:
         y = modulation(gate) * branch
     else:
@@ -249,12 +258,12 @@ def linear_gate_residual_bwd(P, dy, h, weight, gate, branch, skipped, activation
         need_dbranch = verdict != ZERO_GATE and (mask[1] or mask[2] or (mask[0] and not verdict))
         dgate, dbranch = P.gate_residual_bwd(dy, gate, branch if mask[3] else dy, mask[3], need_dbranch)
     if verdict == ZERO_GATE:
-        dh, dweight = (torch.zeros_like(t) if m else None for t, m in ((h, mask[0]), (weight, mask[1])))
+        dh, dweight = (_zeros(t) if m else None for t, m in ((h, mask[0]), (weight, mask[1])))
         return dh, dweight, weight.new_zeros(weight.shape[0]) if mask[2] and has_bias else None, dgate
     dbranch = None if dbranch is None else dbranch.to(weight.dtype)
     dh = None
     if mask[0]:
-        dh = torch.zeros_like(h) if verdict else linear_grads(P, dbranch, h, weight, False, [True, False, False])[0]
+        dh = _zeros(h) if verdict else linear_grads(P, dbranch, h, weight, False, [True, False, False])[0]
     a = h
     if activation is not None and mask[0] and not verdict:  # one read of h gives both
         dh, a = P.activation_bwd(dh.to(h.dtype), h, activation, mask[1])

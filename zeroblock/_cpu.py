@@ -74,7 +74,7 @@ def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
         dy, x, mean, rstd, shift_op, _operand(scale, x), weight, bias, rms
     )
     if shift is not None and shift.dim() == 3:
-        dshift = dy
+        dshift = dy.clone()
     return dx, _like(dshift, shift), _like(dscale, scale), _like(dweight, weight), _like(dbias, bias)
 
 
@@ -151,7 +151,7 @@ def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, b
     )
     if _is_single(gate):
         dgate = dgate.sum().view(1)
-    dshift = dy if shift.dim() == 3 else dshift
+    dshift = dy.clone(memory_format=torch.contiguous_format) if shift.dim() == 3 else dshift
     return dresidual, _gate_gradient(dgate, gate), dbranch, _like(dshift, shift), _like(dscale, scale)
 
 
@@ -167,13 +167,27 @@ def add_bias(x, bias, dim):
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 _onednn_linear = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
+_onednn_linear_add = torch.ops.mkldnn._linear_pointwise.binary if _ONEDNN else None
+_PIECE = 256
 
 
 def linear(x, weight, bias):
     """x @ weight.T + bias. float32 goes to oneDNN: torch's own choice, MKL, runs at half its rate on AMD processors."""
-    if _ONEDNN and x.dtype == torch.float32 and torch.backends.mkldnn.enabled and x.numel() and weight.numel():
+    if not (_ONEDNN and x.dtype == torch.float32 and torch.backends.mkldnn.enabled and x.numel() and weight.numel()):
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
+    # oneDNN adds up a whole dot product in one chain. Long ones are cut, so that errors stay within twice MKL's. Pieces
+    # of a transposed operand (a weight gradient's tokens) are dense as they are, those of rows are copied.
+    length = x.shape[-1]
+    piece, limit = (_PIECE, _PIECE) if x.stride(-1) != 1 else (2 * _PIECE, 4 * _PIECE)
+    if length <= limit:
         return _onednn_linear(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    y = None
+    for start in range(0, length, piece):
+        xs, ws = (t[..., start : start + piece] for t in (x, weight))
+        xs, ws = (t.contiguous() if t.stride(-1) == 1 else t for t in (xs, ws))
+        y = _onednn_linear(xs, ws, bias, "none", [], "") if y is None else _onednn_linear_add(xs, y, ws, None, "add")
+    return y
 
 
 def activation(x, name):

@@ -40,7 +40,7 @@ def _zero_path(op: str, arguments: dict[str, Any]) -> str | None:
     weight, policy = arguments["weight"], arguments["zero_skip"]
     if policy == "never":
         return 'off (zero_skip="never")'
-    if not zero.may_skip(policy, weight):
+    if not zero.may_skip(op, policy, weight):
         return f'off: no device-side flag on {weight.device.type} yet; zero_skip="sync" reads the verdict back'
     found = zero.is_exactly_zero(weight)
     return "weight is exactly zero now: the tail is skipped" if found else "weight is not zero now: the tail runs"

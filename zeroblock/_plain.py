@@ -6,30 +6,38 @@ else is composed from them in `_compose.py`. Results that do not apply are None.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference as ref
+from ._layout import as_layout, channels_last_format
 from .reference import channel_view, compute_dtype, modulation
 
 NAME = "reference"
 ACTIVATIONS: tuple[str | None, ...] = ("silu", "gelu_tanh", "gelu")
 
 
+def _dense(y: Tensor, like: Tensor) -> Tensor:
+    """y in the format in which the ops return results for `like`."""
+    return as_layout(y, channels_last_format(like))
+
+
 def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu):
     mean, rstd = ref.group_moments(x, num_groups, eps)
     activation = "silu" if silu else None
     y = ref.group_norm_silu(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    return y, mean, rstd
+    return _dense(y, x), mean, rstd
 
 
 def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu):
     """dz = dy * silu'(z); with g = weight * (1 + scale): dx = rstd * (g dz - mean(g dz) - xhat * mean(g dz xhat))."""
     wide = compute_dtype(x)
     N, C = x.shape[:2]
-    grouped = (N, num_groups, -1)
-    flat = (N, C, -1)
+    flat = (N, C, math.prod(x.shape[2:]))
+    grouped = (N, num_groups, C // num_groups * flat[2])
     xhat = ((x.reshape(grouped).to(wide) - mean[:, :, None]) * rstd[:, :, None]).reshape(flat)
     w = torch.ones(C, dtype=wide, device=x.device) if weight is None else weight.to(wide)
     b = torch.zeros(C, dtype=wide, device=x.device) if bias is None else bias.to(wide)
@@ -45,7 +53,7 @@ def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_group
     xhat = xhat.reshape(grouped)
     dx = rstd[:, :, None] * (g - g.mean(2, keepdim=True) - xhat * (g * xhat).mean(2, keepdim=True))
     return (
-        dx.reshape(x.shape).to(x.dtype),
+        _dense(dx.reshape(x.shape).to(x.dtype), x),
         None if weight is None else (gain * dz_xhat).sum(0).to(weight.dtype),
         None if bias is None else (gain * dz_sum).sum(0).to(bias.dtype),
         None if scale is None else (dz * normed).sum(2).to(scale.dtype),
@@ -56,9 +64,10 @@ def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_group
 def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms):
     if rms:
         rstd = (x.to(compute_dtype(x)).square().mean(dim=-1) + eps).rsqrt()
-        return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight), None, rstd
+        return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight).contiguous(), None, rstd
     mean, rstd = ref.row_moments(x, eps)
-    return ref.layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias), mean, rstd
+    y = ref.layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias)
+    return y.contiguous(), mean, rstd
 
 
 def _sum_to(grad: Tensor, operand: Tensor | None) -> Tensor | None:
@@ -68,8 +77,8 @@ def _sum_to(grad: Tensor, operand: Tensor | None) -> Tensor | None:
     if operand.dim() == 2:
         grad = grad.sum(1)
     elif operand.dim() == 1:
-        grad = grad.reshape(-1, grad.shape[-1]).sum(0) if operand.numel() > 1 else grad.sum().reshape(1)
-    return grad.to(operand.dtype).reshape(operand.shape)
+        grad = grad.flatten(0, -2).sum(0) if operand.numel() > 1 else grad.sum().reshape(1)
+    return grad.to(operand.dtype, copy=grad.dim() == 3).reshape(operand.shape).contiguous()
 
 
 def _normalised(x, mean, rstd):
@@ -90,7 +99,7 @@ def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
     if not rms:
         dx = dx - g.mean(-1, keepdim=True)
     return (
-        (rstd[..., None] * dx).to(x.dtype),
+        (rstd[..., None] * dx).to(x.dtype).contiguous(),
         _sum_to(dy, shift),
         _sum_to(dy * affine, scale),
         None if weight is None else _sum_to(da * xhat, weight),
@@ -99,18 +108,18 @@ def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
 
 
 def gate_residual(residual, gate, branch):
-    return ref.gate_residual(residual, gate, branch)
+    return _dense(ref.gate_residual(residual, gate, branch), residual)
 
 
 def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch):
     wide = torch.promote_types(dy.dtype, torch.float32)
     dy = dy.to(wide)
     dgate = _sum_to(dy * branch.to(wide), gate) if need_dgate else None
-    return dgate, (dy * modulation(gate).to(wide)).to(branch.dtype) if need_dbranch else None
+    return dgate, _dense((dy * modulation(gate).to(wide)).to(branch.dtype), branch) if need_dbranch else None
 
 
 def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps):
-    x_new = ref.gate_residual(residual, gate, branch)
+    x_new = ref.gate_residual(residual, gate, branch).contiguous()
     return x_new, *layer_norm_modulate(x_new, shift, scale, None, None, eps, False)
 
 
@@ -118,7 +127,7 @@ def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, b
     dx, dshift, dscale, _, _ = layer_norm_modulate_bwd(dy, x_new, mean, rstd, shift, scale, None, None, False)
     dresidual = dx if dx_new is None else dx + dx_new
     dgate, dbranch = gate_residual_bwd(dresidual, gate, branch, True, True)
-    return dresidual, dgate, dbranch, dshift, dscale
+    return dresidual.contiguous(), dgate, dbranch, dshift, dscale
 
 
 def add_bias(x, bias, dim):

@@ -59,8 +59,9 @@ def group_norm_silu(
     >>> y = group_norm_silu(torch.randn(2, 64, 8, 8), 32)
     """
     op = "group_norm_silu"
+    _checks.required(op, x=x)
     _checks.floating(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
-    _checks.images(op, x, num_groups, weight, bias, scale, shift)
+    _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
     _checks.eps_value(op, eps)
     _checks.choice(op, "activation", activation, ("silu", None))
     if zero.transforms_active():
@@ -101,7 +102,7 @@ def group_norm_silu_conv_residual(
         op, x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, residual=residual, scale=scale,
         shift=shift,
     )  # fmt: skip
-    _checks.images(op, x, num_groups, norm_weight, norm_bias, scale, shift)
+    _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
     _checks.eps_value(op, eps)
     _checks.probability(op, dropout_p)
     pad = _checks.convolution(op, x.shape[1], x, weight, bias, residual, padding)
@@ -116,7 +117,7 @@ def group_norm_silu_conv_residual(
             x, num_groups, norm_weight, norm_bias, weight, bias, residual, eps=eps, scale=scale, shift=shift, keep=keep,
             dropout_p=dropout_p, padding=pad,
         )  # fmt: skip
-    skip = zero.may_skip(zero_skip, weight)
+    skip = zero.may_skip(op, zero_skip, weight)
     return call(
         ops.group_norm_silu_conv_residual,
         x,
@@ -162,7 +163,7 @@ def conv_residual(
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
-    return call(ops.conv_residual, h, weight, bias, residual, pad, zero.may_skip(zero_skip, weight))[0]
+    return call(ops.conv_residual, h, weight, bias, residual, pad, zero.may_skip(op, zero_skip, weight))[0]
 
 
 def layer_norm_modulate(
@@ -317,7 +318,7 @@ def linear_gate_residual(
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
-    skip = zero.may_skip(zero_skip, weight)
+    skip = zero.may_skip(op, zero_skip, weight)
     save_branch = gate is not None and gate.requires_grad and torch.is_grad_enabled()
     return call(ops.linear_gate_residual, h, weight, bias, gate, residual, activation, skip, save_branch)[0]
 
@@ -331,5 +332,7 @@ def is_zero(*tensors: Tensor) -> Tensor:
     >>> is_zero(torch.zeros(3), torch.ones(3)).tolist()
     [True, False]
     """
-    _checks.floating("is_zero", **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
+    named = {f"tensors[{i}]": t for i, t in enumerate(tensors)}
+    _checks.required("is_zero", **named)
+    _checks.floating("is_zero", **named)
     return call(ops.is_zero, list(tensors))

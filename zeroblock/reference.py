@@ -9,6 +9,7 @@ round once, at the end; shapes are written `[N, C, *S]` (images, any number of s
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,10 +29,17 @@ def channel_view(v: Tensor, ndim: int) -> Tensor:
     return v.reshape(*(v.shape if v.dim() == 2 else (1, *v.shape)), *([1] * (ndim - 2)))
 
 
+def by_group(x: Tensor, num_groups: int) -> Tensor:
+    """[N, C, *S] as [N, G, C / G * S]; one dimension is never left to be inferred, the batch may be empty."""
+    return x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
+
+
 def group_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and 1/sqrt(var + eps) of each group of each sample, [N, G]; the mean first, then the centred squares."""
-    grouped = x.reshape(x.shape[0], num_groups, -1).to(compute_dtype(x))
+    grouped = by_group(x, num_groups).to(compute_dtype(x))
     mean = grouped.mean(dim=2)
+    # The mean of what is left corrects the rounding of the first one where |mean| is far above the deviation.
+    mean = mean + (grouped - mean[:, :, None]).mean(dim=2)
     var = (grouped - mean[:, :, None]).square().mean(dim=2)
     return mean, (var + eps).rsqrt()
 

@@ -68,23 +68,25 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def may_skip(policy: str, weight: Tensor) -> bool:
+def may_skip(op: str, policy: str, weight: Tensor) -> bool:
     """Whether an op may test its weight at this call; a device is read back under "sync" only."""
     if policy == "auto":
         return weight.device.type == "cpu"
     if policy == "never":
         return False
     if policy != "sync":
-        raise ValueError(f"zero_skip: must be one of {', '.join(POLICIES)}, got {policy!r}")
+        raise ValueError(f"{op}: zero_skip must be one of {', '.join(POLICIES)}, got {policy!r}")
     if weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError('zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids')
+        raise RuntimeError(
+            f'{op}: zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids'
+        )
     return True
 
 
-def may_skip_branch(policy: str, weight: Tensor) -> bool:
+def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
     """Whether a module may decide for a whole branch: also needs to run eagerly, outside any dispatch mode."""
     return (
-        may_skip(policy, weight)
+        may_skip(name, policy, weight)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not transforms_active()

@@ -25,7 +25,6 @@ def is_plain_conv(module: nn.Module) -> bool:
         and type(module).forward in _CONV_FORWARDS
         and module._parameters.get("weight") is not None  # parametrized and pruned weights live elsewhere
         and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
     )
 
 
@@ -70,6 +69,9 @@ def may_draw(module: nn.Module) -> bool:
 
 
 def _is_deterministic(m: nn.Module) -> bool:
+    declared = getattr(m, "draws_random_numbers", None)
+    if declared is not None:
+        return not declared
     if isinstance(m, nn.modules.dropout._DropoutNd):
         return m.p in (0.0, 1.0)
     home = type(m).__module__
@@ -78,7 +80,9 @@ def _is_deterministic(m: nn.Module) -> bool:
 
 def fits_fused(conv: nn.Module) -> bool:
     """A convolution that the fused ops take: plain, stride 1, dilation 1, one group."""
-    return is_plain_conv(conv) and conv.groups == 1 and max(conv.stride) == 1 and max(conv.dilation) == 1
+    if not is_plain_conv(conv) or isinstance(conv.padding, str):
+        return False
+    return conv.groups == 1 and max(conv.stride) == 1 and max(conv.dilation) == 1
 
 
 def decide(name: str, tail: _branch.Tail, gate: Tensor | None = None) -> str | None:

@@ -79,7 +79,7 @@ class DiTBlock(nn.Module):
         linear = self.adaLN_modulation[-1]
         if torch.is_grad_enabled() or not _common.is_plain_linear(linear) or linear.bias is None:
             return False
-        if not zero.may_skip_branch(self.zero_skip, linear.weight) or not zero.bypassable(self.children()):
+        if not zero.may_skip_branch("DiTBlock", self.zero_skip, linear.weight) or not zero.bypassable(self.children()):
             return False
         weight, bias, D = linear.weight.detach(), linear.bias.detach(), linear.in_features
         return all(zero.is_exactly_zero(t[i * D : (i + 1) * D]) for i in (2, 5) for t in (weight, bias))
@@ -137,7 +137,11 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm_final
         plain = _common.is_plain_linear(linear) and zero.bypassable((norm, linear))
-        if plain and zero.may_skip_branch(self.zero_skip, linear.weight) and zero.bypassable((self.adaLN_modulation,)):
+        if (
+            plain
+            and zero.may_skip_branch("FinalLayer", self.zero_skip, linear.weight)
+            and zero.bypassable((self.adaLN_modulation,))
+        ):
             tail = Tail(linear)
             if _common.decide("FinalLayer", tail):
                 parameters = _common.parameters_of(self.adaLN_modulation)

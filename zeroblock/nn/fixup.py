@@ -37,7 +37,7 @@ class _FixupBlock(nn.Module):
         identity = self.downsample(x + self.bias1a)
         missing = channels - identity.shape[1]
         if missing > 0:
-            identity = torch.cat((identity, identity.new_zeros(identity.shape[0], missing, *identity.shape[2:])), dim=1)
+            identity = torch.cat((identity, torch.zeros_like(identity[:, :missing])), dim=1)
         return identity
 
     def forward(self, x: Tensor) -> Tensor:

@@ -100,7 +100,9 @@ class ResBlock(nn.Module):
         if not self._fusable():
             return self._unfused(x, emb)
         conv2 = self.out_layers[3]
-        if zero.may_skip_branch(self.zero_skip, conv2.weight) and zero.bypassable((self.emb_layers, self.h_upd)):
+        if zero.may_skip_branch("ResBlock", self.zero_skip, conv2.weight) and zero.bypassable(
+            (self.emb_layers, self.h_upd)
+        ):
             tail = Tail(conv2)
             if _common.decide("ResBlock", tail):
                 return self._skipped(x, emb, tail)

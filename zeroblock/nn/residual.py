@@ -31,7 +31,7 @@ def residual_branch(
     if tail is not None and not (_common.is_plain_conv(tail) or _common.is_plain_linear(tail)):
         return None
     judged = gate if tail is None else tail.weight
-    if judged is None or not zero.may_skip_branch(policy, judged):
+    if judged is None or not zero.may_skip_branch(name, policy, judged):
         return None
     bypassed = modules if tail is None else (*modules, tail)
     if not zero.bypassable(bypassed):
@@ -81,6 +81,10 @@ class ResidualBranch(nn.Module):
     ([1]; for tokens also [D], [B, D], [B, T, D]; for images [C] or [N, C]), or a module called with *args. shortcut:
     None (identity) or a module; it may change the shape as the tail does. While the tail's weight or the gate is
     exactly zero, the matmuls of the branch do not run and gradients are exact (contract: zeroblock/zero.py).
+
+    In training a body that may draw random numbers runs even where its result is not wanted, so that the random stream
+    stays eager's: anything but the deterministic layers of torch.nn. `draws_random_numbers = False` on a module of your
+    own says that it is one of those.
     """
 
     zero_skip = "auto"

@@ -32,7 +32,7 @@ class _ZeroLayer(nn.Module):
         return y if residual is None else residual + y
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._is_plain(x) and zero.may_skip_branch(self.zero_skip, self.weight):
+        if self._is_plain(x) and zero.may_skip_branch(type(self).__name__, self.zero_skip, self.weight):
             tail = Tail(self)
             fits = residual is None or residual.shape == tail.output_size(x)
             if fits and _common.decide(type(self).__name__, tail):
