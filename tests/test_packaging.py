@@ -148,7 +148,8 @@ def test_kernel_objects_share_no_inline_function(tmp_path):
 def test_importing_pulls_in_no_test_or_demo_package():
     code = (
         "import sys, zeroblock;"
-        "print([m for m in ('sklearn', 'matplotlib', 'hypothesis', 'diffusers', 'pytest', 'triton') if m in sys.modules])"
+        "extras = ('sklearn', 'matplotlib', 'hypothesis', 'diffusers', 'pytest', 'triton');"
+        "print([m for m in extras if m in sys.modules])"
     )
     assert run(sys.executable, "-c", code, cwd=ROOT.parent).strip() == "[]"
 

@@ -57,7 +57,8 @@ class Tail:
     def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.module is None:
             return h
-        h, weight, bias = (t if t is None else t.to(self.dtype) for t in (h, weight, bias))
+        h, weight = h.to(self.dtype), weight.to(self.dtype)
+        bias = None if bias is None else bias.to(self.dtype)
         if self.is_conv:
             return torch.convolution(self._padded(h), weight, bias, *self._conv_arguments())
         if torch.is_grad_enabled():

@@ -58,7 +58,11 @@ def bare_residual(
         dense = residual.is_contiguous() or channels_last_format(residual) is not None
         if dense and (gate is None or bias is None):
             return _backends.select("add_bias", residual).add_bias(residual, bias, dim)
-    branch = empty() if residual is None else residual.new_empty(residual.shape, dtype=dtype)
+    if residual is not None:
+        branch = residual.new_empty(residual.shape, dtype=dtype)
+    else:
+        assert empty is not None
+        branch = empty()
     if bias is None:
         branch.zero_()
     else:
