@@ -12,8 +12,9 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h c
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock.demo
 
+# Idle OpenMP threads that spin make short tests several times slower on a busy machine.
 test: $(STAMP)
-	$(BIN)/pytest $(TESTFLAGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest $(TESTFLAGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
