@@ -55,7 +55,7 @@ def _check_case(make_blocks: Callable, tail: Callable, worst: bool) -> Callable[
         tensors = late(tail(own_block)) if worst else tail(own_block)
 
         def decision() -> bool:  # policy, hooks, values: the most that a module looks at
-            may_skip = zero.may_skip_branch("auto", tensors[0]) and zero.bypassable(own_block.children())
+            may_skip = zero.may_skip_branch("zero_check", "auto", tensors[0]) and zero.bypassable(own_block.children())
             return may_skip and all(zero.is_exactly_zero(tensor) for tensor in tensors)
 
         return Work(Side(eager_block, inputs, ()), Side(decision, (), ()))
