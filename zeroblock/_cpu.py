@@ -169,11 +169,14 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 _onednn_linear = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
 _onednn_linear_add = torch.ops.mkldnn._linear_pointwise.binary if _ONEDNN else None
 _PIECE = 256
+# Products below which oneDNN's call costs more than its arithmetic saves.
+_FEW_PRODUCTS = 1 << 20
 
 
 def linear(x, weight, bias):
     """x @ weight.T + bias. float32 goes to oneDNN: torch's own choice, MKL, runs at half its rate on AMD processors."""
-    if not (_ONEDNN and x.dtype == torch.float32 and torch.backends.mkldnn.enabled and x.numel() and weight.numel()):
+    large = x.numel() * weight.shape[0] > _FEW_PRODUCTS
+    if not (large and _ONEDNN and x.dtype == torch.float32 and torch.backends.mkldnn.enabled):
         return F.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
     # oneDNN adds up a whole dot product in one chain. Long ones are cut, so that errors stay within twice MKL's. Pieces
