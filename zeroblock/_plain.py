@@ -17,7 +17,6 @@ from ._layout import as_layout, channels_last_format
 from .reference import channel_view, compute_dtype, modulation
 
 NAME = "reference"
-ACTIVATIONS: tuple[str | None, ...] = ("silu", "gelu_tanh", "gelu")
 
 
 def _dense(y: Tensor, like: Tensor) -> Tensor:

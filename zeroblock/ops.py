@@ -16,7 +16,6 @@ from .reference import compute_dtype, conv, promoted
 
 NAMESPACE = "zeroblock"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 _NORM = "Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift"
 _FUSED = (
