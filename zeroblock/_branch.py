@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -42,7 +43,17 @@ class Tail:
         # What the layer computes in.
         self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
 
-        self.padding, self.overhang = conv_padding(module) if self.is_conv else ((), ())
+    @functools.cached_property
+    def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return conv_padding(self.module)
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        return self._paddings[0]
+
+    @property
+    def overhang(self) -> tuple[int, ...]:
+        return self._paddings[1]
 
     def _conv_arguments(self) -> tuple:
         m = self.module
@@ -141,13 +152,17 @@ def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None 
         return _SkippedBranch.apply(branch, *inputs)
     if branch.always_run:
         branch.body(*branch.activations)
-    return _bare(branch, residual, tail.bias, gate)
+    return bare_branch(tail, residual, branch.example, gate, branch.zero_gate)
 
 
-def _bare(branch: Branch, residual: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    tail, example = branch.tail, branch.example
+def bare_branch(
+    tail: Tail, residual: Tensor | None, example: Tensor, gate: Tensor | None = None, zero_gate: bool = False
+) -> Tensor:
+    """The value of a skipped branch, for arguments as in `Branch`."""
     dtype = tail.dtype or example.dtype
-    bias = None if bias is None or branch.zero_gate else bias.to(dtype)
+    bias = None if zero_gate else tail.bias
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
     if gate is not None:
         dtype, gate = torch.promote_types(dtype, gate.dtype), tail.broadcast(gate, example.dim())
     return bare_residual(residual, bias, gate, 1 if tail.is_conv else -1, dtype, lambda: tail.empty_output(example))
@@ -178,7 +193,7 @@ class _SkippedBranch(torch.autograd.Function):
         ctx.counts = len(activations), len(body)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, bias, gate, *activations, *body, *branch.recomputed)
-        return _bare(branch, residual, bias, gate)
+        return bare_branch(branch.tail, residual, branch.example, gate, branch.zero_gate)
 
     @staticmethod
     def backward(ctx, dy):

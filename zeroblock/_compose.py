@@ -51,14 +51,12 @@ def bare_residual(
     bias, in the layer's dtype, runs along dimension `dim` (1 for a convolution, -1 for a linear); gate broadcasts
     against the output; `dtype` is that of gate * layer; empty() allocates the output where there is no residual.
     """
-    # Zero products are +0: a bias of -0 comes out of the layer as +0.
-    bias = None if bias is None else bias + 0.0
     if residual is not None:
-        residual = residual.to(torch.promote_types(residual.dtype, dtype))
+        if residual.dtype != dtype:
+            residual = residual.to(torch.promote_types(residual.dtype, dtype))
         dense = residual.is_contiguous() or channels_last_format(residual) is not None
         if dense and (gate is None or bias is None):
             return _backends.select("add_bias", residual).add_bias(residual, bias, dim)
-    if residual is not None:
         branch = residual.new_empty(residual.shape, dtype=dtype)
     else:
         assert empty is not None
@@ -66,6 +64,7 @@ def bare_residual(
     if bias is None:
         branch.zero_()
     else:
+        bias = bias + 0.0  # zero products are +0: a bias of -0 comes out of the layer as +0
         step = bias if dim == -1 else channel_view(bias, branch.dim())
         branch.copy_(step if gate is None else gate * step)
     # The memory format of a sum with a non-dense residual is that of the branch.

@@ -78,16 +78,21 @@ def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
     return dx, _like(dshift, shift), _like(dscale, scale), _like(dweight, weight), _like(dbias, bias)
 
 
+_ROW = 1024
+
+
 def _is_single(gate: Tensor) -> bool:
     return gate.dim() == 1 and gate.numel() == 1
 
 
 def _tokens(t: Tensor, single: bool, layout: torch.memory_format | None) -> Tensor:
-    """Dense [B, T, D]; with a single gate for everything, the elements of any dense tensor in memory order."""
+    """Dense [B, T, D]; with a single gate for everything, the elements of any dense tensor in memory order, in rows
+    that threads can share."""
     t = as_layout(t, layout)
     if not single:
         return t
-    return (t if layout is None else t.movedim(1, -1)).reshape(1, 1, -1)
+    row = _ROW if t.numel() % _ROW == 0 and t.numel() else t.numel()
+    return (t if layout is None else t.movedim(1, -1)).reshape(1, -1 if t.numel() else 1, row)
 
 
 def _untokens(flat: Tensor, shape: torch.Size, layout: torch.memory_format | None) -> Tensor:
@@ -161,7 +166,7 @@ def _row(gate: Tensor, x: Tensor) -> Tensor | None:
 
 
 def add_bias(x, bias, dim):
-    """x + bias along `dim` (1 or -1), x dense in one of the two layouts; a bias of None adds 0."""
+    """x + (bias + 0) along `dim` (1 or -1), x dense in one of the two layouts; a bias of None adds 0."""
     return _add_bias(x, bias, dim == -1 or channels_last_format(x) is not None)
 
 

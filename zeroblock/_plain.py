@@ -130,7 +130,8 @@ def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, b
 
 
 def add_bias(x, bias, dim):
-    return x + (0.0 if bias is None else bias if dim == -1 else channel_view(bias, x.dim()))
+    # Zero products are +0: a bias of -0 comes out of the layer as +0.
+    return x + (0.0 if bias is None else bias + 0.0 if dim == -1 else channel_view(bias + 0.0, x.dim()))
 
 
 def linear(x, weight, bias):

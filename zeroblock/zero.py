@@ -93,26 +93,24 @@ def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # offloading and casting hooks replace it on the instance
-    )
-
-
 def bypassable(modules: Iterable[nn.Module]) -> bool:
     """Whether these submodules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn."""
-    return not _nn_module._has_any_global_hook() and all(map(_is_bypassable, modules))
-
-
-def _is_bypassable(module: nn.Module) -> bool:
-    if _is_hooked(module) or (module.training and isinstance(module, nn.modules.batchnorm._NormBase)):
-        return False  # batch and instance norms update running statistics
-    children = module._modules
-    return not children or all(map(_is_bypassable, [m for m in children.values() if m is not None]))
+    if _nn_module._has_any_global_hook():
+        return False
+    waiting = list(modules)
+    for m in waiting:  # grows by the children of each
+        if (
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__  # offloading and casting hooks replace it on the instance
+            or (m.training and isinstance(m, nn.modules.batchnorm._NormBase))  # updates running statistics
+        ):
+            return False
+        if m._modules:
+            waiting.extend([child for child in m._modules.values() if child is not None])
+    return True
 
 
 def is_zero_on_device(tensors: list[Tensor]) -> Tensor:

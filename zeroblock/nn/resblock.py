@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import functional, zero
 from .._autocast import autocast_dtype
-from .._branch import Branch, Tail, skipped_branch
+from .._branch import Branch, Tail, bare_branch, skipped_branch
 from .._layout import channels_last_format
 from ..reference import channel_view, dropout_keep
 from . import _common
@@ -99,20 +99,19 @@ class ResBlock(nn.Module):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if not self._fusable():
             return self._unfused(x, emb)
-        conv2 = self.out_layers[3]
+        norm, _, dropout, conv2 = self.out_layers
         if zero.may_skip_branch("ResBlock", self.zero_skip, conv2.weight) and zero.bypassable(
             (self.emb_layers, self.h_upd)
         ):
             tail = Tail(conv2)
             if _common.decide("ResBlock", tail):
-                return self._skipped(x, emb, tail)
+                return self._skipped(x, emb, tail, norm, dropout)
             tail_skip = "never"  # judged already
         else:
             tail_skip = self.zero_skip
-        keep = self._draw_keep(x)
+        keep = self._draw_keep(x, dropout)
         h, *film = self._body(x, emb)
         scale, shift = film or (None, None)
-        norm = self.out_layers[0]
         return functional.group_norm_silu_conv_residual(
             h,
             norm.num_groups,
@@ -125,7 +124,7 @@ class ResBlock(nn.Module):
             scale=scale,
             shift=shift,
             padding=conv2.padding,
-            dropout_p=self.out_layers[2].p,
+            dropout_p=dropout.p,
             keep=keep,
             zero_skip=tail_skip,
         )
@@ -188,19 +187,21 @@ class ResBlock(nn.Module):
             spatial = spatial[:kept] + tuple(n * 2 if up else n // 2 for n in spatial[kept:])
         return (x.shape[0], self.out_channels, *spatial), autocast_dtype(conv.weight) or conv.weight.dtype
 
-    def _draw_keep(self, x: Tensor) -> Tensor | None:
+    def _draw_keep(self, x: Tensor, dropout: nn.Dropout) -> Tensor | None:
         """Dropout's mask, drawn for a tensor of the shape, dtype and memory format of conv1's output."""
-        dropout, conv = self.out_layers[2], self.in_layers[2]
         if not dropout.training or dropout.p == 0.0:
             return None
+        conv = self.in_layers[2]
         size, dtype = self._hidden_meta(x)
         layout = channels_last_format(x) or channels_last_format(conv.weight) or torch.contiguous_format
         h = torch.empty(size, dtype=dtype, device=x.device, memory_format=layout)
         return functional.draw_keep(h, dropout.p, True)
 
-    def _skipped(self, x: Tensor, emb: Tensor, tail: Tail) -> Tensor:
-        norm, _, dropout, _ = self.out_layers
-        keep = self._draw_keep(x)
+    def _skipped(self, x: Tensor, emb: Tensor, tail: Tail, norm: GroupNorm32, dropout: nn.Dropout) -> Tensor:
+        keep = self._draw_keep(x, dropout)
+        residual = self.skip_connection(self.x_upd(x))
+        if not torch.is_grad_enabled():
+            return bare_branch(tail, residual, residual)
 
         def hidden(h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
             a = functional.group_norm_silu(
@@ -209,7 +210,6 @@ class ResBlock(nn.Module):
             return dropout_keep(a, keep, dropout.p)
 
         parameters = _common.parameters_of(self.in_layers, self.emb_layers, norm)
-        residual = self.skip_connection(self.x_upd(x))
         recomputed = (norm.weight, norm.bias)
         branch = Branch(tail, (x, emb), parameters, self._body, hidden, residual, carried=True, recomputed=recomputed)
         return skipped_branch(branch, residual)
