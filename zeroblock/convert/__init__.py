@@ -16,7 +16,15 @@ from ._report import Branch, LeftAlone, Report
 
 # isort: split
 # Families in the order in which they are asked.
-from . import guided_diffusion  # noqa: F401
+from . import (  # noqa: F401
+    diffusers_adaln,
+    diffusers_controlnet,
+    diffusers_mmdit,
+    diffusers_motion,
+    diffusers_resnet,
+    diffusers_transformer,
+    guided_diffusion,
+)
 
 __all__ = ["Branch", "Family", "LeftAlone", "Report", "accelerate", "families", "restore"]
 
