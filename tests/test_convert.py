@@ -178,7 +178,7 @@ def test_unknown_block_is_left_alone_and_reported(name):
     report = zb.accelerate(net)
     (row,) = report.left_alone
     assert row.path == "blocks.1" and reason in row.reason and type(net.blocks[1]) is kind
-    assert [b.path for b in report.branches] == ["blocks.0.out_layers.3"]
+    assert [b.path for b in report.branches if b.family == "ResBlock"] == ["blocks.0.out_layers.3"]
     assert row.reason in str(report) and "blocks.1" in str(report)
 
 
@@ -228,16 +228,16 @@ def test_report_says_what_is_zero_now():
     nn.init.ones_(net.blocks[1].out_layers[3].weight)
     report = zb.accelerate(net)
     assert [(b.path, b.family, b.zero) for b in report.branches] == [
-        ("blocks.0.out_layers.3", "guided-resblock", True),
-        ("blocks.1.out_layers.3", "guided-resblock", False),
+        ("blocks.0.out_layers.3", "ResBlock", True),
+        ("blocks.1.out_layers.3", "ResBlock", False),
     ]
     header, _, titles, first, second = str(report).splitlines()
     assert header.startswith("zeroblock: 2 blocks accelerated, 2 residual branches, 1 zero now, 0 blocks left alone")
     assert titles.split() == ["branch", "family", "zero", "now", "backend"]
-    assert first.split()[:3] == ["blocks.0.out_layers.3", "guided-resblock", "yes"] and second.split()[2] == "no"
+    assert first.split()[:3] == ["blocks.0.out_layers.3", "ResBlock", "yes"] and second.split()[2] == "no"
     reset_counters()
     net(*example())
-    assert report.counters() == {"guided-resblock": (1, 1)}
+    assert report.counters() == {"ResBlock": (1, 1)}
 
 
 def test_backend_of_the_forward():
@@ -251,8 +251,8 @@ def test_backend_of_the_forward():
 
 def test_families_have_texts():
     for name, text in zb.convert.families().items():
-        assert name and "Source:" in text and "Inference:" in text, name
-        assert "Training forward:" in text and "Training backward:" in text, name
+        for word in ("Source: ", "Inference", "Training forward", "Training backward"):
+            assert word in text, (name, word)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

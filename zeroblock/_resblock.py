@@ -48,11 +48,12 @@ class Layers(NamedTuple):
 
 def fusable(norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
     """Whether the fused ops take these layers as they are now: same-size convolutions, plain parameters."""
-    return _same_size(conv1) and _same_size(conv2) and _is_norm(norm1) and _is_norm(norm2)
+    return _same_size(conv1) and _same_size(conv2) and is_norm(norm1) and is_norm(norm2)
 
 
-def _is_norm(norm: Any) -> bool:
-    return isinstance(norm, nn.GroupNorm) and "weight" in norm._parameters  # parametrized weights live elsewhere
+def is_norm(norm: Any) -> bool:
+    """A GroupNorm with parameters of its own (parametrized ones live elsewhere)."""
+    return isinstance(norm, nn.GroupNorm) and norm._parameters.get("weight") is not None
 
 
 def _same_size(conv: Any) -> bool:

@@ -15,7 +15,6 @@ from ._core import FAMILIES, Family, accelerated_class, applied
 from ._report import Branch, LeftAlone, Report
 
 # isort: split
-# Families in the order in which they are asked.
 from . import (  # noqa: F401
     diffusers_adaln,
     diffusers_controlnet,
@@ -23,7 +22,12 @@ from . import (  # noqa: F401
     diffusers_motion,
     diffusers_resnet,
     diffusers_transformer,
+    dit,
     guided_diffusion,
+    peft_lora,
+    resnet,
+    timm_nfnet,
+    zero_layers,
 )
 
 __all__ = ["Branch", "Family", "LeftAlone", "Report", "accelerate", "families", "restore"]
@@ -70,7 +74,7 @@ def accelerate(
     before = [(m, type(m)) for m in model.modules() if applied(m) is not None and _is_ours(m)]
     restore(model)
     try:
-        found, left_alone = _plan(model, [family(zero_skip, backend, precision) for family in FAMILIES.values()])
+        found, left_alone = _plan(model, [family(zero_skip, backend, precision) for family in _in_order()])
         if strict and (left_alone or not found):
             rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
             raise RuntimeError(f"accelerate: strict, and not everything could be accelerated:\n{rest}")
@@ -101,6 +105,11 @@ def restore(model: nn.Module) -> int:
     for _, m in blocks:
         m.__class__ = applied(m).original
     return len(blocks)
+
+
+def _in_order() -> list[type[Family]]:
+    """The families as they are asked: those of whole blocks before that of single layers."""
+    return sorted(FAMILIES.values(), key=lambda family: not family.classes)
 
 
 def _is_ours(block: nn.Module) -> bool:

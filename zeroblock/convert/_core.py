@@ -77,6 +77,9 @@ class Family:
     def claims(self, block: nn.Module) -> Iterable[nn.Module]:
         return block.modules()
 
+    def made(self, kind: type) -> None:
+        """Called once for every class made of this family."""
+
     def eager(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The method the block had before accelerate."""
         return getattr(type(block)._zeroblock.original, self.method)(block, *args, **kwargs)
@@ -133,6 +136,7 @@ def accelerated_class(original: type, family: Family) -> type:
             family.method: _replacement(getattr(original, family.method), family),
         }
         _classes[key] = types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(body))
+        family.made(_classes[key])
     return _classes[key]
 
 
