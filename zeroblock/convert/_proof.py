@@ -82,7 +82,7 @@ def _random_copy(block: nn.Module) -> nn.Module:
 def _random(t: Tensor, name: str, is_parameter: bool) -> Tensor:
     """Weights that keep a signal's size, biases and gates of about 1; buffers keep their values."""
     if not is_parameter:
-        return t.detach().to("cpu", torch.float32) if t.device.type != "meta" else torch.ones(t.shape)
+        return torch.ones(t.shape) if t.is_meta else t.detach().to("cpu", torch.float32, copy=True)
     fresh = torch.randn(t.shape)
     if t.dim() > 1:
         fresh /= max(t[0].numel(), 1) ** 0.5

@@ -26,6 +26,20 @@ def is_plain_linear(module: nn.Module) -> bool:
     return _common.is_plain_linear(module) and is_plain(module.weight, module.bias)
 
 
+def held_by(layer: nn.Module, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """What holds a branch at zero, for a report: these tensors of a layer. What a wrapper (LoRA) calls its weight does
+    not say what it computes: a meta tensor, which is neither zero nor not."""
+    plain = _common.is_plain_linear(layer) or _common.is_plain_conv(layer)
+    return tuple(t.detach() for t in tensors if t is not None) if plain else (torch.empty(1, device="meta"),)
+
+
+def gate_rows(linear: nn.Module, chunks: int, *gates: int) -> tuple[Tensor, ...]:
+    """Of the layer that gives `chunks` vectors: the rows of these."""
+    return tuple(
+        t if t.is_meta else t.chunk(chunks)[i] for t in held_by(linear, linear.weight, linear.bias) for i in gates
+    )
+
+
 def _norm_kind(norm: nn.Module) -> str | None:
     """ "layer" or "rms" for a norm over the last dimension whose formula the fused ops compute."""
     if type(norm).forward is nn.LayerNorm.forward or type(norm).__name__ == "FP32LayerNorm":

@@ -15,17 +15,14 @@ from ._transformer import (
     copied,
     draws,
     feed_forward,
+    gate_rows,
     gated,
     gated_branch,
     gates_stay_zero,
+    held_by,
     is_plain,
     is_plain_linear,
 )
-
-
-def _rows(linear: nn.Module, chunks: int, *gates: int) -> tuple[Tensor, ...]:
-    tensors = [t.detach() for t in (linear.weight, linear.bias) if t is not None]
-    return tuple(t.chunk(chunks)[i] for i in gates for t in tensors)
 
 
 class _TwoStreams(Family):
@@ -47,7 +44,7 @@ class _TwoStreams(Family):
         return found
 
     def _context_rows(self, block: Any) -> tuple[Tensor, ...]:
-        return _rows(block.norm1_context.linear, 6, 2)
+        return gate_rows(block.norm1_context.linear, 6, 2)
 
 
 @register
@@ -66,12 +63,12 @@ class JointTransformerBlock(_TwoStreams):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         chunks = 9 if block.use_dual_attention else 6
-        found = {"attn": _rows(block.norm1.linear, chunks, 2), "ff": _rows(block.norm1.linear, chunks, 5)}
+        found = {"attn": gate_rows(block.norm1.linear, chunks, 2), "ff": gate_rows(block.norm1.linear, chunks, 5)}
         if block.use_dual_attention:
-            found["attn2"] = _rows(block.norm1.linear, 9, 8)
+            found["attn2"] = gate_rows(block.norm1.linear, 9, 8)
         if not block.context_pre_only:
-            found["attn"] += self._context_rows(block)
-            found["ff_context"] = _rows(block.norm1_context.linear, 6, 5)
+            found["attn"] += self._contextgate_rows(block)
+            found["ff_context"] = gate_rows(block.norm1_context.linear, 6, 5)
         return found
 
     def example(self, block: Any) -> tuple:
@@ -129,9 +126,9 @@ class FluxTransformerBlock(_TwoStreams):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {
-            "attn": _rows(block.norm1.linear, 6, 2) + self._context_rows(block),
-            "ff": _rows(block.norm1.linear, 6, 5),
-            "ff_context": _rows(block.norm1_context.linear, 6, 5),
+            "attn": gate_rows(block.norm1.linear, 6, 2) + self._contextgate_rows(block),
+            "ff": gate_rows(block.norm1.linear, 6, 5),
+            "ff_context": gate_rows(block.norm1_context.linear, 6, 5),
         }
 
     def example(self, block: Any) -> tuple:
@@ -185,7 +182,7 @@ class FluxSingleTransformerBlock(Family):
         return lacks(block, "norm.linear", "proj_mlp", "act_mlp", "proj_out", "attn")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"gate": _rows(block.norm.linear, 3, 2), "proj_out": (block.proj_out.weight,)}
+        return {"gate": gate_rows(block.norm.linear, 3, 2), "proj_out": held_by(block.proj_out, block.proj_out.weight)}
 
     def example(self, block: Any) -> tuple:
         D = block.norm.linear.in_features

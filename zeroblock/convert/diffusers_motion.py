@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import zero
 from ..nn.residual import residual_branch
 from ._core import Family, lacks, register
-from ._transformer import draws, gated_branch, is_plain, is_plain_linear
+from ._transformer import draws, gated_branch, held_by, is_plain, is_plain_linear
 
 
 @register
@@ -35,7 +35,7 @@ class TemporalConvLayer(Family):
         return missing
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"conv4": (block.conv4[3].weight,)}
+        return {"conv4": held_by(block.conv4[3], block.conv4[3].weight)}
 
     def example(self, block: Any) -> tuple:
         return torch.randn(4, block.in_dim, 3, 2), 2
@@ -77,7 +77,7 @@ class AnimateDiffTransformer3D(Family):
         return lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"proj_out": (block.proj_out.weight,)}
+        return {"proj_out": held_by(block.proj_out, block.proj_out.weight)}
 
     def example(self, block: Any) -> tuple:
         return torch.randn(4, block.proj_in.in_features, 3, 2), None, None, None, 2

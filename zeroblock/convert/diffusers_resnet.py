@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _resblock, zero
 from ..nn.residual import residual_branch
 from ._core import Family, lacks, register
+from ._transformer import held_by
 
 
 class _Resnet(Family):
@@ -21,7 +22,7 @@ class _Resnet(Family):
         return lacks(block, *self.parts, "output_scale_factor")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"conv2": (block.conv2.weight,)}
+        return {"conv2": held_by(block.conv2, block.conv2.weight)}
 
     def forward(self, block: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         plain = input_tensor.dim() == 4 and type(block.dropout) is nn.Dropout

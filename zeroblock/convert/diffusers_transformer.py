@@ -14,7 +14,17 @@ from .. import functional, zero
 from .._branch import Branch, Tail, skipped_branch
 from ..nn import _common
 from ._core import Family, lacks, register
-from ._transformer import copied, feed_forward, fits, gated_branch, gates_stay_zero, is_plain_linear, modulated
+from ._transformer import (
+    copied,
+    feed_forward,
+    fits,
+    gate_rows,
+    gated_branch,
+    gates_stay_zero,
+    held_by,
+    is_plain_linear,
+    modulated,
+)
 
 
 @register
@@ -47,12 +57,12 @@ class BasicTransformerBlock(Family):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         if block.norm_type == "ada_norm_zero":
-            six = [t for t in (block.norm1.linear.weight, block.norm1.linear.bias) if t is not None]
-            rows = [tuple(t.detach().chunk(6)[i] for t in six) for i in (2, 5)]
-            return {"attn1": rows[0], "ff": rows[1]}
-        found = {"attn1": (block.scale_shift_table.detach()[2],), "ff": (block.scale_shift_table.detach()[5],)}
+            return {"attn1": gate_rows(block.norm1.linear, 6, 2), "ff": gate_rows(block.norm1.linear, 6, 5)}
+        table = block.scale_shift_table.detach()
+        found: dict[str, tuple[Tensor, ...]] = {"attn1": (table[2],), "ff": (table[5],)}
         if block.attn2 is not None:
-            found["attn2"] = (block.attn2.to_out[0].weight,)
+            out = block.attn2.to_out[0]
+            found["attn2"] = held_by(out, out.weight)
         return found
 
     def example(self, block: Any) -> tuple:
@@ -138,7 +148,7 @@ class DiTTransformer2DModel(Family):
         return lacks(block, "pos_embed", "transformer_blocks.0.norm1.emb", "norm_out", "proj_out_1", "proj_out_2")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"proj_out_2": (block.proj_out_2.weight,)}
+        return {"proj_out_2": held_by(block.proj_out_2, block.proj_out_2.weight)}
 
     def claims(self, block: nn.Module) -> tuple[nn.Module, ...]:
         return (block, block.proj_out_2)
