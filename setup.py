@@ -112,7 +112,7 @@ def extension() -> dict:
 
 setup(
     version=VERSION,
-    packages=["zeroblock", "zeroblock.nn", "zeroblock.testing", "zeroblock.kernels"],
+    packages=["zeroblock", "zeroblock.nn", "zeroblock.convert", "zeroblock.testing", "zeroblock.kernels"],
     package_dir={"zeroblock": "zeroblock", "zeroblock.kernels": "kernels"},
     package_data={"zeroblock": ["py.typed"]},
     **extension(),

@@ -1,12 +1,17 @@
 """Fixtures of all tests."""
 
 import contextlib
+import pathlib
+import sys
 
 import pytest
 import torch
 
 from zeroblock.testing import BACKENDS, use_backend
 from zeroblock.testing.parity import device_of
+
+# `python -m pytest` puts the source tree on the path, where transformers takes kernels/ for a package of that name.
+sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != pathlib.Path(__file__).resolve().parents[1]]
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.

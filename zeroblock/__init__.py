@@ -6,6 +6,7 @@ modules; while the last weight (or gate) of a residual branch is exactly zero, t
 
 from . import nn
 from ._explain import explain, info
+from .convert import accelerate, restore
 from .functional import (
     conv_residual,
     gate_residual,
@@ -22,6 +23,7 @@ from .functional import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "accelerate",
     "conv_residual",
     "explain",
     "gate_residual",
@@ -34,5 +36,6 @@ __all__ = [
     "layer_norm_modulate_linear",
     "linear_gate_residual",
     "nn",
+    "restore",
     "rms_norm_modulate",
 ]

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from .. import functional, zero
 from .._branch import Branch, Tail, skipped_branch
 from .._compose import bare_residual
+from ..reference import apply_activation
 from . import _common
 from .residual import residual_branch
 
@@ -99,24 +103,10 @@ class DiTBlock(nn.Module):
         """x + gate * layer(modulate(norm x))"""
         if not fused:
             return functional.gate_residual(x, gate, layer(norm(x) * (1 + scale[:, None]) + shift[:, None]))
-        attention = layer is self.attn
-        first, tail = (layer.qkv, layer.proj) if attention else (layer.fc1, layer.fc2)
-
-        def hidden(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            h = functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=norm.eps)
-            return layer.attend(h) if attention else h
-
-        def before_tail(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            h = hidden(x, shift, scale)
-            return h if attention else layer.act(h)
-
-        y = residual_branch("DiTBlock", self.zero_skip, x, before_tail, tail, gate, (x, shift, scale), modules=(first,))
-        if y is not None:
-            return y
-        activation = None if attention else "gelu_tanh"
-        return functional.linear_gate_residual(
-            hidden(x, shift, scale), tail.weight, tail.bias, gate, x, activation=activation, zero_skip=self.zero_skip
-        )
+        vectors = (shift, scale, gate)
+        if layer is self.attn:
+            return fused_half("DiTBlock", self.zero_skip, x, vectors, norm.eps, layer.qkv, layer.attend, layer.proj)
+        return fused_half("DiTBlock", self.zero_skip, x, vectors, norm.eps, layer.fc1, "gelu_tanh", layer.fc2)
 
 
 class FinalLayer(nn.Module):
@@ -136,24 +126,60 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm_final
-        plain = _common.is_plain_linear(linear) and zero.bypassable((norm, linear))
-        if (
-            plain
-            and zero.may_skip_branch("FinalLayer", self.zero_skip, linear.weight)
-            and zero.bypassable((self.adaLN_modulation,))
-        ):
-            tail = Tail(linear)
-            if _common.decide("FinalLayer", tail):
-                parameters = _common.parameters_of(self.adaLN_modulation)
-                return skipped_branch(Branch(tail, (x, c), parameters, self._modulation, self._modulate, x), None)
-        x, shift, scale = self._modulation(x, c)
-        if not plain:
+        if not (_common.is_plain_linear(linear) and zero.bypassable((norm, linear))):
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
             return linear(norm(x) * (1 + scale[:, None]) + shift[:, None])
-        return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=norm.eps)
+        return fused_final("FinalLayer", self.zero_skip, x, c, norm.eps, self.adaLN_modulation, linear)
 
-    def _modulation(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+
+def fused_half(
+    name: str,
+    policy: str,
+    x: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor],
+    eps: float,
+    first: nn.Linear,
+    between: Callable[[Tensor], Tensor] | str,
+    tail: nn.Linear,
+    modules: tuple[nn.Module, ...] = (),
+) -> Tensor:
+    """x + gate * tail(between(first(modulate(norm x)))), vectors (shift, scale, gate) [B, D], norm without parameters.
+
+    `between` is an activation's name, or a function with the parameters of `modules`. Skipped while gate or tail is
+    zero.
+    """
+    shift, scale, gate = vectors
+    activation = between if isinstance(between, str) else None
+
+    def hidden(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        h = functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=eps)
+        return h if isinstance(between, str) else between(h)
+
+    def before_tail(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return apply_activation(hidden(x, shift, scale), activation)
+
+    modules = (first, *modules)
+    y = residual_branch(name, policy, x, before_tail, tail, gate, (x, shift, scale), modules=modules)
+    if y is not None:
+        return y
+    return functional.linear_gate_residual(
+        hidden(x, shift, scale), tail.weight, tail.bias, gate, x, activation=activation, zero_skip=policy
+    )
+
+
+def fused_final(
+    name: str, policy: str, x: Tensor, c: Tensor, eps: float, modulation: nn.Module, linear: nn.Linear
+) -> Tensor:
+    """linear(modulate(norm x, modulation c)), shift before scale; while linear is zero, its bias."""
+
+    def vectors(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = modulation(c).chunk(2, dim=1)
         return x, shift, scale
 
-    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return functional.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps)
+    if zero.may_skip_branch(name, policy, linear.weight) and zero.bypassable((modulation,)):
+        tail = Tail(linear)
+        if _common.decide(name, tail):
+            hidden = functools.partial(functional.layer_norm_modulate, eps=eps)
+            return skipped_branch(Branch(tail, (x, c), _common.parameters_of(modulation), vectors, hidden, x), None)
+    x, shift, scale = vectors(x, c)
+    return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=eps)
