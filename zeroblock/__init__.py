@@ -6,6 +6,7 @@ modules; while the last weight (or gate) of a residual branch is exactly zero, t
 
 from . import nn
 from ._explain import explain, info
+from ._freeze import FreezeReport, freeze, unfreeze
 from .functional import (
     conv_residual,
     gate_residual,
@@ -22,8 +23,10 @@ from .functional import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "FreezeReport",
     "conv_residual",
     "explain",
+    "freeze",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "group_norm_silu",
@@ -35,4 +38,5 @@ __all__ = [
     "linear_gate_residual",
     "nn",
     "rms_norm_modulate",
+    "unfreeze",
 ]
