@@ -6,6 +6,7 @@ modules; while the last weight (or gate) of a residual branch is exactly zero, t
 
 from . import nn
 from ._explain import explain, info
+from ._freeze import FreezeReport, freeze, unfreeze
 from .convert import accelerate, restore
 from .functional import (
     conv_residual,
@@ -24,8 +25,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "accelerate",
+    "FreezeReport",
     "conv_residual",
     "explain",
+    "freeze",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "group_norm_silu",
@@ -38,4 +41,5 @@ __all__ = [
     "nn",
     "restore",
     "rms_norm_modulate",
+    "unfreeze",
 ]

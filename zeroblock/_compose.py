@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _backends, zero
+from ._conv import CONV, CONV_BWD, add_residual, unit_geometry
 from ._layout import channels_last_format
-from .reference import channel_view, conv, dropout_keep, modulation
+from ._plan import PlannedOp
+from .reference import channel_view, dropout_keep, modulation
 
 EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
 
@@ -27,15 +29,6 @@ def _weight_is_zero(op: str, zero_skip: bool, weight: Tensor) -> bool:
     skipped = zero_skip and zero.is_exactly_zero(weight)
     zero.count(op, skipped)
     return skipped
-
-
-def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
-    """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
-    if residual is None:
-        return branch
-    if residual.dtype == branch.dtype and (residual.stride() == branch.stride() or 0 in residual.stride()):
-        return branch.add_(residual)
-    return residual + branch
 
 
 def bare_residual(
@@ -108,43 +101,52 @@ def empty_conv_output(h: Tensor, weight: Tensor, size: tuple[int, ...], dtype: t
     return torch.empty(size, dtype=dtype, device=h.device, memory_format=layout)
 
 
-def _conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-    """The library's convolution; a 1-D one comes back as a view of a 2-D result, which an op may not return."""
-    y = conv(h, weight, bias, padding)
-    return torch.ops.aten._unsafe_view(y, y.shape) if y.dim() == 3 else y
-
-
 def conv_residual(P, h, weight, bias, residual, padding, zero_skip):
     skipped = _conv_or_skip("conv_residual", h, weight, bias, residual, padding, zero_skip)
     if skipped is not None:
         return skipped
-    return add_residual(residual, _conv(h, weight, bias, padding)), _verdict(h, EXECUTED)
-
-
-def conv_grads(dy, h, weight, has_bias, padding, mask):
-    """(dh, dweight, dbias) of conv(h), each only where mask asks."""
-    dims = weight.dim() - 2
-    ones, zeros = [1] * dims, [0] * dims
-    bias_sizes = [weight.shape[0]] if has_bias else None
-    mask = [mask[0], mask[1], mask[2] and has_bias]
-    if not any(mask):
-        return None, None, None
-    return torch.ops.aten.convolution_backward.default(
-        dy, h, weight, bias_sizes, ones, padding, ones, False, zeros, 1, mask
-    )
+    return CONV(P, h, weight, bias, residual, unit_geometry(padding)), _verdict(h, EXECUTED)
 
 
 def conv_residual_bwd(P, dy, h, weight, skipped, padding, has_bias, mask):
     dy = dy.to(weight.dtype)
     if not int(skipped):
-        return conv_grads(dy, h, weight, has_bias, padding, mask)
-    _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
+        return CONV_BWD(P, dy, h, weight, has_bias, padding, mask)
+    _, dweight, dbias = CONV_BWD(P, dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
     return _zeros(h) if mask[0] else None, dweight, dbias
 
 
 def _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype):
     h, mean, rstd = P.group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale, shift, True)
     return dropout_keep(h.to(dtype), keep, dropout_p), mean, rstd
+
+
+def _norm_then_conv(
+    P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight, bias, residual, geometry
+):
+    h, mean, rstd = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
+    return CONV(P, h, weight, bias, residual, geometry), mean, rstd
+
+
+def _norm_conv_signature(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
+    norm = num_groups, weight.dtype, nw is None, nb is None, scale is None, shift is None, keep is None
+    return norm, CONV.signature(P, x, weight, bias, residual, geometry)
+
+
+def _norm_conv_description(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
+    extra = ", FiLM" * (scale is not None or shift is not None) + ", dropout" * (keep is not None)
+    return f"{CONV.describe(P, x, weight, bias, residual, geometry)}, {num_groups} groups{extra}"
+
+
+# (y, mean, rstd) of residual + conv(dropout(silu(norm x))). The library's way plans its convolution for itself.
+NORM_CONV = PlannedOp(
+    "norm_conv",
+    _norm_then_conv,
+    signature=_norm_conv_signature,
+    describe=_norm_conv_description,
+    work=lambda P, x, *rest: CONV.work(P, x, *rest[8:]),
+    lead=1,
+)
 
 
 def group_norm_silu_conv_residual(
@@ -169,8 +171,8 @@ def group_norm_silu_conv_residual(
         y, verdict = skipped
         moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
         return y, moments[0].clone(), moments[1].clone(), verdict
-    h, mean, rstd = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    return add_residual(residual, _conv(h, weight, bias, padding)), mean, rstd, _verdict(x, EXECUTED)
+    norm = (x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
+    return *NORM_CONV(P, *norm, weight, bias, residual, unit_geometry(padding)), _verdict(x, EXECUTED)
 
 
 def group_norm_silu_conv_residual_bwd(
@@ -185,11 +187,11 @@ def group_norm_silu_conv_residual_bwd(
             h, _, _ = _hidden(
                 P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype
             )
-        _, dweight, dbias = conv_grads(dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
+        _, dweight, dbias = CONV_BWD(P, dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
         upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
         return *((None if t is None else _zeros(t)) for t in upstream), dweight, dbias
     h, _, _ = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    dh, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, mask)
+    dh, dweight, dbias = CONV_BWD(P, dy, h, weight, has_bias, padding, mask)
     if not mask[0]:
         return None, None, None, None, None, dweight, dbias
     del h

@@ -6,11 +6,13 @@ Same names and signatures as `_plain.py`. Import this module only when the exten
 
 from __future__ import annotations
 
+import sys
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._layout import as_layout, channels_last_format
+from ._linear import LINEAR
 from .reference import promoted
 
 NAME = "cpu"
@@ -170,32 +172,12 @@ def add_bias(x, bias, dim):
     return _add_bias(x, bias, dim == -1 or channels_last_format(x) is not None)
 
 
-_ONEDNN = torch.backends.mkldnn.is_available()
-_onednn_linear = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
-_onednn_linear_add = torch.ops.mkldnn._linear_pointwise.binary if _ONEDNN else None
-_PIECE = 256
-# Products below which oneDNN's call costs more than its arithmetic saves.
-_FEW_PRODUCTS = 1 << 20
+_this = sys.modules[__name__]
 
 
-def linear(x, weight, bias):
-    """x @ weight.T + bias. float32 goes to oneDNN: torch's own choice, MKL, runs at half its rate on AMD processors."""
-    large = x.numel() * weight.shape[0] > _FEW_PRODUCTS
-    if not (large and _ONEDNN and x.dtype == torch.float32 and torch.backends.mkldnn.enabled):
-        return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
-    # oneDNN adds up a whole dot product in one chain. Long ones are cut, so that errors stay within twice MKL's. Pieces
-    # of a transposed operand (a weight gradient's tokens) are dense as they are, those of rows are copied.
-    length = x.shape[-1]
-    piece, limit = (_PIECE, _PIECE) if x.stride(-1) != 1 else (2 * _PIECE, 4 * _PIECE)
-    if length <= limit:
-        return _onednn_linear(x, weight, bias, "none", [], "")
-    y = None
-    for start in range(0, length, piece):
-        xs, ws = (t[..., start : start + piece] for t in (x, weight))
-        xs, ws = (t.contiguous() if t.stride(-1) == 1 else t for t in (xs, ws))
-        y = _onednn_linear(xs, ws, bias, "none", [], "") if y is None else _onednn_linear_add(xs, y, ws, None, "add")
-    return y
+def linear(x, weight, bias, activation=None):
+    """act(x @ weight.T + bias)"""
+    return LINEAR(_this, x, weight, bias, activation)
 
 
 def activation(x, name):

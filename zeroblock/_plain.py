@@ -134,8 +134,10 @@ def add_bias(x, bias, dim):
     return x + (0.0 if bias is None else bias + 0.0 if dim == -1 else channel_view(bias + 0.0, x.dim()))
 
 
-def linear(x, weight, bias):
-    return F.linear(x, weight, bias)
+def linear(x, weight, bias, activation=None):
+    """act(x @ weight.T + bias)"""
+    y = F.linear(x, weight, bias)
+    return y if activation is None else ref.apply_activation(y, activation)
 
 
 def activation(x, name):

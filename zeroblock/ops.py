@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, _compose, _lane, zero
+from . import _backends, _compose, _conv, _lane, _plan, zero
 from ._layout import empty_like_dense
 from .reference import compute_dtype, conv, promoted
 
@@ -42,7 +42,8 @@ def _op(schema: str, fake, composition, lead: int = 0):
         return composition(_backends.select(name, args[lead]), *args)
 
     def run_filled(*args):
-        results = run(*args)
+        with _plan.fixed_rule():
+            results = run(*args)
         return _filled(results, args[lead]) if isinstance(results, tuple) else results
 
     _library.impl(name, run_filled, "CompositeExplicitAutograd")
@@ -208,7 +209,7 @@ def _fake_fused(
 
 
 def _fake_conv_grads(dy, h, weight, has_bias, padding, mask):
-    grads = _compose.conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, mask)
+    grads = _conv.conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, mask)
     return _filled(grads, dy)
 
 

@@ -3,7 +3,8 @@
 A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolution or linear layer, `gate` optional.
 
 1. Zero means every element is +0 or -0, judged on the bits. Only plain floating strided tensors are ever judged.
-2. The values decide, at that call: on the CPU an early-exit scan before each use. Nothing is remembered between calls.
+2. The values decide, at that call: on the CPU an early-exit scan before each use. Nothing is remembered between calls,
+   unless `zeroblock.freeze` decided on the user's word.
 3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
-from . import _backends
+from . import _backends, _packed
 from . import reference as ref
 
 POLICIES = ("auto", "sync", "never")
@@ -56,6 +57,9 @@ def reset_counters() -> None:
 
 def is_exactly_zero(t: Tensor) -> bool:
     """Every element is +0 or -0; False for any tensor that may not be judged (rule 1). Reads device memory back."""
+    copy = _packed.find(t) if _packed._copies else None
+    if copy is not None:
+        return copy.zero  # decided by `freeze`, on the user's word
     if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.dtype not in DTYPES:
         return False
     if t.device.type == "meta":
@@ -71,7 +75,7 @@ def transforms_active() -> bool:
 def may_skip(op: str, policy: str, weight: Tensor) -> bool:
     """Whether an op may test its weight at this call; a device is read back under "sync" only."""
     if policy == "auto":
-        return weight.device.type == "cpu"
+        return weight.device.type == "cpu" or _packed.is_frozen(weight)
     if policy == "never":
         return False
     if policy != "sync":
