@@ -20,8 +20,8 @@ STEPS = 10
 
 
 class Case(NamedTuple):
-    """A model, keyword arguments of its forward drawn from a generator, what to set to zero in the zero phase (patterns
-    of parameters' names, a range of their rows as a fraction), and {family: branches skipped in a forward of that phase}."""
+    """A model, keyword arguments of its forward drawn from a generator, what is zero in the zero phase (patterns of
+    parameters' names, a range of their rows as a fraction), {family: branches skipped in a forward of that phase}."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.Generator], dict[str, Any]]

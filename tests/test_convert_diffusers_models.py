@@ -6,15 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from .model_cases import (
-    Case,
-    check,
-    check_training,
-    evaluate,
-    infer,
-    normal,
-    rows,
-)
+from zeroblock import testing
+
+from .model_cases import Case, accelerated, check, check_training, evaluate, infer, normal, outputs, prepared, rows
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -107,7 +101,8 @@ MODELS = {
     "dit": Case(
         _dit,
         lambda g: {
-            "hidden_states": normal(g, 2, 4, 4, 4), "timestep": torch.tensor([1, 2]), "class_labels": torch.tensor([0, 9]),
+            "hidden_states": normal(g, 2, 4, 4, 4), "timestep": torch.tensor([1, 2]),
+            "class_labels": torch.tensor([0, 9]),
         },
         rows("*.norm1.linear", 2, 5, of=6) + rows("proj_out_2")[:1],
         {"BasicTransformerBlock": 4, "DiTTransformer2DModel": 1},
@@ -152,3 +147,64 @@ def test_inference(name, phase):
 @pytest.mark.parametrize("name", MODELS)
 def test_ten_steps(name):
     check_training(MODELS[name])
+
+
+def _skipped(model, **inputs):
+    testing.reset_counters()
+    with torch.no_grad():
+        result = outputs(model(**inputs))
+    return result, testing.counters().get("ControlNetModel", (0, 0))
+
+
+def _control(phase, **options):
+    case = MODELS["unet-controlnet"]._replace(build=lambda: Controlled(**options).control, zero=(("*", 0, 1),))
+    model = prepared(case, phase).eval()
+    g = torch.Generator().manual_seed(1)
+    return model, {"sample": normal(g, 2, 4, 10, 6), "controlnet_cond": normal(g, 2, 3, 20, 12), **_conditions(g)}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"guess_mode": True}, {"conditioning_scale": 0.5}, {"return_dict": True}], ids=str
+)
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_controlnet_of_zero_convolutions_is_its_biases(options, pooled, padding):
+    model, inputs = _control("dense", downsample_padding=padding)
+    model.register_to_config(global_pool_conditions=pooled)
+    for conv in (*model.controlnet_down_blocks, model.controlnet_mid_block):
+        nn.init.zeros_(conv.weight)
+    ours, _ = accelerated(model)
+    got, counts = _skipped(ours, **inputs, **options)
+    assert counts == (0, 1)
+    expected = outputs(model(**inputs, **options))
+    assert type(ours(**inputs, **options)) is type(model(**inputs, **options))
+    for a, b in zip(got, expected, strict=True):
+        testing.assert_error_budget(a, b.detach(), b.detach().double())
+        assert a.stride() == b.stride()
+
+
+def test_controlnet_scaled_by_zero_is_not_run():
+    model, inputs = _control("dense")
+    ours, _ = accelerated(model)
+    got, counts = _skipped(ours, **inputs, conditioning_scale=0)
+    expected, _ = _skipped(model, **inputs, conditioning_scale=0)
+    assert counts == (0, 1) and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert _skipped(ours, **inputs)[1] == (1, 0)
+    assert _skipped(ours, **inputs, conditioning_scale=torch.tensor(0.0))[1] == (1, 0)  # a tensor is not read
+
+
+def test_controlnet_runs_when_somebody_watches_or_learns():
+    model, inputs = _control("zero")
+    ours, _ = accelerated(model)
+    assert _skipped(ours, **inputs)[1] == (0, 1)
+    testing.reset_counters()
+    ours(**inputs)
+    assert "ControlNetModel" not in testing.counters()
+    seen = []
+    handle = ours.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    assert _skipped(ours, **inputs)[1] == (0, 0) and seen == [1]
+    handle.remove()
+    nn.init.constant_(ours.controlnet_mid_block.weight, 1e-3)
+    assert _skipped(ours, **inputs)[1] == (1, 0)
+    never, _ = accelerated(model, zero_skip="never")
+    assert _skipped(never, **inputs)[1] == (0, 0)
