@@ -1,4 +1,4 @@
-"""Blocks of repositories that are not on a package index, written down from their descriptions: what accelerate() meets.
+"""Blocks of repositories that are on no package index, written down from their descriptions, for accelerate() to meet.
 
 Class, attribute and parameter names are theirs, since blocks are found by them.
 """
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from zeroblock.testing import eager
 from zeroblock.testing.eager import CONVS, GroupNorm32, zero_module
 
-# ---- openai/guided-diffusion, improved-diffusion -----------------------------------------------------------------------
+# ---- openai/guided-diffusion, improved-diffusion ---------------------------------------------------------------------
 
 
 class QKVAttentionLegacy(nn.Module):
@@ -121,7 +121,7 @@ class GlideResBlock(eager.ResBlock):
             self.out_layers[0], self.out_layers[1] = GroupNormSwish(32, self.out_channels), nn.Identity()
 
 
-# ---- Stability-AI/generative-models -----------------------------------------------------------------------------------
+# ---- Stability-AI/generative-models ----------------------------------------------------------------------------------
 
 
 class SgmResBlock(eager.ResBlock):
@@ -168,3 +168,233 @@ class VideoResBlock(SgmResBlock):
         moved = self.time_stack(video, emb.unflatten(0, (-1, num_video_frames)))
         a = self.mix_factor.sigmoid()
         return (a * video + (1 - a) * moved).transpose(1, 2).flatten(0, 1)
+
+
+# ---- NVlabs/edm ------------------------------------------------------------------------------------------------------
+
+
+class EDMLinear(nn.Module):
+    """Weights as torch has them, cast to the dtype of x at each call."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) * in_features**-0.5)
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).t() + self.bias.to(x.dtype)
+
+
+class EDMConv2d(nn.Module):
+    """Doubles or halves the image by a box filter, then convolves (kernel 0: does not), then adds the bias."""
+
+    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, init_weight=1.0):
+        super().__init__()
+        self.up, self.down, self.fused_resample = up, down, False
+        shape = (out_channels, in_channels, kernel, kernel)
+        scale = init_weight * (in_channels * kernel**2) ** -0.5 if kernel else 0
+        self.weight = nn.Parameter(torch.randn(shape) * scale) if kernel else None  # zero times a negative is -0
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if kernel else None
+        self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25) if up or down else None)
+
+    def forward(self, x):
+        if self.up:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+        if self.weight is None:
+            return x
+        x = F.conv2d(x, self.weight.to(x.dtype), padding=self.weight.shape[-1] // 2)
+        return x + self.bias.to(x.dtype)[:, None, None]
+
+
+class EDMGroupNorm(nn.Module):
+    def __init__(self, num_channels, eps):
+        super().__init__()
+        self.num_groups, self.eps = min(32, num_channels // 4), eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class UNetBlock(nn.Module):
+    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, num_heads=0, dropout=0.0,
+                 skip_scale=1.0, eps=1e-5, resample_proj=False, adaptive_scale=True, init_zero=0.0):  # fmt: skip
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.num_heads, self.dropout, self.skip_scale, self.adaptive_scale = (
+            num_heads, dropout, skip_scale, adaptive_scale
+        )  # fmt: skip
+        self.norm0 = EDMGroupNorm(in_channels, eps)
+        self.conv0 = EDMConv2d(in_channels, out_channels, 3, up, down)
+        self.affine = EDMLinear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1 = EDMGroupNorm(out_channels, eps)
+        self.conv1 = EDMConv2d(out_channels, out_channels, 3, init_weight=init_zero)
+        self.skip = None
+        if out_channels != in_channels or up or down:
+            kernel = 1 if resample_proj or out_channels != in_channels else 0
+            self.skip = EDMConv2d(in_channels, out_channels, kernel, up, down)
+        if num_heads:
+            self.norm2 = EDMGroupNorm(out_channels, eps)
+            self.qkv = EDMConv2d(out_channels, 3 * out_channels, 1)
+            self.proj = EDMConv2d(out_channels, out_channels, 1, init_weight=init_zero)
+
+    def forward(self, x, emb):
+        h = self.conv0(F.silu(self.norm0(x)))
+        e = self.affine(emb)[:, :, None, None].to(h.dtype)
+        if self.adaptive_scale:
+            scale, shift = e.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + e))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        if self.num_heads:
+            N, C, H, W = x.shape
+            q, k, v = self.qkv(self.norm2(x)).reshape(N * self.num_heads, C // self.num_heads, 3, H * W).unbind(2)
+            weight = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)
+            x = (self.proj((v @ weight.transpose(1, 2)).reshape(x.shape)) + x) * self.skip_scale
+        return x
+
+
+# ---- majumderb/rezero -------------------------------------------------------------------------------------------------
+
+
+class RZTXEncoderLayer(nn.Module):
+    """Post-attention and post-mlp sums weighted by one scalar, dropout after the multiplication."""
+
+    def __init__(self, d_model, nhead, dim_feedforward, dropout=0.1):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout)
+        self.linear1, self.linear2 = nn.Linear(d_model, dim_feedforward), nn.Linear(dim_feedforward, d_model)
+        self.dropout, self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout), nn.Dropout(dropout)
+        self.resweight = nn.Parameter(torch.zeros(1))
+        self.activation = F.relu
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None):
+        h = self.self_attn(src, src, src, attn_mask=src_mask, key_padding_mask=src_key_padding_mask)[0]
+        src = src + self.dropout1(h * self.resweight)
+        h = self.linear2(self.dropout(self.activation(self.linear1(src))))
+        return src + self.dropout2(h * self.resweight)
+
+
+# ---- PixArt-alpha -----------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """Queries of x, keys and values of the text y, one head."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.q_linear, self.kv_linear = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.proj = zero_module(nn.Linear(dim, dim))
+
+    def forward(self, x, y, mask=None):
+        k, v = self.kv_linear(y).chunk(2, dim=-1)
+        return self.proj(F.scaled_dot_product_attention(self.q_linear(x), k, v, attn_mask=mask))
+
+
+class PixArtBlock(nn.Module):
+    """The six vectors of a block are a table of its own plus a projection of t shared by all blocks."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = eager.Attention(dim, num_heads)
+        self.cross_attn = CrossAttention(dim)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = eager.Mlp(dim, 2 * dim)
+        self.drop_path = nn.Identity()
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(self, x, y, t, mask=None):
+        vectors = (self.scale_shift_table[None] + t.reshape(len(x), 6, -1)).chunk(6, dim=1)
+        shift, scale, gate = vectors[:3]
+        x = x + self.drop_path(gate * self.attn(self.norm1(x) * (1 + scale) + shift))
+        x = x + self.cross_attn(x, y, mask)
+        shift, scale, gate = vectors[3:]
+        return x + self.drop_path(gate * self.mlp(self.norm2(x) * (1 + scale) + shift))
+
+
+class T2IFinalLayer(nn.Module):
+    def __init__(self, dim, out_features):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = zero_module(nn.Linear(dim, out_features))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+
+    def forward(self, x, t):
+        shift, scale = (self.scale_shift_table[None] + t[:, None]).chunk(2, dim=1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+# ---- CompVis/latent-diffusion, lllyasviel/ControlNet ------------------------------------------------------------------
+
+
+class SpatialTransformer(nn.Module):
+    """x + proj_out(transformer(proj_in(norm x), context)), pixels as tokens."""
+
+    def __init__(self, channels, context_dim):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([nn.Linear(context_dim, channels)])
+        self.proj_out = zero_module(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, context=None):
+        h = self.proj_in(self.norm(x))
+        keys = self.transformer_blocks[0](context)
+        tokens = F.scaled_dot_product_attention(h.flatten(2).transpose(1, 2), keys, keys)
+        return x + self.proj_out(tokens.transpose(1, 2).reshape(x.shape))
+
+
+class Layers(nn.Sequential):
+    """Gives each layer the arguments of its kind."""
+
+    def forward(self, x, emb, context=None):
+        for layer in self:
+            kind = type(layer).__mro__
+            if eager.ResBlock in kind:
+                x = layer(x, emb)
+            else:
+                x = layer(x, context) if SpatialTransformer in kind else layer(x)
+        return x
+
+
+class ControlNet(nn.Module):
+    """A copied encoder whose feature maps leave through zero convolutions; the hint enters through one."""
+
+    def __init__(self, channels=32, context_dim=8):
+        super().__init__()
+
+        def zero_conv():
+            return Layers(zero_module(nn.Conv2d(channels, channels, 1)))
+
+        self.time_embed = nn.Linear(1, 16)
+        self.input_hint_block = Layers(
+            nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.SiLU(), zero_module(nn.Conv2d(8, channels, 3, padding=1))
+        )
+        self.input_blocks = nn.ModuleList([
+            Layers(nn.Conv2d(4, channels, 3, padding=1)),
+            Layers(eager.ResBlock(channels, 16, 0.0), SpatialTransformer(channels, context_dim)),
+            Layers(nn.Conv2d(channels, channels, 3, padding=1, stride=2)),
+        ])  # fmt: skip
+        self.zero_convs = nn.ModuleList([zero_conv() for _ in self.input_blocks])
+        self.middle_block = Layers(eager.ResBlock(channels, 16, 0.0))
+        self.middle_block_out = zero_conv()
+
+    def forward(self, x, hint, timesteps, context):
+        emb = self.time_embed(timesteps[:, None])
+        guided = self.input_hint_block(hint, emb)
+        outs = []
+        h = x
+        for block, zero_conv in zip(self.input_blocks, self.zero_convs, strict=True):
+            h = block(h, emb, context)
+            if guided is not None:
+                h += guided
+                guided = None
+            outs.append(zero_conv(h, emb))
+        return [*outs, self.middle_block_out(self.middle_block(h, emb, context), emb)]

@@ -39,6 +39,8 @@ class Tail:
         self.is_conv = module is not None and not isinstance(module, nn.Linear)
         self.weight: Tensor | None = getattr(module, "weight", None)
         self.bias: Tensor | None = getattr(module, "bias", None)
+        # A bias that eager adds after the convolution: its gradient is a plain sum, more accurate than the library's.
+        self.bias_apart = getattr(module, "bias_apart", False)
         self.autocast = None if self.weight is None else autocast_dtype(self.weight)
         # What the layer computes in.
         self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
@@ -101,9 +103,13 @@ class Tail:
             P = _backends.select("linear_gate_residual_bwd", dy)
             dweight, dbias = linear_grads(P, dy, h, weight, True, [False, *mask])[1:]
         else:
+            inside = mask[1] and not self.bias_apart
             _, dweight, dbias = torch.ops.aten.convolution_backward.default(
-                dy, self._padded(h), weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(), [False, *mask]
-            )
+                dy, self._padded(h), weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(),
+                [False, mask[0], inside],
+            )  # fmt: skip
+            if mask[1] and not inside:
+                dbias = self.bias_grad(dy)
         return tuple(None if g is None else g.to(weight.dtype) for g in (dweight, dbias))
 
     def bias_grad(self, dy: Tensor) -> Tensor:

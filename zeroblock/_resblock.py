@@ -28,8 +28,9 @@ Embedding = tuple[Tensor | None, Tensor | None, Tensor | None]
 class Layers(NamedTuple):
     """The parts of one block. `name` is that of its counter; norm1 and norm2 hold num_groups, weight, bias and eps.
 
-    embed(emb, dtype) gives the embedding for a conv1 that computes in dtype, by the modules `embedders`. resample_h and
-    resample_x (None: absent) act between silu and conv1, and on x; shortcut(resampled x) is the residual.
+    embed(emb, dtype) gives the embedding for a conv1 that computes in dtype, by the modules `others`, which a skip
+    leaves uncalled. resample_h and resample_x (None: absent) act between silu and conv1, and on x; shortcut(resampled
+    x) is the residual.
     """
 
     name: str
@@ -38,12 +39,12 @@ class Layers(NamedTuple):
     conv1: Any
     norm2: Any
     conv2: Any
-    dropout: nn.Module | None
+    dropout: Any  # has p and training; None: absent
     embed: Callable[[Tensor, torch.dtype], Embedding]
-    embedders: tuple[nn.Module, ...]
+    others: tuple[nn.Module, ...]
     shortcut: Callable[[Tensor], Tensor]
-    resample_h: nn.Module | None = None
-    resample_x: nn.Module | None = None
+    resample_h: Callable[[Tensor], Tensor] | None = None
+    resample_x: Callable[[Tensor], Tensor] | None = None
 
 
 def fusable(norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
@@ -66,7 +67,7 @@ def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
     resampled = x if layers.resample_x is None else layers.resample_x(x)
     size = (x.shape[0], layers.conv1.out_channels, *resampled.shape[2:])
     tail_skip = layers.zero_skip
-    bypassed = layers.embedders if layers.resample_h is None else (*layers.embedders, layers.resample_h)
+    bypassed = (*layers.others, *(m for m in (layers.resample_h,) if isinstance(m, nn.Module)))
     if zero.may_skip_branch(layers.name, layers.zero_skip, conv2.weight) and zero.bypassable(bypassed):
         tail = Tail(conv2)
         if _common.decide(layers.name, tail):
@@ -139,7 +140,7 @@ def _skipped(layers: Layers, x: Tensor, emb: Any, resampled: Tensor, size: tuple
         return _body(layers, size, x, emb)
 
     activations = (x,) if emb is None else (x, emb)
-    parameters = _common.parameters_of(layers.norm1, layers.conv1, *layers.embedders, norm)
+    parameters = _common.parameters_of(layers.norm1, layers.conv1, *layers.others, norm)
     recomputed = (norm.weight, norm.bias)
     branch = Branch(tail, activations, parameters, body, hidden, residual, carried=True, recomputed=recomputed)
     return skipped_branch(branch, residual)

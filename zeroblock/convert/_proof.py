@@ -100,8 +100,8 @@ def _run(block: nn.Module, method: str, example: tuple) -> list[Tensor]:
         outputs = _tensors(result)
         loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in outputs)
         wanted = [t for t in inputs if _is_floating(t)]
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+        found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
     return [*(t.detach() for t in outputs), *grads]
 
 

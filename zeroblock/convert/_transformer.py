@@ -27,9 +27,9 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def held_by(layer: nn.Module, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """What holds a branch at zero, for a report: these tensors of a layer. What a wrapper (LoRA) calls its weight does
-    not say what it computes: a meta tensor, which is neither zero nor not."""
-    plain = _common.is_plain_linear(layer) or _common.is_plain_conv(layer)
+    """What holds a branch at zero, for a report: these tensors of a layer. What a wrapper (LoRA) calls its weight, or
+    a quantised weight, does not tell: then a meta tensor, which is neither zero nor not."""
+    plain = (_common.is_plain_linear(layer) or _common.is_plain_conv(layer)) and is_plain(*tensors)
     return tuple(t.detach() for t in tensors if t is not None) if plain else (torch.empty(1, device="meta"),)
 
 

@@ -67,7 +67,7 @@ class JointTransformerBlock(_TwoStreams):
         if block.use_dual_attention:
             found["attn2"] = gate_rows(block.norm1.linear, 9, 8)
         if not block.context_pre_only:
-            found["attn"] += self._contextgate_rows(block)
+            found["attn"] += self._context_rows(block)
             found["ff_context"] = gate_rows(block.norm1_context.linear, 6, 5)
         return found
 
@@ -126,7 +126,7 @@ class FluxTransformerBlock(_TwoStreams):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {
-            "attn": gate_rows(block.norm1.linear, 6, 2) + self._contextgate_rows(block),
+            "attn": gate_rows(block.norm1.linear, 6, 2) + self._context_rows(block),
             "ff": gate_rows(block.norm1.linear, 6, 5),
             "ff_context": gate_rows(block.norm1_context.linear, 6, 5),
         }

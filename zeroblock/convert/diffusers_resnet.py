@@ -110,8 +110,9 @@ class ResnetBlock2D(_Resnet):
 
     def _takes(self, block: Any, temb: Tensor | None) -> bool:
         if temb is None:
-            return block.time_emb_proj is None and block.time_embedding_norm == "default"
-        return block.time_emb_proj is not None and temb.dim() == 2
+            return block.time_emb_proj is None and block.time_embedding_norm != "scale_shift"
+        known = block.time_embedding_norm in ("default", "scale_shift")
+        return known and block.time_emb_proj is not None and temb.dim() == 2
 
     def _fused(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor | None:
         norm1, conv1, norm2, conv2 = block.norm1, block.conv1, block.norm2, block.conv2

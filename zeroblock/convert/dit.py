@@ -146,4 +146,5 @@ class FinalLayer(Family):
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
             return self.eager(block, x, c)
-        return fused_final(self.name, self.zero_skip, x, c, block.norm_final.eps, block.adaLN_modulation, block.linear)
+        modulation, eps = block.adaLN_modulation, block.norm_final.eps
+        return fused_final(self.name, self.zero_skip, (x, c), eps, modulation, block.linear, (modulation,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,10 +36,10 @@ class ZeroLayer(Family):
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
         return None
 
-    def branches(self, block: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"": (block.weight,)}
 
-    def example(self, block: nn.Module) -> tuple:
+    def example(self, block: Any) -> tuple:
         if isinstance(block, nn.Linear):
             return (torch.randn(2, 3, block.in_features),)
         sizes = [d * (k - 1) + 3 for d, k in zip(block.dilation, block.kernel_size, strict=True)]

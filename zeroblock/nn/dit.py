@@ -129,7 +129,8 @@ class FinalLayer(nn.Module):
         if not (_common.is_plain_linear(linear) and zero.bypassable((norm, linear))):
             shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
             return linear(norm(x) * (1 + scale[:, None]) + shift[:, None])
-        return fused_final("FinalLayer", self.zero_skip, x, c, norm.eps, self.adaLN_modulation, linear)
+        modulation = self.adaLN_modulation
+        return fused_final("FinalLayer", self.zero_skip, (x, c), norm.eps, modulation, linear, (modulation,))
 
 
 def fused_half(
@@ -168,18 +169,28 @@ def fused_half(
 
 
 def fused_final(
-    name: str, policy: str, x: Tensor, c: Tensor, eps: float, modulation: nn.Module, linear: nn.Linear
+    name: str,
+    policy: str,
+    activations: tuple[Tensor, ...],
+    eps: float,
+    modulation: Callable[..., Tensor],
+    linear: nn.Linear,
+    modules: tuple[nn.Module, ...] = (),
 ) -> Tensor:
-    """linear(modulate(norm x, modulation c)), shift before scale; while linear is zero, its bias."""
+    """linear(modulate(norm x)) for activations (x, ...); modulation(...) [B, 2D] or [B, 2, D] is shift and scale.
 
-    def vectors(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shift, scale = modulation(c).chunk(2, dim=1)
+    While linear is zero the result is its bias; `modules` are those of modulation.
+    """
+
+    def vectors(x: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = modulation(*conditions).flatten(1).chunk(2, dim=1)
         return x, shift, scale
 
-    if zero.may_skip_branch(name, policy, linear.weight) and zero.bypassable((modulation,)):
+    if zero.may_skip_branch(name, policy, linear.weight) and zero.bypassable(modules):
         tail = Tail(linear)
         if _common.decide(name, tail):
             hidden = functools.partial(functional.layer_norm_modulate, eps=eps)
-            return skipped_branch(Branch(tail, (x, c), _common.parameters_of(modulation), vectors, hidden, x), None)
-    x, shift, scale = vectors(x, c)
+            parameters = _common.parameters_of(*modules)
+            return skipped_branch(Branch(tail, activations, parameters, vectors, hidden, activations[0]), None)
+    x, shift, scale = vectors(*activations)
     return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=eps)
