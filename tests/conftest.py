@@ -1,12 +1,17 @@
 """Fixtures of all tests."""
 
 import contextlib
+import os
 
 import pytest
 import torch
 
-from zeroblock.testing import BACKENDS, use_backend
-from zeroblock.testing.parity import device_of
+# Before zeroblock is imported: a measurement must not decide what a test sees, nor write into the user's cache.
+os.environ["ZEROBLOCK_PLAN"] = "fixed"
+os.environ["ZEROBLOCK_CACHE_DIR"] = ""
+
+from zeroblock.testing import BACKENDS, use_backend  # noqa: E402
+from zeroblock.testing.parity import device_of  # noqa: E402
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
