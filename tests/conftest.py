@@ -1,14 +1,19 @@
 """Fixtures of all tests."""
 
 import contextlib
+import os
 import pathlib
 import sys
 
 import pytest
 import torch
 
-from zeroblock.testing import BACKENDS, use_backend
-from zeroblock.testing.parity import device_of
+# Before zeroblock is imported: a measurement must not decide what a test sees, nor write into the user's cache.
+os.environ["ZEROBLOCK_PLAN"] = "fixed"
+os.environ["ZEROBLOCK_CACHE_DIR"] = ""
+
+from zeroblock.testing import BACKENDS, use_backend  # noqa: E402
+from zeroblock.testing.parity import device_of  # noqa: E402
 
 # `python -m pytest` puts the source tree on the path, where transformers takes kernels/ for a package of that name.
 sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != pathlib.Path(__file__).resolve().parents[1]]

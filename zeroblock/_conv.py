@@ -14,13 +14,16 @@ from torch import Tensor
 from . import _packed
 from ._layout import as_layout, channels_last_format
 from ._packed import ONEDNN, Geometry
-from ._plan import PlannedOp
+from ._plan import PlannedOp, reduced_allowed
 from ._plan_measure import describe_images, describe_weight
 
 _mkldnn_enabled = torch._C._get_mkldnn_enabled
 _pointwise: Any = torch.ops.mkldnn._convolution_pointwise.default if ONEDNN else None
 _pointwise_binary: Any = torch.ops.mkldnn._convolution_pointwise.binary if ONEDNN else None
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# Products per result that oneDNN's channels-last float32 kernels may add up in one chain, as its others do not: longer
+# chains have up to four times the error.
+_CHAIN = 256
 _ADD: tuple = ("add", None, None, [], None)
 
 
@@ -58,12 +61,24 @@ def _output_layout(h: Tensor, weight: Tensor) -> torch.memory_format | None:
 # ---- the other layout -----------------------------------------------------------------------------------------------
 
 
-def _why_not_swapped(h: Tensor, weight: Tensor) -> str | None:
+_LONG_CHAIN = "in float32 the library's kernel of the other layout rounds more than eager's"
+
+
+def _why_not_swapped(P, h, weight, *_):
+    return _why_no_other_layout(h) or (_LONG_CHAIN if _rounds_more(h, weight) else None)
+
+
+def _why_no_other_layout(h: Tensor) -> str | None:
     if h.dim() not in _CHANNELS_LAST:
         return "one layout only in this number of dimensions"
-    if channels_last_format(h) is None and not h.is_contiguous():
-        return "h is strided"
-    return None
+    return None if h.is_contiguous() or channels_last_format(h) is not None else "h is strided"
+
+
+def _rounds_more(h: Tensor, weight: Tensor) -> bool:
+    """A contiguous float32 h whose results would come from a channels-last kernel, against the user's precision."""
+    if h.device.type != "cpu" or h.dtype != torch.float32 or channels_last_format(h) is not None or reduced_allowed():
+        return False
+    return math.prod(weight.shape[1:]) > _CHAIN and channels_last_format(weight) is None
 
 
 def _other(h: Tensor) -> torch.memory_format | None:
@@ -113,6 +128,8 @@ def _why_not_packed(P, h, weight, bias, residual, geometry):
         return "the weight is not frozen, or not packed"
     if not _mkldnn_enabled():
         return "oneDNN is off"
+    if _rounds_more(h, weight):
+        return _LONG_CHAIN
     return "h is empty" if h.numel() == 0 else None
 
 
@@ -163,7 +180,7 @@ def _rule(P, h, weight, bias, residual, geometry):
 
 # residual + conv(h) as (P, h, weight, bias, residual, geometry).
 CONV = PlannedOp("conv", _library, signature=_signature, describe=_describe, work=_work, lead=1, rule=_rule)
-CONV.add("other layout", _swapped, lambda P, h, weight, *_: _why_not_swapped(h, weight))
+CONV.add("other layout", _swapped, _why_not_swapped)
 CONV.add("oneDNN residual", _post_op, _why_not_post_op)
 CONV.add("packed", _packed_weight, _why_not_packed)
 
@@ -179,6 +196,14 @@ def conv_grads(dy, h, weight, has_bias, padding, mask):
     return torch.ops.aten.convolution_backward.default(
         dy, h, weight, bias_sizes, ones, padding, ones, False, zeros, 1, mask
     )
+
+
+def _why_not_swapped_grads(P, dy, h, weight, has_bias, padding, mask):
+    """In float32 dh rounds more in channels-last, dweight in the other layout."""
+    worse = mask[0] if channels_last_format(h) is None else mask[1]
+    if worse and h.device.type == "cpu" and h.dtype == torch.float32 and not reduced_allowed():
+        return _LONG_CHAIN
+    return _why_no_other_layout(h)
 
 
 def _swapped_grads(P, dy, h, weight, has_bias, padding, mask):
@@ -210,4 +235,4 @@ CONV_BWD = PlannedOp(
     ),
     lead=1,
 )  # fmt: skip
-CONV_BWD.add("other layout", _swapped_grads, lambda P, dy, h, weight, *_: _why_not_swapped(h, weight))
+CONV_BWD.add("other layout", _swapped_grads, _why_not_swapped_grads)

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends, functional, zero
+from . import _backends, _checks, _plan, functional, zero
+from ._compose import CONV, NORM_CONV
+from ._conv import unit_geometry
+from ._linear import LINEAR
 
 _HAS_ZERO_PATH = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual")
 
@@ -17,13 +20,14 @@ _HAS_ZERO_PATH = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What a call would do. `not_used` maps every other backend to the reason; `zero_path` is None for ops without
-    one."""
+    one; `plans` are its steps that can be done in several ways, with the times measured."""
 
     op: str
     backend: str
     not_used: dict[str, str]
     zero_path: str | None
     counters: tuple[int, int]
+    plans: tuple[_plan.Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: backend {self.backend}"]
@@ -31,6 +35,7 @@ class Explanation:
         if self.zero_path is not None:
             lines.append(f"  zero path: {self.zero_path}")
             lines.append(f"  so far: {self.counters[0]} executed, {self.counters[1]} skipped")
+        lines += [f"  {line}" for plan in self.plans for line in f"plan {plan}".splitlines()]
         return "\n".join(lines)
 
 
@@ -44,6 +49,26 @@ def _zero_path(op: str, arguments: dict[str, Any]) -> str | None:
         return f'off: no device-side flag on {weight.device.type} yet; zero_skip="sync" reads the verdict back'
     found = zero.is_exactly_zero(weight)
     return "weight is exactly zero now: the tail is skipped" if found else "weight is not zero now: the tail runs"
+
+
+def _plans(op: str, P: Any, a: dict[str, Any]) -> tuple[_plan.Explanation, ...]:
+    """The planned steps of a dense call (`_compose.py`)."""
+    weight: Any = a.get("weight")
+    bias = a.get("bias")
+    if op in ("conv_residual", "group_norm_silu_conv_residual"):
+        x, residual = a["h" if op == "conv_residual" else "x"], a["residual"]
+        geometry = unit_geometry(_checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"]))
+        h = x if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
+        plans = (CONV.explain(P, h, weight, bias, residual, geometry),)
+        if op == "conv_residual":
+            return plans
+        norm = (x, a["num_groups"], a["norm_weight"], a["norm_bias"], a["eps"], a["scale"], a["shift"], a["keep"])
+        return NORM_CONV.explain(P, *norm, a["dropout_p"], weight, bias, residual, geometry), *plans
+    if op in ("layer_norm_modulate_linear", "linear_gate_residual") and P.NAME == "cpu":
+        x = a["h" if op == "linear_gate_residual" else "x"]
+        h = x if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
+        return (LINEAR.explain(P, h, weight, bias, None),)
+    return ()
 
 
 def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
@@ -62,7 +87,9 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     if not tensors:
         raise TypeError(f"explain: {op_name} needs at least one tensor")
     x = tensors[0]
-    backend = _backends.select(op_name, x).NAME
+    primitives = _backends.select(op_name, x)
+    backend: str = primitives.NAME
+    plans: tuple[_plan.Explanation, ...] = ()
     not_used = {}
     if zero.transforms_active():
         backend, not_used["cpu"] = "reference", "a torch.func transform or forward-mode AD is active"
@@ -71,7 +98,14 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     for name in ("triton", "cuda"):
         not_used[name] = f"this version has no {name} kernels"
     counters = (zero.executed.get(op_name, 0), zero.skipped.get(op_name, 0))
-    return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments), counters)
+    if backend != "reference" or not zero.transforms_active():
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        before, _plan.state.training = _plan.state.training, training
+        try:
+            plans = _plans(op_name, primitives, bound.arguments)
+        finally:
+            _plan.state.training = before
+    return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments), counters, plans)
 
 
 def info() -> str:

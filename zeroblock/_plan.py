@@ -192,7 +192,7 @@ class PlannedOp:
         return run(*args)
 
     def _takers(self, args: tuple) -> dict[str, Candidate]:
-        reduced = _reduced_allowed()
+        reduced = reduced_allowed()
         return {
             name: c
             for name, c in self.candidates.items()
@@ -201,7 +201,7 @@ class PlannedOp:
 
     def _fixed(self, args: tuple) -> Candidate:
         candidate = self.candidates.get(self.rule(*args), self.library)
-        usable = (_reduced_allowed() or not candidate.reduced) and candidate.why_not(*args) is None
+        usable = (reduced_allowed() or not candidate.reduced) and candidate.why_not(*args) is None
         return candidate if usable else self.library
 
     def _resolve(self, key: tuple, args: tuple) -> Callable[..., Any]:
@@ -221,17 +221,18 @@ class PlannedOp:
         self._memory[key] = chosen.run
         return chosen.run
 
-    def situation(self, args: tuple) -> str:
-        """The cache's key."""
+    def _situation(self, args: tuple, takers: dict[str, Candidate]) -> str:
+        """The cache's key. Who competed belongs to it: a new candidate, or one more that takes part, measures anew."""
         mode = "training" if state.training else "inference"
-        precision = "reduced" if _reduced_allowed() else "full"
+        precision = "reduced" if reduced_allowed() else "full"
         where = f"{device_name(args[self.lead].device)}, {torch.get_num_threads()} threads"
-        return f"{self.name} {self.describe(*args)} | {mode}, {precision} precision | {where}"
+        parts = (f"{self.name} {self.describe(*args)}", f"{mode}, {precision} precision", where, ", ".join(takers))
+        return " | ".join(parts)
 
     def _measured(self, args: tuple, takers: dict[str, Candidate], preferred: str) -> Entry:
-        store, situation = _open_store(), self.situation(args)
+        store, situation = _open_store(), self._situation(args, takers)
         entry = store.entries.get(situation)
-        if entry is None or set(entry.times) != set(takers) or entry.choice not in takers:
+        if entry is None or entry.choice not in takers:
             runs: dict[str, Callable[[], Any]] = {n: functools.partial(c.run, *args) for n, c in takers.items()}
             with torch.no_grad():
                 times = measure(runs, args[self.lead].device, timer)
@@ -247,9 +248,8 @@ class PlannedOp:
             for name, c in self.candidates.items()
             if name not in takers
         }
-        entry = _open_store().entries.get(self.situation(args))
-        known = entry is not None and set(entry.times) == set(takers)
-        times = {n: None if t is None else t * 1e3 for n, t in entry.times.items()} if entry and known else {}
+        entry = _open_store().entries.get(self._situation(args, takers))
+        times = {} if entry is None else {n: None if t is None else t * 1e3 for n, t in entry.times.items()}
         if state.fixed or _deterministic():
             choice, why = fixed.name, "fixed rule: deterministic algorithms are asked for"
         elif _policy == "fixed":
@@ -258,7 +258,7 @@ class PlannedOp:
             choice, why = fixed.name, "the only way here"
         elif self.work(*args) < WORTH_MEASURING:
             choice, why = fixed.name, "fixed rule: too small to be worth measuring"
-        elif entry is not None and known:
+        elif entry is not None:
             choice, why = entry.choice, "the fastest as measured"
         else:
             choice, why = fixed.name, "fixed rule: the first call will measure"
@@ -268,5 +268,6 @@ class PlannedOp:
 OPS: dict[str, PlannedOp] = {}
 
 
-def _reduced_allowed() -> bool:
+def reduced_allowed() -> bool:
+    """Whether the user allowed reduced float32 precision."""
     return state.reduced or _precision() != "highest"

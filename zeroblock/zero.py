@@ -89,12 +89,12 @@ def may_skip(op: str, policy: str, weight: Tensor) -> bool:
 
 def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
     """Whether a module may decide for a whole branch: also needs to run eagerly, outside any dispatch mode."""
-    return (
-        may_skip(name, policy, weight)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not transforms_active()
-    )
+    return may_skip(name, policy, weight) and runs_eagerly()
+
+
+def runs_eagerly() -> bool:
+    """No compilation, no dispatch mode, no transform: plain calls."""
+    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and not transforms_active()
 
 
 def bypassable(modules: Iterable[nn.Module]) -> bool:

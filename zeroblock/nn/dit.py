@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional, zero
+from .. import _packed, functional, zero
 from .._branch import Branch, Tail, skipped_branch
 from .._compose import bare_residual
 from ..reference import apply_activation
@@ -74,7 +74,10 @@ class DiTBlock(nn.Module):
             zero.count("DiTBlock", True)
             return bare_residual(x, None, None, -1, x.dtype, None)
         fused = self._fusable()
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        if fused and self._plain_inference(modulation):
+            return self._both_halves(x, *modulation)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = self._half(x, shift_msa, scale_msa, gate_msa, self.norm1, self.attn, fused)
         return self._half(x, shift_mlp, scale_mlp, gate_mlp, self.norm2, self.mlp, fused)
 
@@ -86,7 +89,38 @@ class DiTBlock(nn.Module):
         if not zero.may_skip_branch("DiTBlock", self.zero_skip, linear.weight) or not zero.bypassable(self.children()):
             return False
         weight, bias, D = linear.weight.detach(), linear.bias.detach(), linear.in_features
-        return all(zero.is_exactly_zero(t[i * D : (i + 1) * D]) for i in (2, 5) for t in (weight, bias))
+        rows = (t[i * D : (i + 1) * D] for i in (2, 5) for t in (weight, bias))
+        return _packed.verdict("gate rows", (linear.weight, linear.bias), lambda: all(map(zero.is_exactly_zero, rows)))
+
+    def _plain_inference(self, modulation: tuple[Tensor, ...]) -> bool:
+        """No gradients, no autocast, nothing that watches the dispatcher, and no half that is zero."""
+        tail = self.attn.proj.weight
+        if torch.is_grad_enabled() or not zero.runs_eagerly() or torch.is_autocast_enabled(tail.device.type):
+            return False
+        judged = (modulation[2], modulation[5], tail, self.mlp.fc2.weight)
+        return not zero.may_skip("DiTBlock", self.zero_skip, tail) or not any(map(zero.is_exactly_zero, judged))
+
+    def _both_halves(
+        self,
+        x: Tensor,
+        shift_msa: Tensor,
+        scale_msa: Tensor,
+        gate_msa: Tensor,
+        shift_mlp: Tensor,
+        scale_mlp: Tensor,
+        gate_mlp: Tensor,
+    ) -> Tensor:
+        """The block as one sequence: gate, residual and the next norm in one pass, GELU at the end of fc1's GEMM."""
+        for _ in range(2):
+            zero.count("DiTBlock", False)
+        attn, mlp = self.attn, self.mlp
+        h = functional.layer_norm_modulate(x, shift_msa, scale_msa, eps=self.norm1.eps)
+        branch = _common.linear(attn.proj, attn.attend(_common.linear(attn.qkv, h)))
+        x, h = functional.gate_residual_layer_norm_modulate(
+            x, gate_msa, branch, shift_mlp, scale_mlp, eps=self.norm2.eps
+        )
+        branch = _common.linear(mlp.fc2, _common.linear(mlp.fc1, h, "gelu_tanh"))
+        return functional.gate_residual(x, gate_mlp, branch)
 
     def _fusable(self) -> bool:
         linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
