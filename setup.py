@@ -112,8 +112,8 @@ def extension() -> dict:
 
 setup(
     version=VERSION,
-    packages=["zeroblock", "zeroblock.nn", "zeroblock.testing", "zeroblock.kernels"],
+    packages=["zeroblock", "zeroblock.nn", "zeroblock.testing", "zeroblock.doctor", "zeroblock.kernels"],
     package_dir={"zeroblock": "zeroblock", "zeroblock.kernels": "kernels"},
-    package_data={"zeroblock": ["py.typed"]},
+    package_data={"zeroblock": ["py.typed"], "zeroblock.doctor": ["report.html"]},
     **extension(),
 )

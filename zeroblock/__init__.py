@@ -6,6 +6,7 @@ modules; while the last weight (or gate) of a residual branch is exactly zero, t
 
 from . import nn
 from ._explain import explain, info
+from .doctor import doctor
 from .functional import (
     conv_residual,
     gate_residual,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "conv_residual",
+    "doctor",
     "explain",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
