@@ -6,7 +6,8 @@ from pathlib import Path
 
 import report
 import store
-from timing import geometric_mean
+
+from zeroblock.testing.timing import geometric_mean
 
 COLORS = {"fp32": "#3b6fb6", "bf16": "#e08a3c"}
 INK, GRID, TARGET = "#333333", "#dddddd", "#c0392b"

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import store
-from timing import geometric_mean
+
+from zeroblock.testing.timing import geometric_mean
 
 # Geometric mean of all cases against the better of eager and torch.compile: (inference, training).
 OP_TARGETS = {

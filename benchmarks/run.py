@@ -21,7 +21,8 @@ import report
 import store
 import torch
 from cases import Case, Side, Work
-from timing import SAMPLE_SECONDS, Timing, measure
+
+from zeroblock.testing.timing import SAMPLE_SECONDS, Timing, measure
 
 BASELINES = {"eager": (), "default": ("compile",), "all": ("compile", "max_autotune", "freezing")}
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}  # of all results together; a guard against timing different work, not a test

@@ -23,7 +23,7 @@ def benchmark_path():
 
 @pytest.fixture
 def timing(benchmark_path):
-    import timing
+    from zeroblock.testing import timing
 
     return timing
 

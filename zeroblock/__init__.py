@@ -8,6 +8,7 @@ from . import nn
 from ._explain import explain, info
 from ._freeze import FreezeReport, freeze, unfreeze
 from .convert import accelerate, restore
+from .doctor import doctor
 from .functional import (
     conv_residual,
     gate_residual,
@@ -27,6 +28,7 @@ __all__ = [
     "accelerate",
     "FreezeReport",
     "conv_residual",
+    "doctor",
     "explain",
     "freeze",
     "gate_residual",

@@ -23,7 +23,8 @@ Under torch.compile and export the ops' own test applies: the tail is skipped, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,24 @@ def is_exactly_zero(t: Tensor) -> bool:
     return _backends.select("is_zero", t).is_zero(t)
 
 
+_reference_only = 0
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Functions run their plain PyTorch definition and nothing is skipped: a tape of ATen operations sees all of it."""
+    global _reference_only
+    _reference_only += 1
+    try:
+        yield
+    finally:
+        _reference_only -= 1
+
+
 def transforms_active() -> bool:
-    """torch.func transforms or forward-mode AD: the reference handles them, and nothing is skipped (rule 8)."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """torch.func transforms or forward-mode AD (or `reference_only`): the reference handles them, and nothing is
+    skipped (rule 8)."""
+    return _reference_only > 0 or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def may_skip(op: str, policy: str, weight: Tensor) -> bool:
