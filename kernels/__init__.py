@@ -1,7 +1,7 @@
 """Triton kernels, imported as zeroblock.kernels. One file per op; nothing here registers ops or imports zeroblock.
 
-A file holds the @triton.jit kernels of an op and the launchers that allocate results and pick a configuration. Launchers
-start kernels through `_launch.launch(kernel, grid, num_warps=, num_stages=, **arguments)` and nothing else, so that
+A file holds the @triton.jit kernels of an op and the launchers that allocate results and pick a configuration.
+Launchers start kernels through `_launch.launch(kernel, grid, num_warps=, num_stages=, **arguments)` alone, so that
 
   * `_launch.recording()` collects every launch (kernel, grid, arguments, options) instead of, or while, running it: the
     ahead-of-time gates compile exactly what is shipped, and a captured sequence can be run again on changed memory;
