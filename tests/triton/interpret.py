@@ -202,7 +202,7 @@ def _call_device_function(self, *args, **kwargs):
 
 
 def install(builder: type[Builder] = Builder) -> None:
-    """Repairs the interpreter of this process; again with another builder replaces the first."""
+    """Repairs the interpreter of this process; again with a subclass of what is installed, that takes over."""
     if not isinstance(tl.sum, I.InterpretedFunction):
         raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set: this process compiles kernels")
     from triton.language.extra import libdevice
@@ -211,7 +211,8 @@ def install(builder: type[Builder] = Builder) -> None:
     I.ReduceOps.sum, I.ReduceOps.generic_reduce = _sum, _reduce
     I.InterpretedFunction.__call__ = _call_device_function
     I.GridExecutor.__call__ = _launch
-    I.interpreter_builder.__class__ = builder  # other modules hold this very object
+    if issubclass(builder, type(I.interpreter_builder)) or not isinstance(I.interpreter_builder, Builder):
+        I.interpreter_builder.__class__ = builder  # other modules hold this very object
     I.interpreter_builder.options = I.InterpreterOptions(debug=True)  # int32 overflow raises
     for name, function in LIBDEVICE.items():
         setattr(libdevice, name, _libdevice(function))
