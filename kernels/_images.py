@@ -31,22 +31,29 @@ class ByGroup:
     num_warps: int
 
 
+# Elements up to which a program takes more than one group.
+SMALL = 2048
+
+
 def by_group(channels: int, pixels: int, groups: int, last: bool, table: tuple, most_tiles: int) -> ByGroup | None:
     """The first entry (elements of a program, elements of a tile, num_warps) of the table that holds a group of
     `channels` x `pixels`; None when none does."""
+    width = power_of_2(channels)
     for most, tile, warps in table:
+        # Groups side by side make a small program worth its start, and fill the sectors of channels-last rows.
+        side, area = 1, width * power_of_2(pixels)
+        while groups % (2 * side) == 0 and (
+            2 * side * area <= SMALL or (last and width * side < 64 and 2 * side * area <= tile)
+        ):
+            side *= 2
+        lanes = width * side
         if last:
-            width = power_of_2(channels)
-            side = 1  # groups side by side fill whole sectors, as long as the program stays small
-            while groups % (2 * side) == 0 and width * side < 64 and 2 * side * width * power_of_2(pixels) <= tile:
-                side *= 2
-            columns = width * side
-            rows = min(power_of_2(pixels), max(1, tile // columns))
-            found = ByGroup(1, rows, columns, side, 1, cdiv(pixels, rows), warps)
+            rows = min(power_of_2(pixels), max(1, tile // lanes))
+            found = ByGroup(1, rows, lanes, side, 1, cdiv(pixels, rows), warps)
         else:
             columns = min(power_of_2(pixels), tile)
-            rows = min(power_of_2(channels), tile // columns)
-            found = ByGroup(0, rows, columns, 1, cdiv(channels, rows), cdiv(pixels, columns), warps)
+            rows = lanes if side > 1 else min(width, tile // columns)
+            found = ByGroup(0, rows, columns, side, cdiv(width * side, rows), cdiv(pixels, columns), warps)
         tiles = found.CHANNEL_BLOCKS * found.PIXEL_BLOCKS
         if tiles * found.ROWS * found.COLS <= most and tiles <= most_tiles:
             return found
@@ -93,12 +100,13 @@ def flat(N: int, C: int, pixels: int, last: bool) -> Flat:
 def group_lanes(block, CPG: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                 GROUPS: tl.constexpr):  # fmt: skip
     """(channel from the program's first one, group from its first, valid) of the lanes of channel block `block`."""
-    if AXIS == 0:
-        channel = block * ROWS + tl.arange(0, ROWS)
-        return channel, tl.zeros([ROWS], tl.int32), channel < CPG
+    LANES: tl.constexpr = ROWS if AXIS == 0 else COLS
+    lane = tl.arange(0, LANES)
+    if GROUPS == 1:
+        channel = block * LANES + lane
+        return channel, tl.zeros([LANES], tl.int32), channel < CPG
     else:
-        WIDTH: tl.constexpr = COLS // GROUPS
-        lane = tl.arange(0, COLS)
+        WIDTH: tl.constexpr = LANES // GROUPS
         return lane // WIDTH * CPG + lane % WIDTH, lane // WIDTH, lane % WIDTH < CPG
 
 

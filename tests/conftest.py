@@ -1,6 +1,11 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests.
+
+With TRITON_INTERPRET=1 in the environment the triton backend runs on CPU tensors, in Triton's interpreter with the
+repairs of triton/interpret.py, and is then the only one that `backend` yields (`make test` runs the suite both ways).
+"""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -8,12 +13,18 @@ import torch
 from zeroblock.testing import BACKENDS, use_backend
 from zeroblock.testing.parity import device_of
 
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETS:
+    from .triton import interpret
+
+    interpret.install()
+
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=("triton",) if INTERPRETS else BACKENDS)
 def backend(request):
     """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here."""
     with contextlib.ExitStack() as stack:

@@ -30,7 +30,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
 from . import _backends
-from . import reference as ref
 
 POLICIES = ("auto", "sync", "never")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -113,8 +112,3 @@ def _is_bypassable(module: nn.Module) -> bool:
         return False  # batch and instance norms update running statistics
     children = module._modules
     return not children or all(map(_is_bypassable, [m for m in children.values() if m is not None]))
-
-
-def is_zero_on_device(tensors: list[Tensor]) -> Tensor:
-    """`is_zero` for tensors on one device, without reading back."""
-    return ref.is_zero(*tensors)
