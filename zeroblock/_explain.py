@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -87,18 +88,20 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     if not tensors:
         raise TypeError(f"explain: {op_name} needs at least one tensor")
     x = tensors[0]
-    primitives = _backends.select(op_name, x)
-    backend: str = primitives.NAME
+    primitives, transforms = _backends.select(op_name, x), zero.transforms_active()
+    backend: str = "reference" if transforms else primitives.NAME
     plans: tuple[_plan.Explanation, ...] = ()
     not_used = {}
-    if zero.transforms_active():
-        backend, not_used["cpu"] = "reference", "a torch.func transform or forward-mode AD is active"
-    elif backend == "reference":
-        not_used["cpu"] = _backends.why_not_cpu(x) or "the reference backend is forced"
-    for name in ("triton", "cuda"):
-        not_used[name] = f"this version has no {name} kernels"
+    for name in _backends.BACKENDS:
+        if name in (backend, "reference"):
+            continue
+        if transforms:
+            not_used[name] = "a torch.func transform or forward-mode AD is active"
+        else:
+            reason = _backends.why_not(name, op_name, x)
+            not_used[name] = reason or f"the {_backends.forced()} backend is forced"
     counters = (zero.executed.get(op_name, 0), zero.skipped.get(op_name, 0))
-    if backend != "reference" or not zero.transforms_active():
+    if not transforms:
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         before, _plan.state.training = _plan.state.training, training
         try:
@@ -106,6 +109,14 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
         finally:
             _plan.state.training = before
     return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments), counters, plans)
+
+
+def _gpu_backend(name: str) -> str:
+    reason = _backends.missing(name)
+    if reason is not None:
+        return f"not used: {reason}"
+    where = "in the interpreter, for CPU tensors where forced" if _backends.interprets() else "for GPU tensors"
+    return f"triton {sys.modules['triton'].__version__}, {where}" if name == "triton" else where
 
 
 def info() -> str:
@@ -118,7 +129,7 @@ def info() -> str:
         [
             f"torch {torch.__version__}",
             f"cpu kernels: {cpu}",
-            "triton kernels: not in this version",
-            "cuda kernels: not in this version",
+            f"triton kernels: {_gpu_backend('triton')}",
+            f"cuda kernels: {_gpu_backend('cuda')}",
         ]
     )

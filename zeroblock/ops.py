@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, _compose, _conv, _lane, _plan, zero
+from . import _backends, _compose, _conv, _lane, _plan
+from . import reference as ref
 from ._layout import empty_like_dense
 from .reference import compute_dtype, conv, promoted
 
@@ -325,9 +326,14 @@ _library.define("is_zero(Tensor[] tensors) -> Tensor", tags=(torch.Tag.pt2_compl
 
 
 def _is_zero(tensors: list[Tensor]) -> Tensor:
-    if not tensors or tensors[0].device.type != "cpu":
-        return zero.is_zero_on_device(tensors)
-    return torch.tensor([_backends.select("is_zero", t).is_zero(t) for t in tensors], dtype=torch.bool)
+    if not tensors:
+        return torch.empty(0, dtype=torch.bool)
+    P = _backends.select("is_zero", tensors[0])
+    if hasattr(P, "zero_flags"):
+        return P.zero_flags(tensors) != 0
+    if tensors[0].device.type != "cpu":
+        return ref.is_zero(*tensors)
+    return torch.tensor([P.is_zero(t) for t in tensors], dtype=torch.bool)
 
 
 _library.impl("is_zero", _is_zero, "CompositeExplicitAutograd")

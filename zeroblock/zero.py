@@ -32,7 +32,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
 from . import _backends, _packed
-from . import reference as ref
 
 POLICIES = ("auto", "sync", "never")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -131,8 +130,3 @@ def bypassable(modules: Iterable[nn.Module]) -> bool:
         if m._modules:
             waiting.extend([child for child in m._modules.values() if child is not None])
     return True
-
-
-def is_zero_on_device(tensors: list[Tensor]) -> Tensor:
-    """`is_zero` for tensors on one device, without reading back."""
-    return ref.is_zero(*tensors)
