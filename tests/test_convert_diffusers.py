@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .model_cases import Case, check, check_training, evaluate, infer, normal, rows
+import zeroblock as zb
+
+from .model_cases import Case, accelerated, check, check_training, drawn, evaluate, infer, normal, prepared, rows
 
 resnet = pytest.importorskip("diffusers.models.resnet", reason="diffusers is not installed")
 attention = pytest.importorskip("diffusers.models.attention", reason="diffusers is not installed")
@@ -152,13 +154,73 @@ def test_inference(name, phase):
     check(BLOCKS[name], phase, infer)
 
 
-# What bf16 rounds once more or less shows in blocks of every kind of op.
+# What half precision rounds once more or less shows in blocks of every kind of op.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("phase", ["zero", "dense"])
 @pytest.mark.parametrize(
     "name", ["resnet-scale-shift-1x1", "resnet-mish", "dit", "pixart-gelu", "joint", "flux-single"]
 )
-def test_bf16(name, phase):
-    check(BLOCKS[name], phase, evaluate, torch.bfloat16)
+def test_half_precision(name, phase, dtype):
+    check(BLOCKS[name], phase, evaluate, dtype)
+
+
+@pytest.mark.parametrize("phase", ["zero", "dense"])
+@pytest.mark.parametrize("name", ["resnet", "resnet-scale-shift-1x1", "resnet-up", "resnet-mish", "resnet-ada-group"])
+def test_channels_last(name, phase):
+    def run(block, inputs):
+        x = inputs["input_tensor"].contiguous(memory_format=torch.channels_last)
+        return evaluate(block.to(memory_format=torch.channels_last), inputs | {"input_tensor": x})
+
+    check(BLOCKS[name], phase, run)
+    block = prepared(BLOCKS[name], phase)
+    ours, _ = accelerated(block)
+    inputs = drawn(BLOCKS[name], 1)
+    for model in (block, ours):
+        model.to(memory_format=torch.channels_last)
+    inputs["input_tensor"] = inputs["input_tensor"].contiguous(memory_format=torch.channels_last)
+    assert ours(**inputs).stride() == block(**inputs).stride()
+
+
+@pytest.mark.parametrize("name", ["dit", "dit-dropout", "joint", "flux", "flux-single", "gligen"])
+def test_frozen_gates(name):
+    """Whoever trains the rest of a block gets zeros, as eager gives them."""
+    case = BLOCKS[name]
+
+    def build():
+        block = case.build()
+        for n, p in block.named_parameters():
+            p.requires_grad_("norm1." not in n and "norm1_context." not in n and "norm." not in n and "alpha" not in n)
+        return block
+
+    check(case._replace(build=build), "zero", evaluate)
+
+
+class _Counted:
+    """An attention processor that counts its calls."""
+
+    def __init__(self, processor):
+        self.processor, self.calls = processor, 0
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        self.calls += 1
+        return self.processor(attn, hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["dit", "joint", "joint-dual", "flux", "flux-single", "gligen", "motion"])
+def test_attention_is_not_run(name):
+    block = prepared(BLOCKS[name], "zero").eval()
+    ours, _ = accelerated(block)
+    processors = []
+    for m in ours.modules():
+        if hasattr(m, "processor"):
+            m.processor = _Counted(m.processor)
+            processors.append(m.processor)
+    inputs = drawn(BLOCKS[name], 1)
+    infer(ours, inputs)
+    assert [p.calls for p in processors] == [0] * len(processors) and processors
+    zb.restore(ours)
+    infer(ours, inputs)
+    assert all(p.calls == 1 for p in processors)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -167,9 +167,12 @@ def _control(phase, **options):
     "options", [{}, {"guess_mode": True}, {"conditioning_scale": 0.5}, {"return_dict": True}], ids=str
 )
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("padding", [0, 1])
-def test_controlnet_of_zero_convolutions_is_its_biases(options, pooled, padding):
+@pytest.mark.parametrize(
+    "padding, layout", [(0, torch.contiguous_format), (1, torch.contiguous_format), (1, torch.channels_last)]
+)
+def test_controlnet_of_zero_convolutions_is_its_biases(options, pooled, padding, layout):
     model, inputs = _control("dense", downsample_padding=padding)
+    model.to(memory_format=layout)
     model.register_to_config(global_pool_conditions=pooled)
     for conv in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         nn.init.zeros_(conv.weight)

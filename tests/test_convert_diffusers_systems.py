@@ -136,6 +136,20 @@ def test_compile_in_one_graph(name, phase):
     assert_within_budget(sample)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet-scale-shift-1x1", "dit", "joint", "flux-single"])
+def test_export(name):
+    case = BLOCKS[name]
+    plain = prepared(case, "dense").eval()
+    ours, _ = accelerated(plain)
+    inputs = drawn(case, 1)
+    program = torch.export.export(ours, (), inputs)
+    assert any("zeroblock" in str(node.target) for node in program.graph.nodes)
+    exact = infer(copy.deepcopy(plain).double(), cast(inputs, torch.float64))
+    for key, y in infer(program.module(), inputs).items():
+        testing.assert_error_budget(y, infer(plain, inputs)[key], exact[key], key)
+
+
 def test_ema_swap_is_seen():
     """EMAModel.copy_to and restore write through .data, which no version counter notices."""
     training_utils = pytest.importorskip("diffusers.training_utils", reason="diffusers is not installed")
