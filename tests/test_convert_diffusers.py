@@ -60,7 +60,6 @@ def _joint(**options):
         lambda: attention.JointTransformerBlock(16, 2, 8, **options),
         lambda g: _tokens(g, "hidden_states", "encoder_hidden_states", temb=(2, 16)),
         zero,
-        {"JointTransformerBlock": 1 if options.get("context_pre_only") else 2},
         {"JointTransformerBlock": 2 if options.get("context_pre_only") else 3},
     )
 
@@ -97,13 +96,11 @@ BLOCKS = {
     "joint-dual": Case(
         lambda: attention.JointTransformerBlock(16, 2, 8, qk_norm="rms_norm", use_dual_attention=True),
         lambda g: _tokens(g, "hidden_states", "encoder_hidden_states", temb=(2, 16)),
-        rows("norm1.linear", 2, 5, 8, of=9) + rows("norm1_context.linear", 2, 5, of=6), {"JointTransformerBlock": 3},
-        {"JointTransformerBlock": 4},
+        rows("norm1.linear", 2, 5, 8, of=9) + rows("norm1_context.linear", 2, 5, of=6), {"JointTransformerBlock": 4},
     ),
     "flux": Case(
         lambda: flux.FluxTransformerBlock(16, 2, 8), _flux_tokens,
-        rows("norm1.linear", 2, 5, of=6) + rows("norm1_context.linear", 2, 5, of=6), {"FluxTransformerBlock": 2},
-        {"FluxTransformerBlock": 3},
+        rows("norm1.linear", 2, 5, of=6) + rows("norm1_context.linear", 2, 5, of=6), {"FluxTransformerBlock": 3},
     ),
     "flux-single": Case(
         lambda: flux.FluxSingleTransformerBlock(16, 2, 8), _flux_tokens, rows("norm.linear", 2, of=3),

@@ -114,7 +114,7 @@ MODELS = {
             "pooled_projections": normal(g, 2, 10), "timestep": torch.tensor([1, 2]),
         },
         rows("*.norm1.linear", 2, 5, of=6) + rows("*.0.norm1_context.linear", 2, 5, of=6),
-        {"JointTransformerBlock": 3}, {"JointTransformerBlock": 5},
+        {"JointTransformerBlock": 5},
     ),
     "flux": Case(
         _flux,
@@ -125,7 +125,6 @@ MODELS = {
         },
         rows("*.norm1.linear", 2, 5, of=6) + rows("*.norm1_context.linear", 2, 5, of=6)
         + rows("*.norm.linear", 2, of=3),
-        {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2},
         {"FluxTransformerBlock": 3, "FluxSingleTransformerBlock": 2},
     ),
     "vae-decoder": Case(Decoder, lambda g: {"z": normal(g, 2, 4, 4, 4)}, _CONV2, {"ResnetBlock2D": 6}),
