@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import zeroblock as zb
+from zeroblock.convert import _proof, _transformer, diffusers_adaln, diffusers_mmdit, diffusers_resnet
 
 from .model_cases import Case, accelerated, check, check_training, drawn, evaluate, infer, normal, prepared, rows
 
@@ -223,3 +224,47 @@ def test_attention_is_not_run(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_ten_steps(name):
     check_training(BLOCKS[name])
+
+
+def _swap_scale_and_shift(monkeypatch):
+    original = diffusers_resnet.ResnetBlock2D._embedding
+
+    def swapped(self, block, temb):
+        scale, shift, e = original(self, block, temb)
+        return shift, scale, e
+
+    monkeypatch.setattr(diffusers_resnet.ResnetBlock2D, "_embedding", swapped)
+    return _resnet(time_embedding_norm="scale_shift", channels=20), "dense", evaluate
+
+
+def _return_almost_x(monkeypatch):
+    monkeypatch.setattr(diffusers_mmdit, "copied", lambda x: x * 1.0001)
+    return BLOCKS["flux"], "zero", infer
+
+
+def _forget_a_gate(monkeypatch):
+    monkeypatch.setattr(_transformer, "gated", lambda residual, gate, branch: residual + branch)
+    monkeypatch.setattr(diffusers_mmdit, "gated", lambda residual, gate, branch: residual + branch)
+    return BLOCKS["flux"], "dense", infer
+
+
+def _detach_the_modulation(monkeypatch):
+    original = diffusers_adaln.modulated
+    detached = lambda norm, x, shift, scale: original(norm, x, shift.detach(), scale)  # noqa: E731
+    monkeypatch.setattr(diffusers_adaln, "modulated", detached)
+    return BLOCKS["ada-zero"], "dense", evaluate
+
+
+PLANTED = [_swap_scale_and_shift, _return_almost_x, _forget_a_gate, _detach_the_modulation]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("proof", [True, False], ids=["proof", "check"])
+def test_planted_bugs_are_found(plant, proof, monkeypatch):
+    """By the proof, which leaves the block alone, or where it is blind by the comparison of these tests."""
+    monkeypatch.setattr(_proof, "_proved", {})
+    if not proof:
+        monkeypatch.setattr(_proof, "disagreement", lambda block, family: None)
+    case, phase, run = plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(case, phase, run)
