@@ -210,3 +210,13 @@ def test_controlnet_runs_when_somebody_watches_or_learns():
     assert _skipped(ours, **inputs)[1] == (1, 0)
     never, _ = accelerated(model, zero_skip="never")
     assert _skipped(never, **inputs)[1] == (0, 0)
+
+
+def test_controlnet_with_another_forward_is_left_alone():
+    class Louder(diffusers.ControlNetModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model, _ = _control("zero")
+    model.__class__ = Louder
+    assert [(b.path, b.reason) for b in accelerated(model)[1].left_alone] == [("", "its forward is not diffusers' own")]

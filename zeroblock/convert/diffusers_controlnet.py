@@ -33,6 +33,8 @@ class ControlNetModel(Family):
     classes = ("ControlNetModel",)
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        if not type(block).forward.__module__.startswith("diffusers."):
+            return "its forward is not diffusers' own"
         missing = lacks(block, "conv_in", "down_blocks", "mid_block", "controlnet_down_blocks", "controlnet_mid_block")
         if missing is not None:
             return missing
