@@ -140,12 +140,21 @@ def saved_checks(rows: list[dict]) -> list[Check]:
     return checks
 
 
+def models_checks(rows: list[dict]) -> list[Check]:
+    """Whole models have no target: what they gain depends on how much of them is not a block."""
+    return [
+        Check(_name(row), f"{row['ratio']:.2f}x [{row['lo']:.2f}, {row['hi']:.2f}] {row['best']}")
+        for row in sorted(rows, key=lambda row: (row["mode"], row["op"]))
+    ]
+
+
 CHECKS = {
     "memory_bound": memory_bound_checks,
     "zero": zero_checks,
     "dense": dense_checks,
     "overhead": overhead_checks,
     "saved": saved_checks,
+    "models": models_checks,
 }
 
 

@@ -6,6 +6,7 @@ is left out: losses are rows like any other.
 
 import argparse
 import gc
+import itertools
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import blocks
 import cases
 import memory
+import models
 import overhead
 import plot
 import report
@@ -36,7 +38,9 @@ def make_cases(group: str, quick: bool) -> Iterator[Case]:
     if group == "overhead":
         return overhead.cases(quick)
     if group == "saved":
-        return memory.cases(quick)
+        return itertools.chain(memory.cases(quick), models.cases(quick, "saved"))
+    if group == "models":
+        return models.cases(quick)
     return blocks.whole_blocks(group, quick)
 
 

@@ -260,6 +260,55 @@ class UNetBlock(nn.Module):
         return x
 
 
+# ---- NVlabs/edm2 ------------------------------------------------------------------------------------------------------
+
+
+class MPConv(nn.Module):
+    """Every filter at unit length, in the stored weight too after a training forward, then times the gain."""
+
+    def __init__(self, in_channels, out_channels, *kernel):
+        super().__init__()
+        self.out_channels = out_channels
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def unit(self):
+        w = self.weight.flatten(1)
+        return (w / (1e-4 + w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5)).view(self.weight.shape)
+
+    def forward(self, x, gain=1):
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(self.unit())
+        w = self.unit() * (gain / self.weight[0].numel() ** 0.5)
+        return x @ w.t() if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class EDM2Block(nn.Module):
+    def __init__(self, channels, emb_channels):
+        super().__init__()
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0, self.conv_res1 = MPConv(channels, channels, 3, 3), MPConv(channels, channels, 3, 3)
+        self.emb_linear = MPConv(emb_channels, channels)
+
+    def forward(self, x, emb):
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = self.conv_res1(F.silu(self.conv_res0(F.silu(x)) * c[:, :, None, None]))
+        return x.lerp(y, 0.3)
+
+
+class UNet(nn.Module):
+    def __init__(self, channels=8):
+        super().__init__()
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.enc = nn.ModuleDict({"8x8_conv": MPConv(3, channels, 3, 3), "8x8_block0": EDM2Block(channels, 6)})
+        self.dec = nn.ModuleDict({"8x8_in0": EDM2Block(channels, 6)})
+        self.out_conv = MPConv(channels, 3, 3, 3)
+
+    def forward(self, x, emb):
+        x = self.enc["8x8_block0"](self.enc["8x8_conv"](x), emb)
+        return self.out_conv(self.dec["8x8_in0"](x, emb), gain=self.out_gain)
+
+
 # ---- majumderb/rezero -------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-CASES = {"memory_bound": 28, "zero": 16, "dense": 16, "overhead": 26, "saved": 16}
+CASES = {"memory_bound": 28, "zero": 16, "dense": 16, "overhead": 26, "saved": 26, "models": 20}
 
 
 @pytest.fixture(scope="module")

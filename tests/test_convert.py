@@ -11,6 +11,8 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import counters, eager, reset_counters
 
+from .convert_cases import Case, assert_drop_in
+
 
 def guided_block(**options):
     return eager.ResBlock(32, 16, 0.0, **options)
@@ -207,6 +209,75 @@ def test_proof_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state) and net.training
     assert all(torch.equal(p, weights[n]) for n, p in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
+
+
+class OwnKeyword(eager.DiTBlock):
+    """A fork that calls its condition something else, and takes one more argument."""
+
+    def forward(self, x, cond, offset=0):
+        return super().forward(x, cond) + offset
+
+
+OwnKeyword.__name__ = "DiTBlock"
+
+
+def test_keywords_of_a_fork_go_to_the_original():
+    ours = OwnKeyword(16, 2)
+    plain = copy.deepcopy(ours)
+    assert zb.accelerate(ours).blocks == 1
+    x, c = torch.randn(2, 3, 16), torch.randn(2, 16)
+    assert torch.equal(ours(x, cond=c), plain(x, c))
+    assert torch.equal(ours(x, c, offset=1), plain(x, c, offset=1))
+    assert torch.equal(ours(x, c), plain(x, c))
+
+
+def test_half_converted_model():
+    """Blocks of zeroblock.nn stay what they are; a part may be restored and accelerated again."""
+    net = Net(zb.nn.ResBlock(32, 16, 0.0), guided_block(), guided_block())
+    report = zb.accelerate(net)
+    assert [b.path for b in report.branches] == ["blocks.1.out_layers.3", "blocks.2.out_layers.3"]
+    assert type(net.blocks[0]) is zb.nn.ResBlock and not report.left_alone
+    assert zb.restore(net.blocks[1]) == 1 and type(net.blocks[1]) is eager.ResBlock
+    assert zb.accelerate(net).blocks == 2 and zb.restore(net) == 2
+
+
+def test_class_extended_after_accelerate():
+    """As fully_shard does it: the class cannot be given back, and says so."""
+    net = Net()
+    zb.accelerate(net)
+    net.blocks[0].__class__ = type("Wrapped", (type(net.blocks[0]),), {})
+    with pytest.raises(RuntimeError, match=r"restore: the class of blocks\.0 became Wrapped after accelerate"):
+        zb.restore(net)
+
+
+# ---- the checks can fail --------------------------------------------------------------------------------------------
+
+PLANTED = {
+    "result": lambda forward: lambda self, block, *a: forward(self, block, *a) * 1.0001,
+    "gradient": lambda forward: lambda self, block, x, emb: forward(self, block, x, emb.detach()),
+    "alias": lambda forward: lambda self, block, x, emb: x if is_zero(block) else forward(self, block, x, emb),
+}
+
+
+def is_zero(block):
+    return not block.out_layers[3].weight.any()
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug_is_caught(name, monkeypatch):
+    """By the comparison with the untouched copy, where the proof is switched off."""
+    family = zb.convert._core.FAMILIES["ResBlock"]
+    monkeypatch.setattr(family, "forward", PLANTED[name](family.forward))
+    monkeypatch.setattr(zb.convert._proof, "disagreement", lambda *_: None)
+    monkeypatch.setattr(zb.convert._core, "_classes", {})
+    case = Case(
+        lambda: eager.ResBlock(64, 16, 0.0, use_scale_shift_norm=True),
+        lambda: (torch.randn(2, 64, 4, 4), torch.randn(2, 16)),
+        {"ResBlock": 1},
+        1,
+    )
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_drop_in(case)
 
 
 def test_changes_after_accelerate_fall_back_to_the_original():

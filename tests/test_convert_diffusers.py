@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .model_cases import Case, check, check_training, evaluate, infer, normal, rows
+import zeroblock as zb
+from zeroblock.convert import _proof, _transformer, diffusers_adaln, diffusers_mmdit, diffusers_resnet
+
+from .model_cases import Case, accelerated, check, check_training, drawn, evaluate, infer, normal, prepared, rows
 
 resnet = pytest.importorskip("diffusers.models.resnet", reason="diffusers is not installed")
 attention = pytest.importorskip("diffusers.models.attention", reason="diffusers is not installed")
@@ -58,7 +61,6 @@ def _joint(**options):
         lambda: attention.JointTransformerBlock(16, 2, 8, **options),
         lambda g: _tokens(g, "hidden_states", "encoder_hidden_states", temb=(2, 16)),
         zero,
-        {"JointTransformerBlock": 1 if options.get("context_pre_only") else 2},
         {"JointTransformerBlock": 2 if options.get("context_pre_only") else 3},
     )
 
@@ -95,13 +97,11 @@ BLOCKS = {
     "joint-dual": Case(
         lambda: attention.JointTransformerBlock(16, 2, 8, qk_norm="rms_norm", use_dual_attention=True),
         lambda g: _tokens(g, "hidden_states", "encoder_hidden_states", temb=(2, 16)),
-        rows("norm1.linear", 2, 5, 8, of=9) + rows("norm1_context.linear", 2, 5, of=6), {"JointTransformerBlock": 3},
-        {"JointTransformerBlock": 4},
+        rows("norm1.linear", 2, 5, 8, of=9) + rows("norm1_context.linear", 2, 5, of=6), {"JointTransformerBlock": 4},
     ),
     "flux": Case(
         lambda: flux.FluxTransformerBlock(16, 2, 8), _flux_tokens,
-        rows("norm1.linear", 2, 5, of=6) + rows("norm1_context.linear", 2, 5, of=6), {"FluxTransformerBlock": 2},
-        {"FluxTransformerBlock": 3},
+        rows("norm1.linear", 2, 5, of=6) + rows("norm1_context.linear", 2, 5, of=6), {"FluxTransformerBlock": 3},
     ),
     "flux-single": Case(
         lambda: flux.FluxSingleTransformerBlock(16, 2, 8), _flux_tokens, rows("norm.linear", 2, of=3),
@@ -152,15 +152,119 @@ def test_inference(name, phase):
     check(BLOCKS[name], phase, infer)
 
 
-# What bf16 rounds once more or less shows in blocks of every kind of op.
+# What half precision rounds once more or less shows in blocks of every kind of op.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("phase", ["zero", "dense"])
 @pytest.mark.parametrize(
     "name", ["resnet-scale-shift-1x1", "resnet-mish", "dit", "pixart-gelu", "joint", "flux-single"]
 )
-def test_bf16(name, phase):
-    check(BLOCKS[name], phase, evaluate, torch.bfloat16)
+def test_half_precision(name, phase, dtype):
+    check(BLOCKS[name], phase, evaluate, dtype)
+
+
+@pytest.mark.parametrize("phase", ["zero", "dense"])
+@pytest.mark.parametrize("name", ["resnet", "resnet-scale-shift-1x1", "resnet-up", "resnet-mish", "resnet-ada-group"])
+def test_channels_last(name, phase):
+    def run(block, inputs):
+        x = inputs["input_tensor"].contiguous(memory_format=torch.channels_last)
+        return evaluate(block.to(memory_format=torch.channels_last), inputs | {"input_tensor": x})
+
+    check(BLOCKS[name], phase, run)
+    block = prepared(BLOCKS[name], phase)
+    ours, _ = accelerated(block)
+    inputs = drawn(BLOCKS[name], 1)
+    for model in (block, ours):
+        model.to(memory_format=torch.channels_last)
+    inputs["input_tensor"] = inputs["input_tensor"].contiguous(memory_format=torch.channels_last)
+    assert ours(**inputs).stride() == block(**inputs).stride()
+
+
+@pytest.mark.parametrize("name", ["dit", "dit-dropout", "joint", "flux", "flux-single", "gligen"])
+def test_frozen_gates(name):
+    """Whoever trains the rest of a block gets zeros, as eager gives them."""
+    case = BLOCKS[name]
+
+    def build():
+        block = case.build()
+        for n, p in block.named_parameters():
+            p.requires_grad_("norm1." not in n and "norm1_context." not in n and "norm." not in n and "alpha" not in n)
+        return block
+
+    check(case._replace(build=build), "zero", evaluate)
+
+
+class _Counted:
+    """An attention processor that counts its calls."""
+
+    def __init__(self, processor):
+        self.processor, self.calls = processor, 0
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        self.calls += 1
+        return self.processor(attn, hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["dit", "joint", "joint-dual", "flux", "flux-single", "gligen", "motion"])
+def test_attention_is_not_run(name):
+    block = prepared(BLOCKS[name], "zero").eval()
+    ours, _ = accelerated(block)
+    processors = []
+    for m in ours.modules():
+        if hasattr(m, "processor"):
+            m.processor = _Counted(m.processor)
+            processors.append(m.processor)
+    inputs = drawn(BLOCKS[name], 1)
+    infer(ours, inputs)
+    assert [p.calls for p in processors] == [0] * len(processors) and processors
+    zb.restore(ours)
+    infer(ours, inputs)
+    assert all(p.calls == 1 for p in processors)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_ten_steps(name):
     check_training(BLOCKS[name])
+
+
+def _swap_scale_and_shift(monkeypatch):
+    original = diffusers_resnet.ResnetBlock2D._embedding
+
+    def swapped(self, block, temb):
+        scale, shift, e = original(self, block, temb)
+        return shift, scale, e
+
+    monkeypatch.setattr(diffusers_resnet.ResnetBlock2D, "_embedding", swapped)
+    return _resnet(time_embedding_norm="scale_shift", channels=20), "dense", evaluate
+
+
+def _return_almost_x(monkeypatch):
+    monkeypatch.setattr(diffusers_mmdit, "copied", lambda x: x * 1.0001)
+    return BLOCKS["flux"], "zero", infer
+
+
+def _forget_a_gate(monkeypatch):
+    monkeypatch.setattr(_transformer, "gated", lambda residual, gate, branch: residual + branch)
+    monkeypatch.setattr(diffusers_mmdit, "gated", lambda residual, gate, branch: residual + branch)
+    return BLOCKS["flux"], "dense", infer
+
+
+def _detach_the_modulation(monkeypatch):
+    original = diffusers_adaln.modulated
+    detached = lambda norm, x, shift, scale: original(norm, x, shift.detach(), scale)  # noqa: E731
+    monkeypatch.setattr(diffusers_adaln, "modulated", detached)
+    return BLOCKS["ada-zero"], "dense", evaluate
+
+
+PLANTED = [_swap_scale_and_shift, _return_almost_x, _forget_a_gate, _detach_the_modulation]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("proof", [True, False], ids=["proof", "check"])
+def test_planted_bugs_are_found(plant, proof, monkeypatch):
+    """By the proof, which leaves the block alone, or where it is blind by the comparison of these tests."""
+    monkeypatch.setattr(_proof, "_proved", {})
+    if not proof:
+        monkeypatch.setattr(_proof, "disagreement", lambda block, family: None)
+    case, phase, run = plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check(case, phase, run)

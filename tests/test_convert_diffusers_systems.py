@@ -90,6 +90,52 @@ def test_torchao_weights(name, first):
     assert_within_budget(sample)
 
 
+def _in_4_bits(model, bnb):
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                packed = bnb.nn.Linear4bit(
+                    layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4",
+                    compute_dtype=torch.float32,
+                )  # fmt: skip
+                packed.load_state_dict(layer.state_dict())
+                setattr(parent, name, packed.to("cpu"))
+    return model
+
+
+@pytest.mark.parametrize("first", ["accelerate", "quantise"])
+def test_bitsandbytes_weights(first):
+    """In NF4 a weight of -1 alone packs to bytes that are zero, and zeros to bytes that are not."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    dense = prepared(MODELS["dit"], "dense").eval()
+    with torch.no_grad():
+        for block in dense.transformer_blocks:
+            block.norm1.linear.weight.fill_(-1.0)
+    plain, ours, exact = (copy.deepcopy(dense) for _ in range(3))
+    if first == "accelerate":
+        zb.accelerate(ours)
+    for model in (plain, ours):
+        _in_4_bits(model, bnb)
+    assert not plain.transformer_blocks[0].norm1.linear.weight.data.any()
+    if first == "quantise":
+        assert all(b.zero is None for b in zb.accelerate(ours).branches)
+    packed = dict(plain.named_modules())
+    for name, layer in exact.named_modules():
+        if type(layer) is nn.Linear:
+            weight = packed[name].weight
+            layer.weight.data = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    exact.double()
+    testing.reset_counters()
+    infer(ours, drawn(MODELS["dit"], 0))
+    assert not any(skipped for _, skipped in testing.counters().values())
+
+    def sample(seed):
+        inputs = drawn(MODELS["dit"], seed)
+        return infer(ours, inputs), infer(plain, inputs), infer(exact, cast(inputs, torch.float64))
+
+    assert_within_budget(sample)
+
+
 @pytest.mark.parametrize("phase", ["zero", "dense"])
 @pytest.mark.parametrize("name", ["unet", "dit"])
 def test_gradient_checkpointing(name, phase):
@@ -134,6 +180,20 @@ def test_compile_in_one_graph(name, phase):
         return run(ours, inputs, True), infer(plain, inputs), infer(exact, cast(inputs, torch.float64))
 
     assert_within_budget(sample)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet-scale-shift-1x1", "dit", "joint", "flux-single"])
+def test_export(name):
+    case = BLOCKS[name]
+    plain = prepared(case, "dense").eval()
+    ours, _ = accelerated(plain)
+    inputs = drawn(case, 1)
+    program = torch.export.export(ours, (), inputs)
+    assert any("zeroblock" in str(node.target) for node in program.graph.nodes)
+    exact = infer(copy.deepcopy(plain).double(), cast(inputs, torch.float64))
+    for key, y in infer(program.module(), inputs).items():
+        testing.assert_error_budget(y, infer(plain, inputs)[key], exact[key], key)
 
 
 def test_ema_swap_is_seen():

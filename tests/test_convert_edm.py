@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import zeroblock as zb
+from zeroblock.testing import counters, reset_counters
 
 from . import convert_oracles as oracles
 from .convert_cases import Case, assert_drop_in
@@ -32,6 +33,14 @@ CASES = {
 }
 
 
+EDM2 = Case(
+    oracles.UNet, lambda: (torch.randn(2, 3, 8, 8), torch.randn(2, 6)), {}, 3, skipped_inference={
+        "EDM2UNet": 1, "MPConv": 3
+    },
+)  # fmt: skip
+CASES["edm2"] = EDM2
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_drop_in(name):
     assert_drop_in(CASES[name])
@@ -48,3 +57,18 @@ def test_weights_that_are_zero_only_in_half_precision():
     x, emb = torch.randn(2, 16, 4, 4).half(), torch.randn(EMB)
     assert torch.equal(ours(x, emb), theirs(x, emb))
     assert torch.equal(ours(x.float(), emb), theirs(x.float(), emb)) or not torch.equal(ours(x.float(), emb), x.float())
+
+
+@torch.no_grad()
+def test_gains_of_edm2_in_inference():
+    """First the network runs, without its embedding and output layers, then it does not; a gain wakes its layer."""
+    model = EDM2.make().eval()
+    zb.accelerate(model)
+    inputs = EDM2.inputs()
+    for expected in ({"EDM2UNet": (0, 1), "MPConv": (0, 3)}, {"EDM2UNet": (0, 1)}):
+        reset_counters()
+        assert not model(*inputs).any()
+        assert counters() == expected
+    model.out_gain.fill_(1.0)
+    reset_counters()
+    assert model(*inputs).any() and counters() == {"EDM2UNet": (1, 0), "MPConv": (1, 2)}

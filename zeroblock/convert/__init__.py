@@ -24,6 +24,7 @@ from . import (  # noqa: F401
     diffusers_transformer,
     dit,
     edm,
+    edm2,
     gated,
     guided_diffusion,
     ldm,

@@ -37,6 +37,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -73,6 +74,10 @@ class Family:
 
     def example(self, block: Any) -> tuple | None:
         raise NotImplementedError
+
+    def specimen(self, block: nn.Module) -> nn.Module:
+        """What the proof copies: the block, or less of it where the rest proves nothing."""
+        return block
 
     def claims(self, block: nn.Module) -> Iterable[nn.Module]:
         return block.modules()
@@ -147,17 +152,18 @@ def applied(block: nn.Module) -> _Applied | None:
 
 def _replacement(method: Callable, family: Family) -> Callable:
     forward, backend = family.forward, family.backend
-    if backend == "auto":
+    parameters = inspect.signature(forward).parameters.values()
+    names = tuple(p.name for p in parameters)
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
-        @functools.wraps(method)
-        def replaced(self, *args, **kwargs):
+    @functools.wraps(method)
+    def replaced(self, *args, **kwargs):
+        if kwargs and not takes_all and not all(name in names for name in kwargs):
+            return method(self, *args, **kwargs)  # a fork's own argument
+        if backend == "auto":
             return forward(self, *args, **kwargs)
-    else:
-
-        @functools.wraps(method)
-        def replaced(self, *args, **kwargs):
-            with _backends.use_backend(backend):
-                return forward(self, *args, **kwargs)
+        with _backends.use_backend(backend):
+            return forward(self, *args, **kwargs)
 
     return replaced
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import functional, zero
 from .._compose import bare_residual
@@ -14,7 +15,7 @@ from ..nn import _common
 from ..nn.residual import residual_branch
 from ..reference import modulation
 
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)  # the last one stands for the others in torch.export
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

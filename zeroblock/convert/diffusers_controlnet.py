@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import zero
 from .._autocast import autocast_dtype
+from .._layout import channels_last_format
 from ..nn import _common
 from ._core import Family, lacks, register
 from ._transformer import draws, is_plain
@@ -32,6 +33,8 @@ class ControlNetModel(Family):
     classes = ("ControlNetModel",)
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        if not type(block).forward.__module__.startswith("diffusers."):
+            return "its forward is not diffusers' own"
         missing = lacks(block, "conv_in", "down_blocks", "mid_block", "controlnet_down_blocks", "controlnet_mid_block")
         if missing is not None:
             return missing
@@ -113,10 +116,13 @@ class ControlNetModel(Family):
         if guess:
             scales = torch.logspace(-1, 0, len(convs), device=sample.device) * scale
         sizes = self._sizes(block, tuple(sample.shape[2:]))
+        layout = channels_last_format(sample) or channels_last_format(block.conv_in.weight) or torch.contiguous_format
         maps = []
         for conv, size, s in zip(convs, [*sizes, sizes[-1]], scales, strict=True):
             dtype = autocast_dtype(conv.weight) or conv.weight.dtype
-            y = sample.new_zeros((sample.shape[0], conv.weight.shape[0], *size), dtype=dtype)
+            y = torch.zeros(
+                (sample.shape[0], conv.weight.shape[0], *size), dtype=dtype, device=sample.device
+            ).contiguous(memory_format=layout)
             if conv.bias is not None:
                 y += conv.bias.to(dtype)[:, None, None]
             maps.append(y * s)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,16 +32,34 @@ class _TwoStreams(Family):
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")
 
-    def _both_zero(self, *gates: Tensor) -> bool:
-        """Without gradients: the attention, which all of these gates need, need not be run."""
-        if (
-            torch.is_grad_enabled()
-            or not is_plain(*gates)
-            or not zero.may_skip_branch(self.name, self.zero_skip, gates[0])
-        ):
+    def _attended(
+        self, attn: nn.Module, attend: Callable, x: Tensor, context: Tensor, gates: tuple[Tensor, Tensor], *h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(x + gate * out, context + gate_context * out_context), out, out_context = attend(*h) by the module attn; it
+        is skipped while both gates are zero."""
+        if not self._all_zero(attn, gates):
+            outs = attend(*h)
+            return gated(x, gates[0], outs[0]), gated(context, gates[1], outs[1])
+        if not torch.is_grad_enabled() and not draws(attn):
+            return copied(x), copied(context)
+        # As one stream, so that the attention runs once and both gates get their gradients of it.
+        gate = torch.cat([g[:, None].expand_as(t) for g, t in zip(gates, (x, context), strict=True)], dim=1)
+        y = residual_branch(
+            self.name, self.zero_skip, torch.cat([x, context], dim=1),
+            lambda *h: torch.cat(attend(*h), dim=1), None, gate, h, modules=(attn,), random=draws(attn),
+        )  # fmt: skip
+        assert y is not None
+        x, context = y.split([x.shape[1], context.shape[1]], dim=1)
+        return x.contiguous(), context.contiguous()
+
+    def _all_zero(self, attn: nn.Module, gates: tuple[Tensor, ...]) -> bool:
+        if not is_plain(*gates) or not zero.may_skip_branch(self.name, self.zero_skip, gates[0]):
+            return False
+        if not zero.bypassable((attn,)):
             return False
         found = all(map(zero.is_exactly_zero, gates))
-        zero.count(self.name, found)
+        if not found or not torch.is_grad_enabled():
+            zero.count(self.name, found)
         return found
 
     def _context_rows(self, block: Any) -> tuple[Tensor, ...]:
@@ -54,8 +73,8 @@ class JointTransformerBlock(_TwoStreams):
     The block of Stable Diffusion 3 and 3.5 (with a second attention of x alone). Source: diffusers
     models/attention.py.
     Inference: attention is not run while the gates of both streams are zero, a feed-forward not while its own is.
-    Training forward while a gate is zero: its feed-forward runs once, without a graph; the attention as ever.
-    Training backward while zero: of a feed-forward the gate's gradient alone; the rest are zeros.
+    Training forward while the gates are zero: attention and feed-forward run once, without a graph.
+    Training backward while zero: the gates' gradients alone; the rest are zeros.
     """
 
     name = "JointTransformerBlock"
@@ -89,20 +108,15 @@ class JointTransformerBlock(_TwoStreams):
         h, gate, *mlp = block.norm1(x, emb=temb)
         if block.use_dual_attention:
             *mlp, h2, gate2 = mlp
-        gates = [gate]
+        attn = block.attn
         if block.context_pre_only:
             h_context = block.norm1_context(context, temb)
+            attend = lambda h, h_context: attn(hidden_states=h, encoder_hidden_states=h_context)[0]  # noqa: E731
+            x = gated_branch(self, x, gate, attend, (h, h_context), attn)
         else:
             h_context, gate_context, *mlp_context = block.norm1_context(context, emb=temb)
-            gates.append(gate_context)
-
-        if zero.bypassable((block.attn,)) and not draws(block.attn) and self._both_zero(*gates):
-            x, context = copied(x), copied(context)
-        else:
-            out, out_context = block.attn(hidden_states=h, encoder_hidden_states=h_context)
-            x = gated(x, gate, out)
-            if not block.context_pre_only:
-                context = gated(context, gate_context, out_context)
+            attend = lambda h, h_context: attn(hidden_states=h, encoder_hidden_states=h_context)  # noqa: E731
+            x, context = self._attended(attn, attend, x, context, (gate, gate_context), h, h_context)
         if block.use_dual_attention:
             x = gated_branch(self, x, gate2, lambda h: block.attn2(hidden_states=h), (h2,), block.attn2)
         x = feed_forward(self, block.ff, block.norm2, x, *mlp)
@@ -117,8 +131,8 @@ class FluxTransformerBlock(_TwoStreams):
 
     The two-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
     Inference: attention is not run while the gates of both streams are zero, a feed-forward not while its own is.
-    Training forward while a gate is zero: its feed-forward runs once, without a graph; the attention as ever.
-    Training backward while zero: of a feed-forward the gate's gradient alone; the rest are zeros.
+    Training forward while the gates are zero: attention and feed-forward run once, without a graph.
+    Training backward while zero: the gates' gradients alone; the rest are zeros.
     """
 
     name = "FluxTransformerBlock"
@@ -145,21 +159,18 @@ class FluxTransformerBlock(_TwoStreams):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         x, context = hidden_states, encoder_hidden_states
-        if joint_attention_kwargs or x.dim() != 3:
+        # What an image prompt's adapter adds has no gate.
+        if joint_attention_kwargs or x.dim() != 3 or hasattr(block.attn.processor, "to_k_ip"):
             return self.eager(block, x, context, temb, image_rotary_emb, joint_attention_kwargs)
         h, gate, *mlp = block.norm1(x, emb=temb)
         h_context, gate_context, *mlp_context = block.norm1_context(context, emb=temb)
-        if zero.bypassable((block.attn,)) and not draws(block.attn) and self._both_zero(gate, gate_context):
-            extra: list[Tensor] = []
-            x, context = copied(x), copied(context)
-        else:
-            out, out_context, *extra = block.attn(
-                hidden_states=h, encoder_hidden_states=h_context, image_rotary_emb=image_rotary_emb
-            )
-            x, context = gated(x, gate, out), gated(context, gate_context, out_context)
+        attn = block.attn
+
+        def attend(h: Tensor, h_context: Tensor) -> tuple[Tensor, Tensor]:
+            return attn(hidden_states=h, encoder_hidden_states=h_context, image_rotary_emb=image_rotary_emb)
+
+        x, context = self._attended(attn, attend, x, context, (gate, gate_context), h, h_context)
         x = feed_forward(self, block.ff, block.norm2, x, *mlp)
-        for from_adapter in extra:
-            x = x + from_adapter
         context = feed_forward(self, block.ff_context, block.norm2_context, context, *mlp_context)
         return _clipped(context), x
 

@@ -3,64 +3,20 @@ left as they are (their projections and zero convolutions are the single layers 
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import zero
 from .._autocast import autocast_dtype
 from .._compose import bare_residual
 from .._layout import channels_last_format
-from ..nn import _common
-from ._core import Family, lacks, register
-
-
-class _Inference(Family):
-    """A block that is skipped while nobody wants gradients and all its zero layers are zero.
-
-    What it returns then is foretold from the biases. The first time, for every size, the original runs and must confirm
-    the prophecy bit for bit; a block that does something else is never skipped.
-    """
-
-    def __init__(self, *options: str):
-        super().__init__(*options)
-        self.confirmed: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-    def example(self, block: Any) -> None:
-        return None
-
-    def zero_layers(self, block: Any) -> list[Any]:
-        raise NotImplementedError
-
-    def claims(self, block: Any) -> Iterable[nn.Module]:
-        return (block,)
-
-    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"": tuple(layer.weight for layer in self.zero_layers(block))}
-
-    def skips(self, block: Any) -> bool:
-        """Whether the block may be skipped at this call and is zero."""
-        layers = self.zero_layers(block)
-        if torch.is_grad_enabled() or not all(_is_plain(layer) for layer in layers):
-            return False
-        if not zero.may_skip_branch(self.name, self.zero_skip, layers[0].weight):
-            return False
-        if _common.may_draw(block) or not zero.bypassable(block.children()):
-            return False
-        found = all(zero.is_exactly_zero(layer.weight) for layer in layers)
-        zero.count(self.name, found)
-        return found
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return _common.is_plain_conv(layer) or _common.is_plain_linear(layer)
+from ._core import lacks, register
+from ._inference import InferenceSkip, is_plain_layer
 
 
 @register
-class SpatialTransformer(_Inference):
+class SpatialTransformer(InferenceSkip):
     """y = x + proj_out(blocks(proj_in(norm x), context)), proj_out zero at the start.
 
     Source: CompVis/latent-diffusion `ldm.modules.attention.SpatialTransformer`, Stability-AI/generative-models
@@ -76,7 +32,7 @@ class SpatialTransformer(_Inference):
 
     def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
-        return missing or (None if _is_plain(block.proj_out) else "its proj_out is not a plain layer")
+        return missing or (None if is_plain_layer(block.proj_out) else "its proj_out is not a plain layer")
 
     def zero_layers(self, block: Any) -> list[Any]:
         return [block.proj_out]
@@ -98,7 +54,7 @@ class SpatialTransformer(_Inference):
 
 
 @register
-class ControlNet(_Inference):
+class ControlNet(InferenceSkip):
     """[zero_conv(h) for every feature map h of a copied encoder] and for the middle block, all zero at the start.
 
     Source: lllyasviel/ControlNet `cldm.cldm.ControlNet`. Its ResBlocks and zero convolutions are families of their own.
@@ -113,7 +69,7 @@ class ControlNet(_Inference):
 
     def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "input_blocks", "middle_block", "zero_convs.0.0", "middle_block_out.0", "input_hint_block")
-        plain = missing is None and all(map(_is_plain, self.zero_layers(block)))
+        plain = missing is None and all(map(is_plain_layer, self.zero_layers(block)))
         return missing or (None if plain else "its zero convolutions are not plain ones")
 
     def zero_layers(self, block: Any) -> list[Any]:
