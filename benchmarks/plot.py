@@ -148,7 +148,14 @@ def saved(plt, rows: list[dict], title: str):
     return figure
 
 
-PLOTS = {"memory_bound": memory_bound, "zero": zero, "dense": dense, "overhead": overhead, "saved": saved}
+PLOTS = {
+    "memory_bound": memory_bound,
+    "zero": zero,
+    "dense": dense,
+    "frozen": dense,
+    "overhead": overhead,
+    "saved": saved,
+}
 
 
 def draw(folder: Path) -> list[Path]:

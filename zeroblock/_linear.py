@@ -79,8 +79,6 @@ def _why_not_packed(P, x, weight, bias, activation):
         return "the weight is not frozen, or not packed"
     if not _mkldnn_enabled():
         return "oneDNN is off"
-    if x.dtype == torch.float32 and x.stride(-1) != 1 and x.shape[-1] > PIECE // 2:
-        return "x is transposed, for which the library's own float32 kernel is more exact"
     return "x is empty" if x.numel() == 0 else None
 
 
