@@ -162,8 +162,14 @@ def models(plt, rows: list[dict], title: str):
 
 
 PLOTS = {
-    "memory_bound": memory_bound, "zero": zero, "dense": dense, "overhead": overhead, "saved": saved, "models": models,
-}  # fmt: skip
+    "memory_bound": memory_bound,
+    "zero": zero,
+    "dense": dense,
+    "frozen": dense,
+    "overhead": overhead,
+    "saved": saved,
+    "models": models,
+}
 
 
 def draw(folder: Path) -> list[Path]:

@@ -123,7 +123,7 @@ def _frozen_class(original: type[nn.Module]) -> type[nn.Module]:
         elif original.forward is nn.Linear.forward:
             bases = (FrozenLinear, original)
         else:  # its forward ends in nn.Linear's, in front of which FrozenLinear goes
-            bases = (_Frozen, original, FrozenLinear)
+            bases = (original, FrozenLinear)
         members = {
             "_zeroblock_original": original,
             "__module__": original.__module__,
