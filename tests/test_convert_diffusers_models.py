@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import zeroblock as zb
 from zeroblock import testing
+from zeroblock.convert._core import FAMILIES
 
 from .model_cases import Case, accelerated, check, check_training, evaluate, infer, normal, outputs, prepared, rows
 
@@ -220,3 +222,10 @@ def test_controlnet_with_another_forward_is_left_alone():
     model, _ = _control("zero")
     model.__class__ = Louder
     assert [(b.path, b.reason) for b in accelerated(model)[1].left_alone] == [("", "its forward is not diffusers' own")]
+
+
+def test_the_proof_of_a_model_copies_one_block():
+    model = diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=5, sample_size=4, num_embeds_ada_norm=10)
+    family = FAMILIES["DiTTransformer2DModel"]()
+    assert len(family.specimen(model).transformer_blocks) == 1 and len(model.transformer_blocks) == 5
+    assert len(zb.accelerate(model).branches) == 11
