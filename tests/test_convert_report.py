@@ -1,5 +1,7 @@
 """accelerate() and restore(): what they report and refuse, and that the checks of their tests can fail."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,11 @@ def test_backend_of_the_forward():
     y = net(*inputs)
     zb.restore(net)
     torch.testing.assert_close(net(*inputs), y, rtol=1e-4, atol=1e-4)
+
+
+def test_every_family_is_in_the_readme():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert [name for name in zb.convert.families() if f"`{name}`" not in readme] == []
 
 
 def test_families_have_texts():
