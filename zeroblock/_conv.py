@@ -17,6 +17,7 @@ from ._packed import ONEDNN, Geometry
 from ._plan import PlannedOp, reduced_allowed
 from ._plan_measure import describe_images, describe_weight
 
+_copies = _packed._copies
 _mkldnn_enabled = torch._C._get_mkldnn_enabled
 _pointwise: Any = torch.ops.mkldnn._convolution_pointwise.default if ONEDNN else None
 _pointwise_binary: Any = torch.ops.mkldnn._convolution_pointwise.binary if ONEDNN else None
@@ -29,8 +30,11 @@ _ADD: tuple = ("add", None, None, [], None)
 
 def unit_geometry(padding: list[int]) -> Geometry:
     """Stride 1, dilation 1, one group."""
-    ones = (1,) * len(padding)
+    ones = _ONES[len(padding)]
     return ones, tuple(padding), ones, 1
+
+
+_ONES = tuple((1,) * n for n in range(4))
 
 
 def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
@@ -148,10 +152,10 @@ def _packed_weight(P, h, weight, bias, residual, geometry):
 
 
 def _signature(P, h, weight, bias, residual, geometry):
-    added = None if residual is None else (residual.stride(), residual.dtype)
     return (
-        P, h.shape, h.stride(), h.dtype, h.device, weight.shape, weight.stride(), bias is None, added, geometry,
-        _packed.is_frozen(weight), _mkldnn_enabled(),
+        P, h.shape, h.stride(), h.dtype, h.is_cpu or h.device, weight.shape, weight.stride(), bias is None, geometry,
+        residual is None or residual.stride(), residual is None or residual.dtype,
+        len(_copies) and _packed.is_frozen(weight), _mkldnn_enabled(),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ._packed import LONGEST, ONEDNN, PIECE
 from ._plan import PlannedOp
 from ._plan_measure import describe_rows, describe_weight
 
+_copies = _packed._copies
 _mkldnn_enabled = torch._C._get_mkldnn_enabled
 _pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if ONEDNN else None
 _pointwise_binary: Any = torch.ops.mkldnn._linear_pointwise.binary if ONEDNN else None
@@ -110,8 +111,8 @@ LINEAR = PlannedOp(
     "linear",
     _library,
     signature=lambda P, x, weight, bias, activation: (
-        P, x.shape, x.stride(), x.dtype, x.device, weight.shape, weight.stride(), bias is None, activation,
-        _packed.is_frozen(weight), _mkldnn_enabled(),
+        P, x.shape, x.stride(), x.dtype, x.is_cpu or x.device, weight.shape, weight.stride(), bias is None,
+        activation, len(_copies) and _packed.is_frozen(weight), _mkldnn_enabled(),
     ),
     describe=_describe,
     work=lambda P, x, weight, bias, activation: 2 * x.numel() * weight.shape[0],

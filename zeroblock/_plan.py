@@ -47,15 +47,28 @@ _lock = threading.RLock()
 _store: Store | None = None
 _deterministic = torch._C._get_deterministic_algorithms
 _precision = torch._C._get_float32_matmul_precision
+_threads = torch.get_num_threads
 
 
 class _State(threading.local):
-    fixed = False
-    training = False
-    reduced = False
+    """What this thread's calls are: one number, because reading a thread's attribute costs as much as a flag."""
+
+    mode = 0
+    FIXED, TRAINING, REDUCED = 1, 2, 4
 
 
-state = _State()
+def _flag(bit: int) -> property:
+    def write(self: _State, on: bool) -> None:
+        self.mode = self.mode | bit if on else self.mode & ~bit
+
+    return property(lambda self: bool(self.mode & bit), write)
+
+
+class _Flags(_State):
+    fixed, training, reduced = (_flag(bit) for bit in (_State.FIXED, _State.TRAINING, _State.REDUCED))
+
+
+state = _Flags()
 
 
 @contextlib.contextmanager
@@ -183,9 +196,10 @@ class PlannedOp:
     def __call__(self, *args: Any) -> Any:
         if len(self.candidates) == 1:
             return self.library.run(*args)
-        if state.fixed or _deterministic():
+        mode = state.mode
+        if mode & _State.FIXED or _deterministic():
             return self._fixed(args).run(*args)
-        key = self.signature(*args), state.training, state.reduced, torch.get_num_threads(), _precision()
+        key = self.signature(*args), mode, _threads(), _precision()
         run = self._memory.get(key)
         if run is None:
             run = self._resolve(key, args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -33,7 +32,7 @@ def time_call(name: str, run: Callable[[], Any], device: torch.device) -> float:
 def measure(
     runs: dict[str, Callable[[], Any]], device: torch.device, timer: Callable[..., float] = time_call
 ) -> dict[str, float | None]:
-    """Median seconds of each run, all warm and in turns, so that a slow spell of the machine hits every one.
+    """Least seconds of each run, all warm and in turns: what else the machine did is in the others.
 
     The library's way (the first) may raise; another that does is out (None), with a warning.
     """
@@ -54,7 +53,7 @@ def measure(
             samples[name].append(timer(name, runs[name], device))  # type: ignore[union-attr]
         if i + 1 >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:
             break
-    return {name: None if s is None else statistics.median(s) for name, s in samples.items()}
+    return {name: None if s is None else min(s) for name, s in samples.items()}
 
 
 def choose(times: dict[str, float | None], preferred: str) -> str:

@@ -46,7 +46,7 @@ DIRECTORY = _default_directory()
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One measurement: median seconds per candidate (None: it failed), and the candidate that was chosen."""
+    """One measurement: least seconds per candidate (None: it failed), and the candidate that was chosen."""
 
     choice: str
     times: dict[str, float | None]
