@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _backends, zero
+from . import _backends, _winograd, zero
 from ._layout import channels_last_format
 from .reference import channel_view, conv, dropout_keep, modulation
 
@@ -119,11 +119,15 @@ def conv_residual(P, h, weight, bias, residual, padding, zero_skip):
     skipped = _conv_or_skip("conv_residual", h, weight, bias, residual, padding, zero_skip)
     if skipped is not None:
         return skipped
-    return add_residual(residual, _conv(h, weight, bias, padding)), _verdict(h, EXECUTED)
+    if tile := _winograd.choose(P, h, weight, padding):
+        y = _winograd.conv(P, h, weight, bias, residual, padding, tile=tile)
+    else:
+        y = add_residual(residual, _conv(h, weight, bias, padding))
+    return y, _verdict(h, EXECUTED)
 
 
 def conv_grads(dy, h, weight, has_bias, padding, mask):
-    """(dh, dweight, dbias) of conv(h), each only where mask asks."""
+    """(dh, dweight, dbias) of conv(h), each only where mask asks, by the library."""
     dims = weight.dim() - 2
     ones, zeros = [1] * dims, [0] * dims
     bias_sizes = [weight.shape[0]] if has_bias else None
@@ -138,6 +142,8 @@ def conv_grads(dy, h, weight, has_bias, padding, mask):
 def conv_residual_bwd(P, dy, h, weight, skipped, padding, has_bias, mask):
     dy = dy.to(weight.dtype)
     if not int(skipped):
+        if tile := _winograd.choose(P, h, weight, padding):
+            return _winograd.conv_grads(P, dy, h, weight, has_bias, padding, mask, tile=tile)
         return conv_grads(dy, h, weight, has_bias, padding, mask)
     _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
     return _zeros(h) if mask[0] else None, dweight, dbias
@@ -170,8 +176,18 @@ def group_norm_silu_conv_residual(
         y, verdict = skipped
         moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
         return y, moments[0].clone(), moments[1].clone(), verdict
+    tile = _winograd.choose(P, x, weight, padding)
+    if tile and keep is None:  # norm and activation are part of the convolution; a dropout mask comes between them
+        mean, rstd = _winograd.statistics(P, x, num_groups, eps)
+        norm = _winograd.Norm(num_groups, mean, rstd, norm_weight, norm_bias, scale, shift)
+        y = _winograd.conv(P, x, weight, bias, residual, padding, tile=tile, norm=norm)
+        return y, mean, rstd, _verdict(x, EXECUTED)
     h, mean, rstd = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    return add_residual(residual, _conv(h, weight, bias, padding)), mean, rstd, _verdict(x, EXECUTED)
+    if tile:
+        y = _winograd.conv(P, h, weight, bias, residual, padding, tile=tile)
+    else:
+        y = add_residual(residual, _conv(h, weight, bias, padding))
+    return y, mean, rstd, _verdict(x, EXECUTED)
 
 
 def group_norm_silu_conv_residual_bwd(
@@ -189,8 +205,15 @@ def group_norm_silu_conv_residual_bwd(
         _, dweight, dbias = conv_grads(dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
         upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
         return *((None if t is None else _zeros(t)) for t in upstream), dweight, dbias
-    h, _, _ = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    dh, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, mask)
+    tile, norm, h = _winograd.choose(P, x, weight, padding), None, x
+    if tile and keep is None:
+        norm = _winograd.Norm(num_groups, mean, rstd, norm_weight, norm_bias, scale, shift)
+    elif mask[1] or not tile:
+        h, _, _ = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
+    if tile:
+        dh, dweight, dbias = _winograd.conv_grads(P, dy, h, weight, has_bias, padding, mask, tile=tile, norm=norm)
+    else:
+        dh, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, mask)
     if not mask[0]:
         return None, None, None, None, None, dweight, dbias
     del h
