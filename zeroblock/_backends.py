@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _plain
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 
 
 def _load_extension() -> str | None:
@@ -42,6 +42,8 @@ if CPU_MISSING is None:
 
     _cpu = _cpu_primitives
 
+from . import _cuda  # noqa: E402  (after the extension, whose ops it looks up)
+
 _forced = os.environ.get("ZEROBLOCK_BACKEND", "auto")
 if _forced not in ("auto", *BACKENDS):
     raise ValueError(f"ZEROBLOCK_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_forced!r}")
@@ -49,17 +51,35 @@ if _forced not in ("auto", *BACKENDS):
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the block with one backend ("reference", "cpu") for every tensor it can take, or "auto"."""
+    """Runs the block with one backend of BACKENDS for every tensor it can take, or "auto"."""
     global _forced
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"use_backend: name must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpu" and CPU_MISSING is not None:
         raise RuntimeError(f"use_backend: the cpu backend cannot run: {CPU_MISSING}")
+    if name == "cuda" and (missing := cuda_missing()) is not None:
+        raise RuntimeError(f"use_backend: the cuda backend cannot run: {missing}")
     before, _forced = _forced, name
     try:
         yield
     finally:
         _forced = before
+
+
+def cuda_missing() -> str | None:
+    """None when the CUDA kernels can run, else the reason."""
+    if _cuda.MISSING is None and _cuda.device == "cuda" and not torch.cuda.is_available():
+        return f"built for {_cuda.archs()}, but no GPU is visible"
+    return _cuda.MISSING
+
+
+def why_not_cuda(x: Tensor) -> str | None:
+    """None when the CUDA kernels take x, else the reason."""
+    if _cuda.MISSING is not None:
+        return _cuda.MISSING
+    if x.device.type != _cuda.device:
+        return f"the tensor is on {x.device.type}"
+    return None if x.dtype in _cuda.DTYPES else f"no kernel for {x.dtype}"
 
 
 def why_not_cpu(x: Tensor) -> str | None:
@@ -75,6 +95,9 @@ def why_not_cpu(x: Tensor) -> str | None:
 
 def select(op: str, x: Tensor) -> ModuleType:
     """The primitives module for a call of `op` with leading tensor x."""
+    if _forced in ("auto", "cuda") and _cuda.MISSING is None and x.device.type == _cuda.device:
+        if x.dtype in _cuda.DTYPES or op == "is_zero":
+            return _cuda
     if _cpu is not None and _forced != "reference" and x.device.type == "cpu":
         if x.dtype in CPU_DTYPES or op == "is_zero":
             return _cpu

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from .. import _cuda
 from . import assert_bitwise_equal, assert_error_budget, poison_empty
 from .cases import Case, Inputs
 from .draw import Draw
@@ -19,8 +20,8 @@ DRAWS, MOST_DRAWS, ENOUGH_NUMBERS = 4, 16, 128
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tensors live."""
-    return "cuda" if backend in ("triton", "cuda") else "cpu"
+    """Where a backend's tensors live: those of emulated CUDA kernels on the CPU."""
+    return _cuda.device if backend == "cuda" else "cpu"
 
 
 def leaves(inputs: Inputs, dtype: torch.dtype, wrt: Collection[str]) -> Inputs:

@@ -1,0 +1,153 @@
+"""The primitives on the CUDA C++ kernels of csrc/cuda: settles layouts, then calls the private ops of
+csrc/bindings_cuda.cpp.
+
+Same names and signatures as `_cpu.py`. Small operands travel in their own dtype and strides, and no call waits for the
+device. `MISSING` says why the kernels cannot run here; with the emulator of tests/simt they run on CPU tensors
+(`library`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ._cpu import _dense_view, _gate_gradient, _is_single, _like, _row, _tokens, _untokens
+from ._layout import as_layout, channels_last_format
+from ._plain import activation, activation_bwd, add_bias, linear
+from .reference import promoted
+
+__all__ = ["activation", "activation_bwd", "add_bias", "linear"]
+
+NAME = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPS = ("zero_flag", "group_norm_silu", "group_norm_silu_bwd", "row_norm", "row_norm_bwd", "gate_residual",
+        "gate_residual_bwd")  # fmt: skip
+
+device = "cuda"  # where the tensors of the current library live
+MISSING: str | None = None
+_ops = SimpleNamespace()
+
+
+def _load(namespace: str) -> SimpleNamespace:
+    lib = getattr(torch.ops, namespace)
+    return SimpleNamespace(**{name: getattr(lib, f"_{name}_cuda").default for name in _OPS})
+
+
+try:
+    _ops = _load("zeroblock")
+except AttributeError:
+    MISSING = (
+        "the extension was built without CUDA kernels (they need a CUDA build of torch and nvcc; "
+        "ZEROBLOCK_BUILD_CUDA=1 says what is missing)"
+    )
+
+
+def archs() -> str:
+    """The GPU architectures that the kernels were compiled for."""
+    return torch.ops.zeroblock._cuda_archs()
+
+
+@contextlib.contextmanager
+def library(namespace: str, on: str) -> Iterator[None]:
+    """Runs the block with the private ops of torch.ops.<namespace>, whose tensors live on device type `on`."""
+    global _ops, device, MISSING
+    before = _ops, device, MISSING
+    _ops, device, MISSING = _load(namespace), on, None
+    try:
+        yield
+    finally:
+        _ops, device, MISSING = before
+
+
+def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, zero=None):
+    layout = channels_last_format(x)
+    x = as_layout(x, layout)
+    return _ops.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, layout is not None, zero)
+
+
+def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, zero=None):
+    layout = channels_last_format(x)
+    x, dy = as_layout(x, layout), as_layout(dy.to(x.dtype), layout)
+    dx, dweight, dbias, dscale, dshift = _ops.group_norm_silu_bwd(
+        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, zero
+    )
+    return dx, _like(dweight, weight), _like(dbias, bias), _like(dscale, scale), _like(dshift, shift)
+
+
+def _operand(v: Tensor | None, x: Tensor) -> Tensor | None:
+    """A per-token operand comes in the dtype of x: its gradient has that of the activations."""
+    return v if v is None or v.dim() != 3 else v.to(x.dtype)
+
+
+def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms, zero=None):
+    shift, scale, x = _operand(shift, x), _operand(scale, x), x.contiguous()
+    _, y, mean, rstd = _ops.row_norm(x, None, None, shift, scale, weight, bias, eps, rms, zero)
+    return y, None if rms else mean, rstd
+
+
+def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms, zero=None):
+    x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
+    dx, _, _, dshift, dscale, dweight, dbias = _ops.row_norm_bwd(
+        None, dy, x, mean, rstd, None, None, _operand(shift, x), _operand(scale, x), weight, bias, rms, zero
+    )
+    dshift = _shift_gradient(dshift, dy, shift, scale)
+    return dx, _like(dshift, shift), _like(dscale, scale), _like(dweight, weight), _like(dbias, bias)
+
+
+def _shift_gradient(dshift: Tensor, dy: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """What the kernel leaves out: dy itself, or its sum over tokens where the kernel sums dy * (1 + scale) instead."""
+    if shift is not None and shift.dim() == 3:
+        return dy.clone()
+    if shift is not None and scale is not None and scale.dim() == 3:
+        return dy.sum(1, dtype=torch.float32)
+    return dshift
+
+
+def gate_residual(residual, gate, branch, zero=None):
+    dtype = promoted(residual, gate, branch)
+    layout, single = channels_last_format(residual), _is_single(gate)
+    branch = _tokens(branch.to(dtype), single, layout)
+    y = _ops.gate_residual(_tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch, zero)
+    return _untokens(y, residual.shape, layout)
+
+
+def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch, zero=None):
+    layout, single = channels_last_format(branch), _is_single(gate)
+    flat, dy = _tokens(branch.to(dy.dtype), single, layout), _tokens(dy, single, layout)
+    dgate, dbranch = _ops.gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch, zero)
+    return (
+        _gate_gradient(dgate, gate) if need_dgate else None,
+        _untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
+    )
+
+
+def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps, zero=None):
+    branch, residual = branch.contiguous(), residual.contiguous()
+    shift, scale = _operand(shift, branch), _operand(scale, branch)
+    return _ops.row_norm(residual, branch, _row(gate, branch), shift, scale, None, None, eps, False, zero)
+
+
+def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale, zero=None):
+    dx_new, dy, branch = (None if t is None else t.contiguous() for t in (dx_new, dy, branch))
+    dresidual, dbranch, dgate, dshift, dscale, _, _ = _ops.row_norm_bwd(
+        dx_new, dy, x_new, mean, rstd, branch, _row(gate, branch), _operand(shift, branch), _operand(scale, branch),
+        None, None, False, zero,
+    )  # fmt: skip
+    if _is_single(gate):
+        dgate = dgate.sum(dtype=torch.float32).view(1)
+    dshift = _shift_gradient(dshift, dy, shift, scale)
+    return dresidual, _gate_gradient(dgate, gate), dbranch, _like(dshift, shift), _like(dscale, scale)
+
+
+def zero_flags(tensors: list[Tensor]) -> Tensor:
+    """bool [len] on the device: which tensors are all +0 or -0. One launch for every 64 tensors, no synchronisation."""
+    return _ops.zero_flag([t if t.is_contiguous() else _dense_view(t) for t in tensors])
+
+
+def is_zero(t: Tensor) -> bool:
+    """Reads the answer back to the host."""
+    return bool(zero_flags([t])[0])
