@@ -1,119 +1,9 @@
-// The torch side of the CUDA kernels (stable ABI), as bindings.cpp is that of the CPU kernels: checks what memory
-// safety needs, allocates on the device, fills the parameter block of cuda/cuda_kernels.h and launches on the current
-// stream. Nothing waits for the device; a launch that fails becomes a Python exception with the op's name.
-//
-// Under ZB_SIMT (tests/simt) the same file binds the emulated kernels to CPU tensors, in another namespace.
-#ifdef ZB_SIMT
-#define ZB_KEY CPU
-#else
-#define ZB_IS_HERE(t) (t).is_cuda()
-#define ZB_HERE "GPU"
-#define ZB_KEY CUDA
-#endif
-#ifndef ZB_NAMESPACE
-#define ZB_NAMESPACE zeroblock
-#endif
-#ifndef ZB_CUDA_ARCHS
-#define ZB_CUDA_ARCHS "emulated"
-#endif
-
-#include <torch/csrc/stable/accelerator.h>
-
-#include <string>
-
-#include "binding_args.h"
-#include "cuda/cuda_kernels.h"
+// The torch side of the CUDA kernels of norms and gates (stable ABI), as bindings.cpp is that of the CPU kernels:
+// checks what memory safety needs, allocates on the device, fills the parameter block of cuda/cuda_kernels.h and
+// launches on the current stream.
+#include "binding_cuda.h"
 
 namespace {
-
-using cuda::Grad;
-using cuda::Operand;
-
-// The device of x and its current stream, for the duration of a call.
-#ifdef ZB_SIMT
-struct Here {
-  explicit Here(const Tensor&) {}
-  void* stream = nullptr;
-};
-#else
-struct Here {
-  explicit Here(const Tensor& x)
-      : guard(x.get_device_index()),
-        stream(torch::stable::accelerator::getCurrentStream(x.get_device_index()).nativeHandle()) {}
-  torch::stable::accelerator::DeviceGuard guard;
-  void* stream;
-};
-#endif
-
-void check_launch(const char* op, int status) {
-  STD_TORCH_CHECK(status == 0, op, ": the CUDA kernel was not launched: ", cuda::error_string(status));
-}
-
-Tensor workspace(const Tensor& like, int64_t floats) { return f32(like, {floats}); }
-
-// A small operand in its own dtype when that is fp32 or x's and its last dimension is contiguous, else an fp32 copy.
-// [D], [B, D] or [B, T, D]; the first broadcasts over samples.
-Operand as_operand(const MaybeTensor& t, const Tensor& x, std::vector<int64_t> size, std::vector<Tensor>& keep,
-                   const char* what) {
-  if (!t.has_value()) return {nullptr, DType::kF32, false, 0, 0};
-  const int64_t dims = t->dim(), D = size.back();
-  bool fits = ZB_IS_HERE(*t) && dims >= 1 && dims <= static_cast<int64_t>(size.size());
-  for (int64_t d = 1; fits && d <= dims; ++d) {
-    const int64_t full = dims == 2 && d == 2 ? size[0] : size[size.size() - d];
-    fits = t->size(dims - d) == full;
-  }
-  STD_TORCH_CHECK(fits, "zeroblock: ", what, " does not fit x");
-  Tensor v = *t;
-  const bool own = v.scalar_type() == ScalarType::Float || v.scalar_type() == x.scalar_type();
-  if (!own) v = torch::stable::to(v, ScalarType::Float);
-  if (D > 1 && v.stride(dims - 1) != 1) v = torch::stable::contiguous(v);
-  keep.push_back(v);
-  return {v.const_data_ptr(), dtype_of(v), dims == 3, dims >= 2 ? v.stride(0) : 0, dims == 3 ? v.stride(1) : 0};
-}
-
-ScalarType scalar_type(DType dtype) {
-  return dtype == DType::kF32 ? ScalarType::Float : dtype == DType::kBF16 ? ScalarType::BFloat16 : ScalarType::Half;
-}
-
-// A gradient in the dtype in which the kernel reads its operand; undefined, and not computed, without an operand.
-Tensor grad_of(const Operand& o, const Tensor& x, std::vector<int64_t> size, Grad& grad) {
-  if (o.ptr == nullptr) return absent();
-  Tensor t = torch::stable::new_empty(x, size, scalar_type(o.dtype));
-  grad = {t.mutable_data_ptr(), o.dtype};
-  return t;
-}
-
-const uint8_t* zero_of(const MaybeTensor& zero) {
-  if (!zero.has_value()) return nullptr;
-  STD_TORCH_CHECK(ZB_IS_HERE(*zero) && zero->numel() >= 1 && zero->scalar_type() == ScalarType::Bool,
-                  "zeroblock: zero must be a bool tensor on the " ZB_HERE);
-  return static_cast<const uint8_t*>(zero->const_data_ptr());
-}
-
-// ---- zero_flag ------------------------------------------------------------------------------------------------------
-
-Tensor zero_flag(std::vector<Tensor> tensors) {
-  STD_TORCH_CHECK(!tensors.empty(), "zero_flag: tensors must not be empty");
-  const Here here(tensors[0]);
-  Tensor flags = torch::stable::new_empty(tensors[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
-  for (size_t first = 0; first < tensors.size(); first += cuda::kZeroFlagTensors) {
-    cuda::ZeroFlag p{};
-    for (size_t i = first; i < tensors.size() && p.count < cuda::kZeroFlagTensors; ++i) {
-      const Tensor& t = tensors[i];
-      const ScalarType type = t.scalar_type();
-      const int size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-      STD_TORCH_CHECK(
-          ZB_IS_HERE(t) && t.is_contiguous() && (size != 2 || type == ScalarType::BFloat16 || type == ScalarType::Half),
-          "zero_flag: tensors must be dense float64, float32, bfloat16 or float16 on the " ZB_HERE);
-      p.data[p.count] = t.const_data_ptr();
-      p.bytes[p.count] = t.numel() * size;
-      p.element_size[p.count++] = size;
-    }
-    p.flags = static_cast<uint8_t*>(flags.mutable_data_ptr()) + first;
-    check_launch("zero_flag", cuda::zero_flag(p, here.stream));
-  }
-  return flags;
-}
 
 // ---- group_norm_silu ------------------------------------------------------------------------------------------------
 
@@ -323,12 +213,9 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor bran
   return {dgate, dbranch};
 }
 
-std::string archs() { return ZB_CUDA_ARCHS; }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ZB_NAMESPACE, m) {
-  m.def("_zero_flag_cuda(Tensor[] tensors) -> Tensor");
   m.def(
       "_group_norm_silu_cuda(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, "
       "float eps, bool silu, bool channels_last, Tensor? zero) -> (Tensor, Tensor, Tensor)");
@@ -347,11 +234,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ZB_NAMESPACE, m) {
   m.def(
       "_gate_residual_bwd_cuda(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch, "
       "Tensor? zero) -> (Tensor, Tensor)");
-  m.def("_cuda_archs() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ZB_NAMESPACE, ZB_KEY, m) {
-  m.impl("_zero_flag_cuda", TORCH_BOX(&zero_flag));
   m.impl("_group_norm_silu_cuda", TORCH_BOX(&group_norm_silu));
   m.impl("_group_norm_silu_bwd_cuda", TORCH_BOX(&group_norm_silu_bwd));
   m.impl("_row_norm_cuda", TORCH_BOX(&row_norm));
@@ -359,5 +244,3 @@ STABLE_TORCH_LIBRARY_IMPL(ZB_NAMESPACE, ZB_KEY, m) {
   m.impl("_gate_residual_cuda", TORCH_BOX(&gate_residual));
   m.impl("_gate_residual_bwd_cuda", TORCH_BOX(&gate_residual_bwd));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(ZB_NAMESPACE, CompositeExplicitAutograd, m) { m.impl("_cuda_archs", TORCH_BOX(&archs)); }

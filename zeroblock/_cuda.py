@@ -24,8 +24,17 @@ __all__ = ["activation", "activation_bwd", "add_bias", "linear"]
 
 NAME = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OPS = ("zero_flag", "group_norm_silu", "group_norm_silu_bwd", "row_norm", "row_norm_bwd", "gate_residual",
-        "gate_residual_bwd")  # fmt: skip
+_OPS = (
+    "zero_flag",
+    "group_norm_silu",
+    "group_norm_silu_bwd",
+    "row_norm",
+    "row_norm_bwd",
+    "gate_residual",
+    "gate_residual_bwd",
+    "conv_residual",
+    "conv_moments",
+)
 
 device = "cuda"  # where the tensors of the current library live
 MISSING: str | None = None
@@ -141,6 +150,42 @@ def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, b
         dgate = dgate.sum(dtype=torch.float32).view(1)
     dshift = _shift_gradient(dshift, dy, shift, scale)
     return dresidual, _gate_gradient(dgate, gate), dbranch, _like(dshift, shift), _like(dscale, scale)
+
+
+def conv_takes(x: Tensor, weight: Tensor, padding: list[int]) -> bool:
+    """Whether the tensor-core convolution takes this call: half precision, 3x3 same or 1x1, channels by 8."""
+    K, C, *size = weight.shape
+    same = size in ([3, 3], [1, 1]) and list(padding) == [size[0] // 2] * 2
+    return same and x.dtype == weight.dtype and x.dtype in DTYPES[1:] and C % 8 == 0 and K % 8 == 0 and x.dim() == 4
+
+
+def _nhwc(t: Tensor | None) -> Tensor | None:
+    """A channels-last tensor in memory order; anything else is copied."""
+    return None if t is None else t.permute(0, 2, 3, 1).contiguous()
+
+
+def conv_residual(h, weight, bias, residual, statistics=False, zero=None):
+    """(residual + conv(h, weight, bias), partial statistics for `moments`), where `conv_takes`."""
+    y, partial = _ops.conv_residual(
+        _nhwc(h), _nhwc(weight), bias, _nhwc(residual), None, None, None, None, None, None, statistics, zero
+    )
+    return y.permute(0, 3, 1, 2), partial
+
+
+def group_norm_silu_conv_residual(
+    x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias, residual, statistics=False, zero=None
+):
+    """conv_residual of silu(norm(x)), which never reaches memory; mean and rstd are those of x."""
+    y, partial = _ops.conv_residual(
+        _nhwc(x), _nhwc(weight), bias, _nhwc(residual), mean, rstd, norm_weight, norm_bias, scale, shift, statistics,
+        zero,
+    )  # fmt: skip
+    return y.permute(0, 3, 1, 2), partial
+
+
+def moments(y, partial, num_groups, eps):
+    """mean and rstd [N, G] of y from the partial statistics that its convolution wrote."""
+    return _ops.conv_moments(partial, _nhwc(y), num_groups, eps)
 
 
 def zero_flags(tensors: list[Tensor]) -> Tensor:

@@ -128,7 +128,7 @@ inline bool is_vectorised(const Operand& o, int V) {
   return o.ptr == nullptr || (is_aligned(o.ptr) && o.stride_b % V == 0 && o.stride_t % V == 0);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // f(T()) for the element type.
 template <class F>

@@ -95,11 +95,18 @@ struct ConvResidual {
   Operand conv_bias;                   // [K]
   const void* residual;                // [N, H, W, K] or null
   void* y;
-  // Partial statistics of y for the next norm: per (n, next group, tile) the mean and the sum of centred squares, or
-  // null. Tiles as conv_residual_tiles says.
+  // Partial statistics of y for the next norm, or null: [N, conv_residual_tiles, K, 2], mean and sum of centred squares
+  // of each channel over a tile's pixels.
   float* partial;
-  int64_t next_groups;
   const uint8_t* zero;
+};
+
+// mean and rstd [N, G] of y [N, H, W, K] from the partial statistics of its convolution.
+struct ConvMoments {
+  int64_t N, H, W, K, G;
+  float eps;
+  const float* partial;
+  float *mean, *rstd;
 };
 
 // One table of pointers travels in the launch: nothing is copied to the device.
@@ -124,7 +131,8 @@ int gate_residual_fwd(const GateResidual&, void* stream);
 int gate_residual_bwd(const GateResidual&, void* stream);
 int64_t gate_residual_bwd_workspace(const GateResidual&);
 int conv_residual_fwd(const ConvResidual&, void* stream);
-int64_t conv_residual_tiles(const ConvResidual&);  // partial statistics per sample and group
+int conv_moments(const ConvMoments&, void* stream);
+int64_t conv_residual_tiles(const ConvResidual&);  // per sample
 
 // What went wrong, in words.
 const char* error_string(int status);

@@ -39,7 +39,9 @@ int launch(void (*kernel)(Params...), dim3 grid, int block, size_t bytes, void* 
       return static_cast<int>(status);
     }
   }
-  kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)> > >(args...);
+  // clang-format off
+  kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  // clang-format on
   return static_cast<int>(cudaGetLastError());
 #endif
 }
@@ -58,7 +60,6 @@ void copy_async_wait() {
   simt::copy_async_wait(N);
 }
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { simt::ldmatrix<4, false>(r, row); }
-inline void ldmatrix_x2(unsigned (&r)[2], const void* row) { simt::ldmatrix<2, false>(r, row); }
 inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
   simt::mma_m16n8k16(d, a, b, simt::widen_bf16);
 }
@@ -90,13 +91,6 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], const void* row) {
-  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared)
                : "memory");
 }

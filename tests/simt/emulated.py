@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 SIMT, CSRC = ROOT / "tests/simt", ROOT / "csrc"
+BINDINGS = [CSRC / "bindings_cuda.cpp", CSRC / "bindings_cuda_conv.cpp"]
 CACHE = ROOT / "build/simt"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 NAMESPACE = "zeroblock_simt"
@@ -60,7 +61,7 @@ def run(*command: str, env: dict[str, str] | None = None) -> subprocess.Complete
 
 def _hash(*parts: str) -> str:
     digest = hashlib.sha256()
-    headers = [*CSRC.glob("*.h"), CSRC / "bindings_cuda.cpp"]
+    headers = [*CSRC.glob("*.h"), *BINDINGS]
     for path in sorted([*headers, *(CSRC / "cuda").iterdir(), *SIMT.glob("*.h"), *SIMT.glob("*.cpp")]):
         digest.update(path.read_bytes())
     digest.update("\0".join(parts).encode())
@@ -100,7 +101,7 @@ def library() -> Path:
         objects = compile_all([*kernels(), SIMT / "settings.cpp"], [*COMMON, *BUILDS["plain"]], folder)
         headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
         macros = [f"-DZB_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
-        objects += compile_all([CSRC / "bindings_cuda.cpp"], [*COMMON, "-std=c++20", "-O0", *macros, *headers], folder)
+        objects += compile_all(BINDINGS, [*COMMON, "-std=c++20", "-O0", *macros, *headers], folder)
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         temporary = target.with_suffix(f".{os.getpid()}.so")
         done = run(*CXX, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(temporary))
