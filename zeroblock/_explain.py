@@ -68,8 +68,9 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
         backend, not_used["cpu"] = "reference", "a torch.func transform or forward-mode AD is active"
     elif backend == "reference":
         not_used["cpu"] = _backends.why_not_cpu(x) or "the reference backend is forced"
-    for name in ("triton", "cuda"):
-        not_used[name] = f"this version has no {name} kernels"
+    not_used["triton"] = "this version has no triton kernels"
+    if backend != "cuda":
+        not_used["cuda"] = _backends.why_not_cuda(x) or "another backend is forced"
     counters = (zero.executed.get(op_name, 0), zero.skipped.get(op_name, 0))
     return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments), counters)
 
@@ -85,6 +86,6 @@ def info() -> str:
             f"torch {torch.__version__}",
             f"cpu kernels: {cpu}",
             "triton kernels: not in this version",
-            "cuda kernels: not in this version",
+            f"cuda kernels: {_backends.cuda_missing() or f'built for {_backends._cuda.archs()}'}",
         ]
     )

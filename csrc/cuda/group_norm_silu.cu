@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kern
   };
   auto finish = [&](int group, int first, Moments m, float count) {
     const float rstd = rsqrtf(m.m2 / count + p.eps);
+#pragma unroll 1
     for (int j = lane; j < cpg; j += 32) {
       s.center[first + j] = m.mean;
       s.inverse[first + j] = rstd;
@@ -51,8 +52,10 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kern
       };
       const float origin = partial[0];
       float sum = 0, m2 = 0;
+#pragma unroll 1
       for (int64_t i = lane; i < t.chunks; i += 32) sum += size(i) * (partial[2 * i] - origin);
       const float mean = origin + warp_sum(sum) / total;
+#pragma unroll 1
       for (int64_t i = lane; i < t.chunks; i += 32) {
         const float d = partial[2 * i] - mean;
         m2 += partial[2 * i + 1] + size(i) * d * d;
@@ -69,6 +72,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kern
     const float count = static_cast<float>(cpg) * (kLast ? slab.rows : slab.columns * V);
     each_group(t, cpg, [&](int, int first) {
       const float mean = group_sum(s.sums + first, cpg) / count;
+#pragma unroll 1
       for (int j = lane; j < cpg; j += 32) s.center[first + j] = mean;
     });
     channel_sums<2>(slab, t, s.part, s.sums, [&](int r, int c, float (&acc)[2][V]) {

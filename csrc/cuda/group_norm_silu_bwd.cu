@@ -16,7 +16,7 @@ namespace {
 __host__ __device__ inline int64_t partial_start(const GroupNormSilu& p) { return p.N * 2 * p.C; }
 
 template <class T, int V, bool kLast, Mode kMode>
-__global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_bwd_kernel(GroupNormSilu p, Tiling t) {
+__global__ void __launch_bounds__(kGroupNormThreads) group_norm_silu_bwd_kernel(GroupNormSilu p, Tiling t) {
   ZB_DYNAMIC_SHARED(float, shared);
   GroupNormShared s(shared, t);
   const Slab<T, V, kLast> slab(p, t);
@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_bwd_kern
   s.load_affine<T>(p, t, slab.n, slab.first_channel);
   each_group(t, cpg, [&](int group, int first) {
     const int64_t at = slab.n * p.G + slab.slab * t.groups + group;
+#pragma unroll 1
     for (int j = lane; j < cpg; j += 32) {
       s.center[first + j] = p.mean[at];
       s.inverse[first + j] = p.rstd[at];
@@ -63,9 +64,11 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_bwd_kern
     });
   } else {
     const float* partial = p.workspace + partial_start(p) + slab.n * t.chunks * 2 * p.C + slab.first_channel;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) {
       const int q = i / t.channels, c = i % t.channels;
       float sum = 0;
+#pragma unroll 1
       for (int64_t j = 0; j < t.chunks; j++) sum += partial[(j * 2 + q) * p.C + c];
       s.sums[i] = sum;
     }
@@ -75,12 +78,14 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_bwd_kern
     float* out = p.workspace + slab.first_channel;
     out +=
         kMode == Mode::kStats ? partial_start(p) + (slab.n * t.chunks + slab.chunk_index) * 2 * p.C : slab.n * 2 * p.C;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) {
       out[i / t.channels * p.C + i % t.channels] = s.sums[i];
     }
   }
   if (kMode == Mode::kStats) return;
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) s.sums[i] *= s.gain[i % t.channels];
   __syncthreads();
   const float count = static_cast<float>(cpg) * p.S;
@@ -90,6 +95,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_bwd_kern
       float* sums = s.sums + q * t.channels + first;
       const float mean = group_sum(sums, cpg) / count;
       __syncwarp();
+#pragma unroll 1
       for (int j = lane; j < cpg; j += 32) sums[j] = mean;
     }
   });
@@ -123,6 +129,7 @@ __global__ void __launch_bounds__(kFinishThreads) group_norm_silu_bwd_params_ker
   const bool zero = p.S == 0 || branch_is_zero(p.zero);
   const float weight = operand_at<T>(p.weight, c, 1.0f), bias = operand_at<T>(p.bias, c, 0.0f);
   float dweight = 0, dbias = 0;
+#pragma unroll 1
   for (int64_t n = 0; n < p.N; n++) {
     const float a = zero ? 0.0f : p.workspace[n * 2 * p.C + c];
     const float b = zero ? 0.0f : p.workspace[(n * 2 + 1) * p.C + c];

@@ -58,11 +58,15 @@ struct Slab {
   __device__ void each(const Tiling& t, F f) const {
     if (!active) return;
     if (kLast) {
+#pragma unroll 1
       for (int c = x0; c < columns; c += t.tx) {
+#pragma unroll 2
         for (int r = y0; r < rows; r += t.ty) f(r, c);
       }
     } else {
+#pragma unroll 1
       for (int r = y0; r < rows; r += t.ty) {
+#pragma unroll 2
         for (int c = x0; c < columns; c += t.tx) f(r, c);
       }
     }
@@ -74,8 +78,10 @@ struct Slab {
 template <int Q, class T, int V, bool kLast, class Body>
 __device__ void channel_sums(const Slab<T, V, kLast>& slab, const Tiling& t, float* part, float* sums, Body body) {
   if (kLast) {
+#pragma unroll 1
     for (int c = slab.x0; slab.active && c < slab.columns; c += t.tx) {
       float acc[Q][V] = {};
+#pragma unroll 2
       for (int r = slab.y0; r < slab.rows; r += t.ty) body(r, c, acc);
 #pragma unroll
       for (int q = 0; q < Q; q++) {
@@ -84,17 +90,21 @@ __device__ void channel_sums(const Slab<T, V, kLast>& slab, const Tiling& t, flo
       }
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < Q * t.channels; i += kGroupNormThreads) {
       const int q = i / t.channels, c = i % t.channels;
       float sum = 0;
+#pragma unroll 1
       for (int j = 0; j < t.ty; j++) sum += part[(q * t.ty + j) * t.channels + c];
       sums[i] = sum;
     }
   } else {
     const int warp = threadIdx.x / 32, passes = (slab.rows + t.ty - 1) / t.ty;
+#pragma unroll 1
     for (int pass = 0; pass < passes; pass++) {
       const int r = slab.y0 + pass * t.ty;
       float acc[Q][V] = {};
+#pragma unroll 2
       for (int c = slab.x0; r < slab.rows && c < slab.columns; c += t.tx) body(r, c, acc);
       float* pass_part = part + (pass & 1) * Q * kGroupNormWarps;  // two buffers: one barrier a pass
 #pragma unroll
@@ -110,6 +120,7 @@ __device__ void channel_sums(const Slab<T, V, kLast>& slab, const Tiling& t, flo
         __syncthreads();
         if (slab.x0 < Q && r < slab.rows) {
           float sum = 0;
+#pragma unroll 1
           for (int j = 0; j < t.tx / 32; j++) sum += pass_part[slab.x0 * kGroupNormWarps + warp + j];
           sums[slab.x0 * t.channels + r] = sum;
         }
@@ -122,6 +133,7 @@ __device__ void channel_sums(const Slab<T, V, kLast>& slab, const Tiling& t, flo
 // f(group of the slab, first channel) by one warp per group; f's sums over lanes use warp_sum. Ends with a barrier.
 template <class F>
 __device__ void each_group(const Tiling& t, int channels_per_group, F f) {
+#pragma unroll 1
   for (int group = threadIdx.x / 32; group < t.groups; group += kGroupNormWarps) f(group, group * channels_per_group);
   __syncthreads();
 }
@@ -129,6 +141,7 @@ __device__ void each_group(const Tiling& t, int channels_per_group, F f) {
 // The sum of `values` over one group's channels, by a warp.
 __device__ __forceinline__ float group_sum(const float* values, int count) {
   float sum = 0;
+#pragma unroll 1
   for (int j = threadIdx.x % 32; j < count; j += 32) sum += values[j];
   return warp_sum(sum);
 }
@@ -150,6 +163,7 @@ struct GroupNormShared {
   // z = xhat * gain + offset; no barrier.
   template <class T>
   __device__ void load_affine(const GroupNormSilu& p, const Tiling& t, int64_t n, int first_channel) {
+#pragma unroll 1
     for (int c = threadIdx.x; c < t.channels; c += kGroupNormThreads) {
       const int64_t at = first_channel + c;
       const float modulation = 1.0f + operand_at<T>(p.scale, n * p.scale.stride_b + at, 0.0f);

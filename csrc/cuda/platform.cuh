@@ -27,9 +27,8 @@ using fp16 = __half;
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), dim3 grid, int block, size_t bytes, void* stream, const Args&... args) {
 #ifdef ZB_SIMT
-  SIMT_LAUNCH(kernel, grid, dim3(block), bytes, args...);
   (void)stream;
-  return 0;
+  return SIMT_LAUNCH(kernel, grid, dim3(block), bytes, args...);
 #else
   if (bytes > 48 * 1024) {
     const cudaError_t status =

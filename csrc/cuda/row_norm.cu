@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarps) row_norm_fwd_kernel(RowNor
 
 int row_norm_fwd(const RowNorm& p, void* stream) {
   if (p.B * p.T * p.D == 0) return 0;
-  const Teams teams = row_norm_teams(p, kPacks, row_norm_vector(p));
+  const Teams teams = row_norm_teams(p, kPacks, row_norm_vector(p), kMaxTeamWarps);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.B * p.T, teams.per_block)));
   return with_row_norm_shape(p, teams.V, [&](auto element, auto V, auto gate) {
     return launch(row_norm_fwd_kernel<decltype(element), decltype(V)::value, decltype(gate)::value>, grid,

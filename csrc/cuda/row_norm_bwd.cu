@@ -16,9 +16,9 @@ constexpr int kPacks = 2;
 __host__ __device__ inline int quantities(const RowNorm& p) { return p.branch ? 3 : 2; }
 
 template <class T, int V, bool kGate>
-__global__ void __launch_bounds__(32 * kMaxTeamWarps) row_norm_bwd_kernel(RowNorm p, Teams teams) {
+__global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(RowNorm p, Teams teams) {
   constexpr int Q = kGate ? 3 : 2;
-  ZB_SHARED(float, part, [4 * kMaxTeamWarps]);
+  ZB_SHARED(float, part, [4 * kMaxTeamWarpsBwd]);
   ZB_DYNAMIC_SHARED(float, columns);  // Q sums per column, where teams share a block
   const bool zero = branch_is_zero(p.zero), all_zero = zero && !kGate;
   const Team team(teams);
@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarps) row_norm_bwd_kernel(RowNor
         gx_sum += g * ((x_pack[k] - mean) * rstd);
       }
     });
-    float* pass_part = part + (pass & 1) * 2 * kMaxTeamWarps;
+    float* pass_part = part + (pass & 1) * 2 * kMaxTeamWarpsBwd;
     const float g_mean = p.rms ? 0.0f : team.sum(g_sum, pass_part) / p.D;
-    const float gx_mean = team.sum(gx_sum, pass_part + kMaxTeamWarps) / p.D;
+    const float gx_mean = team.sum(gx_sum, pass_part + kMaxTeamWarpsBwd) / p.D;
     each([&](int i, int64_t d, const Pack<T, V>& x_pack, const Pack<T, V>& dy_pack) {
       const int64_t at = row * p.D + d;
       float weight[V], bias[V], scale[V], out[V], add[Q][V];
@@ -191,14 +191,15 @@ __global__ void __launch_bounds__(kFinishThreads) row_norm_bwd_params_kernel(Row
 }  // namespace
 
 int64_t row_norm_bwd_workspace(const RowNorm& p) {
-  const Teams wide = row_norm_teams(p, kPacks, p.dtype == DType::kF32 ? 4 : 8), narrow = row_norm_teams(p, kPacks, 1);
+  const Teams wide = row_norm_teams(p, kPacks, p.dtype == DType::kF32 ? 4 : 8, kMaxTeamWarpsBwd);
+  const Teams narrow = row_norm_teams(p, kPacks, 1, kMaxTeamWarpsBwd);
   const int64_t chunks = wide.chunks > narrow.chunks ? wide.chunks : narrow.chunks;
   return p.B * (chunks * quantities(p) + 2) * p.D;
 }
 
 int row_norm_bwd(const RowNorm& p, void* stream) {
   if (p.D == 0) return 0;
-  const Teams teams = row_norm_teams(p, kPacks, row_norm_vector(p));
+  const Teams teams = row_norm_teams(p, kPacks, row_norm_vector(p), kMaxTeamWarpsBwd);
   const dim3 grid(static_cast<unsigned>(p.B * teams.chunks));
   const size_t bytes = teams.per_block > 1 ? size_t(quantities(p)) * p.D * sizeof(float) : 0;
   int status = 0;

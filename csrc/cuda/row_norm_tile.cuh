@@ -10,7 +10,7 @@
 
 namespace zeroblock::cuda {
 
-constexpr int kMaxTeamWarps = 16;
+constexpr int kMaxTeamWarps = 16, kMaxTeamWarpsBwd = 8;  // backward needs the registers of 256 threads
 
 struct Teams {
   int V, warps, per_block, threads;
@@ -42,12 +42,12 @@ struct Team {
 // ---- host side ------------------------------------------------------------------------------------------------------
 
 // NV packs per thread; V elements a pack when every row starts at 16 bytes.
-inline Teams row_norm_teams(const RowNorm& p, int NV, int V) {
+inline Teams row_norm_teams(const RowNorm& p, int NV, int V, int max_warps) {
   Teams t{};
   t.V = V;
   const int64_t packs = ceil_div(p.D, V);
   t.warps = 1;
-  while (t.warps < kMaxTeamWarps && int64_t(t.warps) * 32 * NV < packs) t.warps *= 2;
+  while (t.warps < max_warps && int64_t(t.warps) * 32 * NV < packs) t.warps *= 2;
   t.per_block = t.warps < 8 ? 8 / t.warps : 1;
   t.threads = 32 * t.warps * t.per_block;
   // About 256 blocks: enough for the largest GPU, few enough that their partial sums stay a small part of the traffic.

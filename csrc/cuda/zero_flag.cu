@@ -74,7 +74,7 @@ int zero_flag(const ZeroFlag& p, void* stream) {
 }
 
 #ifdef ZB_SIMT
-const char* error_string(int) { return "the emulator reports errors as exceptions"; }
+const char* error_string(int) { return "refused by the emulator"; }
 #else
 const char* error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 #endif

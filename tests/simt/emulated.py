@@ -13,7 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def compile_all(sources: Sequence[Path], flags: Sequence[str], folder: Path) -> 
         target = folder / f"{source.stem}.o"
         if not target.exists():
             temporary = target.with_suffix(f".{os.getpid()}.o")
-            command = [*CXX, *flags, f"-I{SIMT}", f"-I{CSRC}", f"-isystem{cuda_include()}"]
+            command = [*CXX, *flags, f"-I{SIMT}", f"-I{CSRC}", f"-I{CSRC}/cuda", f"-isystem{cuda_include()}"]
             done = run(*command, "-x", "c++", "-c", str(source), "-o", str(temporary))
             assert done.returncode == 0, done.stderr[-4000:]
             temporary.replace(target)
@@ -110,13 +110,13 @@ def library() -> Path:
     return target
 
 
-def program(source: str, build: str, macros: Sequence[str] = (), with_kernels: bool = False) -> Path:
-    """An executable of tests/simt/<source> in one of BUILDS."""
+def program(source: str, build: str, macros: Sequence[str] = (), kernels: Sequence[Path] = (), plant: str = "") -> Path:
+    """An executable of tests/simt/<source> and some kernels in one of BUILDS; `plant` tells changed kernels apart."""
     flags = [*COMMON, *BUILDS[build], *macros]
-    folder = CACHE / f"{Path(source).stem}-{build}-{_hash(*flags, *CXX)}"
+    folder = CACHE / f"{Path(source).stem}-{build}-{_hash(*flags, *CXX, *(k.name for k in kernels), plant)}"
     target = folder / "program"
     if not target.exists():
-        sources = [SIMT / source, *(kernels() if with_kernels else [])]
+        sources = [SIMT / source, *kernels]
         objects = compile_all(sources, flags, folder)
         done = run(*CXX, *BUILDS[build], *objects, "-o", str(target))
         assert done.returncode == 0, done.stderr[-4000:]
@@ -131,13 +131,39 @@ def _loaded() -> ctypes.CDLL:
     torch.ops.load_library(path)
     settings = ctypes.CDLL(path)
     settings.simt_seed.argtypes = [ctypes.c_uint64]
-    settings.simt_launches.restype = ctypes.c_uint64
+    for name in ("launches", "records", "record_threads", "record_bytes"):
+        getattr(settings, f"simt_{name}").restype = ctypes.c_uint64
+    for name in ("record_threads", "record_bytes"):
+        getattr(settings, f"simt_{name}").argtypes = [ctypes.c_uint64]
     return settings
 
 
 def launches() -> int:
     """How many kernels the emulator has run."""
     return _loaded().simt_launches()
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Launches fail in the block, as they do on a GPU without the resources."""
+    _loaded().simt_mode(1)
+    try:
+        yield
+    finally:
+        _loaded().simt_mode(0)
+
+
+def recorded(call: Callable[[], object]) -> list[tuple[int, int]]:
+    """(threads, bytes of dynamic shared memory) of the launches of call(), which are not run."""
+    settings = _loaded()
+    settings.simt_mode(2)
+    try:
+        call()
+        return [
+            (settings.simt_record_threads(i), settings.simt_record_bytes(i)) for i in range(settings.simt_records())
+        ]
+    finally:
+        settings.simt_mode(0)
 
 
 @contextlib.contextmanager

@@ -107,13 +107,19 @@ inline void run_block() {
 }
 
 // Runs body() for every thread of every block. Throws simt::error for what a GPU would leave undefined.
-inline void launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body) {
+// Returns 0, or 1 where the launch was refused.
+inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body) {
   Machine& m = machine();
   m.threads = block.x * block.y * block.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (m.threads == 0 || m.threads > kMaxThreads || blocks == 0) {
     throw error("launch: a grid of " + std::to_string(blocks) + " blocks of " + std::to_string(m.threads) +
                 " threads cannot be launched");
+  }
+  if (m.mode == LaunchMode::kRefuse) return 1;
+  if (m.mode == LaunchMode::kRecord) {
+    m.records.push_back({m.threads, dynamic_bytes});
+    return 0;
   }
   m.grid = grid;
   m.block = block;
@@ -143,6 +149,7 @@ inline void launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<vo
   acquire(&m.block_order[0]);
   acquire(&m.block_order[1]);
   if (!m.failure.empty()) throw error(m.failure);
+  return 0;
 }
 
 }  // namespace simt

@@ -85,15 +85,24 @@ struct SharedArray {
   char* data;
 };
 
+enum class LaunchMode { kRun, kRefuse, kRecord };
+
+struct LaunchRecord {
+  unsigned threads;
+  size_t dynamic_bytes;
+};
+
 struct Stats {
   uint64_t launches = 0, blocks = 0, threads = 0, switches = 0;
 };
 
 struct Machine {
   // settings
-  uint64_t seed = 0;           // 0: everything in order
-  bool ordered_blocks = true;  // false: blocks are concurrent for ThreadSanitizer, as they are on a GPU
+  uint64_t seed = 0;                   // 0: everything in order
+  bool ordered_blocks = true;          // false: blocks are concurrent for ThreadSanitizer, as they are on a GPU
+  LaunchMode mode = LaunchMode::kRun;  // kRefuse: launches fail, as without resources; kRecord: they are only noted
   Stats stats;
+  std::vector<LaunchRecord> records;
   // the launch
   dim3 grid, block;
   uint3 block_index{};
