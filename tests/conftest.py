@@ -28,6 +28,8 @@ if INTERPRETS:
 
     interpret.install()
 
+from .simt import emulated
+
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
@@ -35,8 +37,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(params=("triton",) if INTERPRETS else BACKENDS)
 def backend(request):
-    """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here."""
+    """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here.
+
+    Without a GPU the CUDA kernels run in the emulator (tests/simt), on CPU tensors.
+    """
     with contextlib.ExitStack() as stack:
+        if request.param == "cuda" and not torch.cuda.is_available() and emulated.missing() is None:
+            stack.enter_context(emulated.emulated())
         try:
             stack.enter_context(use_backend(request.param))
         except RuntimeError as missing:

@@ -13,7 +13,6 @@ from zeroblock.testing import eager
 
 from .convert_cases import Net, example, guided_block, is_skipping
 
-
 # ---- what stays -----------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock.testing import counters, eager, reset_counters
+from zeroblock.testing import eager, reset_counters
 
 from .convert_cases import Case, Net, assert_drop_in, example
 

@@ -112,11 +112,12 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _gpu_backend(name: str) -> str:
-    reason = _backends.missing(name)
-    if reason is not None:
-        return f"not used: {reason}"
-    where = "in the interpreter, for CPU tensors where forced" if _backends.interprets() else "for GPU tensors"
-    return f"triton {sys.modules['triton'].__version__}, {where}" if name == "triton" else where
+    reason, module = _backends.missing(name), _backends._load(name)
+    if module is None or module.MISSING is not None:
+        return f"{reason}"
+    made = f"built for {module.archs()}" if name == "cuda" else f"triton {sys.modules['triton'].__version__}"
+    on_cpu = "on CPU tensors where forced" if module.device == "cpu" else "for GPU tensors"
+    return f"{made}, {reason if reason is not None else on_cpu}"
 
 
 def info() -> str:

@@ -27,6 +27,8 @@ from .reference import promoted
 
 NAME = "triton"
 INTERPRETS: bool = not isinstance(_activation._forward, triton.JITFunction)
+MISSING: str | None = None
+device = "cpu" if INTERPRETS else "cuda"  # where the tensors that the kernels take live
 
 
 def why_not(op: str, x: Tensor) -> str | None:
