@@ -18,6 +18,7 @@ if INTERPRETS:
     from .triton import interpret
 
     interpret.install()
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # eager on the CPU has no tf32 either
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
@@ -38,3 +39,22 @@ def backend(request):
 @pytest.fixture
 def device(backend):
     return device_of(backend)
+
+
+# Too much work for the interpreter, beside the cases that are large by name.
+SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
+
+
+def pytest_collection_modifyitems(config, items):
+    """An interpreting process runs what tests the triton backend and the kernels, and of that the quick part."""
+    if not INTERPRETS:
+        return
+
+    def wanted(item):
+        if "triton" in item.path.parent.name or "interpreted" in item.keywords:
+            return True
+        return "backend" in item.fixturenames and "large" not in item.name and item.originalname not in SLOW_INTERPRETED
+
+    rest = [item for item in items if not wanted(item)]
+    items[:] = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=rest)

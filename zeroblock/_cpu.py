@@ -210,3 +210,7 @@ def _dense_view(t: Tensor) -> Tensor:
     """The same elements in memory order: dense in any dimension order costs nothing, anything else a copy."""
     order = sorted(range(t.dim()), key=t.stride, reverse=True)
     return t.permute(order).contiguous()
+
+
+def why_library(op, h, weight, gate, residual) -> str | None:
+    return "the verdict is taken on the host"

@@ -3,7 +3,8 @@
 A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolution or linear layer, `gate` optional.
 
 1. Zero means every element is +0 or -0, judged on the bits. Only plain floating strided tensors are ever judged.
-2. The values decide, at that call: on the CPU an early-exit scan before each use. Nothing is remembered between calls.
+2. The values decide, at that call: on the CPU an early-exit scan before each use; on a GPU a kernel writes a flag that
+   zeroblock's own kernels of the op read. Nothing is remembered between calls.
 3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
@@ -12,10 +13,11 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 8. BatchNorm in train mode, hooks on bypassed submodules, torch.func transforms and forward-mode AD stop a skip. A
    backward with create_graph recomputes its gradient through the reference.
 9. No collective is added: weights that are sharded (DTensor) are dense by rule 1.
-10. `counters` tells how often each plan was executed and skipped.
+10. `counters` tells how often each plan was executed and skipped; where the device alone knows, it was executed.
 
-Policies: "auto" (never synchronises a device: only CPU branches are skipped, until a GPU backend is built), "sync"
-(reads the verdict back from the device; refused during CUDA-graph capture), "never" (eager's behaviour, NaN and all).
+Policies: "auto" (never synchronises a device: CPU branches are skipped, an op's kernels on a GPU leave early, library
+calls there run), "sync" (reads the verdict back from the device and skips whole branches; refused during CUDA-graph
+capture), "never" (eager's behaviour, NaN and all).
 Under torch.compile and export the ops' own test applies: the tail is skipped, the body runs. This module decides;
 `_branch.py` executes a skipped branch and its backward, `_compose.py` a skipped op.
 """
@@ -32,6 +34,8 @@ from torch.nn.modules import module as _nn_module
 from . import _backends
 
 POLICIES = ("auto", "sync", "never")
+# Who knows the verdict on an op's weight: nobody asks, the host, the device alone.
+NEVER, HOST, DEVICE = 0, 1, 2
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 executed: dict[str, int] = {}
@@ -53,11 +57,15 @@ def reset_counters() -> None:
     skipped.clear()
 
 
+def may_judge(t: Tensor) -> bool:
+    """Only plain floating strided tensors are judged (rule 1)."""
+    plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+    return plain and t.dtype in DTYPES and t.device.type != "meta"
+
+
 def is_exactly_zero(t: Tensor) -> bool:
-    """Every element is +0 or -0; False for any tensor that may not be judged (rule 1). Reads device memory back."""
-    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.dtype not in DTYPES:
-        return False
-    if t.device.type == "meta":
+    """Every element is +0 or -0; False for any tensor that may not be judged. Reads device memory back."""
+    if not may_judge(t):
         return False
     return _backends.select("is_zero", t).is_zero(t)
 
@@ -67,25 +75,26 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def may_skip(op: str, policy: str, weight: Tensor) -> bool:
-    """Whether an op may test its weight at this call; a device is read back under "sync" only."""
+def test_of(op: str, policy: str, weight: Tensor) -> int:
+    """How an op tests its weight at this call: not (NEVER), with the verdict on the host (HOST), or with a flag that
+    kernels read (DEVICE). A device is read back under "sync" only."""
     if policy == "auto":
-        return weight.device.type == "cpu"
+        return HOST if weight.device.type == "cpu" and _backends.forced() != "triton" else DEVICE
     if policy == "never":
-        return False
+        return NEVER
     if policy != "sync":
         raise ValueError(f"{op}: zero_skip must be one of {', '.join(POLICIES)}, got {policy!r}")
     if weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f'{op}: zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids'
         )
-    return True
+    return HOST
 
 
 def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
     """Whether a module may decide for a whole branch: also needs to run eagerly, outside any dispatch mode."""
     return (
-        may_skip(name, policy, weight)
+        test_of(name, policy, weight) == HOST
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not transforms_active()
