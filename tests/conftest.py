@@ -27,6 +27,7 @@ if INTERPRETS:
     from .triton import interpret
 
     interpret.install()
+    torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
 
 from .simt import emulated
 
@@ -54,3 +55,25 @@ def backend(request):
 @pytest.fixture
 def device(backend):
     return device_of(backend)
+
+
+# Too much work for the interpreter, beside the cases that are large by name: kernels do not see which gradients are
+# wanted in most ops, and the arithmetic of the dtypes does not depend on the strides.
+SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
+REPEATED_INTERPRETED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
+
+
+def pytest_collection_modifyitems(config, items):
+    """An interpreting process runs what tests the triton backend and the kernels, and of that the quick part."""
+    if not INTERPRETS:
+        return
+
+    def wanted(item):
+        if "triton" in item.path.parent.name or "interpreted" in item.keywords:
+            return True
+        quick = item.originalname not in SLOW_INTERPRETED and "large" not in item.name
+        return "backend" in item.fixturenames and quick and not any(ids in item.name for ids in REPEATED_INTERPRETED)
+
+    rest = [item for item in items if not wanted(item)]
+    items[:] = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=rest)

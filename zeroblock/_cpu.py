@@ -161,3 +161,7 @@ def activation_bwd(dy, x, name, need_y):
 
 def is_zero(t: Tensor) -> bool:
     return _is_zero(t if t.is_contiguous() else dense_view(t))
+
+
+def why_library(op, h, weight, gate, residual) -> str | None:
+    return "the verdict is taken on the host"

@@ -206,3 +206,8 @@ def zero_flags(tensors: list[Tensor]) -> Tensor:
 def is_zero(t: Tensor) -> bool:
     """Reads the answer back to the host."""
     return bool(zero_flags([t])[0])
+
+
+def why_library(op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None) -> str | None:
+    """Why the GEMM of an op is the library's, which no flag on the device stops."""
+    return "its convolutions and GEMMs are the library's"
