@@ -29,7 +29,7 @@ if INTERPRETS:
     interpret.install()
     torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
 
-from .simt import emulated
+from .simt import emulated  # noqa: E402
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.

@@ -12,7 +12,7 @@ from torch import nn
 from zeroblock.testing import eager
 from zeroblock.testing.eager import zero_module
 
-# ---- majumderb/rezero -------------------------------------------------------------------------------------------------
+# ---- majumderb/rezero ------------------------------------------------------------------------------------------------
 
 
 class RZTXEncoderLayer(nn.Module):
@@ -33,7 +33,7 @@ class RZTXEncoderLayer(nn.Module):
         return src + self.dropout2(h * self.resweight)
 
 
-# ---- PixArt-alpha -----------------------------------------------------------------------------------------------------
+# ---- PixArt-alpha ----------------------------------------------------------------------------------------------------
 
 
 class CrossAttention(nn.Module):
@@ -83,7 +83,7 @@ class T2IFinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
-# ---- CompVis/latent-diffusion, lllyasviel/ControlNet ------------------------------------------------------------------
+# ---- CompVis/latent-diffusion, lllyasviel/ControlNet -----------------------------------------------------------------
 
 
 class SpatialTransformer(nn.Module):

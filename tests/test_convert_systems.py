@@ -1,4 +1,4 @@
-"""What surrounds a model: compile, export, autocast and GradScaler, checkpoints, accumulation, optimizers, EMA, ranks."""
+"""What surrounds a model: compile, export, autocast, GradScaler, checkpoints, accumulation, optimizers, EMA, ranks."""
 
 import copy
 import subprocess

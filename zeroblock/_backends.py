@@ -83,15 +83,15 @@ def missing(name: str) -> str | None:
 
 
 def device_of(name: str) -> str:
-    """The type of device whose tensors a backend takes; Triton's interpreter and the emulator of the CUDA kernels run on
-    the CPU."""
+    """The type of device whose tensors a backend takes; Triton's interpreter and the emulator of the CUDA kernels run
+    on the CPU."""
     module = _load(name) if name in ("triton", "cuda") else None
     return "cpu" if module is None else module.device
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the block with one backend ("reference", "cpu", "triton", "cuda") for every tensor it can take, or "auto"."""
+    """Runs the block with one backend of BACKENDS for every tensor it can take, or "auto"."""
     global _forced
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"use_backend: name must be one of auto, {', '.join(BACKENDS)}, got {name!r}")

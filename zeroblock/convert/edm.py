@@ -51,8 +51,8 @@ def _resample(conv: Any, x: Tensor) -> Tensor:
 
 @register
 class UNetBlock(Family):
-    """y = s * (skip(x) + conv1(dropout(silu(norm1(conv0(silu(norm0 x)), emb))))), s being skip_scale, and in blocks with
-    attention then s * (y + proj(attention(norm2 y))); conv1 and proj zero at the start in the ADM architecture.
+    """y = s * (skip(x) + conv1(dropout(silu(norm1(conv0(silu(norm0 x)), emb))))), s being skip_scale, and in blocks
+    with attention then s * (y + proj(attention(norm2 y))); conv1 and proj zero at the start in the ADM architecture.
 
     Source: NVlabs/edm `training/networks.UNetBlock`: up, down, resample_proj, adaptive_scale or not. (SongUNet starts
     at 1e-5, not at zero: there only the fused path counts.) Snapshots are written as without zeroblock.

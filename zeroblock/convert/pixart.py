@@ -46,7 +46,9 @@ class PixArtBlock(DiTBlock):
         D = block.scale_shift_table.shape[1]
         return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, 6 * D)
 
-    def forward(self, block: Any, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, **kwargs: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, block: Any, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, **kwargs: Any
+    ) -> Tensor:
         dropped = getattr(block, "drop_path", None)
         active = dropped is not None and block.training and getattr(dropped, "drop_prob", 0.0)
         if x.dim() != 3 or active or kwargs or not self._fits(block):
