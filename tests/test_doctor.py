@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import zeroblock as zb
+import zeroblock.models
+import zeroblock.testing
 from zeroblock.doctor import random_target_loss
 from zeroblock.testing import eager
 
@@ -101,7 +103,12 @@ def test_near_misses_are_not_zero(init):
     d = zb.doctor(*cases.edm(init))
     assert set(steps_of(d).values()) == {1}
     assert {p.name for p in d.near_zero} == {"block0.conv1.weight", "block1.conv1.weight", "out_conv.weight"}
-    assert d.savings.branches == [] and "would skip nothing" in str(d) and "Near misses" in str(d)
+    assert (
+        d.savings.branches == []
+        and "would skip nothing" in str(d)
+        and "Near misses" in str(d)
+        and "Near misses" in d.to_html()
+    )
 
 
 def test_controlnet():
@@ -152,6 +159,19 @@ def test_longer_chains_than_steps():
     assert d["1.body.body.gate"].holder == ["1.body.gate"]
     assert d["1.body.body.body.body.weight"].predicted == 5 and d["1.body.body.body.body.weight"].kind == "waits"
     assert d.healthy and d.mismatches == [] and zb.doctor(model, cases.token_batch(), steps=5).predicted_steps == 5
+
+
+def test_branches_are_those_that_zeroblock_skips():
+    """The branches the doctor names against the counters of the blocks that run."""
+    model, batch = zb.models.UNet(zb.nn, model_channels=32, channel_mult=(1, 2), num_heads=2), cases.diffusion_batch()
+    holders = {name for b in zb.doctor(model, batch).savings.branches for name in b.parameters}
+    zb.testing.reset_counters()
+    with torch.no_grad():
+        model(*batch)
+    executed, skipped = zb.testing.counters()["ResBlock"]
+    assert executed == 0 and skipped == sum("out_layers" in name for name in holders) > 5
+    # The others are the attention blocks' projections and the output conv, which are plain modules.
+    assert len(holders) == skipped + sum("proj_out" in name for name in holders) + 1
 
 
 # ---- planted mistakes ----------------------------------------------------------------------------------------------
