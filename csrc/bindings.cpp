@@ -3,7 +3,7 @@
 // Each private op checks what memory safety needs, allocates its results, fills the parameter block of zeroblock.h and
 // calls the kernel. Shapes, layouts and dtypes are settled by the Python caller (zeroblock/_cpu.py); a check that fails
 // here is a bug there. An absent result is undefined, None in Python.
-#include "binding_args.h"
+#include "binding_cpu.h"
 
 namespace {
 
@@ -370,3 +370,5 @@ STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zeroblock, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", TORCH_BOX(&isa)); }
+
+#include "binding_winograd.h"
