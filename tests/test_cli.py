@@ -120,6 +120,15 @@ def test_errors_are_one_clear_line(folder, capsys, arguments, message):
     assert "Traceback" not in printed.err and "doctor: doctor" not in printed.err
 
 
+def test_a_batch_that_does_not_fit_into_memory():
+    class Large(nn.Linear):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    with pytest.raises(RuntimeError, match=r"the batch \[2, 3\] does not fit into the device's memory: tried"):
+        zb.doctor(Large(3, 3), torch.randn(2, 3))
+
+
 def test_traceback_on_request(folder, capsys):
     assert cli.main(["doctor", "factories:fails", "--traceback"]) == 2
     assert 'raise OSError("no such checkpoint")' in capsys.readouterr().err

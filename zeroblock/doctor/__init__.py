@@ -19,7 +19,7 @@ from .diagnosis import Diagnosis, Initial, ParameterReport, diagnose
 from .explain import explain
 from .savings import savings
 from .snapshot import preserved
-from .zeros import droppable, predict
+from .zeros import Prediction, droppable, predict
 
 __all__ = ["Diagnosis", "ParameterReport", "doctor"]
 
@@ -97,7 +97,7 @@ def doctor(
     with preserved(nn.Module(), None):  # the probes draw random numbers
         prediction, by_chance = predict(tape, trainable), droppable(tape)
         saved = savings(tape, roles, initial.zero, prediction.first, trainable)
-    interesting = {n for n in trainable if initial.constant[n] or prediction.first.get(n, 1) is None}
+    interesting = _interesting(measure.trainable(model), initial, roles, prediction)
     with preserved(model, example_batch), measure.training(model):
         measured = measure.measure(
             model, example_batch, loss, steps, lr, tape, interesting, lambda done, note: say("steps", done, steps, note)
@@ -105,6 +105,18 @@ def doctor(
     diagnosis = diagnose(model, initial, roles, prediction, measured, saved, by_chance)
     diagnosis.explanation = explain(diagnosis)
     return diagnosis
+
+
+def _interesting(
+    parameters: dict[str, nn.Parameter], initial: Initial, roles: dict[str, str], prediction: Prediction
+) -> set[str]:
+    """Whose ranks are worth taking: constant matrices, zero gates, and what never moves."""
+
+    def wanted(name: str, p: Tensor) -> bool:
+        zero_gate = initial.zero[name] and roles.get(name) in ("gate", "norm")
+        return initial.constant[name] and (p.dim() > 1 or zero_gate) or prediction.first.get(name, 1) is None
+
+    return {name for name, p in parameters.items() if wanted(name, p)}
 
 
 def _unpack(factory: Any, example_batch: Any, loss: Loss | None) -> tuple[nn.Module, Any, Loss | None]:

@@ -120,7 +120,9 @@ def _why_dead(group: list[ParameterReport]) -> str:
     text = f"{some(p.name for p in group)} never move{'s' * one}"
     holder = [n for n in p.holder if n != p.name]
     if p.holder and not holder:
-        text += ": its own output is zero, where the activation behind it is flat, and that makes its gradient zero"
+        text += (
+            f": the output of {some(p.holder)} is zero, and the activation behind it is flat there: no gradient passes"
+        )
     elif holder:
         its = "its gradient stays" if one else "their gradients stay"
         text += f": {its} zero until {some(holder)} is not zero, which never happens"

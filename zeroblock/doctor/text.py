@@ -62,12 +62,6 @@ def render(d: Diagnosis, color: bool | None = None, width: int | None = None) ->
     lines += _table(d, width, paint)
     for paragraph in d.explanation:
         lines += ["", *_wrap(paragraph, width)]
-    if d.near_zero:
-        shown = some(f"{p.name} ({p.max_abs:.1e})" for p in d.near_zero)
-        lines += [
-            "",
-            *_wrap(f"Near misses, not zero (largest element): {shown}. No branch is skipped for them.", width),
-        ]
     lines += ["", *_savings(d, width)]
     if d.explanation and any(p.is_zero for p in d.parameters):
         lines += ["", "References: " + REFERENCES[0], *(f"            {r}" for r in REFERENCES[1:])]
@@ -123,10 +117,14 @@ def _share(part: int, whole: int) -> str:
 def savings_lines(d: Diagnosis) -> list[str]:
     """The fast path's part in sentences, shared with the page."""
     s = d.savings
+    near = []
+    if d.near_zero:
+        shown = some(f"{p.name} ({p.max_abs:.1e})" for p in d.near_zero)
+        near = [f"Near misses, not zero (largest element): {shown}. No branch is skipped for them."]
     if s is None:
-        return []
+        return near
     if not s.branches:
-        return ["No residual branch is exactly zero: the fast path would skip nothing now."]
+        return ["No residual branch is exactly zero: the fast path would skip nothing now.", *near]
     last = [b.steps for b in s.branches if b.steps is not None]
     lines = [
         f"The fast path would skip {len(s.branches)} branch{'es' * (len(s.branches) > 1)} now, zero by "
@@ -142,8 +140,8 @@ def savings_lines(d: Diagnosis) -> list[str]:
             f"In ordinary training that lasts {max(last)} step{'s' * (max(last) > 1)}, until the tails have moved."
         )
     if len(last) < len(s.branches):
-        lines.append(f"{len(s.branches) - len(last)} of them stay zero: frozen, or never moved.")
-    return lines
+        lines.append(f"Zero for ever, because frozen or never moved: {len(s.branches) - len(last)} of them.")
+    return lines + near
 
 
 def _savings(d: Diagnosis, width: int) -> list[str]:
