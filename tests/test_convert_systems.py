@@ -11,10 +11,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zeroblock as zb
-from zeroblock.testing import counters, eager, reset_counters
+from zeroblock import models
+from zeroblock.testing import assert_error_budget, counters, eager, reset_counters
 
 from . import convert_oracles_edm as oracles
-from .convert_cases import randomize_, run
+from . import test_convert_dit, test_convert_edm, test_convert_guided, test_convert_others
+from .convert_cases import assert_same_gradients, outputs, randomize_, run
+
+EVERY = {
+    f"{module.__name__.rpartition('_')[2]}-{name}": case
+    for module in (test_convert_dit, test_convert_edm, test_convert_guided, test_convert_others)
+    for name, case in module.CASES.items()
+}
 
 
 class UNet(nn.Module):
@@ -92,6 +100,47 @@ def test_export(name):
     close(exported(*inputs), theirs(*inputs))
     exported.load_state_dict(randomize_(theirs).state_dict())
     close(exported(*inputs), theirs(*inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_every_family_compiles_in_one_graph(name):
+    case = EVERY[name]
+    torch.manual_seed(0)
+    theirs = case.make().eval()
+    ours = copy.deepcopy(theirs)
+    zb.accelerate(ours)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        inputs = case.inputs()
+        got = outputs(torch.compile(ours, fullgraph=True, backend="aot_eager")(*inputs))
+        for a, b in zip(got, outputs(theirs(*inputs)), strict=True):
+            close(a, b)
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["UNet", "DiT"])
+def test_whole_model_that_tells_blocks_by_their_class(name):
+    """The demo's networks with eager blocks; the U-Net passes the embedding to instances of ResBlock alone."""
+    torch.manual_seed(0)
+    options = {"model_channels": 32} if name == "UNet" else {"image_size": 8, "hidden_size": 16, "depth": 2}
+    theirs = getattr(models, name)(eager, num_classes=3, num_heads=2, **options)
+    ours = copy.deepcopy(theirs)
+    report = zb.accelerate(ours)
+    assert {b.block for b in report.left_alone} == ({"AttentionBlock"} if name == "UNet" else set())
+    x, *labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 2])
+    for _ in range(2):
+        (y,), got = run(ours, (x, *labels))
+        (expected_y,), expected = run(theirs, (x, *labels))
+        (exact_y,), exact = run(copy.deepcopy(theirs).double(), (x.double(), *labels))
+        assert_error_budget(y.detach(), expected_y.detach(), exact_y.detach())
+        assert_same_gradients([(got, expected, exact)])
+        ours.load_state_dict(randomize_(theirs).state_dict())
+    reset_counters()
+    ours(x, *labels)
+    assert report.counters() and not skipped()
 
 
 # ---- mixed precision ------------------------------------------------------------------------------------------------
