@@ -128,6 +128,13 @@ def hooked():
     return block
 
 
+def odd_attributes():
+    block = guided_block()
+    block.in_layers = nn.ModuleDict({"0": nn.Identity()})
+    block._modules["in_layers"].__class__ = type("Odd", (nn.Sequential,), {"__len__": lambda self: "three"})
+    return block
+
+
 def replaced():
     block = guided_block()
     block._forward = lambda x, emb: x
@@ -141,6 +148,8 @@ LEFT_ALONE = {
     "no norm": (lambda: with_norm(nn.Identity()), "not the plain ones"),
     "circular padding": (strided, "not the plain ones"),
     "replaced on the instance": (replaced, "replaced on the instance"),
+    "hooked": (hooked, "watched by hooks"),
+    "nonsense": (lambda: odd_attributes(), "not those of ResBlock: TypeError"),
     "another ResBlock": (lambda: type("ResBlock", (nn.Linear,), {})(4, 4), "it has no in_layers"),
 }
 
@@ -221,6 +230,19 @@ def test_class_extended_after_accelerate():
     net.blocks[0].__class__ = type("Wrapped", (type(net.blocks[0]),), {})
     with pytest.raises(RuntimeError, match=r"restore: the class of blocks\.0 became Wrapped after accelerate"):
         zb.restore(net)
+
+
+def test_proof_does_not_depend_on_the_surroundings():
+    """accelerate() where inference, autocast, a device or another default dtype are switched on around it."""
+    zb.convert._proof._proved.clear()
+    net = Net()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            assert zb.accelerate(net).blocks == 2
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_changes_after_accelerate_fall_back_to_the_original():

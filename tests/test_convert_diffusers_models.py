@@ -8,6 +8,7 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock import testing
+from zeroblock.convert import _proof, diffusers_adaln
 from zeroblock.convert._core import FAMILIES
 
 from .model_cases import Case, accelerated, check, check_training, evaluate, infer, normal, outputs, prepared, rows
@@ -87,6 +88,20 @@ class Decoder(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
+def _grounded(g):
+    boxes = {"boxes": normal(g, 2, 3, 4), "masks": torch.ones(2, 3), "positive_embeddings": normal(g, 2, 3, 12)}
+    return {"sample": normal(g, 2, 4, 8, 8), **_conditions(g), "cross_attention_kwargs": {"gligen": boxes}}
+
+
+def _motion():
+    return diffusers.UNetMotionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=12,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), num_attention_heads=2,
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), motion_num_attention_heads=2,
+        motion_max_seq_length=4,
+    )  # fmt: skip
+
+
 _CONV2 = (("*.conv2.weight", 0, 1),)
 MODELS = {
     "unet": Case(
@@ -129,6 +144,17 @@ MODELS = {
         + rows("*.norm.linear", 2, of=3),
         {"FluxTransformerBlock": 3, "FluxSingleTransformerBlock": 2},
     ),
+    "gligen": Case(
+        lambda: diffusers.UNet2DConditionModel(
+            **_DIFFUSION, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_type="gated"
+        ),
+        _grounded, (("*.alpha_*", 0, 1),), {"GatedSelfAttentionDense": 8},
+    ),
+    "motion": Case(
+        _motion,  # its pipeline repeats the text for every frame
+        lambda g: {"sample": normal(g, 2, 4, 3, 8, 8), **_conditions(g), "encoder_hidden_states": normal(g, 6, 3, 12)},
+        (("*.motion_modules.*.proj_out.weight", 0, 1),), {"AnimateDiffTransformer3D": 7},
+    ),
     "vae-decoder": Case(Decoder, lambda g: {"z": normal(g, 2, 4, 4, 4)}, _CONV2, {"ResnetBlock2D": 6}),
 }  # fmt: skip
 
@@ -136,7 +162,7 @@ MODELS = {
 @pytest.mark.parametrize("phase", ["zero", "dense"])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients(name, phase):
-    check(MODELS[name], phase, evaluate)
+    check(MODELS[name], phase, evaluate, together=True)
 
 
 @pytest.mark.parametrize("phase", ["zero", "dense"])
@@ -145,9 +171,20 @@ def test_inference(name, phase):
     check(MODELS[name], phase, infer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_ten_steps(name):
     check_training(MODELS[name])
+
+
+def test_one_wrong_gradient_is_found(monkeypatch):
+    original = diffusers_adaln.modulated
+    detached = lambda norm, x, shift, scale: original(norm, x, shift.detach(), scale)  # noqa: E731
+    monkeypatch.setattr(_proof, "disagreement", lambda block, family: None)
+    check(MODELS["dit"], "dense", evaluate, together=True)
+    monkeypatch.setattr(diffusers_adaln, "modulated", detached)
+    with pytest.raises(AssertionError, match="gradients: L2 error"):
+        check(MODELS["dit"], "dense", evaluate, together=True)
 
 
 def _skipped(model, **inputs):

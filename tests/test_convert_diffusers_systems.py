@@ -147,7 +147,7 @@ def test_gradient_checkpointing(name, phase):
         return model
 
     # The recomputation skips once more.
-    check(MODELS[name]._replace(build=checkpointed, skipped={}), phase, evaluate)
+    check(MODELS[name]._replace(build=checkpointed, skipped={}), phase, evaluate, together=True)
 
 
 @pytest.mark.parametrize("phase", ["zero", "dense"])

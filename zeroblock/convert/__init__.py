@@ -161,7 +161,10 @@ def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> 
         return "it is a ScriptModule"
     if applied(block) is not None:
         return f"its class became {type(block).__name__} after accelerate"
-    reason = family.match(block, path, model)
+    try:
+        reason = family.match(block, path, model)
+    except Exception as error:  # foreign attributes can be anything
+        reason = f"its attributes are not those of {family.name}: {type(error).__name__}: {error}"
     if reason is not None:
         return reason
     if vars(block).keys() & {"forward", family.method, "_hf_hook"}:

@@ -39,12 +39,12 @@ def _make(block: nn.Module, family: Family) -> tuple:
 
 
 def _compare(block: nn.Module, family: Family) -> str | None:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with _neutral():
         torch.default_generator.manual_seed(0)  # the CPU's alone: others are not restored
-        example = family.example(block)
-        if example is None:
-            return None
         try:
+            example = family.example(block)
+            if example is None:
+                return None
             twin = _random_copy(block).train()
         except Exception as error:  # whatever foreign attributes raise
             return f"it cannot be copied for the proof: {type(error).__name__}: {error}"
@@ -66,6 +66,23 @@ def _compare(block: nn.Module, family: Family) -> str | None:
         if not torch.isfinite(a).all() or (a - b).norm() > TOLERANCE * max(a.norm(), 0.01 * a.numel() ** 0.5):
             return f"its forward does not compute what {family.name} does"
     return None
+
+
+@contextlib.contextmanager
+def _neutral() -> Iterator[None]:
+    """Random stream, gradients, autocast and defaults of dtype and device as the proof needs them, then as before."""
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def _random_copy(block: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from ..nn.residual import residual_branch
 from ._core import Family, lacks, register
 from ._transformer import copied, gates_stay_zero
 
-_NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops take"
+_NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops take, or are watched by hooks"
 
 
 def plain_norm(norm: Any) -> bool:

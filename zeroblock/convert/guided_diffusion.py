@@ -14,7 +14,7 @@ from ..nn.residual import residual_branch
 from ..reference import channel_view
 from ._core import Family, lacks, register
 
-_NOT_PLAIN = "its norms or convolutions are not the plain ones the fused ops take"
+_NOT_PLAIN = "its norms or convolutions are not the plain ones the fused ops take, or are watched by hooks"
 
 
 @register
