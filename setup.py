@@ -122,14 +122,16 @@ def cpu_jobs(cxx: str, build_dir: Path) -> dict[Path, list[str]]:
 
 
 def compile_objects(jobs: dict[Path, list[str]]) -> list[str]:
-    """Runs the compilers side by side. An object that is newer than every source is kept."""
-    newest = max(path.stat().st_mtime for path in [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")])
+    """Runs the compilers side by side. Objects of the same command, newer than their folder's sources, are kept."""
+
+    def newest(source: Path) -> float:
+        return max(path.stat().st_mtime for path in [*source.parent.iterdir(), *(ROOT / "csrc").glob("*.h")])
 
     def compile_one(target: Path, command: list[str]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         stamp = target.with_suffix(".command")
         known = stamp.read_text() if stamp.exists() and target.exists() else None
-        if known != shlex.join(command) or target.stat().st_mtime < newest:
+        if known != shlex.join(command) or target.stat().st_mtime < newest(ROOT / command[-1]):
             subprocess.run([*command, "-o", str(target)], check=True)
             stamp.write_text(shlex.join(command))
 

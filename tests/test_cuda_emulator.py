@@ -119,8 +119,8 @@ MUTATIONS = {
         "gate_residual", "  float sums[V] = {};\n", "  float sums[V] = {};\n  if (!at.active) return;\n", "plain",
         "deadlock",
     ),
-    "misaligned-vectors": (
-        "gate_residual", "bool whole = p.D % vector == 0 && ", "bool whole = ", "plain",
+    "misaligned-vector-store": (
+        "gate_residual", "(p.dbranch) + i, dbranch)", "(p.dbranch) + i + 1, dbranch)", "plain",
         "misaligned access of 16 bytes",
     ),
     "blocks-write-one-address": (
