@@ -5,6 +5,7 @@ repairs of triton/interpret.py, and is then the only one that `backend` yields (
 """
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import sys
@@ -23,7 +24,7 @@ from zeroblock.testing.parity import device_of  # noqa: E402
 sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != pathlib.Path(__file__).resolve().parents[1]]
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETS:
+if INTERPRETS and importlib.util.find_spec("triton") and importlib.util.find_spec("ml_dtypes"):
     from .triton import interpret
 
     interpret.install()
@@ -34,6 +35,9 @@ from .simt import emulated  # noqa: E402
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
+
+# Tests of the interpreted kernels: their modules would switch this process to the interpreter.
+collect_ignore = [] if INTERPRETS else ["triton"]
 
 
 @pytest.fixture(params=("triton",) if INTERPRETS else BACKENDS)

@@ -1,4 +1,6 @@
-"""The committed table of bytes: `python -m tests.triton.traffic_cases` writes traffic.csv (about a minute, no GPU).
+"""The committed table of bytes: `python -m tests.triton.traffic_cases` writes traffic.csv (some minutes, no GPU).
+
+With arguments, only the rows whose name contains one of them, and those that are missing.
 
 compulsory  every input of the op read once, every result written once
 moved       bytes to and from DRAM as `traffic.Launch.moved` counts them, over all launches of the op
@@ -251,16 +253,18 @@ def committed() -> dict[str, dict[str, str]]:
         return {line["case"]: line for line in csv.DictReader(file)}
 
 
-def main() -> None:
+def main(parts: list[str]) -> None:
+    rows = {name: line for name, line in committed().items() if name in CASES} if TABLE.exists() else {}
+    chosen = [name for name in CASES if name not in rows or not parts or any(part in name for part in parts)]
+    for i, name in enumerate(chosen, 1):
+        rows[name] = row(name)
+        print(f"[{i:2d}/{len(chosen)}] {name}: {rows[name]['ratio']}", file=sys.stderr, flush=True)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for i, name in enumerate(CASES, 1):
-            line = row(name)
-            writer.writerow(line)
-            print(f"[{i:2d}/{len(CASES)}] {name}: {line['ratio']}", file=sys.stderr)
+        writer.writerows(rows[name] for name in CASES)
     print(f"wrote {TABLE}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
