@@ -29,6 +29,12 @@ _activation = _lib._activation.default
 _activation_bwd = _lib._activation_bwd.default
 _add_bias = _lib._add_bias.default
 _is_zero = _lib._is_zero.default
+# Called by _winograd.py, which settles their arguments.
+group_norm_statistics = _lib._group_norm_statistics.default
+group_norm_affine = _lib._group_norm_affine.default
+winograd_conv = _lib._winograd_conv.default
+winograd_weight_grad = _lib._winograd_weight_grad.default
+winograd_pack = _lib._winograd_pack.default
 
 _ACTIVATION_IDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
