@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, zero
-from ._conv import CONV, CONV_BWD, add_residual, unit_geometry
+from ._conv import CONV, CONV_BWD, add_residual, conv_grads, unit_geometry
 from ._layout import channels_last_format
 from ._norm_conv import NORM_CONV, NORM_CONV_BWD, hidden
 from .reference import channel_view, dropout_keep, modulation
@@ -112,7 +112,7 @@ def conv_residual_bwd(P, dy, h, weight, skipped, padding, has_bias, mask):
     dy = dy.to(weight.dtype)
     if not int(skipped):
         return CONV_BWD(P, dy, h, weight, has_bias, padding, mask)
-    _, dweight, dbias = CONV_BWD(P, dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
+    _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])  # eager's, exactly
     return _zeros(h) if mask[0] else None, dweight, dbias
 
 
@@ -152,7 +152,7 @@ def group_norm_silu_conv_residual_bwd(
         h = None
         if mask[1]:
             h, _, _ = hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-        _, dweight, dbias = CONV_BWD(P, dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
+        _, dweight, dbias = conv_grads(dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
         upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
         return *((None if t is None else _zeros(t)) for t in upstream), dweight, dbias
     norm = (x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
