@@ -3,6 +3,7 @@
 Nothing here needs a GPU, the network or an environment variable. What is built:
   * CPU kernels, when the compiler targets x86-64: csrc/cpu/kernels.cpp once per instruction set, picked at run time;
   * CUDA kernels, when csrc/cuda has any and ZEROBLOCK_BUILD_CUDA (auto | 1 | 0) allows it.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") overrides the architectures of the CUDA kernels, MAX_JOBS the compilers at a time.
 Without a usable compiler the wheel is pure Python; `python -c "import zeroblock; print(zeroblock.info())"` says why.
 CXX and CXXFLAGS are honoured; CXXFLAGS=-march=native makes a wheel for this processor only.
 """
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,9 +30,20 @@ ISA_FLAGS = {
 }
 
 try:
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:  # metadata and sdist work without torch
     BuildExtension = None
+
+
+# One cubin each for Ampere, Hopper and Blackwell data-centre parts; PTX of the last serves what comes later. Cubins run
+# on later minor versions too (8.0 on 8.6 and 8.9).
+CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+
+
+def nvcc_path() -> str | None:
+    """nvcc of CUDA_HOME, or the one on the path."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
 def wants_cuda() -> bool:
@@ -40,13 +53,12 @@ def wants_cuda() -> bool:
     mode = os.environ.get("ZEROBLOCK_BUILD_CUDA", "auto")
     if mode not in ("auto", "1", "0"):
         raise SystemExit(f"ZEROBLOCK_BUILD_CUDA must be auto, 1 or 0, got {mode!r}")
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     missing = [
         reason
         for absent, reason in [
-            (not sources, "this version has no CUDA sources"),
             (torch.version.cuda is None, "torch was built without CUDA"),
-            (CUDA_HOME is None, "nvcc was not found"),
+            (nvcc_path() is None, "nvcc was not found"),
+            (nvcc_path() and cuda_runtime() is None, "libcudart_static.a was not found"),
         ]
         if absent
     ]
@@ -57,8 +69,46 @@ def wants_cuda() -> bool:
     return mode != "0" and not missing
 
 
-def cpu_objects(cxx: str, build_dir: Path) -> list[str]:
-    """Compiles the torch-free CPU sources, one object per instruction set, and returns the objects."""
+def cuda_runtime() -> Path | None:
+    """The static CUDA runtime: beside nvcc (which may be a script), or in the packages that came with torch."""
+    import torch
+
+    dryrun = subprocess.run([str(nvcc_path()), "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    tops = re.findall(r"^#\$ TOP=(.+)$", dryrun, re.M)
+    roots = [Path(top) for top in tops] + sorted((Path(torch.__file__).parent.parent / "nvidia").glob("cu*"))
+    found = (
+        root / lib / "libcudart_static.a" for root in roots for lib in ("lib64", "lib", "targets/x86_64-linux/lib")
+    )
+    return next((path for path in found if path.exists()), None)
+
+
+def cuda_archs() -> tuple[list[str], str]:
+    """nvcc's flags for the architectures, and their names for the library to report."""
+    flags, names = [], []
+    for arch in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must list architectures such as 8.0 or 9.0+PTX, got {arch!r}")
+        number = match[1] + match[2]
+        if int(match[1]) < 8:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: the kernels need compute capability 8.0 or later, got {arch!r}")
+        flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
+        flags += [f"-gencode=arch=compute_{number},code=compute_{number}"] if match[3] else []
+        names += [f"sm_{number}", *([f"compute_{number}"] if match[3] else [])]
+    return flags, " ".join(names)
+
+
+def cuda_jobs(build_dir: Path) -> dict[Path, list[str]]:
+    """{object: command} of the torch-free CUDA sources."""
+    flags, _ = cuda_archs()
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    common = [str(nvcc_path()), "-std=c++17", "-O3", *flags, *host]
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    return {build_dir / f"cuda_{path.stem}.o": [*common, "-c", str(path.relative_to(ROOT))] for path in sources}
+
+
+def cpu_jobs(cxx: str, build_dir: Path) -> dict[Path, list[str]]:
+    """{object: command} of the torch-free CPU sources, one object per instruction set."""
     user = shlex.split(os.environ.get("CXXFLAGS", ""))
     # No contraction: a product that must cancel exactly (g - mean(g)) must not be kept in higher precision.
     common = [cxx, "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *user]
@@ -68,9 +118,23 @@ def cpu_objects(cxx: str, build_dir: Path) -> list[str]:
     for isa, flags in ISA_FLAGS.items():
         names = [f"-DZB_TABLE=kernels_{isa}", f'-DZB_ISA_NAME="{isa}"']
         jobs[build_dir / f"kernels_{isa}.o"] = [*common, *flags, *names, "-c", "csrc/cpu/kernels.cpp"]
-    build_dir.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda job: subprocess.run([*job[1], "-o", str(job[0])], check=True), jobs.items()))
+    return jobs
+
+
+def compile_objects(jobs: dict[Path, list[str]]) -> list[str]:
+    """Runs the compilers side by side. An object that is newer than every source is kept."""
+    newest = max(path.stat().st_mtime for path in [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")])
+
+    def compile_one(target: Path, command: list[str]) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stamp = target.with_suffix(".command")
+        known = stamp.read_text() if stamp.exists() and target.exists() else None
+        if known != shlex.join(command) or target.stat().st_mtime < newest:
+            subprocess.run([*command, "-o", str(target)], check=True)
+            stamp.write_text(shlex.join(command))
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda job: compile_one(*job), jobs.items()))
     return [str(path) for path in jobs]
 
 
@@ -79,7 +143,7 @@ def extension() -> dict:
     if BuildExtension is None or platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
         print("zeroblock: no native CPU kernels are built (they need torch and a Unix compiler for x86-64)")
         return {}
-    wants_cuda()
+    cuda = wants_cuda()
 
     class Build(BuildExtension):
         """Adds the per-instruction-set objects; a failing compiler leaves a pure-Python package that says so."""
@@ -87,18 +151,25 @@ def extension() -> dict:
         def build_extension(self, ext):
             cxx = os.environ.get("CXX", "g++")
             try:
-                ext.extra_objects = cpu_objects(cxx, Path(self.build_temp).resolve() / "csrc")
+                folder = Path(self.build_temp).resolve() / "csrc"
+                ext.extra_objects = compile_objects({**cpu_jobs(cxx, folder), **(cuda_jobs(folder) if cuda else {})})
+                if cuda:
+                    ext.extra_objects.append(str(cuda_runtime()))
                 super().build_extension(ext)
             except (OSError, subprocess.CalledProcessError) as error:
+                if os.environ.get("ZEROBLOCK_BUILD_CUDA") == "1":
+                    raise SystemExit(f"ZEROBLOCK_BUILD_CUDA=1, but the build failed: {error}") from error
                 ext.optional = True
                 print(f"zeroblock: native CPU kernels were not built: {error}")
 
     ext = CppExtension(
         "zeroblock._C",
-        ["csrc/bindings.cpp"],
+        ["csrc/bindings.cpp", *(["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_conv.cpp"] if cuda else [])],
         include_dirs=[str(ROOT / "csrc")],
         depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.[hc]*"))],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
+        + ([("ZB_CUDA_ARCHS", f'"{cuda_archs()[1]}"')] if cuda else []),
+        libraries=["rt", "dl", "pthread"] if cuda else [],
         extra_compile_args=["-O2", "-fvisibility=hidden", "-Wall"],
         py_limited_api=True,
     )

@@ -3,7 +3,7 @@
 // Each private op checks what memory safety needs, allocates its results, fills the parameter block of zeroblock.h and
 // calls the kernel. Shapes, layouts and dtypes are settled by the Python caller (zeroblock/_cpu.py); a check that fails
 // here is a bug there. An absent result is undefined, None in Python.
-#include "binding_args.h"
+#include "binding_cpu.h"
 
 namespace {
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv
+from ._common import cdiv, is_skipped
 from ._launch import launch
 
 KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -25,14 +25,19 @@ def gate_of(x, KIND: tl.constexpr):
         s = tl.sigmoid(x)
         return s, s * (1.0 - s)
     elif KIND == 1:
-        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-        return s, s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        u = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+        s = tl.sigmoid(u)
+        # sigmoid(-u) and not 1 - s, which would lose what x multiplies.
+        return s, s * tl.sigmoid(-u) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     else:
         return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476), 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
 @triton.jit
-def _forward(x, y, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(x, y, flag, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    if flag is not None:
+        if is_skipped(flag):
+            return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
     s, slope = gate_of(v, KIND)
@@ -50,10 +55,11 @@ def _backward(dy, x, dx, y, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(y + at, v * s, mask=at < n)
 
 
-def forward(x: Tensor, name: str) -> Tensor:
+def forward(x: Tensor, name: str, flag: Tensor | None = None) -> Tensor:
+    """act(x); nothing is read or written, and y undefined, where `flag` says that its branch is zero."""
     y = torch.empty_like(x)
     n = x.numel()
-    launch(_forward, (cdiv(n, BLOCK),), num_warps=WARPS, x=x, y=y, n=n, KIND=KINDS[name], BLOCK=BLOCK)
+    launch(_forward, (cdiv(n, BLOCK),), num_warps=WARPS, x=x, y=y, flag=flag, n=n, KIND=KINDS[name], BLOCK=BLOCK)
     return y
 
 

@@ -5,7 +5,7 @@ centred squares and the mean of what is left, which corrects both, then the resu
 Split (`_moments`, `_combine`, `_apply`): grids (pixel parts, channel blocks, N): mean and centred squares of each
 channel over a part of the pixels, [N, parts, C]; combined per group in a fixed order (Chan et al. 1983); x is read
 again. 3ns.
-Zero path: a program whose branch is zero (`flag`) leaves at once; y, mean and rstd are then undefined.
+Zero path: a program whose branch is zero (`flag`) leaves at once; mean and rstd are then 0, y is undefined.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ def _one_read(
     AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr,
     CHANNEL_BLOCKS: tl.constexpr, PIXEL_BLOCKS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    if flag is not None:
-        if is_skipped(flag):
-            return
     n = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
+    if flag is not None:
+        if is_skipped(flag):
+            group = n * G + first_group + tl.arange(0, GROUPS)
+            tl.store(mean + group, tl.zeros([GROUPS], tl.float32))
+            tl.store(rstd + group, tl.zeros([GROUPS], tl.float32))
+            return
     first_channel = first_group * CPG
     start = n * C * HW + first_channel.to(tl.int64) * (HW if AXIS == 0 else 1)
     x += start
@@ -125,10 +128,12 @@ def _combine(
     CPG: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """mean and rstd of one group; grid (G, N)."""
+    n = tl.program_id(1).to(tl.int64)
     if flag is not None:
         if is_skipped(flag):
+            tl.store(mean + n * G + tl.program_id(0), 0.0)
+            tl.store(rstd + n * G + tl.program_id(0), 0.0)
             return
-    n = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, WIDTH)
     channel = tl.program_id(0) * CPG + lane
     base = tl.load(part_mean + n * parts * C + tl.program_id(0) * CPG)

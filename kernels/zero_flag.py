@@ -36,16 +36,21 @@ def _scan(tensors, sizes, found, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _combine(found, flags, programs, BLOCK: tl.constexpr):
+def _combine(found, flags, programs, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """flags[i] for program i; with COUNT > 1 one program and one flag: whether one of COUNT tensors is zero."""
     lane = tl.arange(0, BLOCK)
-    seen = tl.load(found + tl.program_id(0) * programs + lane, mask=lane < programs, other=0)
-    tl.store(flags + tl.program_id(0), 1 - tl.max(seen, 0))
+    flag = 0
+    for i in tl.static_range(COUNT):
+        row = found + (tl.program_id(0) + i) * programs
+        flag |= 1 - tl.max(tl.load(row + lane, mask=lane < programs, other=0), 0)
+    tl.store(flags + tl.program_id(0), flag)
 
 
-def zero_flag(tensors: list[Tensor]) -> Tensor:
-    """[len(tensors)] int32; the tensors are dense in some order of dimensions, on one device."""
+def zero_flag(tensors: list[Tensor], any_of: bool = False) -> Tensor:
+    """[len(tensors)] int32, or [1] with any_of (MOST tensors at most): whether one of them is zero. The tensors are
+    dense in some order of dimensions, on one device."""
     device = tensors[0].device
-    flags = torch.empty(len(tensors), dtype=torch.int32, device=device)
+    flags = torch.empty(1 if any_of else len(tensors), dtype=torch.int32, device=device)
     for first in range(0, len(tensors), MOST):
         group = tensors[first : first + MOST]
         sizes = tuple(t.numel() for t in group)
@@ -56,9 +61,10 @@ def zero_flag(tensors: list[Tensor]) -> Tensor:
             _scan, (programs, len(group)), num_warps=WARPS, tensors=bits, sizes=sizes, found=found, COUNT=len(group),
             BLOCK=BLOCK,
         )  # fmt: skip
+        count, grid = (len(group), 1) if any_of else (1, len(group))
         launch(
-            _combine, (len(group),), num_warps=1, found=found, flags=flags[first : first + MOST], programs=programs,
-            BLOCK=PROGRAMS,
+            _combine, (grid,), num_warps=1, found=found, flags=flags[first : first + MOST], programs=programs,
+            COUNT=count, BLOCK=PROGRAMS,
         )  # fmt: skip
     return flags
 
@@ -72,3 +78,6 @@ COMPILE_CASES = {
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 COMPILE_CASES["zero_flag-16"] = lambda: zero_flag([_meta(torch.bfloat16, 1152, 1152 + 16 * i) for i in range(MOST)])
+COMPILE_CASES["zero_flag-any_of"] = lambda: zero_flag(
+    [_meta(torch.bfloat16, 1152, 4608), _meta(torch.float32, 8, 1152)], True
+)

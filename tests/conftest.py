@@ -27,6 +27,9 @@ if INTERPRETS:
     from .triton import interpret
 
     interpret.install()
+    torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
+
+from .simt import emulated
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
@@ -35,8 +38,13 @@ torch.set_num_threads(1)
 
 @pytest.fixture(params=("triton",) if INTERPRETS else BACKENDS)
 def backend(request):
-    """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here."""
+    """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here.
+
+    Without a GPU the CUDA kernels run in the emulator (tests/simt), on CPU tensors.
+    """
     with contextlib.ExitStack() as stack:
+        if request.param == "cuda" and not torch.cuda.is_available() and emulated.missing() is None:
+            stack.enter_context(emulated.emulated())
         try:
             stack.enter_context(use_backend(request.param))
         except RuntimeError as missing:
@@ -47,3 +55,25 @@ def backend(request):
 @pytest.fixture
 def device(backend):
     return device_of(backend)
+
+
+# Too much work for the interpreter, beside the cases that are large by name: kernels do not see which gradients are
+# wanted in most ops, and the arithmetic of the dtypes does not depend on the strides.
+SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
+REPEATED_INTERPRETED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
+
+
+def pytest_collection_modifyitems(config, items):
+    """An interpreting process runs what tests the triton backend and the kernels, and of that the quick part."""
+    if not INTERPRETS:
+        return
+
+    def wanted(item):
+        if "triton" in item.path.parent.name or "interpreted" in item.keywords:
+            return True
+        quick = item.originalname not in SLOW_INTERPRETED and "large" not in item.name
+        return "backend" in item.fixturenames and quick and not any(ids in item.name for ids in REPEATED_INTERPRETED)
+
+    rest = [item for item in items if not wanted(item)]
+    items[:] = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=rest)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import zeroblock as zb
-from zeroblock.testing import assert_error_budget, counters, reset_counters, rounding
+from zeroblock.testing import assert_error_budget, counters, eager, reset_counters, rounding
 
 STEPS = 10
 DRAWS = 4
@@ -36,6 +36,34 @@ class Case:
     equal: bool = True
     skipped_inference: dict[str, int] | None = None
     exact: Callable[[nn.Module], nn.Module] = lambda m: copy.deepcopy(m).double()
+
+
+def guided_block(**options):
+    return eager.ResBlock(32, 16, 0.0, **options)
+
+
+class Net(nn.Module):
+    """Two of guided-diffusion's blocks, or the given ones, in `blocks`."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks or [guided_block(), guided_block(use_scale_shift_norm=True)])
+
+    def forward(self, x, emb):
+        for block in self.blocks:
+            x = block(x, emb)
+        return x
+
+
+def example():
+    return torch.randn(2, 32, 4, 4), torch.randn(2, 16)
+
+
+def is_skipping(net):
+    reset_counters()
+    with torch.no_grad():
+        net(*example())
+    return any(skipped for _, skipped in counters().values())
 
 
 def build(case: Case, randomize: bool = False, seed: int = 0) -> tuple[nn.Module, nn.Module, zb.convert.Report]:

@@ -6,7 +6,7 @@ import torch
 import zeroblock as zb
 from zeroblock.testing import counters, reset_counters
 
-from . import convert_oracles as oracles
+from . import convert_oracles_edm as oracles
 from .convert_cases import Case, assert_drop_in
 
 EMB = (2, 16)

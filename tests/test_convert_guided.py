@@ -90,9 +90,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("randomize", [False, True])
 def test_converted_to_fp16(randomize):
     """use_fp16: half convolutions, float32 norms and linears; the gradients as good as eager's."""
-    case = Case(
-        lambda: Net(), lambda: (torch.randn(2, 64, 4, 4), torch.randn(EMB)), {}, 3
-    )
+    case = Case(lambda: Net(), lambda: (torch.randn(2, 64, 4, 4), torch.randn(EMB)), {}, 3)
     ours, theirs, _ = build(case, randomize)
     half = [copy.deepcopy(m) for m in (ours, theirs)]
     for m in half:

@@ -9,7 +9,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import assert_bitwise_equal, counters, eager, reset_counters
 
-from . import convert_oracles as oracles
+from . import convert_oracles_tokens as oracles
 from .convert_cases import Case, assert_drop_in, randomize_
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import zeroblock as zb
 from zeroblock.testing import counters, eager, reset_counters
 
-from . import convert_oracles as oracles
+from . import convert_oracles_edm as oracles
 from .convert_cases import randomize_, run
 
 

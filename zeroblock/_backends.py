@@ -23,7 +23,7 @@ from . import _plain
 DTYPES = CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # The backends of each type of device, best first; the reference takes what they do not.
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
 def _load_extension() -> str | None:
@@ -51,7 +51,7 @@ _forced = os.environ.get("ZEROBLOCK_BACKEND", "auto")
 if _forced not in ("auto", *BACKENDS):
     raise ValueError(f"ZEROBLOCK_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_forced!r}")
 
-_lazy: dict[str, ModuleType | None] = {"cuda": None}
+_lazy: dict[str, ModuleType | None] = {}
 
 
 def _load(name: str) -> ModuleType | None:
@@ -73,22 +73,25 @@ def missing(name: str) -> str | None:
     """None when the backend can run something here, else the reason."""
     if name == "cpu":
         return CPU_MISSING
-    if name == "cuda":
-        return "this version has no cuda kernels"
-    if name == "triton":
-        if _load("triton") is None:
-            return "the package triton is not installed"
-        if not torch.cuda.is_available() and not interprets():
-            return "no GPU is visible (and TRITON_INTERPRET was not set before triton was imported)"
-    return None
+    module = _load(name)
+    if module is None:
+        return "the package triton is not installed"
+    if module.MISSING is None and module.device == "cuda" and not torch.cuda.is_available():
+        hint = " (and TRITON_INTERPRET was not set before triton was imported)" if name == "triton" else ""
+        return f"no GPU is visible{hint}"
+    return module.MISSING
+
+
+def device_of(name: str) -> str:
+    """The type of device whose tensors a backend takes; Triton's interpreter and the emulator of the CUDA kernels run on
+    the CPU."""
+    module = _load(name) if name in ("triton", "cuda") else None
+    return "cpu" if module is None else module.device
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the block with one backend ("reference", "cpu", "triton", "cuda") for every tensor it can take, or "auto".
-
-    Where triton interprets (TRITON_INTERPRET=1), "triton" takes CPU tensors.
-    """
+    """Runs the block with one backend ("reference", "cpu", "triton", "cuda") for every tensor it can take, or "auto"."""
     global _forced
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"use_backend: name must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
@@ -113,23 +116,21 @@ def why_not(name: str, op: str, x: Tensor) -> str | None:
         return "float64 runs through the reference"
     if x.dtype not in (*DTYPES, torch.float64):
         return f"no kernel for {x.dtype}"
-    device = x.device.type
-    if name == "triton" and device == "cpu" and _load(name) is not None and not interprets():
-        return "the tensor is on cpu, where triton runs only in its interpreter (TRITON_INTERPRET=1 before its import)"
-    if (name == "cpu") != (device == "cpu") and not (name == "triton" and device == "cpu"):
-        return f"the tensor is on {device}"
-    reason = missing(name) if name == "cpu" or _load(name) is None else None
-    if reason is not None or name == "cpu":
-        return reason
+    if name == "cpu":
+        return CPU_MISSING if x.device.type == "cpu" else f"the tensor is on {x.device.type}"
     module = _load(name)
-    assert module is not None
+    if module is None or module.MISSING is not None:
+        return missing(name)
+    if x.device.type != module.device:
+        hint = ", where triton runs only in its interpreter (TRITON_INTERPRET=1 before its import)"
+        return f"the tensor is on {x.device.type}{hint if (name, x.device.type) == ('triton', 'cpu') else ''}"
     return module.why_not(op, x)
 
 
 def select(op: str, x: Tensor) -> ModuleType:
     """The primitives module for a call of `op` with leading tensor x."""
     device = x.device.type
-    if device == "cpu" and _forced != "triton":
+    if device == "cpu" and _forced not in ("triton", "cuda"):
         if _cpu is not None and _forced != "reference" and (x.dtype in DTYPES or op == "is_zero"):
             return _cpu
         return _plain

@@ -46,8 +46,15 @@ def _zero_path(op: str, arguments: dict[str, Any]) -> str | None:
     weight, policy = arguments["weight"], arguments["zero_skip"]
     if policy == "never":
         return 'off (zero_skip="never")'
-    if not zero.may_skip(op, policy, weight):
-        return f'off: no device-side flag on {weight.device.type} yet; zero_skip="sync" reads the verdict back'
+    if zero.test_of(op, policy, weight) == zero.DEVICE:
+        h = arguments["x"] if "x" in arguments else arguments["h"]
+        P, name = _backends.select(op, h), "conv_residual" if "conv" in op else op
+        library = P.why_library(name, h, weight, arguments.get("gate"), arguments["residual"])
+        if library is not None:
+            return f'off: the GEMM is a library call ({library}); zero_skip="sync" reads the verdict back'
+        return (
+            "a flag on the device: the kernels of the op leave early while the weight is zero, its backward GEMMs run"
+        )
     found = zero.is_exactly_zero(weight)
     return "weight is exactly zero now: the tail is skipped" if found else "weight is not zero now: the tail runs"
 
@@ -112,11 +119,12 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _gpu_backend(name: str) -> str:
-    reason = _backends.missing(name)
-    if reason is not None:
-        return f"not used: {reason}"
-    where = "in the interpreter, for CPU tensors where forced" if _backends.interprets() else "for GPU tensors"
-    return f"triton {sys.modules['triton'].__version__}, {where}" if name == "triton" else where
+    reason, module = _backends.missing(name), _backends._load(name)
+    if module is None or module.MISSING is not None:
+        return f"{reason}"
+    made = f"built for {module.archs()}" if name == "cuda" else f"triton {sys.modules['triton'].__version__}"
+    on_cpu = "on CPU tensors where forced" if module.device == "cpu" else "for GPU tensors"
+    return f"{made}, {reason if reason is not None else on_cpu}"
 
 
 def info() -> str:

@@ -10,9 +10,9 @@ from ._plan import PlannedOp
 from .reference import dropout_keep
 
 
-def hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype):
-    """(dropout(silu(norm x)) in `dtype`, mean, rstd)"""
-    h, mean, rstd = P.group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale, shift, True)
+def hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype, **flag):
+    """(dropout(silu(norm x)) in `dtype`, mean, rstd); flag: what stops the kernel, on the device"""
+    h, mean, rstd = P.group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale, shift, True, **flag)
     return dropout_keep(h.to(dtype), keep, dropout_p), mean, rstd
 
 

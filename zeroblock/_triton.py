@@ -13,20 +13,24 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import _plain
+from . import _backends, _plain, zero
 from ._layout import as_layout, channels_last_format
 from .kernels import activation as _activation
 from .kernels import add_bias as _add_bias
+from .kernels import conv_residual as _conv
 from .kernels import gate_residual as _gate_residual
 from .kernels import gate_residual_layer_norm_modulate as _gate_norm
 from .kernels import group_norm_silu as _group_norm
 from .kernels import group_norm_silu_bwd as _group_norm_bwd
 from .kernels import layer_norm_modulate as _layer_norm
+from .kernels import linear_gate_residual as _linear
 from .kernels.zero_flag import zero_flag as _zero_flag
 from .reference import promoted
 
 NAME = "triton"
 INTERPRETS: bool = not isinstance(_activation._forward, triton.JITFunction)
+MISSING: str | None = None
+device = "cpu" if INTERPRETS else "cuda"  # where the tensors that the kernels take live
 
 
 def why_not(op: str, x: Tensor) -> str | None:
@@ -142,16 +146,51 @@ def add_bias(x, bias, dim):
     return _add_bias.add_bias(x, _rows(bias), columns, innermost)
 
 
-def linear(x, weight, bias):
-    return F.linear(x, weight, bias)
+def linear(x, weight, bias, activation=None):
+    """act(x @ weight.T + bias)"""
+    y = F.linear(x, weight, bias)
+    return y if activation is None else _activation.forward(y, activation, None)
 
 
-def activation(x, name):
-    return _activation.forward(x.contiguous(), name)
+def activation(x, name, flag=None):
+    return _activation.forward(x.contiguous(), name, flag)
 
 
 def activation_bwd(dy, x, name, need_y):
     return _activation.backward(dy.contiguous(), x.contiguous(), name, need_y)
+
+
+# ---- own GEMMs, which read a flag on the device ---------------------------------------------------------------------
+
+
+def why_library(op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None) -> str | None:
+    """Why the GEMM of an op is the library's, which no flag on the device stops; None: an own one runs.
+
+    Until a plan has measured both: own GEMMs for linears and 1x1 convolutions, the library's for wider convolutions
+    (cuDNN has algorithms for them that an implicit GEMM does not match), all own ones where triton is forced.
+    """
+    if not zero.may_judge(weight) or (gate is not None and not zero.may_judge(gate)):
+        return "the weight is not a plain tensor"
+    if op == "linear_gate_residual":
+        return _linear.why_not(h, weight, gate, residual)
+    reason = _conv.why_not(h, weight, residual)
+    if reason is None and channels_last_format(h) is None and channels_last_format(weight) is None:
+        reason = "the own convolution is channels-last, neither the input nor the weight is"
+    if reason is None and _backends.forced() != NAME and weight.shape[2:].numel() > 1:
+        reason = "a convolution wider than 1x1 is the library's unless the triton backend is forced"
+    return reason
+
+
+def conv_residual(h, weight, bias, residual, padding, flag):
+    return _conv.conv_residual(h, weight, bias, residual, padding, flag)
+
+
+def conv_dgrad(dy, weight, padding, flag):
+    return _conv.conv_dgrad(dy, weight, padding, flag)
+
+
+def linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch):
+    return _linear.linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch)
 
 
 # ---- the zero test --------------------------------------------------------------------------------------------------
@@ -165,9 +204,10 @@ def _dense(t: Tensor) -> Tensor:
     return t.permute(order).contiguous()
 
 
-def zero_flags(tensors: list[Tensor]) -> Tensor:
-    """int32 [len(tensors)] on their device: 1 where a tensor is exactly zero. Nothing is read back."""
-    return _zero_flag([_dense(t) for t in tensors])
+def zero_flags(tensors: list[Tensor], any_of: bool = False) -> Tensor:
+    """int32 [len(tensors)] on their device: 1 where a tensor is exactly zero; with any_of [1], whether one of them is.
+    Nothing is read back."""
+    return _zero_flag([_dense(t) for t in tensors], any_of)
 
 
 def is_zero(t: Tensor) -> bool:

@@ -3,8 +3,9 @@
 A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolution or linear layer, `gate` optional.
 
 1. Zero means every element is +0 or -0, judged on the bits. Only plain floating strided tensors are ever judged.
-2. The values decide, at that call: on the CPU an early-exit scan before each use. Nothing is remembered between calls,
-   unless `zeroblock.freeze` decided on the user's word.
+2. The values decide, at that call: on the CPU an early-exit scan before each use; on a GPU a kernel writes a flag that
+   zeroblock's own kernels of the op read. Nothing is remembered between calls, unless `zeroblock.freeze` decided on the
+   user's word.
 3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
@@ -13,10 +14,11 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 8. BatchNorm in train mode, hooks on bypassed submodules, torch.func transforms and forward-mode AD stop a skip. A
    backward with create_graph recomputes its gradient through the reference.
 9. No collective is added: weights that are sharded (DTensor) are dense by rule 1.
-10. `counters` tells how often each plan was executed and skipped.
+10. `counters` tells how often each plan was executed and skipped; where the device alone knows, it was executed.
 
-Policies: "auto" (never synchronises a device: only CPU branches are skipped, until a GPU backend is built), "sync"
-(reads the verdict back from the device; refused during CUDA-graph capture), "never" (eager's behaviour, NaN and all).
+Policies: "auto" (never synchronises a device: CPU branches are skipped, an op's kernels on a GPU leave early, library
+calls there run), "sync" (reads the verdict back from the device and skips whole branches; refused during CUDA-graph
+capture), "never" (eager's behaviour, NaN and all).
 Under torch.compile and export the ops' own test applies: the tail is skipped, the body runs. This module decides;
 `_branch.py` executes a skipped branch and its backward, `_compose.py` a skipped op.
 """
@@ -34,6 +36,8 @@ from torch.nn.modules import module as _nn_module
 from . import _backends, _packed
 
 POLICIES = ("auto", "sync", "never")
+# Who knows the verdict on an op's weight: nobody asks, the host, the device alone.
+NEVER, HOST, DEVICE = 0, 1, 2
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 executed: dict[str, int] = {}
@@ -55,14 +59,18 @@ def reset_counters() -> None:
     skipped.clear()
 
 
+def may_judge(t: Tensor) -> bool:
+    """Only plain floating strided tensors are judged (rule 1)."""
+    plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+    return plain and t.dtype in DTYPES and t.device.type != "meta"
+
+
 def is_exactly_zero(t: Tensor) -> bool:
-    """Every element is +0 or -0; False for any tensor that may not be judged (rule 1). Reads device memory back."""
+    """Every element is +0 or -0; False for any tensor that may not be judged. Reads device memory back."""
     copy = _packed.find(t) if _packed._copies else None
     if copy is not None:
         return copy.zero  # decided by `freeze`, on the user's word
-    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.dtype not in DTYPES:
-        return False
-    if t.device.type == "meta":
+    if not may_judge(t):
         return False
     return _backends.select("is_zero", t).is_zero(t)
 
@@ -87,24 +95,26 @@ def transforms_active() -> bool:
     return _reference_only > 0 or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def may_skip(op: str, policy: str, weight: Tensor) -> bool:
-    """Whether an op may test its weight at this call; a device is read back under "sync" only."""
+def test_of(op: str, policy: str, weight: Tensor) -> int:
+    """How an op tests its weight at this call: not (NEVER), with the verdict on the host (HOST), or with a flag that
+    kernels read (DEVICE). A device is read back under "sync" only."""
     if policy == "auto":
-        return weight.device.type == "cpu" or _packed.is_frozen(weight)
+        host = weight.device.type == "cpu" and _backends.forced() not in ("triton", "cuda")
+        return HOST if host or _packed.is_frozen(weight) else DEVICE
     if policy == "never":
-        return False
+        return NEVER
     if policy != "sync":
         raise ValueError(f"{op}: zero_skip must be one of {', '.join(POLICIES)}, got {policy!r}")
     if weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f'{op}: zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids'
         )
-    return True
+    return HOST
 
 
 def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
     """Whether a module may decide for a whole branch: also needs to run eagerly, outside any dispatch mode."""
-    return may_skip(name, policy, weight) and runs_eagerly()
+    return test_of(name, policy, weight) == HOST and runs_eagerly()
 
 
 def runs_eagerly() -> bool:

@@ -9,6 +9,7 @@ What Triton 3.8 gets wrong or hides when TRITON_INTERPRET=1, and what happens he
   * int32 overflow passes silently -> an error;
   * libdevice functions do nothing -> numpy's;
   * tl.reduce with an own combine function takes 0.25 ms per element -> whole slices at a time;
+  * sums run sequentially along outer axes -> as a tree;
   * every call of a device function patches triton.language again, and leaves it patched -> once per launch, undone.
 One process either interprets or compiles: the variable is read when a kernel is decorated.
 """
@@ -129,9 +130,15 @@ class Builder(I.InterpreterBuilder):
 
 
 def _sum(self, input):
+    """A tree of halves, as lanes and warps add up: numpy's order is sequential along outer axes, and less exact."""
     a = input.handle.data
     wide = a.astype(np.float32) if _is_extended(a) else a
-    return self.to_tensor(np.sum(wide, axis=self.axis, keepdims=self.keep_dims).astype(a.dtype), input.dtype)
+    axis = self.axis
+    if axis is not None and wide.dtype.kind == "f":
+        while (n := wide.shape[axis]) > 1 and n % 2 == 0:
+            low, high = np.split(wide, 2, axis=axis)
+            wide = low + high
+    return self.to_tensor(np.sum(wide, axis=axis, keepdims=self.keep_dims).astype(a.dtype), input.dtype)
 
 
 def _reduce(self, input):

@@ -8,7 +8,7 @@ pytest.importorskip("ml_dtypes")
 
 import triton.language as tl  # noqa: E402
 
-from . import traffic  # noqa: E402
+from . import traffic, traffic_cases  # noqa: E402
 
 traffic.install()
 
@@ -85,3 +85,55 @@ def test_small_operands_count_once():
     with traffic.record() as recorded:
         _scaled_copy[(64,)](x, weight, y, 64, 64, 64, BLOCK=64, PASSES=2, BUG="none")
     assert recorded.moved() == 2 * x.nbytes + weight.nbytes + y.nbytes
+
+
+# ---- the committed table --------------------------------------------------------------------------------------------
+
+ONE_READ = (
+    "group_norm_silu-320x64-bf16-nchw", "group_norm_silu-1280x8", "layer_norm_modulate-", "rms_norm_modulate-",
+    "gate_residual-", "gate_residual_layer_norm_modulate-",
+)  # fmt: skip
+FUSED = (
+    "conv_residual-1x1",
+    "conv_residual-3x3-0",
+    "linear_gate_residual-0",
+    "group_norm_silu_conv_residual-1x1-partial",
+)
+
+
+@pytest.mark.parametrize("name", traffic_cases.CASES)
+def test_traffic_is_that_of_the_table(name):
+    """Exact numbers: a kernel that reads an element more shows. `python -m tests.triton.traffic_cases` renews them."""
+    committed = traffic_cases.committed()
+    assert name in committed, "not in traffic.csv: run python -m tests.triton.traffic_cases"
+    assert {key: str(value) for key, value in traffic_cases.row(name).items()} == committed[name]
+
+
+def test_table_has_no_other_rows():
+    assert list(traffic_cases.committed()) == list(traffic_cases.CASES)
+
+
+def test_table_reaches_the_targets():
+    ratios = {name: float(row["ratio"]) for name, row in traffic_cases.committed().items()}
+    one_read = {name: ratio for name, ratio in ratios.items() if name.startswith(ONE_READ)}
+    assert len(one_read) >= 12 and set(one_read.values()) == {1.0}, one_read
+    fused = {name: ratios[name] for name in FUSED}
+    assert max(fused.values()) <= 1.05, fused
+    zero = {name: ratio for name, ratio in ratios.items() if name.endswith("-zero")}
+    assert len(zero) >= 4 and max(zero.values()) <= 1.01, zero
+
+
+def test_a_second_read_would_show_in_the_table(monkeypatch):
+    """Planted: the op runs twice."""
+    from zeroblock.kernels import gate_residual
+
+    def twice(*arguments):
+        stock(*arguments)
+        return stock(*arguments)
+
+    stock = gate_residual.forward
+    monkeypatch.setattr(gate_residual, "forward", twice)
+    row = traffic_cases.row("gate_residual-channel")
+    assert (
+        float(row["ratio"]) > 1.9 and str(row["moved"]) != traffic_cases.committed()["gate_residual-channel"]["moved"]
+    )

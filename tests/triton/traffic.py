@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class Launch:
 
     def __init__(self, kernel: str, named: list[tuple[str, torch.Tensor]]):
         self.kernel, self.names = kernel, [name for name, _ in named]
+        self.storages = {name: t.untyped_storage().data_ptr() for name, t in named}
         self.counts: dict[tuple[str, str], Count] = defaultdict(Count)
         self.problems: list[str] = []
         self.dot_flops = 0
@@ -67,7 +68,7 @@ class Launch:
 
     def access(self, kind: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int, program: int) -> np.ndarray:
         """Counts one operation; returns the mask without the lanes that are out of bounds."""
-        pointers, mask = np.broadcast_arrays(pointers, mask)
+        pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))
         allowed = np.zeros(mask.shape, bool)
         for region in self.regions.values():
             if region.itemsize != itemsize:
@@ -117,18 +118,23 @@ class Launch:
     def _problem(self, program: int, what: str) -> None:
         self.problems.append(f"{self.kernel}: program {program}: {what}")
 
-    def moved(self) -> int:
+    def moved(self, storages: Container[int] | None = None) -> int:
         """Bytes to and from DRAM: every request of a streamed operand; operands that stay in a cache once.
 
         Taken to stay: those at most 1/BROADCAST of the launch's largest operand (rows of weights, modulation,
         statistics), and the operands of a product, whose tiles neighbouring programs read at about the same time.
+        storages: only arguments that live there.
         """
         largest = max((c.footprint for c in self.counts.values()), default=0)
 
         def is_streamed(kind: str, count: Count) -> bool:
             return not (self.dot_flops and kind == "load") and count.footprint * BROADCAST > largest
 
-        return sum(c.requested if is_streamed(kind, c) else c.footprint for (_, kind), c in self.counts.items())
+        return sum(
+            c.requested if is_streamed(kind, c) else c.footprint
+            for (name, kind), c in self.counts.items()
+            if storages is None or self.storages[name] in storages
+        )
 
 
 class Traffic:
@@ -148,8 +154,8 @@ class Traffic:
     def total(self, field: str) -> int:
         return sum(getattr(c, field) for launch in self.launches for c in launch.counts.values())
 
-    def moved(self) -> int:
-        return sum(launch.moved() for launch in self.launches)
+    def moved(self, storages: Container[int] | None = None) -> int:
+        return sum(launch.moved(storages) for launch in self.launches)
 
 
 _recording: Traffic | None = None

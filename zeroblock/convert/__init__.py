@@ -170,7 +170,7 @@ def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> 
         accelerated_class(type(block), family)
     except TypeError as error:
         return f"its class cannot be extended: {error}"
-    return _proof.disagreement(block, family)
+    return _proof.disagreement(family.specimen(block), family)
 
 
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from typing import Any
@@ -152,6 +153,13 @@ class DiTTransformer2DModel(Family):
 
     def claims(self, block: nn.Module) -> tuple[nn.Module, ...]:
         return (block, block.proj_out_2)
+
+    def specimen(self, block: Any) -> nn.Module:
+        """The model with one of its blocks."""
+        model = copy.copy(block)
+        model.__dict__["_modules"] = dict(block._modules)
+        model.transformer_blocks = block.transformer_blocks[:1]
+        return model
 
     def example(self, block: Any) -> tuple:
         size, index = block.config.sample_size, torch.zeros(1, dtype=torch.long)

@@ -68,7 +68,9 @@ class ControlNet(InferenceSkip):
     classes = ("ControlNet",)
 
     def match(self, block: Any, path: str, root: nn.Module) -> str | None:
-        missing = lacks(block, "input_blocks", "middle_block", "zero_convs.0.0", "middle_block_out.0", "input_hint_block")
+        missing = lacks(
+            block, "input_blocks", "middle_block", "zero_convs.0.0", "middle_block_out.0", "input_hint_block"
+        )
         plain = missing is None and all(map(is_plain_layer, self.zero_layers(block)))
         return missing or (None if plain else "its zero convolutions are not plain ones")
 

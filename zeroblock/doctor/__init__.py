@@ -39,7 +39,7 @@ def random_target_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(result, (Tensor, tuple, list, dict)):
         result = vars(result)  # an output class
     outputs = [t for t in tree_leaves(dict(result) if isinstance(result, dict) else result) if isinstance(t, Tensor)]
-    outputs = [t for t in outputs if t.is_floating_point() and t.requires_grad]
+    outputs = [t for t in outputs if t.is_floating_point() and (t.requires_grad or not torch.is_grad_enabled())]
     if not outputs:
         raise ValueError("the model returned no floating tensor with a gradient; pass a loss")
     generator = torch.Generator().manual_seed(0)

@@ -188,7 +188,4 @@ def rank(t: Tensor) -> tuple[int, int]:
 
 def units(t: Tensor) -> Tensor:
     """A parameter as [units, what each unit has]: outputs along the first dimension, elements of a vector."""
-    shape = list(t.shape)
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return t.reshape(shape[0], -1) if shape else t.reshape(1, 1)
+    return t.reshape(t.shape[0], -1) if t.dim() else t.reshape(1, 1)

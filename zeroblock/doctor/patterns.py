@@ -68,7 +68,8 @@ def apply(node: Node, values: list[Value], masks: Masks, cache: dict) -> list[Ma
         old, new = (masks[i] for i in node.inputs)
         return [True if new is not False else old]
     if node.constant is not None:
-        return [not zero for zero in node.constant] + [True] * (count - len(node.constant))
+        result = [not zero for zero in node.constant]
+        return result + [True] * (count - len(result))
     packet = node.func._overloadpacket
     if packet in _ZERO:
         return [False] * count

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 # Which elements may differ from zero: of all alike True or False, else a bool tensor on the CPU.
@@ -86,6 +85,9 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, named: dict[str, Tensor], data: dict[str, Tensor]):
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # it imports Triton, which `import zeroblock` must not
+
+        self._formulas = flop_registry
         self.tape = Tape()
         self._data = set(data)
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -114,7 +116,7 @@ class Recorder(TorchDispatchMode):
         if not inputs:
             uninitialised = "empty" in func.name() or torch.Tag.nondeterministic_seeded in func.tags
             node.constant = [t is not None and not uninitialised and mask_of(t) is False for t in outputs]
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             node.flops = int(formula(*args, **kwargs, out_val=out))
         elif "flash_attention_for_cpu" in func.name():

@@ -135,7 +135,7 @@ def savings_lines(d: Diagnosis) -> list[str]:
         f"({_share(s.inference_saved, s.inference_flops)}).",
         f"Training: {size(s.training_saved, 'FLOP')} of {size(s.training_flops, 'FLOP')} a step "
         f"({_share(s.training_saved, s.training_flops)}), and {size(s.activation_saved, 'B')} of "
-        f"{size(s.activation_bytes, 'B')} kept for backward need not be kept.",
+        f"{size(s.activation_bytes, 'B')} kept for backward are not needed.",
     ]
     if last:
         lines.append(

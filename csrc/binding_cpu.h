@@ -1,0 +1,44 @@
+// What the CPU binding alone needs: the kernel table, the thread pool, rows in the CPU kernels' form, scratch memory.
+#pragma once
+
+#include <memory>
+
+#include "binding_args.h"
+
+namespace {
+
+const CpuKernels& kernels() {
+  const CpuKernels* table = cpu_kernels();
+  STD_TORCH_CHECK(table != nullptr, "zeroblock: this processor has neither AVX2+FMA+F16C nor AVX-512");
+  return *table;
+}
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* ctx) {
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(ctx, b, e); });
+}
+
+// A [B, D] operand (or one broadcast row, [D]) becomes fp32 rows; a [B, T, D] operand keeps its strides.
+Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& keep, const char* what) {
+  if (!t.has_value()) return {nullptr, false, 0, 0};
+  const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
+  if (t->dim() == 3) {
+    STD_TORCH_CHECK(t->is_cpu() && t->size(0) == B && t->size(1) == T && t->size(2) == D &&
+                        (D <= 1 || t->stride(2) == 1) && t->scalar_type() == x.scalar_type(),
+                    "zeroblock: ", what, " per token must be [B, T, D] in the dtype of x, last dimension contiguous");
+    return {t->const_data_ptr(), true, t->stride(0), t->stride(1)};
+  }
+  if (t->dim() == 2 && t->scalar_type() == ScalarType::Float && t->is_cpu() && t->size(0) == B && t->size(1) == D &&
+      (D <= 1 || t->stride(1) == 1)) {
+    return {t->const_data_ptr(), false, t->stride(0), 0};
+  }
+  const bool one_row = t->dim() == 1;
+  return {as_f32(t, one_row ? D : B * D, keep, what), false, one_row ? 0 : D, 0};
+}
+
+// Scratch memory of one call, not initialised.
+struct Workspace {
+  explicit Workspace(int64_t floats) : data(floats > 0 ? new float[floats] : nullptr) {}
+  std::unique_ptr<float[]> data;
+};
+
+}  // namespace

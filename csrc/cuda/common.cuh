@@ -1,0 +1,141 @@
+// Shared device code: 16-byte packs, operands of either dtype, sums in a fixed order, SiLU.
+#pragma once
+
+#include "cuda_kernels.h"
+#include "platform.cuh"
+
+namespace zeroblock::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(fp16 v) { return __half2float(v); }
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float v) {
+  return __float2bfloat16(v);
+}
+template <>
+__device__ __forceinline__ fp16 from_float<fp16>(float v) {
+  return __float2half(v);
+}
+
+// V elements moved by one instruction.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+  __device__ __forceinline__ float operator[](int k) const { return to_float(v[k]); }
+};
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load_pack(const T* p) {
+  check_aligned(p, sizeof(T) * V);
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+template <int V, class T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
+  check_aligned(p, sizeof(T) * V);
+  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+template <int V, class T>
+__device__ __forceinline__ void store_floats(T* p, const float (&values)[V]) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int k = 0; k < V; k++) pack.v[k] = from_float<T>(values[k]);
+  store_pack<V>(p, pack);
+}
+
+// Elements [offset, offset + V) of an operand of dtype fp32 or T; `missing` where it is not given.
+template <class T, int V>
+__device__ __forceinline__ void load_operand(const Operand& o, int64_t offset, float missing, float (&out)[V]) {
+  if (o.ptr == nullptr) {
+#pragma unroll
+    for (int k = 0; k < V; k++) out[k] = missing;
+  } else if (o.dtype == DType::kF32) {
+    constexpr int kWidth = V < 4 ? V : 4;
+#pragma unroll
+    for (int j = 0; j < V; j += kWidth) {
+      const Pack<float, kWidth> pack = load_pack<kWidth>(static_cast<const float*>(o.ptr) + offset + j);
+#pragma unroll
+      for (int k = 0; k < kWidth; k++) out[j + k] = pack[k];
+    }
+  } else {
+    const Pack<T, V> pack = load_pack<V>(static_cast<const T*>(o.ptr) + offset);
+#pragma unroll
+    for (int k = 0; k < V; k++) out[k] = pack[k];
+  }
+}
+template <class T>
+__device__ __forceinline__ float operand_at(const Operand& o, int64_t offset, float missing) {
+  float v[1];
+  load_operand<T, 1>(o, offset, missing, v);
+  return v[0];
+}
+
+template <class T>
+__device__ __forceinline__ void store_grad(const Grad& g, int64_t offset, float value) {
+  if (g.ptr == nullptr) return;
+  if (g.dtype == DType::kF32) {
+    static_cast<float*>(g.ptr)[offset] = value;
+  } else {
+    static_cast<T*>(g.ptr)[offset] = from_float<T>(value);
+  }
+}
+
+__device__ __forceinline__ bool branch_is_zero(const uint8_t* zero) { return zero != nullptr && *zero != 0; }
+
+// Over `lanes` (a power of two, at most 32) neighbouring lanes; every one of them gets the sum.
+__device__ __forceinline__ float lanes_sum(float v, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
+  return v;
+}
+__device__ __forceinline__ float warp_sum(float v) { return lanes_sum(v, 32); }
+
+// Half precision takes the fast exponential: its error is far below the result's rounding.
+template <class T>
+__device__ __forceinline__ float exp_for(float x) {
+  return sizeof(T) == 4 ? expf(x) : __expf(x);
+}
+template <class T>
+__device__ __forceinline__ float sigmoid(float z) {
+  return 1.0f / (1.0f + exp_for<T>(-z));
+}
+template <class T>
+__device__ __forceinline__ float silu(float z) {
+  return z / (1.0f + exp_for<T>(-z));
+}
+template <class T>
+__device__ __forceinline__ float silu_derivative(float z) {
+  const float s = sigmoid<T>(z);
+  return s * (1.0f + z * (1.0f - s));
+}
+
+// ---- host side ------------------------------------------------------------------------------------------------------
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether V elements at a time may be read from an operand whose rows start at multiples of its strides.
+inline bool is_vectorised(const Operand& o, int V) {
+  return o.ptr == nullptr || (is_aligned(o.ptr) && o.stride_b % V == 0 && o.stride_t % V == 0);
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// f(T()) for the element type.
+template <class F>
+int with_dtype(DType dtype, F f) {
+  if (dtype == DType::kBF16) return f(bf16());
+  if (dtype == DType::kF16) return f(fp16());
+  return f(float());
+}
+
+}  // namespace zeroblock::cuda

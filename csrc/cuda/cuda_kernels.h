@@ -1,0 +1,140 @@
+// Parameter blocks and launchers of the CUDA kernels. No torch header and no CUDA header may be included here.
+//
+// Conventions, besides those of zeroblock.h
+//   * every launcher returns a cudaError_t as int (0: launched), never waits and never allocates;
+//   * small operands (affine parameters, modulation, gates) come in their own dtype, fp32 or that of x: no conversion
+//     kernel runs before the real one;
+//   * `zero`, when not null, points to one byte on the device, written by zero_flag: when it is 1 the branch is exactly
+//     zero. A forward kernel inside the branch then leaves at once (its output stays unwritten and is not to be read),
+//     the last one writes what is left of the branch; a backward kernel writes zero gradients.
+#pragma once
+
+#include "../zeroblock.h"
+
+namespace zeroblock::cuda {
+
+// An operand seen as [B, T, D], last dimension contiguous; strides of 0 broadcast. dtype: fp32 or that of x.
+struct Operand {
+  const void* ptr;  // null: not given
+  DType dtype;
+  bool per_token;
+  int64_t stride_b, stride_t;
+};
+
+// A dense gradient of an operand, in that operand's dtype.
+struct Grad {
+  void* ptr;  // null: not wanted
+  DType dtype;
+};
+
+struct GroupNormSilu {
+  DType dtype;
+  bool channels_last, silu;
+  int64_t N, C, G, S;
+  float eps;
+  const void* x;
+  Operand weight, bias, scale, shift;  // [C], [C], [N, C], [N, C]
+  float *mean, *rstd;                  // [N, G]
+  void* y;
+  const void* dy;
+  void* dx;
+  Grad dweight, dbias, dscale, dshift;
+  float* workspace;
+  const uint8_t* zero;
+};
+
+// layer_norm_modulate and rms_norm_modulate; with a branch, x is first replaced by x_new = x + gate * branch.
+struct RowNorm {
+  DType dtype;
+  bool rms;
+  int64_t B, T, D;
+  float eps;
+  const void* x;  // fwd: the input or residual; bwd: the normalised tensor (x or x_new)
+  Operand weight, bias, shift, scale;
+  float *mean, *rstd;  // [B, T]; mean null for rms
+  void* y;
+  const void* branch;  // null: no gate
+  Operand gate;
+  void* x_new;
+  // backward
+  const void* dy;
+  const void* dx_new;  // or null (0)
+  void* dx;            // with a branch: dresidual
+  void* dbranch;
+  void *dscale_token, *dgate_token;            // [B, T, D] in dtype, for operands given per token
+  Grad dweight, dbias, dshift, dscale, dgate;  // [D], [D], [B, D] each; a per-token dshift is dy itself
+  float* workspace;
+  const uint8_t* zero;
+};
+
+struct GateResidual {
+  DType dtype;
+  int64_t B, T, D;
+  const void *residual, *branch;
+  Operand gate;
+  const void* scalar_gate;  // one element of gate.dtype, or null
+  void* y;
+  const void* dy;
+  void* dbranch;
+  void* dgate_token;  // [B, T, D]
+  Grad dgate;         // [B, D], or [1] for a scalar gate
+  float* workspace;
+  const uint8_t* zero;
+};
+
+// y = residual + conv(act(norm(x))) + bias for channels-last x [N, H, W, C] (C and K multiples of 8, bf16 or fp16),
+// 3x3 with padding 1 or 1x1, stride 1. mean == null: no prologue, y = residual + conv(x) + bias.
+struct ConvResidual {
+  DType dtype;
+  int64_t N, H, W, C, K, G;
+  int kernel;  // 3 or 1
+  const void* x;
+  const float *mean, *rstd;            // [N, G] or null
+  Operand weight, bias, scale, shift;  // of the norm
+  const void* filter;                  // [K, kernel, kernel, C] (a channels-last weight)
+  Operand conv_bias;                   // [K]
+  const void* residual;                // [N, H, W, K] or null
+  void* y;
+  // Partial statistics of y for the next norm, or null: [N, conv_residual_tiles, K, 2], mean and sum of centred squares
+  // of each channel over a tile's pixels.
+  float* partial;
+  const uint8_t* zero;
+};
+
+// mean and rstd [N, G] of y [N, H, W, K] from the partial statistics of its convolution.
+struct ConvMoments {
+  int64_t N, H, W, K, G;
+  float eps;
+  const float* partial;
+  float *mean, *rstd;
+};
+
+// One table of pointers travels in the launch: nothing is copied to the device.
+constexpr int kZeroFlagTensors = 64;
+struct ZeroFlag {
+  const void* data[kZeroFlagTensors];
+  int64_t bytes[kZeroFlagTensors];
+  int element_size[kZeroFlagTensors];  // 2, 4 or 8
+  int count;
+  uint8_t* flags;  // [count], 1: every element is +0 or -0
+};
+
+int zero_flag(const ZeroFlag&, void* stream);
+int group_norm_silu_fwd(const GroupNormSilu&, void* stream);
+int group_norm_silu_bwd(const GroupNormSilu&, void* stream);
+int64_t group_norm_silu_fwd_workspace(const GroupNormSilu&);  // in floats, as all of them
+int64_t group_norm_silu_bwd_workspace(const GroupNormSilu&);
+int row_norm_fwd(const RowNorm&, void* stream);
+int row_norm_bwd(const RowNorm&, void* stream);
+int64_t row_norm_bwd_workspace(const RowNorm&);
+int gate_residual_fwd(const GateResidual&, void* stream);
+int gate_residual_bwd(const GateResidual&, void* stream);
+int64_t gate_residual_bwd_workspace(const GateResidual&);
+int conv_residual_fwd(const ConvResidual&, void* stream);
+int conv_moments(const ConvMoments&, void* stream);
+int64_t conv_residual_tiles(const ConvResidual&);  // per sample
+
+// What went wrong, in words.
+const char* error_string(int status);
+
+}  // namespace zeroblock::cuda

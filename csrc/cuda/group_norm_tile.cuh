@@ -1,0 +1,270 @@
+// How group_norm_silu cuts its work, shared by forward and backward.
+//
+// A block owns a slab of whole groups of one sample and a chunk of the positions: a tile of rows x columns, the rows
+// `row_stride` elements apart. Channels-first: rows are channels, columns positions, one group. Channels-last: rows are
+// positions, columns the slab's channels. Threads form ty rows of tx; a thread keeps its columns (channels-last) or its
+// row (channels-first), so that sums per channel need no atomics and have a fixed order.
+// Modes: kOnChip, the chunk is everything and the tile stays in shared memory: x is read once; kStats, partial sums of
+// a chunk; kApply, the partial sums combined in the order of the chunks and the result written.
+#pragma once
+
+#include "common.cuh"
+
+namespace zeroblock::cuda {
+
+constexpr int kGroupNormThreads = 512;
+constexpr int kGroupNormWarps = kGroupNormThreads / 32;
+enum class Mode { kOnChip, kStats, kApply };
+
+struct Tiling {
+  int V;
+  bool on_chip;
+  int groups, channels;  // of a slab
+  int64_t slabs, chunk, chunks;
+  int tx, ty;
+  int part;      // floats of scratch for channel_sums
+  size_t bytes;  // of shared memory
+};
+
+template <class T, int V, bool kLast>
+struct Slab {
+  int64_t n, slab, chunk_index, base, row_stride;
+  int first_channel, rows, columns, x0, y0;
+  bool active;
+
+  __device__ Slab(const GroupNormSilu& p, const Tiling& t) {
+    const int64_t block = blockIdx.x;
+    chunk_index = block % t.chunks;
+    slab = block / t.chunks % t.slabs;
+    n = block / (t.chunks * t.slabs);
+    first_channel = static_cast<int>(slab) * t.channels;
+    const int64_t begin = chunk_index * t.chunk, rest = p.S - begin;
+    const int positions = static_cast<int>(rest < t.chunk ? rest : t.chunk);
+    rows = kLast ? positions : t.channels;
+    columns = (kLast ? t.channels : positions) / V;
+    row_stride = kLast ? p.C : p.S;
+    base = kLast ? (n * p.S + begin) * p.C + first_channel : (n * p.C + first_channel) * p.S + begin;
+    x0 = threadIdx.x % t.tx;
+    y0 = threadIdx.x / t.tx;
+    active = y0 < t.ty;
+  }
+  __device__ int64_t offset(int row, int column) const { return base + row * row_stride + int64_t(column) * V; }
+  __device__ int in_tile(int row, int column) const { return (row * columns + column) * V; }
+  // The slab's channel of element k of a pack.
+  __device__ int channel(int row, int column, int k) const { return kLast ? column * V + k : row; }
+
+  // f(row, column) for every pack of this thread.
+  template <class F>
+  __device__ void each(const Tiling& t, F f) const {
+    if (!active) return;
+    if (kLast) {
+#pragma unroll 1
+      for (int c = x0; c < columns; c += t.tx) {
+#pragma unroll 2
+        for (int r = y0; r < rows; r += t.ty) f(r, c);
+      }
+    } else {
+#pragma unroll 1
+      for (int r = y0; r < rows; r += t.ty) {
+#pragma unroll 2
+        for (int c = x0; c < columns; c += t.tx) f(r, c);
+      }
+    }
+  }
+};
+
+// sums[q * channels + c] = sum over the tile's part of channel c of quantity q; body(row, column, acc) adds a pack's
+// values to acc[q][k]. Ends with a barrier.
+template <int Q, class T, int V, bool kLast, class Body>
+__device__ void channel_sums(const Slab<T, V, kLast>& slab, const Tiling& t, float* part, float* sums, Body body) {
+  if (kLast) {
+#pragma unroll 1
+    for (int c = slab.x0; slab.active && c < slab.columns; c += t.tx) {
+      float acc[Q][V] = {};
+#pragma unroll 2
+      for (int r = slab.y0; r < slab.rows; r += t.ty) body(r, c, acc);
+#pragma unroll
+      for (int q = 0; q < Q; q++) {
+#pragma unroll
+        for (int k = 0; k < V; k++) part[(q * t.ty + slab.y0) * t.channels + c * V + k] = acc[q][k];
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Q * t.channels; i += kGroupNormThreads) {
+      const int q = i / t.channels, c = i % t.channels;
+      float sum = 0;
+#pragma unroll 1
+      for (int j = 0; j < t.ty; j++) sum += part[(q * t.ty + j) * t.channels + c];
+      sums[i] = sum;
+    }
+  } else {
+    const int warp = threadIdx.x / 32, passes = (slab.rows + t.ty - 1) / t.ty;
+#pragma unroll 1
+    for (int pass = 0; pass < passes; pass++) {
+      const int r = slab.y0 + pass * t.ty;
+      float acc[Q][V] = {};
+#pragma unroll 2
+      for (int c = slab.x0; r < slab.rows && c < slab.columns; c += t.tx) body(r, c, acc);
+      float* pass_part = part + (pass & 1) * Q * kGroupNormWarps;  // two buffers: one barrier a pass
+#pragma unroll
+      for (int q = 0; q < Q; q++) {
+        float sum = acc[q][0];
+#pragma unroll
+        for (int k = 1; k < V; k++) sum += acc[q][k];
+        sum = lanes_sum(sum, t.tx < 32 ? t.tx : 32);
+        if (t.tx <= 32 && slab.x0 == 0 && r < slab.rows) sums[q * t.channels + r] = sum;
+        if (t.tx > 32 && threadIdx.x % 32 == 0) pass_part[q * kGroupNormWarps + warp] = sum;
+      }
+      if (t.tx > 32) {
+        __syncthreads();
+        if (slab.x0 < Q && r < slab.rows) {
+          float sum = 0;
+#pragma unroll 1
+          for (int j = 0; j < t.tx / 32; j++) sum += pass_part[slab.x0 * kGroupNormWarps + warp + j];
+          sums[slab.x0 * t.channels + r] = sum;
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// f(group of the slab, first channel) by one warp per group; f's sums over lanes use warp_sum. Ends with a barrier.
+template <class F>
+__device__ void each_group(const Tiling& t, int channels_per_group, F f) {
+#pragma unroll 1
+  for (int group = threadIdx.x / 32; group < t.groups; group += kGroupNormWarps) f(group, group * channels_per_group);
+  __syncthreads();
+}
+
+// The sum of `values` over one group's channels, by a warp.
+__device__ __forceinline__ float group_sum(const float* values, int count) {
+  float sum = 0;
+#pragma unroll 1
+  for (int j = threadIdx.x % 32; j < count; j += 32) sum += values[j];
+  return warp_sum(sum);
+}
+
+// The shared memory of a block: arrays per channel of the slab, scratch, tiles.
+struct GroupNormShared {
+  float *center, *inverse, *gain, *offset, *sums, *part, *tiles;  // sums: two per channel
+
+  __device__ GroupNormShared(float* shared, const Tiling& t) {
+    center = shared;
+    inverse = center + t.channels;
+    gain = inverse + t.channels;
+    offset = gain + t.channels;
+    sums = offset + t.channels;
+    part = sums + 2 * t.channels;
+    tiles = part + t.part;
+  }
+
+  // z = xhat * gain + offset; no barrier.
+  template <class T>
+  __device__ void load_affine(const GroupNormSilu& p, const Tiling& t, int64_t n, int first_channel) {
+#pragma unroll 1
+    for (int c = threadIdx.x; c < t.channels; c += kGroupNormThreads) {
+      const int64_t at = first_channel + c;
+      const float modulation = 1.0f + operand_at<T>(p.scale, n * p.scale.stride_b + at, 0.0f);
+      gain[c] = operand_at<T>(p.weight, at, 1.0f) * modulation;
+      offset[c] =
+          operand_at<T>(p.bias, at, 0.0f) * modulation + operand_at<T>(p.shift, n * p.shift.stride_b + at, 0.0f);
+    }
+  }
+};
+
+// ---- host side ------------------------------------------------------------------------------------------------------
+
+inline size_t shared_limit() {
+#ifdef ZB_SIMT
+  return 163 * 1024;
+#else
+  int device = 0, bytes = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return bytes;
+#endif
+}
+
+// The smallest number of groups that divides G, keeps the slab a whole number of packs and makes it `bytes` wide.
+inline int groups_per_slab(const GroupNormSilu& p, int V, int element, int bytes) {
+  const int64_t cpg = p.C / p.G;
+  for (int64_t groups = 1; groups < p.G; groups++) {
+    if (p.G % groups == 0 && groups * cpg % V == 0 && groups * cpg * element >= bytes) return static_cast<int>(groups);
+  }
+  return static_cast<int>(p.G);
+}
+
+// The elements of a pack: 16 bytes where every row starts at a multiple of them, else one.
+inline int group_norm_vector(const GroupNormSilu& p) {
+  const int vector = p.dtype == DType::kF32 ? 4 : 8;
+  const bool whole = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.dy) && is_aligned(p.dx);
+  return whole && (p.channels_last ? p.C : p.S) % vector == 0 ? vector : 1;
+}
+
+// tiles: how many tensors the on-chip mode keeps. Depends on the shape and the device's shared memory alone.
+inline Tiling group_norm_tiling(const GroupNormSilu& p, int tiles, int V) {
+  const int element = p.dtype == DType::kF32 ? 4 : 2;
+  const int64_t cpg = p.C / p.G;
+  Tiling t{};
+  t.V = V;
+  auto shape = [&](int64_t chunk, int slab_bytes) {
+    t.groups = p.channels_last ? groups_per_slab(p, V, element, slab_bytes) : 1;
+    t.channels = static_cast<int>(t.groups * cpg);
+    t.slabs = p.G / t.groups;
+    t.chunk = chunk;
+    t.chunks = ceil_div(p.S, chunk);
+    const int64_t columns = (p.channels_last ? t.channels : chunk) / V;
+    t.tx = 1;
+    if (p.channels_last) {
+      t.tx = static_cast<int>(columns < kGroupNormThreads ? columns : kGroupNormThreads);
+    } else {
+      while (t.tx < columns && t.tx < kGroupNormThreads) t.tx *= 2;
+    }
+    t.ty = kGroupNormThreads / t.tx;
+    t.part = p.channels_last ? 2 * t.ty * t.channels : 4 * kGroupNormWarps;
+    t.part += (4 - (6 * t.channels + t.part) % 4) % 4;  // the tiles start at 16 bytes
+    t.bytes = (6 * size_t(t.channels) + t.part) * sizeof(float);
+  };
+  shape(p.S, 32);
+  const size_t tile_bytes = size_t(t.channels) * p.S * element * tiles;
+  // Few large tiles would leave most of a GPU idle: two passes then use all of it.
+  const bool enough = p.N * t.slabs >= 96 || tile_bytes <= 32 * 1024;
+  t.on_chip = V > 1 && enough && t.bytes + tile_bytes <= shared_limit();
+  if (t.on_chip) {
+    t.bytes += tile_bytes;
+    return t;
+  }
+  shape(p.S, 256);
+  const int64_t least = ceil_div(4096, t.channels), most = int64_t(1) << 24;
+  int64_t chunk = ceil_div(p.S, ceil_div(1024, p.N * t.slabs));
+  chunk = chunk < least ? least : chunk > most ? most : chunk;
+  shape(ceil_div(chunk, V) * V, 256);
+  return t;
+}
+
+// At least as many chunks as either width of packs makes: what the workspace is sized for.
+inline int64_t group_norm_chunks(const GroupNormSilu& p) {
+  if (p.N * p.C * p.S == 0) return 0;
+  const int vector = p.dtype == DType::kF32 ? 4 : 8;
+  const bool whole = (p.channels_last ? p.C : p.S) % vector == 0;
+  const int64_t narrow = group_norm_tiling(p, 1, 1).chunks;
+  const int64_t wide = whole ? group_norm_tiling(p, 1 << 20, vector).chunks : 1;  // too many tiles for a chip
+  return wide > narrow ? wide : narrow;
+}
+
+// Calls f(V constant, channels-last constant) for a tiling.
+template <class T, class F>
+int with_group_norm_shape(const Tiling& t, bool channels_last, F f) {
+  using std::integral_constant;
+  if (t.V > 1) {
+    return channels_last ? f(integral_constant<int, kVector<T>>(), integral_constant<bool, true>())
+                         : f(integral_constant<int, kVector<T>>(), integral_constant<bool, false>());
+  }
+  return channels_last ? f(integral_constant<int, 1>(), integral_constant<bool, true>())
+                       : f(integral_constant<int, 1>(), integral_constant<bool, false>());
+}
+
+}  // namespace zeroblock::cuda

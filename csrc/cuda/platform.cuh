@@ -1,0 +1,112 @@
+// The one seam between nvcc and the emulator of tests/simt: launches, shared memory and inline PTX under one name each.
+#pragma once
+
+#ifdef ZB_SIMT
+#include "simt.h"
+#define ZB_SHARED SIMT_SHARED
+#define ZB_DYNAMIC_SHARED SIMT_DYNAMIC_SHARED
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define ZB_SHARED(T, name, ...) __shared__ T name __VA_ARGS__
+#define ZB_DYNAMIC_SHARED(T, name)                             \
+  extern __shared__ __align__(16) unsigned char dynamic_raw[]; \
+  T* name = reinterpret_cast<T*>(dynamic_raw)
+#endif
+
+#include <cstdint>
+
+namespace zeroblock::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// Launches kernel<<<grid, block, bytes, stream>>>(args...); dynamic shared memory above 48 KB is asked for first.
+// Returns a cudaError_t as int, 0 for success. Never waits.
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), dim3 grid, int block, size_t bytes, void* stream, const Args&... args) {
+#ifdef ZB_SIMT
+  (void)stream;
+  return SIMT_LAUNCH(kernel, grid, dim3(block), bytes, args...);
+#else
+  if (bytes > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != cudaSuccess) {
+      (void)cudaGetLastError();  // reported here; the next launch starts clean
+      return static_cast<int>(status);
+    }
+  }
+  // clang-format off
+  kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  // clang-format on
+  return static_cast<int>(cudaGetLastError());
+#endif
+}
+
+// ---- one instruction, one function ----------------------------------------------------------------------------------
+
+#ifdef ZB_SIMT
+
+inline void check_aligned(const void* p, size_t bytes) { simt::check_aligned(p, bytes); }
+inline unsigned char load_relaxed(const unsigned char* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void store_relaxed(unsigned char* p, unsigned char v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+inline void copy_async_16(void* dst, const void* src, bool valid) { simt::copy_async_16(dst, src, valid); }
+inline void copy_async_commit() { simt::copy_async_commit(); }
+template <int N>
+void copy_async_wait() {
+  simt::copy_async_wait(N);
+}
+inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { simt::ldmatrix<4, false>(r, row); }
+inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
+  simt::mma_m16n8k16(d, a, b, simt::widen_bf16);
+}
+inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp16) {
+  simt::mma_m16n8k16(d, a, b, simt::widen_fp16);
+}
+
+#else
+
+__device__ __forceinline__ void check_aligned(const void*, size_t) {}
+__device__ __forceinline__ unsigned char load_relaxed(const unsigned char* p) {
+  return *reinterpret_cast<const volatile unsigned char*>(p);
+}
+__device__ __forceinline__ void store_relaxed(unsigned char* p, unsigned char v) {
+  *reinterpret_cast<volatile unsigned char*>(p) = v;
+}
+// 16 bytes from global to shared memory, zeros when not valid; past L1, since no other thread of the block reads them.
+__device__ __forceinline__ void copy_async_16(void* dst, const void* src, bool valid) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(dst));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(src), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+#define ZB_MMA(type)                                                                  \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+// d += a b on fragments of 16x16 and 16x8; the last argument names the element type.
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
+  ZB_MMA("bf16");
+}
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp16) {
+  ZB_MMA("f16");
+}
+#undef ZB_MMA
+
+#endif
+
+}  // namespace zeroblock::cuda

@@ -1,0 +1,179 @@
+"""Builds the CUDA kernels for the emulator and lends them to `zeroblock._cuda` on CPU tensors.
+
+One object per source, cached under build/simt by a hash of everything that goes into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SIMT, CSRC = ROOT / "tests/simt", ROOT / "csrc"
+BINDINGS = [CSRC / "bindings_cuda.cpp", CSRC / "bindings_cuda_conv.cpp"]
+CACHE = ROOT / "build/simt"
+CXX = shlex.split(os.environ.get("CXX", "g++"))
+NAMESPACE = "zeroblock_simt"
+COMMON = ["-std=c++17", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DZB_SIMT"]
+BUILDS = {
+    "plain": ["-O2"],
+    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+}
+
+
+def cuda_include() -> Path | None:
+    """The folder with cuda_fp16.h: that of nvcc, or of the packages that a CUDA build of torch brings."""
+    nvcc = shutil.which("nvcc")
+    roots = [Path(nvcc).resolve().parent.parent] if nvcc else []
+    roots += [Path(p) for p in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if p]
+    import torch
+
+    roots += sorted((Path(torch.__file__).parent.parent / "nvidia").glob("cu*"))
+    return next((r / "include" for r in roots if (r / "include/cuda_fp16.h").exists()), None)
+
+
+def missing() -> str | None:
+    """Why the emulator cannot run here."""
+    import platform
+
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "the emulator switches stacks on x86-64 only"
+    if shutil.which(CXX[0]) is None:
+        return f"the compiler {CXX[0]} is not installed"
+    if cuda_include() is None:
+        return "the CUDA headers (cuda_fp16.h) are not installed"
+    return None
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=600)
+
+
+def _hash(*parts: str) -> str:
+    digest = hashlib.sha256()
+    headers = [*CSRC.glob("*.h"), *BINDINGS]
+    for path in sorted([*headers, *(CSRC / "cuda").iterdir(), *SIMT.glob("*.h"), *SIMT.glob("*.cpp")]):
+        digest.update(path.read_bytes())
+    digest.update("\0".join(parts).encode())
+    return digest.hexdigest()[:16]
+
+
+def compile_all(sources: Sequence[Path], flags: Sequence[str], folder: Path) -> list[str]:
+    """The objects of the sources, compiled side by side into the folder; those that exist are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        if not target.exists():
+            temporary = target.with_suffix(f".{os.getpid()}.o")
+            command = [*CXX, *flags, f"-I{SIMT}", f"-I{CSRC}", f"-I{CSRC}/cuda", f"-isystem{cuda_include()}"]
+            done = run(*command, "-x", "c++", "-c", str(source), "-o", str(temporary))
+            assert done.returncode == 0, done.stderr[-4000:]
+            temporary.replace(target)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def kernels() -> list[Path]:
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def library() -> Path:
+    """The kernels with their real binding, as a library of private ops for CPU tensors."""
+    import torch
+    from torch.utils import cpp_extension
+
+    folder = CACHE / f"library-{_hash(torch.__version__, *CXX, *COMMON)}"
+    target = folder / "zeroblock_simt.so"
+    if not target.exists():
+        objects = compile_all([*kernels(), SIMT / "settings.cpp"], [*COMMON, *BUILDS["plain"]], folder)
+        headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+        macros = [f"-DZB_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+        objects += compile_all(BINDINGS, [*COMMON, "-std=c++20", "-O0", *macros, *headers], folder)
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        temporary = target.with_suffix(f".{os.getpid()}.so")
+        done = run(*CXX, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(temporary))
+        assert done.returncode == 0, done.stderr[-4000:]
+        temporary.replace(target)
+    return target
+
+
+def program(source: str, build: str, macros: Sequence[str] = (), kernels: Sequence[Path] = (), plant: str = "") -> Path:
+    """An executable of tests/simt/<source> and some kernels in one of BUILDS; `plant` tells changed kernels apart."""
+    flags = [*COMMON, *BUILDS[build], *macros]
+    folder = CACHE / f"{Path(source).stem}-{build}-{_hash(*flags, *CXX, *(k.name for k in kernels), plant)}"
+    target = folder / "program"
+    if not target.exists():
+        sources = [SIMT / source, *kernels]
+        objects = compile_all(sources, flags, folder)
+        done = run(*CXX, *BUILDS[build], *objects, "-o", str(target))
+        assert done.returncode == 0, done.stderr[-4000:]
+    return target
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL:
+    import torch
+
+    path = str(library())
+    torch.ops.load_library(path)
+    settings = ctypes.CDLL(path)
+    settings.simt_seed.argtypes = [ctypes.c_uint64]
+    for name in ("launches", "records", "record_threads", "record_bytes"):
+        getattr(settings, f"simt_{name}").restype = ctypes.c_uint64
+    for name in ("record_threads", "record_bytes"):
+        getattr(settings, f"simt_{name}").argtypes = [ctypes.c_uint64]
+    return settings
+
+
+def launches() -> int:
+    """How many kernels the emulator has run."""
+    return _loaded().simt_launches()
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Launches fail in the block, as they do on a GPU without the resources."""
+    _loaded().simt_mode(1)
+    try:
+        yield
+    finally:
+        _loaded().simt_mode(0)
+
+
+def recorded(call: Callable[[], object]) -> list[tuple[int, int]]:
+    """(threads, bytes of dynamic shared memory) of the launches of call(), which are not run."""
+    settings = _loaded()
+    settings.simt_mode(2)
+    try:
+        call()
+        return [
+            (settings.simt_record_threads(i), settings.simt_record_bytes(i)) for i in range(settings.simt_records())
+        ]
+    finally:
+        settings.simt_mode(0)
+
+
+@contextlib.contextmanager
+def emulated(seed: int = 1) -> Iterator[None]:
+    """Runs the block with backend "cuda" available for CPU tensors, on the emulated kernels.
+
+    Blocks and threads run in a random order that `seed` chooses anew for every launch; seed 0 keeps them in order.
+    """
+    from zeroblock import _cuda
+
+    _loaded().simt_seed(seed)
+    with _cuda.library(NAMESPACE, "cpu"):
+        yield

@@ -1,0 +1,144 @@
+"""The tensor-core convolution, emulated: against eager in fp64 by the error budget, statistics, zero flag."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zeroblock import _cuda
+from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty
+from zeroblock.testing.draw import Draw
+
+from .simt import emulated
+
+MISSING = None if torch.cuda.is_available() else emulated.missing()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+DTYPES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d)[6:])
+# N, C, K, H, W, kernel: one tile; ragged in pixels and channels, several tiles; wide tiles of 128 channels; 1x1.
+SHAPES = {
+    "one-tile": (1, 32, 64, 8, 16, 3),
+    "ragged": (2, 40, 72, 9, 19, 3),
+    "wide": (1, 48, 128, 5, 7, 3),
+    "1x1": (2, 72, 40, 11, 17, 1),
+    "1x1-one-pixel": (1, 8, 8, 1, 1, 1),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    if torch.cuda.is_available():
+        yield "cuda"
+    else:
+        with emulated.emulated(seed=3):
+            yield "cpu"
+
+
+def _inputs(shape, dtype, device, seed=0):
+    N, C, K, H, W, kernel = shape
+    draw = Draw(dtype, "nhwc", seed, device)
+    weight = draw.normal(K, C, kernel, kernel, std=(C * kernel**2) ** -0.5).to(memory_format=torch.channels_last)
+    return draw.tensor(N, C, H, W, mean=0.5, std=2.0), weight, draw.vector(K), draw.tensor(N, K, H, W)
+
+
+def _eager(h, weight, bias, residual):
+    return residual + F.conv2d(h, weight, bias, padding=weight.shape[2] // 2)
+
+
+def _norm(x, groups, weight, bias, scale, shift):
+    normed = F.group_norm(x, groups, weight, bias) * (1 + scale[..., None, None]) + shift[..., None, None]
+    return F.silu(normed)
+
+
+@DTYPES
+@shapes
+def test_conv_residual(cuda, shape, dtype):
+    stacks = []
+    for seed in range(3):
+        inputs = _inputs(shape, dtype, cuda, seed)
+        with poison_empty():
+            y, _ = _cuda.conv_residual(*inputs)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        stacks.append([y, _eager(*inputs), _eager(*(t.double() for t in inputs))])
+    assert_error_budget(*(torch.stack(column) for column in zip(*stacks, strict=True)), "y", draws=True)
+
+
+@DTYPES
+@shapes
+def test_group_norm_silu_conv_residual(cuda, shape, dtype):
+    stacks = []
+    for seed in range(3):
+        x, weight, bias, residual = _inputs(shape, dtype, cuda, seed)
+        C, groups = x.shape[1], x.shape[1] // 4
+        draw = Draw(dtype, seed=seed + 100, device=cuda)
+        norm = [draw.vector(C, 1.0), draw.vector(C), *draw.chunks(x.shape[0], C, 2)]
+        with poison_empty():
+            _, mean, rstd = _cuda.group_norm_silu(x, groups, *norm[:2], 1e-5, *norm[2:], True)
+            y, _ = _cuda.group_norm_silu_conv_residual(x, mean, rstd, *norm, weight, bias, residual)
+
+        def eager(x, weight, bias, residual, *norm, groups=groups):
+            return _eager(_norm(x, groups, *norm), weight, bias, residual)
+
+        inputs = (x, weight, bias, residual, *norm)
+        stacks.append([y, eager(*inputs), eager(*(t.double() for t in inputs))])
+    assert_error_budget(*(torch.stack(column) for column in zip(*stacks, strict=True)), "y", draws=True)
+
+
+@shapes
+def test_statistics_of_the_output(cuda, shape):
+    x, weight, bias, residual = _inputs(shape, torch.bfloat16, cuda)
+    residual = residual + 30  # a mean far above the deviation
+    with poison_empty():
+        y, partial = _cuda.conv_residual(x, weight, bias, residual, statistics=True)
+        groups = weight.shape[0] // 4
+        mean, rstd = _cuda.moments(y, partial, groups, 1e-5)
+    grouped = y.double().reshape(y.shape[0], groups, -1)
+    exact_rstd = (grouped.var(2, correction=0) + 1e-5).rsqrt()
+    single = y.float().reshape(grouped.shape)
+    assert_error_budget(mean, single.mean(2), grouped.mean(2), "mean")
+    assert_error_budget(rstd, (single.var(2, correction=0) + 1e-5).rsqrt(), exact_rstd, "rstd")
+
+
+@DTYPES
+@shapes
+def test_a_zero_branch_is_not_computed(cuda, shape, dtype):
+    """With the flag set the input and the weight are not even read: NaN in both changes nothing."""
+    x, weight, bias, residual = _inputs(shape, dtype, cuda)
+    nan = torch.full_like(x, float("nan"))
+    zero = _cuda.zero_flags([torch.zeros_like(weight)])
+    with poison_empty():
+        y, partial = _cuda.conv_residual(nan, weight * float("nan"), bias, residual, statistics=True, zero=zero)
+    expected = (residual.float() + bias.float()[:, None, None]).to(dtype)
+    assert_bitwise_equal(y, expected)
+    mean, _ = _cuda.moments(y, partial, 1, 1e-5)
+    assert torch.allclose(mean, y.float().mean((1, 2, 3))[:, None], atol=1e-5)
+    y, _ = _cuda.conv_residual(x, weight, bias, residual, zero=_cuda.zero_flags([weight]))
+    assert_bitwise_equal(y, _cuda.conv_residual(x, weight, bias, residual)[0])
+
+
+def test_without_bias_and_residual(cuda):
+    x, weight, _, _ = _inputs(SHAPES["ragged"], torch.bfloat16, cuda)
+    y, _ = _cuda.conv_residual(x, weight, None, None)
+    assert_error_budget(
+        y, F.conv2d(x, weight, padding=1), F.conv2d(x.double(), weight.double(), padding=1), "conv alone"
+    )
+
+
+def test_the_same_bits_in_any_order_of_threads_and_blocks(cuda):
+    if cuda == "cuda":
+        pytest.skip("needs the emulator's orders")
+    inputs, results = _inputs(SHAPES["ragged"], torch.bfloat16, cuda), []
+    for seed in (0, 1, 2):
+        with emulated.emulated(seed):
+            results.append(_cuda.conv_residual(*inputs, statistics=True))
+    for y, partial in results[1:]:
+        assert_bitwise_equal(y, results[0][0])
+        assert_bitwise_equal(partial, results[0][1])
+
+
+def test_what_the_convolution_does_not_take_is_refused(cuda):
+    x, weight, bias, residual = _inputs(SHAPES["one-tile"], torch.bfloat16, cuda)
+    assert _cuda.conv_takes(x, weight, [1, 1])
+    assert not _cuda.conv_takes(x, weight, [0, 0]) and not _cuda.conv_takes(x.float(), weight.float(), [1, 1])
+    for bad in (x.float(), x[:, :28]):
+        with pytest.raises(RuntimeError, match="conv_residual: the CUDA kernel takes bfloat16 or float16"):
+            _cuda.conv_residual(bad, weight[:, : bad.shape[1]].to(bad.dtype), bias, residual)
