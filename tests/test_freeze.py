@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import zeroblock as zb
-from zeroblock import _conv, _linear, _packed, _plan, testing
+from zeroblock import _conv, _linear, _packed, _plan, _winograd, testing
 from zeroblock.testing import eager
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -44,8 +44,15 @@ _USED: dict[str, int] = {}
 
 @pytest.fixture
 def packed_runs(monkeypatch):
-    """Counts the calls of the packed candidates: a test that compares results must also know that copies were used."""
+    """Counts the calls that used copies: a test that compares results must also know that they were."""
     _USED.clear()
+    winograd = _winograd.conv
+
+    def watched(*args, packed=None, **kwargs):
+        _USED["conv"] = _USED.get("conv", 0) + (packed is not None)
+        return winograd(*args, packed=packed, **kwargs)
+
+    monkeypatch.setattr(_winograd, "conv", watched)
     for op in (_conv.CONV, _linear.LINEAR):
         candidate = op.candidates["packed"]
 

@@ -270,15 +270,15 @@ def test_nobody_waits_for_a_measurement(ruled):
 
 @pytest.mark.parametrize("way", ["dispatcher", "compile"])
 def test_calls_through_the_dispatcher_go_by_the_rule(way):
-    h, w = torch.randn(1, 64, 32, 32), torch.randn(64, 64, 3, 3)
-    pad = [1, 1]
+    h, w = torch.randn(1, 64, 32, 32), torch.randn(64, 64, 5, 5)
+    pad = [2, 2]
     function = lambda h, w: torch.ops.zeroblock.conv_residual.default(h, w, None, None, pad, False)[0]  # noqa: E731
     if way == "compile":
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
     with _plan.use(timer=never):
         y = function(h, w)
-    testing.assert_bitwise_equal(y, torch.conv2d(h, w, padding=1))
+    testing.assert_bitwise_equal(y, torch.conv2d(h, w, padding=2))
 
 
 # ---- the store ------------------------------------------------------------------------------------------------------
@@ -445,6 +445,8 @@ def test_every_way_of_a_convolution_is_right(layout, weight_layout, dtype, with_
     expected = {"library", "other layout"}
     if layout == "nhwc" and with_residual and _conv.ONEDNN:
         expected.add("oneDNN residual")
+    if dtype == "fp32" and primitives().NAME == "cpu":
+        expected.add("winograd 2x2")
     assert set(takers) == expected
     for name, candidate in takers.items():
         got = candidate.run(*args)
@@ -471,7 +473,8 @@ def test_every_way_of_a_convolutions_backward_is_right(layout, weight_layout, dt
         for what, asked, got, e, x in results:
             if asked:
                 testing.assert_error_budget(got, e, x, f"{name} {what}")
-                assert got.stride() == e.stride(), f"{name} {what}"
+                # A parameter's gradient may also be laid out as the parameter.
+                assert got.stride() == e.stride() or (what == "dweight" and got.stride() == weight.stride()), name
 
 
 @pytest.mark.parametrize("activation", [None, "gelu_tanh", "gelu", "silu"])
@@ -521,7 +524,7 @@ def test_measured_plans_of_a_whole_step_are_right(dtype, layout):
         y = function(x, 32, nw, nb, w, b, r)
         return [y.detach(), *torch.autograd.grad(y, tensors, torch.ones_like(y) / 64)]
 
-    timer = FakeTimer(**{"other_layout": 0.5})
+    timer = FakeTimer(other_layout=0.1, library=0.5)
     with _plan.use(timer=timer):
         got = grads(zb.group_norm_silu_conv_residual, DTYPES[dtype])
         entries = dict(_plan._open_store().entries)
@@ -529,8 +532,11 @@ def test_measured_plans_of_a_whole_step_are_right(dtype, layout):
 
     eager = grads(reference.group_norm_silu_conv_residual, DTYPES[dtype])
     exact = grads(reference.group_norm_silu_conv_residual, torch.float64)
-    assert {key.split()[0] for key in entries} == {"conv", *(["conv_bwd"] if dtype == "bf16" else [])}
-    assert {e.choice for e in entries.values()} == {"other layout"} and "training" in next(iter(entries))
+    choices = {key.split()[0]: e.choice for key, e in entries.items()}
+    expected = {"conv": "other layout", "conv_bwd": "other layout"}
+    if dtype == "fp32" and primitives().NAME == "cpu":
+        expected = {"norm_conv": "library", "conv": "other layout", "norm_conv_bwd": "library", "conv_bwd": "library"}
+    assert choices == expected and any("training" in key for key in entries)
     names = ("y", "dx", "dnorm_weight", "dnorm_bias", "dweight", "dbias", "dresidual")
     for name, a, e, x in zip(names, got, eager, exact, strict=True):
         testing.assert_error_budget(a, e, x, name)
@@ -540,7 +546,7 @@ def test_explain_shows_candidates_and_times():
     h, w = torch.randn(1, 64, 32, 32).to(memory_format=torch.channels_last), torch.randn(64, 64, 3, 3)
     with _plan.use(timer=FakeTimer(library=0.002, other_layout=0.001)):
         before = zb.explain("conv_residual", h, w, None, h)
-        assert before.plans[0].choice == "library" and "the first call will measure" in str(before)
+        assert "the first call will measure" in str(before)
         zb.conv_residual(h, w, None, h)
         after = zb.explain("conv_residual", h, w, None, h)
     assert after.plans[0].choice == "other layout" and after.plans[0].milliseconds["library"] == 2.0

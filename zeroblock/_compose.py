@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import _backends, zero
-from ._conv import CONV, CONV_BWD, add_residual, unit_geometry
+from ._conv import CONV, CONV_BWD, add_residual, conv_grads, unit_geometry
 from ._layout import channels_last_format
-from ._plan import PlannedOp
+from ._norm_conv import NORM_CONV, NORM_CONV_BWD, hidden
 from .reference import channel_view, dropout_keep, modulation
 
 EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
@@ -135,41 +135,8 @@ def conv_residual_bwd(P, dy, h, weight, skipped, zero_skip, padding, has_bias, m
     dy = dy.to(weight.dtype)
     if not _host_verdict(skipped, zero_skip):
         return _dense_conv_grads(P, dy, h, weight, skipped, zero_skip, has_bias, padding, mask)
-    _, dweight, dbias = CONV_BWD(P, dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
+    _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])  # eager's, exactly
     return _zeros(h) if mask[0] else None, dweight, dbias
-
-
-def _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype, **flag):
-    h, mean, rstd = P.group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale, shift, True, **flag)
-    return dropout_keep(h.to(dtype), keep, dropout_p), mean, rstd
-
-
-def _norm_then_conv(
-    P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight, bias, residual, geometry
-):
-    h, mean, rstd = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    return CONV(P, h, weight, bias, residual, geometry), mean, rstd
-
-
-def _norm_conv_signature(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
-    norm = num_groups, weight.dtype, nw is None, nb is None, scale is None, shift is None, keep is None
-    return norm, CONV.signature(P, x, weight, bias, residual, geometry)
-
-
-def _norm_conv_description(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
-    extra = ", FiLM" * (scale is not None or shift is not None) + ", dropout" * (keep is not None)
-    return f"{CONV.describe(P, x, weight, bias, residual, geometry)}, {num_groups} groups{extra}"
-
-
-# (y, mean, rstd) of residual + conv(dropout(silu(norm x))). The library's way plans its convolution for itself.
-NORM_CONV = PlannedOp(
-    "norm_conv",
-    _norm_then_conv,
-    signature=_norm_conv_signature,
-    describe=_norm_conv_description,
-    work=lambda P, x, *rest: CONV.work(P, x, *rest[8:]),
-    lead=1,
-)
 
 
 def group_norm_silu_conv_residual(
@@ -192,7 +159,7 @@ def group_norm_silu_conv_residual(
     if _own_conv(P, zero_skip, x, weight, residual):
         zero.count("group_norm_silu_conv_residual", False)
         flag = P.zero_flags([weight])
-        h, mean, rstd = _hidden(
+        h, mean, rstd = hidden(
             P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype, flag=flag
         )
         return P.conv_residual(h, weight, bias, residual, padding, flag), mean, rstd, flag
@@ -214,21 +181,23 @@ def group_norm_silu_conv_residual_bwd(
     if _host_verdict(skipped, zero_skip):
         h = None
         if mask[1]:
-            h, _, _ = _hidden(
-                P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype
-            )
-        _, dweight, dbias = CONV_BWD(P, dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
+            h, _, _ = hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
+        _, dweight, dbias = conv_grads(dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
         upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
         return *((None if t is None else _zeros(t)) for t in upstream), dweight, dbias
-    h, _, _ = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    flag = {"flag": skipped} if _own_conv(P, zero_skip, h, weight, None) else {}
-    dh, dweight, dbias = _dense_conv_grads(P, dy, h, weight, skipped, zero_skip, has_bias, padding, mask)
+    flag = {}
+    if zero_skip == zero.DEVICE:
+        h, _, _ = hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
+        flag = {"flag": skipped} if _own_conv(P, zero_skip, h, weight, None) else {}
+        dh, dweight, dbias = _dense_conv_grads(P, dy, h, weight, skipped, zero_skip, has_bias, padding, mask)
+    else:
+        norm = (x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
+        dh, dweight, dbias = NORM_CONV_BWD(P, dy, *norm, weight, has_bias, padding, mask)
     if not mask[0]:
         return None, None, None, None, None, dweight, dbias
-    del h
     dz = dropout_keep(dh, keep, dropout_p).to(x.dtype)
-    norm = P.group_norm_silu_bwd(dz, x, mean, rstd, norm_weight, norm_bias, scale, shift, num_groups, True, **flag)
-    return *norm, dweight, dbias
+    grads = P.group_norm_silu_bwd(dz, x, mean, rstd, norm_weight, norm_bias, scale, shift, num_groups, True, **flag)
+    return *grads, dweight, dbias
 
 
 # ---- linears --------------------------------------------------------------------------------------------------------

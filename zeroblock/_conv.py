@@ -1,6 +1,6 @@
 """The library's convolutions and the ways around them, as planned steps (`_plan.py`): forward with residual, backward.
 
-Every way gives the result in eager's memory format. Winograd registers here when it is built.
+Every way gives the result in eager's memory format. Winograd's are in `_winograd_plans.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _packed
+from . import _packed, _winograd
 from ._layout import as_layout, channels_last_format
 from ._packed import ONEDNN, Geometry
 from ._plan import PlannedOp, reduced_allowed
@@ -175,8 +175,11 @@ def _work(P, h, weight, bias, residual, geometry):
 
 
 def _rule(P, h, weight, bias, residual, geometry):
-    """Frozen: packed in channels-last, and where the weight outweighs the activation, so that copies cost less than the
-    reordering they save. Else the library."""
+    """Winograd where its own rule says so. Else, frozen: packed in channels-last, and where the weight outweighs the
+    activation, so that copies cost less than the reordering they save. Else the library."""
+    stride, padding, dilation, groups = geometry
+    if groups == 1 and max(stride) == max(dilation) == 1 and (tile := _winograd.choose(P, h, weight, padding)):
+        return _winograd.plan_name(tile)
     if channels_last_format(h) is not None or weight.numel() > h.numel():
         return "packed"
     return "library"
@@ -222,6 +225,11 @@ def _swapped_grads(P, dy, h, weight, has_bias, padding, mask):
     )
 
 
+def _rule_grads(P, dy, h, weight, has_bias, padding, mask):
+    tile = _winograd.choose(P, h, weight, padding)
+    return _winograd.plan_name(tile) if tile else "library"
+
+
 # (dh, dweight, dbias) as (P, dy, h, weight, has_bias, padding, mask).
 CONV_BWD = PlannedOp(
     "conv_bwd",
@@ -238,5 +246,6 @@ CONV_BWD = PlannedOp(
         2 * dy.numel() * weight.numel() // max(1, weight.shape[0]) * (bool(mask[0]) + bool(mask[1]))
     ),
     lead=1,
+    rule=_rule_grads,
 )  # fmt: skip
 CONV_BWD.add("other layout", _swapped_grads, _why_not_swapped_grads)

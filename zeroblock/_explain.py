@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks, _plan, functional, zero
-from ._compose import CONV, NORM_CONV
-from ._conv import unit_geometry
+from ._conv import CONV, unit_geometry
 from ._linear import LINEAR
+from ._norm_conv import NORM_CONV
 
 _HAS_ZERO_PATH = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual")
 

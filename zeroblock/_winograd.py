@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from ._layout import as_layout, channels_last_format
+from ._plan import reduced_allowed
+
+FEW_CHANNELS = 32  # with fewer, the transforms outweigh the products
 
 
 class Norm(NamedTuple):
@@ -37,10 +40,15 @@ class Norm(NamedTuple):
 
 
 def tile_for(precision: str | None = None) -> int:
-    """The tile for a precision: 2 for "strict", 4 for "fast"; None follows torch.set_float32_matmul_precision."""
+    """The tile for a precision: 2 for "strict", 4 for "fast"; None: what the user allowed."""
     if precision is None:
-        precision = "strict" if torch.get_float32_matmul_precision() == "highest" else "fast"
+        precision = "fast" if reduced_allowed() else "strict"
     return {"strict": 2, "fast": 4}[precision]
+
+
+def plan_name(tile: int) -> str:
+    """What plans and frozen weights call it."""
+    return f"winograd {tile}x{tile}"
 
 
 def usable(P: Any, x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
@@ -64,7 +72,7 @@ def worthwhile(batch: int, in_channels: int, out_channels: int, height: int, wid
     """The fixed rule, where nothing was measured; height and width are the output's."""
     tiles = batch * -(-height // tile) * -(-width // tile)
     filled = batch * height * width / (tiles * tile * tile)
-    return min(in_channels, out_channels) >= 32 and tiles >= 16 and filled > 0.7
+    return min(in_channels, out_channels) >= FEW_CHANNELS and tiles >= 16 and filled > 0.7
 
 
 def choose(P: Any, x: Tensor, weight: Tensor, padding: Sequence[int]) -> int:

@@ -346,4 +346,4 @@ torch.library.register_fake(
 is_zero = torch.ops.zeroblock.is_zero.default
 _lane.add_run(is_zero, _is_zero)
 
-from . import _autograd  # noqa: E402,F401  (registers the backward formulas)
+from . import _autograd, _winograd_plans  # noqa: E402,F401  (register the backward formulas, Winograd as a candidate)

@@ -98,8 +98,7 @@ void winograd_wgrad(const Winograd& p, ParallelFor run) {
   p.tile == 2 ? winograd_wgrad_of<F2>(p, run) : winograd_wgrad_of<F4>(p, run);
 }
 
-// mean and rstd of every group alone, and what the norm does to every channel: affine [N, 3, C] for z = (x - mean) a +
-// b.
+// What the norm does to every channel: affine [N, 3, C] for z = (x - mean) a + b.
 void group_norm_affine(const GroupNormSilu& p, float* affine) {
   const int64_t D = p.C / p.G;
   for (int64_t n = 0; n < p.N; ++n) {
