@@ -34,6 +34,8 @@ CASES = [
     _case(CONV, "unpadded", {"padding": 0}, N=2, C=40, S=(11, 16), out=33, padding=0, bias=False),
     _case(CONV, "bare", N=2, C=33, S=(8, 9), out=64, bias=False, residual=False),
     _case(CONV, "wide", N=1, C=32, S=(9, 261), out=32),
+    _case(CONV, "deep", N=1, C=512, S=(12, 12), out=48),
+    _case(CONV, "broad", N=1, C=48, S=(12, 12), out=512),
     _case(CONV, "chunks", N=2, C=160, S=(40, 44), out=40),
     _case(FUSED, "film", {"num_groups": 32}, N=3, C=64, S=(15, 14), out=48, film=True),
     _case(FUSED, "bare", {"num_groups": 5}, N=2, C=35, S=(12, 9), out=32, affine=False, bias=False, residual=False),
@@ -98,7 +100,7 @@ def test_same_bits_for_any_number_of_threads(called, case, layout):
 
 
 def test_only_what_eager_saves_and_the_statistics_are_saved(called):
-    case = CASES[6]
+    case = next(c for c in CASES if c.op == FUSED)
     inputs = {k: t.requires_grad_() if t is not None else None for k, t in case.inputs(Draw(torch.float32)).items()}
     known = [t for t in inputs.values() if t is not None]
     assert saved_activation_bytes(lambda: case.run(**inputs), known) < known[0].nbytes / 50

@@ -15,26 +15,39 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kGroupTiles = 8 * kTileRows;  // tiles whose products stay in the cache until they are transformed back
 
-// m[R, 2 L] = v[R tiles, C] u[C, 2 L]; v holds `blocks` blocks of L channels, block_stride apart.
+// m[R, 2 L] = v[R tiles, C] u[C, 2 L]; v holds `blocks` blocks of L channels, block_stride apart. The sum goes to
+// memory every kChainChannels: one chain over all channels would lose more to rounding than the library's convolution
+// does.
+constexpr int64_t kChainChannels = 64;
+
 template <int R>
 ZB_LOOPS void gemm_tiles(const float* v, int64_t block_stride, const float* u, int64_t blocks, float* m) {
-  Vec sum[R][2];
+  for (int64_t begin = 0; begin < blocks; begin += kChainChannels / kL) {
+    const int64_t end = smaller(blocks, begin + kChainChannels / kL);
+    Vec sum[R][2];
 #pragma GCC unroll 14
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = zero();
-  for (int64_t block = 0; block < blocks; ++block, v += block_stride) {
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = zero();
+    for (int64_t block = begin; block < end; ++block, v += block_stride) {
 #pragma GCC unroll 2
-    for (int c = 0; c < kL; ++c, u += kPanel) {
-      const Vec u0 = load(u), u1 = load(u + kL);
+      for (int c = 0; c < kL; ++c, u += kPanel) {
+        const Vec u0 = load(u), u1 = load(u + kL);
 #pragma GCC unroll 14
-      for (int r = 0; r < R; ++r) {
-        const Vec a = set1(v[r * kL + c]);
-        sum[r][0] = fmadd(a, u0, sum[r][0]);
-        sum[r][1] = fmadd(a, u1, sum[r][1]);
+        for (int r = 0; r < R; ++r) {
+          const Vec a = set1(v[r * kL + c]);
+          sum[r][0] = fmadd(a, u0, sum[r][0]);
+          sum[r][1] = fmadd(a, u1, sum[r][1]);
+        }
       }
     }
-  }
+    if (begin > 0) {
 #pragma GCC unroll 14
-  for (int r = 0; r < R; ++r) store(m + r * kPanel, sum[r][0]), store(m + r * kPanel + kL, sum[r][1]);
+      for (int r = 0; r < R; ++r) {
+        sum[r][0] = load(m + r * kPanel) + sum[r][0], sum[r][1] = load(m + r * kPanel + kL) + sum[r][1];
+      }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) store(m + r * kPanel, sum[r][0]), store(m + r * kPanel + kL, sum[r][1]);
+  }
 }
 
 template <int R = kTileRows>
