@@ -15,7 +15,7 @@ elif emulated.missing() is not None:
     NEEDED = emulated.missing()
 
 
-def test_no_kernel_spills_and_each_loads_wide():
+def test_every_kernel_stays_in_registers_and_loads_wide():
     assert {row["target"] for row in ROWS} == set(static.TARGETS)
     assert [text for row in ROWS for text in static.problems(row)] == []
 
@@ -29,7 +29,7 @@ def test_shipped_shapes_fit_with_their_shared_memory():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spills": "8"}, "8 bytes of stack"),
+        ({"spills": "24"}, "24 bytes of stack"),
         ({"blocks": "0"}, "not one block fits"),
         ({"LDG.128": "0", "LDGSTS": "0"}, "no 16-byte loads"),
         ({"HMMA": "0"}, "no tensor-core instructions"),

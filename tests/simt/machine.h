@@ -96,6 +96,9 @@ struct Stats {
   uint64_t launches = 0, blocks = 0, threads = 0, switches = 0;
 };
 
+// Each block synchronises through variables of its own: shared ones would order one block after another.
+constexpr unsigned kBarrierOrders = 4096;
+
 struct Machine {
   // settings
   uint64_t seed = 0;                   // 0: everything in order
@@ -120,7 +123,7 @@ struct Machine {
   size_t dynamic_bytes = 0;
   char* stacks = nullptr;
   void* scheduler_sp = nullptr;
-  char barrier_order[2] = {}, block_order[2] = {}, launch_order = 0;
+  char barrier_order[kBarrierOrders][2] = {}, block_order[2] = {}, launch_order = 0;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
   const void* bottom = nullptr;
@@ -242,7 +245,7 @@ inline void sync_threads(const char* where) {
     Quiet quiet;
     m.current->where = where;
     throw_if_failed();
-    order = &m.barrier_order[m.current->barriers++ & 1];
+    order = &m.barrier_order[m.generation % kBarrierOrders][m.current->barriers++ & 1];
   }
   release(order);
   {
