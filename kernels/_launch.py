@@ -26,7 +26,11 @@ class Launch:
     options: dict[str, int]
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+        device = next(v.device for v in self.arguments.values() if isinstance(v, torch.Tensor))
+        # Triton starts kernels on the current device.
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.options)
 
     def source(self):
         """The kernel as the JIT compiler specialises it for these arguments (not in an interpreting process)."""
@@ -70,12 +74,13 @@ def recording(run: bool = True) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 1, **arguments: Any) -> None:
-    """kernel[grid](**arguments); an empty grid starts nothing."""
+    """kernel[grid](**arguments) on the device of its tensors; an empty grid starts nothing."""
     if 0 in grid:
         return
+    start = Launch(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
     if _recorders:
         launches, run = _recorders[-1]
-        launches.append(Launch(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages}))
+        launches.append(start)
         if not run:
             return
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    start.run()

@@ -211,6 +211,18 @@ def test_explain_tells_which_gemms_read_the_flag():
     assert zb.explain("conv_residual", **inputs, **options).backend == "triton"
 
 
+def test_explain_tells_what_does_not_fit_a_grid():
+    """Nothing of that size is allocated: every sample is the same one."""
+    x = torch.zeros(1, 1, 4, device=DEVICE).expand(70000, 1, 4)
+    why = zb.explain("layer_norm_modulate", x, None, None)
+    assert why.backend == "reference" and "70000 samples" in why.not_used["triton"]
+    x = torch.zeros(1, device=DEVICE).expand(2**29)
+    why = zb.explain("gate_residual", x, torch.zeros(1, device=DEVICE), x)
+    assert why.backend == "reference" and "elements" in why.not_used["triton"]
+    why = zb.explain("layer_norm_modulate", torch.zeros(1, 1, 9000, device=DEVICE), None, None)
+    assert why.backend == "reference" and "9000" in why.not_used["triton"]
+
+
 @GPU
 @calls
 def test_cuda_graph_replays_on_changed_weights(call):

@@ -28,6 +28,8 @@ from .kernels.zero_flag import zero_flag as _zero_flag
 from .reference import promoted
 
 NAME = "triton"
+# The second and third dimension of a grid go to 65535: samples, and blocks of 4096 elements under a single gate.
+_MOST_SAMPLES, _MOST_GATED = 65535, 65535 * 4096
 INTERPRETS: bool = not isinstance(_activation._forward, triton.JITFunction)
 MISSING: str | None = None
 device = "cpu" if INTERPRETS else "cuda"  # where the tensors that the kernels take live
@@ -35,6 +37,12 @@ device = "cpu" if INTERPRETS else "cuda"  # where the tensors that the kernels t
 
 def why_not(op: str, x: Tensor) -> str | None:
     """None when these kernels take a call of `op` with leading tensor x, else the reason."""
+    if op == "is_zero":
+        return None
+    if x.shape[0] > _MOST_SAMPLES and x.dim() > 1:
+        return f"{x.shape[0]} samples are more than the {_MOST_SAMPLES} of a grid"
+    if op.startswith("gate_residual") and x.numel() > _MOST_GATED:
+        return f"{x.numel()} elements are more than the {_MOST_GATED} of a grid"
     if "layer_norm" in op or "rms_norm" in op:
         D = x.shape[-1]
         if D > _layer_norm.MAX_D:
