@@ -98,7 +98,7 @@ class DiTBlock(nn.Module):
         if torch.is_grad_enabled() or not zero.runs_eagerly() or torch.is_autocast_enabled(tail.device.type):
             return False
         judged = (modulation[2], modulation[5], tail, self.mlp.fc2.weight)
-        return not zero.may_skip("DiTBlock", self.zero_skip, tail) or not any(map(zero.is_exactly_zero, judged))
+        return not zero.may_skip_branch("DiTBlock", self.zero_skip, tail) or not any(map(zero.is_exactly_zero, judged))
 
     def _both_halves(
         self,
