@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
-EXTRAS ?= test,demo,lint
+EXTRAS ?= test,models,demo,lint
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*)
@@ -12,9 +12,11 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h c
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock.demo
 
-# Idle OpenMP threads that spin make short tests several times slower on a busy machine.
+# Idle OpenMP threads that spin make short tests several times slower on a busy machine. The Triton kernels are
+# interpreted in a process of their own: one process either interprets or compiles.
 test: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest $(TESTFLAGS)
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(BIN)/pytest $(TESTFLAGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

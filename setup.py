@@ -185,8 +185,15 @@ def extension() -> dict:
 
 setup(
     version=VERSION,
-    packages=["zeroblock", "zeroblock.nn", "zeroblock.testing", "zeroblock.kernels"],
+    packages=[
+        "zeroblock",
+        "zeroblock.convert",
+        "zeroblock.doctor",
+        "zeroblock.kernels",
+        "zeroblock.nn",
+        "zeroblock.testing",
+    ],
     package_dir={"zeroblock": "zeroblock", "zeroblock.kernels": "kernels"},
-    package_data={"zeroblock": ["py.typed"]},
+    package_data={"zeroblock": ["py.typed"], "zeroblock.doctor": ["report.html"]},
     **extension(),
 )

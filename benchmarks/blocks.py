@@ -1,4 +1,4 @@
-"""Whole ResBlocks and DiT blocks, the last weight of their branches zero or not."""
+"""Whole ResBlocks and DiT blocks: the last weight of their branches zero, not zero, or frozen for inference."""
 
 from collections.abc import Callable, Iterator
 
@@ -117,10 +117,22 @@ def block_builds(quick: bool, zero: bool) -> Iterator[tuple[str, str, tuple[str,
         yield "dit_block", text(shape), ("",), _dit_case(shape, zero)
 
 
+def _frozen(build: Callable[[Case], Work]) -> Callable[[Case], Work]:
+    """The same work, zeroblock's block frozen. eval() is what torch.compile's freezing asks for."""
+
+    def build_frozen(case: Case) -> Work:
+        work = build(case)
+        work.eager.function.eval()
+        zb.freeze(work.own.function.eval())
+        return work
+
+    return build_frozen
+
+
 def whole_blocks(group: str, quick: bool) -> Iterator[Case]:
-    """Group "zero": the last weight of each branch is zero; group "dense": it is not."""
+    """Group "zero": the last weight of each branch is zero; "dense": it is not; "frozen": nor here, and `zb.freeze`."""
     for op, shape, layouts, build in block_builds(quick, zero=group == "zero"):
         for layout in layouts:
             for dtype in DTYPES:
-                for mode in MODES:
-                    yield Case(group, op, shape, layout, dtype, mode, build)
+                for mode in ("inference",) if group == "frozen" else MODES:
+                    yield Case(group, op, shape, layout, dtype, mode, _frozen(build) if group == "frozen" else build)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import report
 import store
-from timing import geometric_mean
+
+from zeroblock.testing.timing import geometric_mean
 
 COLORS = {"fp32": "#3b6fb6", "bf16": "#e08a3c"}
 INK, GRID, TARGET = "#333333", "#dddddd", "#c0392b"
@@ -15,7 +16,11 @@ OP_LABELS = (
     "group_norm_\nsilu", "group_norm_\nsilu + FiLM", "layer_norm_\nmodulate", "gate_\nresidual",
     "gate_residual_\nlayer_norm_\nmodulate",
 )  # fmt: skip
-BLOCKS = {"resblock": "ResBlock", "resblock_1x1": "ResBlock, 1x1 skip", "dit_block": "DiT block"}
+BLOCKS = {
+    "resblock": "ResBlock", "resblock_1x1": "ResBlock, 1x1 skip", "dit_block": "DiT block",
+    "unet": "UNet2DModel", "controlnet": "U-Net + ControlNet", "dit": "DiTTransformer2DModel",
+    "sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel", "vae_decoder": "VAE decoder",
+}  # fmt: skip
 
 
 def _axes(plt, columns: int, width: float, height: float, title: str):
@@ -26,6 +31,10 @@ def _axes(plt, columns: int, width: float, height: float, title: str):
         axis.tick_params(labelsize=8, colors=INK)
         axis.set_axisbelow(True)
     return figure, axes[0]
+
+
+def _op_label(op: str) -> str:
+    return BLOCKS[op.removesuffix("_zero")] + " while zero" * op.endswith("_zero")
 
 
 def _case_label(row: dict) -> str:
@@ -87,7 +96,7 @@ def zero(plt, rows: list[dict], title: str):
     return figure
 
 
-def dense(plt, rows: list[dict], title: str):
+def dense(plt, rows: list[dict], title: str, limit: float | None = report.DENSE_LOWER_BOUND):
     """One interval per case: the 95 % bootstrap interval of the median ratio."""
     count = max(sum(row["mode"] == mode for row in rows) for mode in report.MODES)
     figure, axes = _axes(plt, 2, 13, 1.6 + 0.19 * count, title)
@@ -97,11 +106,14 @@ def dense(plt, rows: list[dict], title: str):
             label = row["dtype"] if place >= len(chosen) - 2 else None
             axis.plot([row["lo"], row["hi"]], [place] * 2, color=COLORS[row["dtype"]], lw=3, label=label)
             axis.plot(row["ratio"], place, "o", color=INK, ms=3.5)
-        axis.set_yticks(range(len(chosen)), [f"{BLOCKS[row['op']]} {_case_label(row)}" for row in chosen], fontsize=7)
+        axis.set_yticks(
+            range(len(chosen)), [f"{_op_label(row['op'])} {_case_label(row)}" for row in chosen], fontsize=7
+        )
         axis.set_ylim(-0.6, len(chosen) - 0.4)
         axis.axvline(1, color=INK, lw=0.8, ls=":")
-        axis.axvline(report.DENSE_LOWER_BOUND, color=TARGET, lw=1.5)
-        axis.set_xlabel(f"{FASTER}\n(red: limit of the lower bound)", fontsize=9)
+        if limit is not None:
+            axis.axvline(limit, color=TARGET, lw=1.5)
+        axis.set_xlabel(FASTER + "\n(red: limit of the lower bound)" * (limit is not None), fontsize=9)
         axis.set_title("inference" if mode == "inference" else "training step (forward + backward)", fontsize=10)
         axis.grid(axis="x", color=GRID)
     axes[0].legend(fontsize=8, frameon=False)
@@ -138,17 +150,26 @@ def saved(plt, rows: list[dict], title: str):
         axis.text(worst + 0.01, place, f"{worst:.3f}", va="center", fontsize=8)
         if op in report.SAVED:
             axis.plot([report.SAVED[op]] * 2, [place - 0.45, place + 0.45], color=TARGET, lw=1.8)
-    names = [
-        f"{BLOCKS[op.removesuffix('_zero')]}{' while zero' * op.endswith('_zero')} {dtype}" for op, dtype in labels
-    ]
-    axis.set_yticks(range(len(labels)), names, fontsize=8)
+    axis.set_yticks(range(len(labels)), [f"{_op_label(op)} {dtype}" for op, dtype in labels], fontsize=8)
     axis.set_xlim(0, 1.02)
     axis.set_xlabel("bytes saved for backward, share of eager's, worst shape (red: target)", fontsize=9)
     axis.grid(axis="x", color=GRID)
     return figure
 
 
-PLOTS = {"memory_bound": memory_bound, "zero": zero, "dense": dense, "overhead": overhead, "saved": saved}
+def models(plt, rows: list[dict], title: str):
+    return dense(plt, rows, title, limit=None)
+
+
+PLOTS = {
+    "memory_bound": memory_bound,
+    "zero": zero,
+    "dense": dense,
+    "frozen": dense,
+    "overhead": overhead,
+    "saved": saved,
+    "models": models,
+}
 
 
 def draw(folder: Path) -> list[Path]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import store
-from timing import geometric_mean
+
+from zeroblock.testing.timing import geometric_mean
 
 # Geometric mean of all cases against the better of eager and torch.compile: (inference, training).
 OP_TARGETS = {
@@ -21,6 +22,12 @@ ZERO_INFERENCE = 100.0
 ZERO_FLOOR = 1.5  # times the floor
 ZERO_TRAINING = 2.8  # identity skips and DiT blocks; a 1x1 skip has work of its own that no zero removes
 DENSE, DENSE_LOWER_BOUND = 1.0, 0.95
+FROZEN = {
+    ("resblock", "fp32"): 1.4,
+    ("resblock", "bf16"): 1.06,
+    ("dit_block", "fp32"): 1.15,
+    ("dit_block", "bf16"): 1.0,
+}
 CHECK_PERCENT = 1.0
 SAVED = {"resblock": 0.25, "dit_block": 0.7}  # of eager's bytes
 MODES = ("inference", "training")
@@ -106,6 +113,19 @@ def dense_checks(rows: list[dict]) -> list[Check]:
     return [*checks, Check(f"worst case: {_name(worst)}", value, target, worst["lo"] >= DENSE_LOWER_BOUND)]
 
 
+def frozen_checks(rows: list[dict]) -> list[Check]:
+    """Against the best of all baselines that were measured: --baselines all has torch.compile's freezing among them."""
+    checks = []
+    for (op, dtype), target in FROZEN.items():
+        chosen = [row for row in rows if row["op"].startswith(op) and row["dtype"] == dtype]
+        if chosen:
+            mean, worst = geometric_mean([row["ratio_all"] for row in chosen]), _worst(chosen, lambda r: r["ratio_all"])
+            what = f"{op}, {dtype}: geometric mean against the best of all"
+            checks.append(Check(what, f"{mean:.3f}x", f">= {target}x", mean >= target))
+            checks.append(Check(f"  worst: {_name(worst)}", f"{worst['ratio_all']:.3f}x"))
+    return checks
+
+
 def overhead_checks(rows: list[dict]) -> list[Check]:
     checks = []
     for prefix, what, target in (
@@ -139,12 +159,22 @@ def saved_checks(rows: list[dict]) -> list[Check]:
     return checks
 
 
+def models_checks(rows: list[dict]) -> list[Check]:
+    """Whole models have no target: what they gain depends on how much of them is not a block."""
+    return [
+        Check(_name(row), f"{row['ratio']:.2f}x [{row['lo']:.2f}, {row['hi']:.2f}] {row['best']}")
+        for row in sorted(rows, key=lambda row: (row["mode"], row["op"]))
+    ]
+
+
 CHECKS = {
     "memory_bound": memory_bound_checks,
     "zero": zero_checks,
     "dense": dense_checks,
+    "frozen": frozen_checks,
     "overhead": overhead_checks,
     "saved": saved_checks,
+    "models": models_checks,
 }
 
 

@@ -6,6 +6,7 @@ is left out: losses are rows like any other.
 
 import argparse
 import gc
+import itertools
 import os
 import sys
 import time
@@ -15,13 +16,15 @@ from pathlib import Path
 import blocks
 import cases
 import memory
+import models
 import overhead
 import plot
 import report
 import store
 import torch
 from cases import Case, Side, Work
-from timing import Timing, measure
+
+from zeroblock.testing.timing import SAMPLE_SECONDS, Timing, measure
 
 BASELINES = {"eager": (), "default": ("compile",), "all": ("compile", "max_autotune", "freezing")}
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}  # of all results together; a guard against timing different work, not a test
@@ -35,7 +38,9 @@ def make_cases(group: str, quick: bool) -> Iterator[Case]:
     if group == "overhead":
         return overhead.cases(quick)
     if group == "saved":
-        return memory.cases(quick)
+        return itertools.chain(memory.cases(quick), models.cases(quick, "saved"))
+    if group == "models":
+        return models.cases(quick)
     return blocks.whole_blocks(group, quick)
 
 
@@ -82,11 +87,13 @@ def check_agreement(case: Case, calls: dict[str, Callable[[], object]]) -> None:
         raise RuntimeError(f"results differ from eager by {distance:.2g} (relative L2), so no time is taken")
 
 
-def time_row(case: Case, baselines: tuple[str, ...], seconds: float, min_rounds: int) -> dict:
+def time_row(
+    case: Case, baselines: tuple[str, ...], seconds: float, min_rounds: int, sample_seconds: float = SAMPLE_SECONDS
+) -> dict:
     torch._dynamo.reset()  # one fresh compile per shape, never a recompile with dynamic sizes
     with torch.set_grad_enabled(case.mode == "training"):
         calls = candidates(case, case.work(), baselines)
-        timing = measure(calls, seconds, min_rounds)
+        timing = measure(calls, seconds, min_rounds, sample_seconds=sample_seconds)
     return {"unit": "us", **compare(timing, [name for name in ("eager", *baselines) if name in calls])}
 
 
@@ -143,7 +150,7 @@ def measured_row(case: Case, threads: int, options: argparse.Namespace) -> dict:
     if options.quick:
         baselines = BASELINES[options.baselines] if case.id == QUICK_COMPILED else ()
         return row | time_row(case, baselines, options.seconds, min_rounds=3)
-    return row | time_row(case, BASELINES[options.baselines], options.seconds, min_rounds=7)
+    return row | time_row(case, BASELINES[options.baselines], options.seconds, 7, options.sample_ms / 1e3)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -185,6 +192,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--filter", default="", help="only cases whose id contains one of these, comma-separated")
     parser.add_argument("--threads", default="1,2", type=lambda s: [int(n) for n in s.split(",")], help="default 1,2")
     parser.add_argument("--seconds", default=2.0, type=float, help="time per case, after compiling (default 2)")
+    parser.add_argument(
+        "--sample-ms", default=SAMPLE_SECONDS * 1e3, type=float, help="shorter calls are repeated within one sample"
+    )
     parser.add_argument("--baselines", default="default", choices=BASELINES, help="default: eager and torch.compile")
     parser.add_argument("--allocator", default="pinned", choices=store.ALLOCATORS, help="see README.md")
     parser.add_argument("--out", default=store.RESULTS, type=Path, help="default: benchmarks/results")

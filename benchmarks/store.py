@@ -15,7 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-GROUPS = ("memory_bound", "zero", "dense", "overhead", "saved")
+GROUPS = ("memory_bound", "zero", "dense", "frozen", "overhead", "saved", "models")
 
 COLUMNS = (
     "group", "case", "op", "shape", "layout", "dtype", "mode", "threads", "allocator",

@@ -370,3 +370,5 @@ STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zeroblock, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", TORCH_BOX(&isa)); }
+
+#include "binding_winograd.h"

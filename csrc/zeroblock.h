@@ -140,6 +140,32 @@ struct AddBias {
   void* y;
 };
 
+// A 3x3 weight seen as [K, C, 9]: element (k, c, tap) at data[k * out + c * in + tap * tap_stride], with the stride of
+// the taps or of one of the channels 1. flip: taps in reverse (the data gradient, which also swaps K and C).
+struct WinogradWeight {
+  float* data;
+  int64_t K, C, out, in, tap;
+  bool flip;
+};
+
+// y = conv(x, weight) [+ bias] [+ residual], fp32, 3x3, stride 1, by Winograd's F(tile x tile, 3x3), tile 2 or 4; with
+// affine, x is first normalised and activated: silu((x - mean) * a + b). x, y, dy, residual: [N, C | K, H, W] or, with
+// channels_last, [N, H, W, C | K], dense. OH = H + 2 padding - 2, OW likewise.
+struct Winograd {
+  int tile;
+  bool channels_last;
+  int64_t N, C, K, H, W, OH, OW, padding;
+  const float* x;
+  const float* affine;    // [N, 3, C]: mean, a, b; or null
+  WinogradWeight weight;  // fwd and pack: read; wgrad: the gradient, written
+  const float* packed;    // fwd: what pack wrote, or null: the weight is transformed on the way
+  const float* bias;      // [K] or null
+  const float* residual;  // or null
+  float* y;               // fwd only
+  float* u;               // pack only, winograd_packed_size floats
+  const float* dy;        // wgrad only
+};
+
 // The kernels of one instruction set. Every *_workspace returns a number of floats.
 struct CpuKernels {
   const char* isa;
@@ -159,6 +185,12 @@ struct CpuKernels {
   void (*activation_fwd)(const Activation&, ParallelFor);
   void (*activation_bwd)(const Activation&, ParallelFor);
   void (*add_bias)(const AddBias&, ParallelFor);
+  void (*group_norm_statistics)(const GroupNormSilu&, ParallelFor);  // mean and rstd; workspace as for fwd
+  void (*group_norm_affine)(const GroupNormSilu&, float* affine);    // [N, 3, C] from mean and rstd
+  void (*winograd_fwd)(const Winograd&, ParallelFor);
+  void (*winograd_wgrad)(const Winograd&, ParallelFor);
+  void (*winograd_pack)(const Winograd&, ParallelFor);
+  int64_t (*winograd_packed_size)(const Winograd&);
   // True when every one of the `bytes` bytes, read as elements of `element_size` (2, 4 or 8) bytes, is +0 or -0.
   bool (*is_zero)(const void* data, int64_t bytes, int element_size, ParallelFor);
 };

@@ -1,21 +1,46 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests.
+
+With TRITON_INTERPRET=1 in the environment the triton backend runs on CPU tensors, in Triton's interpreter with the
+repairs of triton/interpret.py, and is then the only one that `backend` yields (`make test` runs the suite both ways).
+"""
 
 import contextlib
+import importlib.util
+import os
+import pathlib
+import sys
 
 import pytest
 import torch
 
-from zeroblock.testing import BACKENDS, use_backend
-from zeroblock.testing.parity import device_of
+# Before zeroblock is imported: a measurement must not decide what a test sees, nor write into the user's cache.
+os.environ["ZEROBLOCK_PLAN"] = "fixed"
+os.environ["ZEROBLOCK_CACHE_DIR"] = ""
 
-from .simt import emulated
+from zeroblock.testing import BACKENDS, use_backend  # noqa: E402
+from zeroblock.testing.parity import device_of  # noqa: E402
+
+# `python -m pytest` puts the source tree on the path, where transformers takes kernels/ for a package of that name.
+sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != pathlib.Path(__file__).resolve().parents[1]]
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETS and importlib.util.find_spec("triton") and importlib.util.find_spec("ml_dtypes"):
+    from .triton import interpret
+
+    interpret.install()
+    torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
+
+from .simt import emulated  # noqa: E402
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
 
+# Tests of the interpreted kernels: their modules would switch this process to the interpreter.
+collect_ignore = [] if INTERPRETS else ["triton"]
 
-@pytest.fixture(params=BACKENDS)
+
+@pytest.fixture(params=("triton",) if INTERPRETS else BACKENDS)
 def backend(request):
     """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here.
 
@@ -34,3 +59,25 @@ def backend(request):
 @pytest.fixture
 def device(backend):
     return device_of(backend)
+
+
+# Too much work for the interpreter, beside the cases that are large by name: kernels do not see which gradients are
+# wanted in most ops, and the arithmetic of the dtypes does not depend on the strides.
+SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
+REPEATED_INTERPRETED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
+
+
+def pytest_collection_modifyitems(config, items):
+    """An interpreting process runs what tests the triton backend and the kernels, and of that the quick part."""
+    if not INTERPRETS:
+        return
+
+    def wanted(item):
+        if "triton" in item.path.parent.name or "interpreted" in item.keywords:
+            return True
+        quick = item.originalname not in SLOW_INTERPRETED and "large" not in item.name
+        return "backend" in item.fixturenames and quick and not any(ids in item.name for ids in REPEATED_INTERPRETED)
+
+    rest = [item for item in items if not wanted(item)]
+    items[:] = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=rest)

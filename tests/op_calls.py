@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from zeroblock.zero import HOST, NEVER
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16, "fp64": F64}
 LAYOUTS = ("contiguous", "channels-last", "strided")
@@ -37,7 +39,7 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
     keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) > 0.3
 
     def fused(weight):
-        return (x, 4, v, n(8), 1e-5, u, n(2, 8), keep, 0.3, weight, n(6), n(2, 6, 5, 3), [1, 1], True)
+        return (x, 4, v, n(8), 1e-5, u, n(2, 8), keep, 0.3, weight, n(6), n(2, 6, 5, 3), [1, 1], HOST)
 
     return {
         "group_norm_silu": [
@@ -62,29 +64,29 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             (t, v, n(2, 5, 8), n(2, 8), n(2, 8), 1e-6),
         ],
         "conv_residual": [
-            (x, n(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [1, 1], True),
-            (x, n(6, 8, 1, 1), None, None, [0, 0], False),
-            (x, zero(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [1, 1], True),
-            (x, zero(6, 8, 3, 3), None, None, [1, 1], True),
-            (n(2, 8, 7), n(6, 8, 3), n(6), n(2, 6, 7), [1], True),
-            (n(1, 4, 3, 3, 3), n(2, 4, 3, 3, 3), n(2), n(1, 2, 3, 3, 3), [1, 1, 1], True),
+            (x, n(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [1, 1], HOST),
+            (x, n(6, 8, 1, 1), None, None, [0, 0], NEVER),
+            (x, zero(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [1, 1], HOST),
+            (x, zero(6, 8, 3, 3), None, None, [1, 1], HOST),
+            (n(2, 8, 7), n(6, 8, 3), n(6), n(2, 6, 7), [1], HOST),
+            (n(1, 4, 3, 3, 3), n(2, 4, 3, 3, 3), n(2), n(1, 2, 3, 3, 3), [1, 1, 1], HOST),
         ],
         "group_norm_silu_conv_residual": [
             fused(n(6, 8, 3, 3)),
             fused(zero(6, 8, 3, 3)),
-            (x, 2, None, None, 1e-5, None, None, None, 0.0, n(6, 8, 1, 1), None, None, [0, 0], False),
+            (x, 2, None, None, 1e-5, None, None, None, 0.0, n(6, 8, 1, 1), None, None, [0, 0], NEVER),
         ],
         "layer_norm_modulate_linear": [(t, u, n(2, 8), n(6, 8), n(6), 1e-6), (t, None, None, n(6, 8), None, 1e-6),
                                        (t, n(2, 5, 8), n(2, 5, 8), n(6, 8), n(6), 1e-6)],
         "linear_gate_residual": [
-            (t, n(6, 8), n(6), n(2, 6), n(2, 5, 6), "gelu_tanh", True, True),
-            (t, n(6, 8), n(6), None, n(2, 5, 6), "silu", True, False),
-            (t, n(6, 8), None, n(6), None, None, True, True),
-            (t, n(6, 8), None, None, None, "gelu", True, False),
-            (t, zero(6, 8), n(6), n(2, 6), n(2, 5, 6), "gelu_tanh", True, True),
-            (t, zero(6, 8), n(6), n(1), n(2, 5, 6), None, True, False),
-            (t, n(6, 8), n(6), zero(2, 6), n(2, 5, 6), None, True, False),
-            (t, zero(6, 8), n(6), None, None, None, True, False),
+            (t, n(6, 8), n(6), n(2, 6), n(2, 5, 6), "gelu_tanh", HOST, True),
+            (t, n(6, 8), n(6), None, n(2, 5, 6), "silu", HOST, False),
+            (t, n(6, 8), None, n(6), None, None, HOST, True),
+            (t, n(6, 8), None, None, None, "gelu", HOST, False),
+            (t, zero(6, 8), n(6), n(2, 6), n(2, 5, 6), "gelu_tanh", HOST, True),
+            (t, zero(6, 8), n(6), n(1), n(2, 5, 6), None, HOST, False),
+            (t, n(6, 8), n(6), zero(2, 6), n(2, 5, 6), None, HOST, False),
+            (t, zero(6, 8), n(6), None, None, None, HOST, False),
         ],
     }  # fmt: skip
 
@@ -108,20 +110,38 @@ def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
         rest = (like(*out[1].shape), out[0], *out[2:], gate, branch, shift, scale)
         return [(dy, *rest), (None, *rest)]
     if op == "conv_residual":
-        h, w, b, _, padding, _ = args
+        h, w, b, _, padding, skip = args
         masks = ([True, True, b is not None], [True, False, False])
-        return [(dy, h, w, out[1], padding, b is not None, mask) for mask in masks]
+        return [(dy, h, w, out[1], skip, padding, b is not None, mask) for mask in masks]
     if op == "group_norm_silu_conv_residual":
-        x, groups, nw, nb, eps, scale, shift, keep, p, w, b, _, padding, _ = args
+        x, groups, nw, nb, eps, scale, shift, keep, p, w, b, _, padding, skip = args
         masks = ([True, True, b is not None], [False, True, False], [True, False, False])
         return [
-            (dy, x, *out[1:3], groups, nw, nb, eps, scale, shift, keep, p, w, out[3], padding, b is not None, mask)
+            (
+                dy,
+                x,
+                *out[1:3],
+                groups,
+                nw,
+                nb,
+                eps,
+                scale,
+                shift,
+                keep,
+                p,
+                w,
+                out[3],
+                skip,
+                padding,
+                b is not None,
+                mask,
+            )
             for mask in masks
         ]
     if op == "layer_norm_modulate_linear":
         x, shift, scale, w, b, eps = args
         masks = ([True, True, b is not None], [False, True, False], [True, False, False])
         return [(dy, x, *out[1:], shift, scale, w, eps, b is not None, mask) for mask in masks]
-    h, w, b, gate, _, activation, _, saved = args
+    h, w, b, gate, _, activation, skip, saved = args
     masks = ([True, True, b is not None, saved], [False, True, False, False], [True, False, False, False])
-    return [(dy, h, w, gate, out[1], out[2], activation, b is not None, mask) for mask in masks]
+    return [(dy, h, w, gate, out[1], out[2], skip, activation, b is not None, mask) for mask in masks]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-CASES = {"memory_bound": 28, "zero": 16, "dense": 16, "overhead": 26, "saved": 16}
+CASES = {"memory_bound": 28, "zero": 16, "dense": 16, "frozen": 8, "overhead": 26, "saved": 26, "models": 20}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def benchmark_path():
 
 @pytest.fixture
 def timing(benchmark_path):
-    import timing
+    from zeroblock.testing import timing
 
     return timing
 
@@ -177,6 +177,12 @@ def test_report_says_which_targets_are_met(store, report):
         values = {"op": "resblock", "mode": "training", "ratio": ratio, "lo": lo, "hi": ratio}
         return _row(store, group="dense", case=f"dense/{case}", **values)
 
+    def frozen(ratio_all):
+        values = {"op": "resblock", "dtype": "fp32", "ratio": 9.0, "ratio_all": ratio_all}
+        return _row(store, group="frozen", case="frozen/case", **values)
+
+    assert [c.met for c in report.frozen_checks([frozen(1.5), frozen(1.2)])] == [False, None]
+    assert [c.met for c in report.frozen_checks([frozen(1.5), frozen(1.4)])] == [True, None]
     checks = report.dense_checks([dense("good", 1.2, 1.1), dense("bad", 0.9, 0.89)])
     assert (checks[0].value, checks[0].met) == ("1.039x", True)
     assert checks[-1].met is False and "bad" in checks[-1].what

@@ -19,6 +19,8 @@ from zeroblock.testing import CPU_MISSING, use_backend
 from zeroblock.testing.cases import CASES, DTYPES
 from zeroblock.testing.parity import assert_deterministic, assert_parity
 
+from . import test_winograd as winograd
+
 CSRC = Path(__file__).parent.parent / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 NATIVE = (
@@ -119,6 +121,22 @@ def test_avx2_kernels(avx2, case, layout, dtype):
 )
 def test_avx2_kernels_give_the_same_bits_for_any_number_of_threads(avx2, case, layout):
     assert_deterministic(case, torch.float32, layout, (1, 2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "layout"), [pytest.param(c, layout, id=f"{c}-{layout}") for c in winograd.CASES for layout in c.layouts]
+)
+def test_avx2_winograd(avx2, case, layout):
+    assert_parity(case, torch.float32, layout)
+    assert_deterministic(case, torch.float32, layout, (1, 2))
+
+
+@pytest.mark.slow
+@winograd.layouts
+@pytest.mark.parametrize("weight_layout", winograd.FORMATS, ids=("oihw", "ohwi"))
+def test_avx2_winograd_is_exact_on_small_integers(avx2, layout, weight_layout):
+    winograd.test_small_tile_is_exact_on_small_integers(layout, weight_layout, 1)
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_gradgradcheck(op):
 _NORM = "Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift"
 _FUSED = (
     "Tensor x, int num_groups, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? scale, Tensor? shift, "
-    "Tensor? keep, float dropout_p, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, bool zero_skip"
+    "Tensor? keep, float dropout_p, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip"
 )
 SCHEMAS = {
     "group_norm_silu": f"({_NORM}, bool silu) -> (Tensor, Tensor, Tensor)",
@@ -135,13 +135,13 @@ SCHEMAS = {
     "gate_residual": "(Tensor residual, Tensor gate, Tensor branch) -> Tensor",
     "gate_residual_layer_norm_modulate": "(Tensor residual, Tensor gate, Tensor branch, Tensor shift, Tensor scale, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    "conv_residual": "(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, bool zero_skip) "
+    "conv_residual": "(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip) "
     "-> (Tensor, Tensor)",
     "group_norm_silu_conv_residual": f"({_FUSED}) -> (Tensor, Tensor, Tensor, Tensor)",
     "layer_norm_modulate_linear": "(Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     "linear_gate_residual": "(Tensor h, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, str? activation, "
-    "bool zero_skip, bool save_branch) -> (Tensor, Tensor, Tensor)",
+    "int zero_skip, bool save_branch) -> (Tensor, Tensor, Tensor)",
     "is_zero": "(Tensor[] tensors) -> Tensor",
 }
 
@@ -227,7 +227,9 @@ def _python(code: str, folder: Path, **environment: str) -> subprocess.Completed
 def test_bad_backend_variable_raises(tmp_path):
     result = _python("import zeroblock", tmp_path, ZEROBLOCK_BACKEND="fast")
     assert result.returncode != 0
-    assert "ValueError: ZEROBLOCK_BACKEND must be one of auto, reference, cpu, got 'fast'" in result.stderr
+    assert (
+        "ValueError: ZEROBLOCK_BACKEND must be one of auto, reference, cpu, triton, cuda, got 'fast'" in result.stderr
+    )
 
 
 def test_backend_variable_forces_the_reference(tmp_path):

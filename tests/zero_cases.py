@@ -19,6 +19,8 @@ MATMULS = {
     "aten::bmm": "gemm",
     "aten::baddbmm": "gemm",
     "mkldnn::_linear_pointwise": "gemm",
+    "zeroblock::_winograd_conv": "conv",  # of the gradient's, too
+    "zeroblock::_winograd_weight_grad": "conv backward",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention backward",
 }

@@ -6,6 +6,9 @@ modules; while the last weight (or gate) of a residual branch is exactly zero, t
 
 from . import nn
 from ._explain import explain, info
+from ._freeze import FreezeReport, freeze, unfreeze
+from .convert import accelerate, restore
+from .doctor import doctor
 from .functional import (
     conv_residual,
     gate_residual,
@@ -22,8 +25,12 @@ from .functional import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "accelerate",
+    "FreezeReport",
     "conv_residual",
+    "doctor",
     "explain",
+    "freeze",
     "gate_residual",
     "gate_residual_layer_norm_modulate",
     "group_norm_silu",
@@ -34,5 +41,7 @@ __all__ = [
     "layer_norm_modulate_linear",
     "linear_gate_residual",
     "nn",
+    "restore",
     "rms_norm_modulate",
+    "unfreeze",
 ]

@@ -191,21 +191,21 @@ _register(
 
 
 def _conv_residual(inputs, needed, dy, skipped):
-    h, weight, bias, _, padding, _ = inputs
+    h, weight, bias, _, padding, zero_skip = inputs
     grads = (None, None, None)
     if any(needed[:3]):
-        grads = call(ops.conv_residual_bwd, dy, h, weight, skipped, padding, bias is not None, needed[:3])
+        grads = call(ops.conv_residual_bwd, dy, h, weight, skipped, zero_skip, padding, bias is not None, needed[:3])
     return *grads, None, None, None
 
 
 def _group_norm_silu_conv_residual(inputs, needed, dy, mean, rstd, skipped):
-    x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, p, weight, bias, _, padding, _ = inputs
+    x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, p, weight, bias, _, padding, zero_skip = inputs
     grads = (None,) * 7
     upstream = any(needed[i] for i in (0, 2, 3, 5, 6))
     if upstream or needed[9] or needed[10]:
         grads = call(
             ops.group_norm_silu_conv_residual_bwd, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale,
-            shift, keep, p, weight, skipped, padding, bias is not None, [upstream, needed[9], needed[10]],
+            shift, keep, p, weight, skipped, zero_skip, padding, bias is not None, [upstream, needed[9], needed[10]],
         )  # fmt: skip
     dx, dnorm_weight, dnorm_bias, dscale, dshift, dweight, dbias = grads
     norm = (dx, None, dnorm_weight, dnorm_bias, None, dscale, dshift, None, None)
@@ -246,12 +246,13 @@ def _layer_norm_modulate_linear(inputs, needed, dy, mean, rstd):
 
 
 def _linear_gate_residual(inputs, needed, dy, branch, skipped):
-    h, weight, bias, gate, _, activation, _, _ = inputs
+    h, weight, bias, gate, _, activation, zero_skip, _ = inputs
     grads = (None, None, None, None)
     if any(needed[:4]):
         grads = call(
-            ops.linear_gate_residual_bwd, dy, h, weight, gate, branch, skipped, activation, bias is not None, needed[:4]
-        )
+            ops.linear_gate_residual_bwd, dy, h, weight, gate, branch, skipped, zero_skip, activation,
+            bias is not None, needed[:4],
+        )  # fmt: skip
     return *grads, None, None, None, None
 
 

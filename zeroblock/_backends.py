@@ -1,12 +1,15 @@
-"""What can run here and why not: the optional native extension, and which primitives an op uses.
+"""What can run here and why not: the native extension, Triton, and which primitives an op uses.
 
-`select` looks at metadata alone (device, dtype) and is called on every op; the tables it reads are filled once, at
-import.
+`select` looks at metadata alone (device, dtype, sizes) and is called on every op. The extension is loaded at import;
+the modules of the GPU backends are imported when a tensor first asks for them, so that neither a missing triton nor a
+missing GPU is noticed before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +20,10 @@ from torch import Tensor
 
 from . import _plain
 
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", "cpu", "cuda")
+DTYPES = CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+# The backends of each type of device, best first; the reference takes what they do not.
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
 def _load_extension() -> str | None:
@@ -42,11 +47,46 @@ if CPU_MISSING is None:
 
     _cpu = _cpu_primitives
 
-from . import _cuda  # noqa: E402  (after the extension, whose ops it looks up)
-
 _forced = os.environ.get("ZEROBLOCK_BACKEND", "auto")
 if _forced not in ("auto", *BACKENDS):
     raise ValueError(f"ZEROBLOCK_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_forced!r}")
+
+_lazy: dict[str, ModuleType | None] = {}
+
+
+def _load(name: str) -> ModuleType | None:
+    """The primitives module of a GPU backend, imported once; None when it cannot be."""
+    if name not in _lazy:
+        # A package that is there but does not import raises: nothing is hidden.
+        found = name != "triton" or importlib.util.find_spec("triton") is not None
+        _lazy[name] = importlib.import_module(f"._{name}", __package__) if found else None
+    return _lazy[name]
+
+
+def interprets() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 before its import."""
+    module = _load("triton")
+    return module is not None and module.INTERPRETS
+
+
+def missing(name: str) -> str | None:
+    """None when the backend can run something here, else the reason."""
+    if name == "cpu":
+        return CPU_MISSING
+    module = _load(name)
+    if module is None:
+        return "the package triton is not installed"
+    if module.MISSING is None and module.device == "cuda" and not torch.cuda.is_available():
+        hint = " (and TRITON_INTERPRET was not set before triton was imported)" if name == "triton" else ""
+        return f"no GPU is visible{hint}"
+    return module.MISSING
+
+
+def device_of(name: str) -> str:
+    """The type of device whose tensors a backend takes; Triton's interpreter and the emulator of the CUDA kernels run
+    on the CPU."""
+    module = _load(name) if name in ("triton", "cuda") else None
+    return "cpu" if module is None else module.device
 
 
 @contextlib.contextmanager
@@ -55,10 +95,9 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"use_backend: name must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
-    if name == "cpu" and CPU_MISSING is not None:
-        raise RuntimeError(f"use_backend: the cpu backend cannot run: {CPU_MISSING}")
-    if name == "cuda" and (missing := cuda_missing()) is not None:
-        raise RuntimeError(f"use_backend: the cuda backend cannot run: {missing}")
+    reason = None if name in ("auto", "reference") else missing(name)
+    if reason is not None:
+        raise RuntimeError(f"use_backend: the {name} backend cannot run: {reason}")
     before, _forced = _forced, name
     try:
         yield
@@ -66,39 +105,42 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def cuda_missing() -> str | None:
-    """None when the CUDA kernels can run, else the reason."""
-    if _cuda.MISSING is None and _cuda.device == "cuda" and not torch.cuda.is_available():
-        return f"built for {_cuda.archs()}, but no GPU is visible"
-    return _cuda.MISSING
+def forced() -> str:
+    """The name given to `use_backend` or ZEROBLOCK_BACKEND, or "auto"."""
+    return _forced
 
 
-def why_not_cuda(x: Tensor) -> str | None:
-    """None when the CUDA kernels take x, else the reason."""
-    if _cuda.MISSING is not None:
-        return _cuda.MISSING
-    if x.device.type != _cuda.device:
-        return f"the tensor is on {x.device.type}"
-    return None if x.dtype in _cuda.DTYPES else f"no kernel for {x.dtype}"
-
-
-def why_not_cpu(x: Tensor) -> str | None:
-    """None when the CPU kernels take x, else the reason."""
-    if CPU_MISSING is not None:
-        return CPU_MISSING
-    if x.device.type != "cpu":
-        return f"the tensor is on {x.device.type}"
-    if x.dtype not in CPU_DTYPES and not (x.dtype == torch.float64):
+def why_not(name: str, op: str, x: Tensor) -> str | None:
+    """None when the kernels of a backend take a call of `op` with leading tensor x, else the reason."""
+    if x.dtype == torch.float64 and op != "is_zero":
+        return "float64 runs through the reference"
+    if x.dtype not in (*DTYPES, torch.float64):
         return f"no kernel for {x.dtype}"
-    return "float64 runs through the reference" if x.dtype == torch.float64 else None
+    if name == "cpu":
+        return CPU_MISSING if x.device.type == "cpu" else f"the tensor is on {x.device.type}"
+    module = _load(name)
+    if module is None or module.MISSING is not None:
+        return missing(name)
+    if x.device.type != module.device:
+        hint = ", where triton runs only in its interpreter (TRITON_INTERPRET=1 before its import)"
+        return f"the tensor is on {x.device.type}{hint if (name, x.device.type) == ('triton', 'cpu') else ''}"
+    return module.why_not(op, x)
 
 
 def select(op: str, x: Tensor) -> ModuleType:
     """The primitives module for a call of `op` with leading tensor x."""
-    if _forced in ("auto", "cuda") and _cuda.MISSING is None and x.device.type == _cuda.device:
-        if x.dtype in _cuda.DTYPES or op == "is_zero":
-            return _cuda
-    if _cpu is not None and _forced != "reference" and x.device.type == "cpu":
-        if x.dtype in CPU_DTYPES or op == "is_zero":
+    device = x.device.type
+    if device == "cpu" and _forced not in ("triton", "cuda"):
+        if _cpu is not None and _forced != "reference" and (x.dtype in DTYPES or op == "is_zero"):
             return _cpu
+        return _plain
+    if _forced in ("triton", "cuda"):
+        candidates: tuple[str, ...] = (_forced,)
+    else:
+        candidates = () if _forced == "reference" else _PREFERENCE.get(device, ())
+    for name in candidates:
+        if why_not(name, op, x) is None:
+            module = _load(name)
+            assert module is not None
+            return module
     return _plain

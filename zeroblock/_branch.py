@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -38,11 +39,23 @@ class Tail:
         self.is_conv = module is not None and not isinstance(module, nn.Linear)
         self.weight: Tensor | None = getattr(module, "weight", None)
         self.bias: Tensor | None = getattr(module, "bias", None)
+        # A bias that eager adds after the convolution: its gradient is a plain sum, more accurate than the library's.
+        self.bias_apart = getattr(module, "bias_apart", False)
         self.autocast = None if self.weight is None else autocast_dtype(self.weight)
         # What the layer computes in.
         self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
 
-        self.padding, self.overhang = conv_padding(module) if self.is_conv else ((), ())
+    @functools.cached_property
+    def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return conv_padding(self.module)
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        return self._paddings[0]
+
+    @property
+    def overhang(self) -> tuple[int, ...]:
+        return self._paddings[1]
 
     def _conv_arguments(self) -> tuple:
         m = self.module
@@ -90,9 +103,13 @@ class Tail:
             P = _backends.select("linear_gate_residual_bwd", dy)
             dweight, dbias = linear_grads(P, dy, h, weight, True, [False, *mask])[1:]
         else:
+            inside = mask[1] and not self.bias_apart
             _, dweight, dbias = torch.ops.aten.convolution_backward.default(
-                dy, self._padded(h), weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(), [False, *mask]
-            )
+                dy, self._padded(h), weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(),
+                [False, mask[0], inside],
+            )  # fmt: skip
+            if mask[1] and not inside:
+                dbias = self.bias_grad(dy)
         return tuple(None if g is None else g.to(weight.dtype) for g in (dweight, dbias))
 
     def bias_grad(self, dy: Tensor) -> Tensor:
@@ -141,13 +158,17 @@ def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None 
         return _SkippedBranch.apply(branch, *inputs)
     if branch.always_run:
         branch.body(*branch.activations)
-    return _bare(branch, residual, tail.bias, gate)
+    return bare_branch(tail, residual, branch.example, gate, branch.zero_gate)
 
 
-def _bare(branch: Branch, residual: Tensor | None, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    tail, example = branch.tail, branch.example
+def bare_branch(
+    tail: Tail, residual: Tensor | None, example: Tensor, gate: Tensor | None = None, zero_gate: bool = False
+) -> Tensor:
+    """The value of a skipped branch, for arguments as in `Branch`."""
     dtype = tail.dtype or example.dtype
-    bias = None if bias is None or branch.zero_gate else bias.to(dtype)
+    bias = None if zero_gate else tail.bias
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
     if gate is not None:
         dtype, gate = torch.promote_types(dtype, gate.dtype), tail.broadcast(gate, example.dim())
     return bare_residual(residual, bias, gate, 1 if tail.is_conv else -1, dtype, lambda: tail.empty_output(example))
@@ -178,7 +199,7 @@ class _SkippedBranch(torch.autograd.Function):
         ctx.counts = len(activations), len(body)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, bias, gate, *activations, *body, *branch.recomputed)
-        return _bare(branch, residual, bias, gate)
+        return bare_branch(branch.tail, residual, branch.example, gate, branch.zero_gate)
 
     @staticmethod
     def backward(ctx, dy):

@@ -1,8 +1,9 @@
 """What the ops compute on a backend: primitives (`_cpu`, `_plain`) composed with the library's convolutions and GEMMs.
 
 Every function takes the primitives module first and returns what the registered op returns. A skipped op reports it
-in its last result, an int8 tensor on the device of the op: 0 executed, 1 the tail weight was zero, 2 the gate was
-zero.
+in its last result, an int32 tensor on the device of the op: 0 executed, 1 the tail weight was zero, 2 the gate was
+zero. `zero_skip` is one of zero.NEVER, HOST, DEVICE. Under DEVICE that result is the flag which the kernels of the op
+read, the host never learns it: library calls run, and backward is the dense one, whose kernels read the flag too.
 """
 
 from __future__ import annotations
@@ -13,29 +14,32 @@ import torch
 from torch import Tensor
 
 from . import _backends, zero
+from ._conv import CONV, CONV_BWD, add_residual, conv_grads, unit_geometry
 from ._layout import channels_last_format
-from .reference import channel_view, conv, dropout_keep, modulation
+from ._norm_conv import NORM_CONV, NORM_CONV_BWD, hidden
+from .reference import channel_view, dropout_keep, modulation
 
 EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
 
 
 def _verdict(like: Tensor, value: int) -> Tensor:
-    return torch.full((1,), value, dtype=torch.int8, device=like.device)
+    return torch.full((1,), value, dtype=torch.int32, device=like.device)
 
 
-def _weight_is_zero(op: str, zero_skip: bool, weight: Tensor) -> bool:
-    skipped = zero_skip and zero.is_exactly_zero(weight)
+def _weight_is_zero(op: str, zero_skip: int, weight: Tensor) -> bool:
+    skipped = zero_skip == zero.HOST and zero.is_exactly_zero(weight)
     zero.count(op, skipped)
     return skipped
 
 
-def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
-    """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
-    if residual is None:
-        return branch
-    if residual.dtype == branch.dtype and (residual.stride() == branch.stride() or 0 in residual.stride()):
-        return branch.add_(residual)
-    return residual + branch
+def _host_verdict(skipped: Tensor, zero_skip: int) -> int:
+    """Forward's verdict where the host took it; a flag on the device is not read back."""
+    return int(skipped) if zero_skip == zero.HOST else EXECUTED
+
+
+def _own_conv(P, zero_skip: int, h: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    """Whether the op tests its weight on the device and the backend's own convolution, which reads the flag, runs."""
+    return zero_skip == zero.DEVICE and P.why_library("conv_residual", h, weight, None, residual) is None
 
 
 def bare_residual(
@@ -51,14 +55,12 @@ def bare_residual(
     bias, in the layer's dtype, runs along dimension `dim` (1 for a convolution, -1 for a linear); gate broadcasts
     against the output; `dtype` is that of gate * layer; empty() allocates the output where there is no residual.
     """
-    # Zero products are +0: a bias of -0 comes out of the layer as +0.
-    bias = None if bias is None else bias + 0.0
     if residual is not None:
-        residual = residual.to(torch.promote_types(residual.dtype, dtype))
+        if residual.dtype != dtype:
+            residual = residual.to(torch.promote_types(residual.dtype, dtype))
         dense = residual.is_contiguous() or channels_last_format(residual) is not None
         if dense and (gate is None or bias is None):
             return _backends.select("add_bias", residual).add_bias(residual, bias, dim)
-    if residual is not None:
         branch = residual.new_empty(residual.shape, dtype=dtype)
     else:
         assert empty is not None
@@ -66,6 +68,7 @@ def bare_residual(
     if bias is None:
         branch.zero_()
     else:
+        bias = bias + 0.0  # zero products are +0: a bias of -0 comes out of the layer as +0
         step = bias if dim == -1 else channel_view(bias, branch.dim())
         branch.copy_(step if gate is None else gate * step)
     # The memory format of a sum with a non-dense residual is that of the branch.
@@ -109,43 +112,31 @@ def empty_conv_output(h: Tensor, weight: Tensor, size: tuple[int, ...], dtype: t
     return torch.empty(size, dtype=dtype, device=h.device, memory_format=layout)
 
 
-def _conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-    """The library's convolution; a 1-D one comes back as a view of a 2-D result, which an op may not return."""
-    y = conv(h, weight, bias, padding)
-    return torch.ops.aten._unsafe_view(y, y.shape) if y.dim() == 3 else y
-
-
 def conv_residual(P, h, weight, bias, residual, padding, zero_skip):
+    if _own_conv(P, zero_skip, h, weight, residual):
+        zero.count("conv_residual", False)
+        flag = P.zero_flags([weight])
+        return P.conv_residual(h, weight, bias, residual, padding, flag), flag
     skipped = _conv_or_skip("conv_residual", h, weight, bias, residual, padding, zero_skip)
     if skipped is not None:
         return skipped
-    return add_residual(residual, _conv(h, weight, bias, padding)), _verdict(h, EXECUTED)
+    return CONV(P, h, weight, bias, residual, unit_geometry(padding)), _verdict(h, EXECUTED)
 
 
-def conv_grads(dy, h, weight, has_bias, padding, mask):
-    """(dh, dweight, dbias) of conv(h), each only where mask asks."""
-    dims = weight.dim() - 2
-    ones, zeros = [1] * dims, [0] * dims
-    bias_sizes = [weight.shape[0]] if has_bias else None
-    mask = [mask[0], mask[1], mask[2] and has_bias]
-    if not any(mask):
-        return None, None, None
-    return torch.ops.aten.convolution_backward.default(
-        dy, h, weight, bias_sizes, ones, padding, ones, False, zeros, 1, mask
-    )
+def _dense_conv_grads(P, dy, h, weight, skipped, zero_skip, has_bias, padding, mask):
+    """conv_grads, the one of h by the backend's own kernel where that reads the flag."""
+    if not (mask[0] and _own_conv(P, zero_skip, h, weight, None)):
+        return CONV_BWD(P, dy, h, weight, has_bias, padding, mask)
+    _, dweight, dbias = CONV_BWD(P, dy, h, weight, has_bias, padding, [False, *mask[1:]])
+    return P.conv_dgrad(dy, weight, padding, skipped), dweight, dbias
 
 
-def conv_residual_bwd(P, dy, h, weight, skipped, padding, has_bias, mask):
+def conv_residual_bwd(P, dy, h, weight, skipped, zero_skip, padding, has_bias, mask):
     dy = dy.to(weight.dtype)
-    if not int(skipped):
-        return conv_grads(dy, h, weight, has_bias, padding, mask)
-    _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])
+    if not _host_verdict(skipped, zero_skip):
+        return _dense_conv_grads(P, dy, h, weight, skipped, zero_skip, has_bias, padding, mask)
+    _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, [False, mask[1], mask[2]])  # eager's, exactly
     return _zeros(h) if mask[0] else None, dweight, dbias
-
-
-def _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype):
-    h, mean, rstd = P.group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale, shift, True)
-    return dropout_keep(h.to(dtype), keep, dropout_p), mean, rstd
 
 
 def group_norm_silu_conv_residual(
@@ -165,38 +156,48 @@ def group_norm_silu_conv_residual(
     padding,
     zero_skip,
 ):
+    if _own_conv(P, zero_skip, x, weight, residual):
+        zero.count("group_norm_silu_conv_residual", False)
+        flag = P.zero_flags([weight])
+        h, mean, rstd = hidden(
+            P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype, flag=flag
+        )
+        return P.conv_residual(h, weight, bias, residual, padding, flag), mean, rstd, flag
     skipped = _conv_or_skip("group_norm_silu_conv_residual", x, weight, bias, residual, padding, zero_skip)
     if skipped is not None:
         y, verdict = skipped
         moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
         return y, moments[0].clone(), moments[1].clone(), verdict
-    h, mean, rstd = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    return add_residual(residual, _conv(h, weight, bias, padding)), mean, rstd, _verdict(x, EXECUTED)
+    norm = (x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
+    return *NORM_CONV(P, *norm, weight, bias, residual, unit_geometry(padding)), _verdict(x, EXECUTED)
 
 
 def group_norm_silu_conv_residual_bwd(
     P, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight, skipped,
-    padding, has_bias, mask,
+    zero_skip, padding, has_bias, mask,
 ):  # fmt: skip
     """(dx, dnorm_weight, dnorm_bias, dscale, dshift, dweight, dbias); mask: dx and the norm's, dweight, dbias."""
     dy = dy.to(weight.dtype)
-    if int(skipped):
+    if _host_verdict(skipped, zero_skip):
         h = None
         if mask[1]:
-            h, _, _ = _hidden(
-                P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype
-            )
+            h, _, _ = hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
         _, dweight, dbias = conv_grads(dy, x if h is None else h, weight, has_bias, padding, [False, mask[1], mask[2]])
         upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
         return *((None if t is None else _zeros(t)) for t in upstream), dweight, dbias
-    h, _, _ = _hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
-    dh, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, mask)
+    flag = {}
+    if zero_skip == zero.DEVICE:
+        h, _, _ = hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight.dtype)
+        flag = {"flag": skipped} if _own_conv(P, zero_skip, h, weight, None) else {}
+        dh, dweight, dbias = _dense_conv_grads(P, dy, h, weight, skipped, zero_skip, has_bias, padding, mask)
+    else:
+        norm = (x, mean, rstd, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
+        dh, dweight, dbias = NORM_CONV_BWD(P, dy, *norm, weight, has_bias, padding, mask)
     if not mask[0]:
         return None, None, None, None, None, dweight, dbias
-    del h
     dz = dropout_keep(dh, keep, dropout_p).to(x.dtype)
-    norm = P.group_norm_silu_bwd(dz, x, mean, rstd, norm_weight, norm_bias, scale, shift, num_groups, True)
-    return *norm, dweight, dbias
+    grads = P.group_norm_silu_bwd(dz, x, mean, rstd, norm_weight, norm_bias, scale, shift, num_groups, True, **flag)
+    return *grads, dweight, dbias
 
 
 # ---- linears --------------------------------------------------------------------------------------------------------
@@ -229,8 +230,15 @@ def layer_norm_modulate_linear_bwd(P, dy, x, mean, rstd, shift, scale, weight, e
 
 def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_skip, save_branch):
     """(y, branch, skipped); branch is kept for dgate when save_branch, else empty."""
-    zero_gate = zero_skip and gate is not None and not save_branch and zero.is_exactly_zero(gate)
-    zero_weight = zero_skip and not zero_gate and zero.is_exactly_zero(weight)
+    if zero_skip == zero.DEVICE and P.why_library("linear_gate_residual", h, weight, gate, residual) is None:
+        zero.count("linear_gate_residual", False)
+        flag = P.zero_flags([weight] if gate is None or save_branch else [weight, gate], any_of=True)
+        a = h if activation is None else P.activation(h, activation, flag=flag)
+        y, kept = P.linear_gate_residual(a.to(weight.dtype), weight, bias, gate, residual, flag, save_branch)
+        return y, y.new_empty(0, dtype=weight.dtype) if kept is None else kept, flag
+    host = zero_skip == zero.HOST
+    zero_gate = host and gate is not None and not save_branch and zero.is_exactly_zero(gate)
+    zero_weight = host and not zero_gate and zero.is_exactly_zero(weight)
     zero.count("linear_gate_residual", zero_gate or zero_weight)
     if zero_gate or zero_weight:
         size = (*h.shape[:-1], weight.shape[0])
@@ -254,9 +262,9 @@ def linear_gate_residual(P, h, weight, bias, gate, residual, activation, zero_sk
     return y, branch if save_branch else none, _verdict(h, EXECUTED)
 
 
-def linear_gate_residual_bwd(P, dy, h, weight, gate, branch, skipped, activation, has_bias, mask):
+def linear_gate_residual_bwd(P, dy, h, weight, gate, branch, skipped, zero_skip, activation, has_bias, mask):
     """(dh, dweight, dbias, dgate); mask in that order."""
-    verdict = int(skipped)
+    verdict = _host_verdict(skipped, zero_skip)
     dgate, dbranch = None, dy
     if gate is not None:
         need_dbranch = verdict != ZERO_GATE and (mask[1] or mask[2] or (mask[0] and not verdict))

@@ -6,11 +6,14 @@ Same names and signatures as `_plain.py`. Import this module only when the exten
 
 from __future__ import annotations
 
+import sys
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._layout import as_layout, channels_last_format
+from ._linear import LINEAR
+from ._operands import dense_view, gate_gradient, is_single, like, tokens, untokens
 from .reference import promoted
 
 NAME = "cpu"
@@ -27,15 +30,14 @@ _activation = _lib._activation.default
 _activation_bwd = _lib._activation_bwd.default
 _add_bias = _lib._add_bias.default
 _is_zero = _lib._is_zero.default
+# Called by _winograd.py, which settles their arguments.
+group_norm_statistics = _lib._group_norm_statistics.default
+group_norm_affine = _lib._group_norm_affine.default
+winograd_conv = _lib._winograd_conv.default
+winograd_weight_grad = _lib._winograd_weight_grad.default
+winograd_pack = _lib._winograd_pack.default
 
 _ACTIVATION_IDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-
-
-def _like(grad: Tensor, operand: Tensor | None) -> Tensor | None:
-    """An fp32 gradient in the dtype of its operand; None where there is no operand."""
-    if operand is None or grad.dtype == operand.dtype:
-        return None if operand is None else grad
-    return grad.to(operand.dtype)
 
 
 def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu):
@@ -50,7 +52,7 @@ def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_group
     dx, dweight, dbias, dscale, dshift = _group_norm_silu_bwd(
         dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None
     )
-    return dx, _like(dweight, weight), _like(dbias, bias), _like(dscale, scale), _like(dshift, shift)
+    return dx, like(dweight, weight), like(dbias, bias), like(dscale, scale), like(dshift, shift)
 
 
 def _operand(v: Tensor | None, x: Tensor) -> Tensor | None:
@@ -75,25 +77,7 @@ def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
     )
     if shift is not None and shift.dim() == 3:
         dshift = dy.clone()
-    return dx, _like(dshift, shift), _like(dscale, scale), _like(dweight, weight), _like(dbias, bias)
-
-
-def _is_single(gate: Tensor) -> bool:
-    return gate.dim() == 1 and gate.numel() == 1
-
-
-def _tokens(t: Tensor, single: bool, layout: torch.memory_format | None) -> Tensor:
-    """Dense [B, T, D]; with a single gate for everything, the elements of any dense tensor in memory order."""
-    t = as_layout(t, layout)
-    if not single:
-        return t
-    return (t if layout is None else t.movedim(1, -1)).reshape(1, 1, -1)
-
-
-def _untokens(flat: Tensor, shape: torch.Size, layout: torch.memory_format | None) -> Tensor:
-    if layout is None:
-        return flat.view(shape)
-    return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return dx, like(dshift, shift), like(dscale, scale), like(dweight, weight), like(dbias, bias)
 
 
 def gate_residual(residual, gate, branch):
@@ -105,30 +89,23 @@ def gate_residual(residual, gate, branch):
     ):
         return _gate_residual(residual, gate, branch)
     dtype = promoted(residual, gate, branch)
-    layout, single = channels_last_format(residual), _is_single(gate)
-    branch = _tokens(branch.to(dtype), single, layout)
-    y = _gate_residual(_tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch)
-    return _untokens(y, residual.shape, layout)
+    layout, single = channels_last_format(residual), is_single(gate)
+    branch = tokens(branch.to(dtype), single, layout)
+    y = _gate_residual(tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch)
+    return untokens(y, residual.shape, layout)
 
 
 def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch):
     if gate.dim() == 2 and dy.dtype == branch.dtype == gate.dtype and dy.is_contiguous() and branch.is_contiguous():
         dgate, dbranch = _gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch)
         return dgate if dgate is None else dgate.to(gate.dtype), dbranch
-    layout, single = channels_last_format(branch), _is_single(gate)
-    flat, dy = _tokens(branch.to(dy.dtype), single, layout), _tokens(dy, single, layout)
+    layout, single = channels_last_format(branch), is_single(gate)
+    flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
     dgate, dbranch = _gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch)
     return (
-        _gate_gradient(dgate, gate) if need_dgate else None,
-        _untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
+        gate_gradient(dgate, gate) if need_dgate else None,
+        untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
     )
-
-
-def _gate_gradient(dgate: Tensor, gate: Tensor) -> Tensor:
-    """[B, D] from the kernel; a [D] gate is shared by the samples."""
-    if gate.dim() == 1 and gate.numel() > 1:
-        dgate = dgate.sum(0)
-    return dgate.to(gate.dtype).view(gate.shape)
 
 
 def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps):
@@ -149,10 +126,10 @@ def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, b
         _operand(shift, branch),
         _operand(scale, branch),
     )
-    if _is_single(gate):
+    if is_single(gate):
         dgate = dgate.sum().view(1)
     dshift = dy.clone(memory_format=torch.contiguous_format) if shift.dim() == 3 else dshift
-    return dresidual, _gate_gradient(dgate, gate), dbranch, _like(dshift, shift), _like(dscale, scale)
+    return dresidual, gate_gradient(dgate, gate), dbranch, like(dshift, shift), like(dscale, scale)
 
 
 def _row(gate: Tensor, x: Tensor) -> Tensor | None:
@@ -161,36 +138,16 @@ def _row(gate: Tensor, x: Tensor) -> Tensor | None:
 
 
 def add_bias(x, bias, dim):
-    """x + bias along `dim` (1 or -1), x dense in one of the two layouts; a bias of None adds 0."""
+    """x + (bias + 0) along `dim` (1 or -1), x dense in one of the two layouts; a bias of None adds 0."""
     return _add_bias(x, bias, dim == -1 or channels_last_format(x) is not None)
 
 
-_ONEDNN = torch.backends.mkldnn.is_available()
-_onednn_linear = torch.ops.mkldnn._linear_pointwise.default if _ONEDNN else None
-_onednn_linear_add = torch.ops.mkldnn._linear_pointwise.binary if _ONEDNN else None
-_PIECE = 256
-# Products below which oneDNN's call costs more than its arithmetic saves.
-_FEW_PRODUCTS = 1 << 20
+_this = sys.modules[__name__]
 
 
-def linear(x, weight, bias):
-    """x @ weight.T + bias. float32 goes to oneDNN: torch's own choice, MKL, runs at half its rate on AMD processors."""
-    large = x.numel() * weight.shape[0] > _FEW_PRODUCTS
-    if not (large and _ONEDNN and x.dtype == torch.float32 and torch.backends.mkldnn.enabled):
-        return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
-    # oneDNN adds up a whole dot product in one chain. Long ones are cut, so that errors stay within twice MKL's. Pieces
-    # of a transposed operand (a weight gradient's tokens) are dense as they are, those of rows are copied.
-    length = x.shape[-1]
-    piece, limit = (_PIECE, _PIECE) if x.stride(-1) != 1 else (2 * _PIECE, 4 * _PIECE)
-    if length <= limit:
-        return _onednn_linear(x, weight, bias, "none", [], "")
-    y = None
-    for start in range(0, length, piece):
-        xs, ws = (t[..., start : start + piece] for t in (x, weight))
-        xs, ws = (t.contiguous() if t.stride(-1) == 1 else t for t in (xs, ws))
-        y = _onednn_linear(xs, ws, bias, "none", [], "") if y is None else _onednn_linear_add(xs, y, ws, None, "add")
-    return y
+def linear(x, weight, bias, activation=None):
+    """act(x @ weight.T + bias)"""
+    return LINEAR(_this, x, weight, bias, activation)
 
 
 def activation(x, name):
@@ -203,10 +160,8 @@ def activation_bwd(dy, x, name, need_y):
 
 
 def is_zero(t: Tensor) -> bool:
-    return _is_zero(t if t.is_contiguous() else _dense_view(t))
+    return _is_zero(t if t.is_contiguous() else dense_view(t))
 
 
-def _dense_view(t: Tensor) -> Tensor:
-    """The same elements in memory order: dense in any dimension order costs nothing, anything else a copy."""
-    order = sorted(range(t.dim()), key=t.stride, reverse=True)
-    return t.permute(order).contiguous()
+def why_library(op, h, weight, gate, residual) -> str | None:
+    return "the verdict is taken on the host"

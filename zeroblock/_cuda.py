@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ._cpu import _dense_view, _gate_gradient, _is_single, _like, _row, _tokens, _untokens
 from ._layout import as_layout, channels_last_format
+from ._operands import dense_view, gate_gradient, is_single, like, tokens, untokens
 from ._plain import activation, activation_bwd, add_bias, linear
 from .reference import promoted
 
@@ -55,6 +55,11 @@ except AttributeError:
     )
 
 
+def why_not(op: str, x: Tensor) -> str | None:
+    """None: these kernels take every call of a dtype in DTYPES."""
+    return None
+
+
 def archs() -> str:
     """The GPU architectures that the kernels were compiled for."""
     return torch.ops.zeroblock._cuda_archs()
@@ -72,19 +77,19 @@ def library(namespace: str, on: str) -> Iterator[None]:
         _ops, device, MISSING = before
 
 
-def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, zero=None):
+def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=None):
     layout = channels_last_format(x)
     x = as_layout(x, layout)
-    return _ops.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, layout is not None, zero)
+    return _ops.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, layout is not None, flag)
 
 
-def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, zero=None):
+def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, flag=None):
     layout = channels_last_format(x)
     x, dy = as_layout(x, layout), as_layout(dy.to(x.dtype), layout)
     dx, dweight, dbias, dscale, dshift = _ops.group_norm_silu_bwd(
-        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, zero
+        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, flag
     )
-    return dx, _like(dweight, weight), _like(dbias, bias), _like(dscale, scale), _like(dshift, shift)
+    return dx, like(dweight, weight), like(dbias, bias), like(dscale, scale), like(dshift, shift)
 
 
 def _operand(v: Tensor | None, x: Tensor) -> Tensor | None:
@@ -92,19 +97,24 @@ def _operand(v: Tensor | None, x: Tensor) -> Tensor | None:
     return v if v is None or v.dim() != 3 else v.to(x.dtype)
 
 
-def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms, zero=None):
+def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms, flag=None):
     shift, scale, x = _operand(shift, x), _operand(scale, x), x.contiguous()
-    _, y, mean, rstd = _ops.row_norm(x, None, None, shift, scale, weight, bias, eps, rms, zero)
+    _, y, mean, rstd = _ops.row_norm(x, None, None, shift, scale, weight, bias, eps, rms, flag)
     return y, None if rms else mean, rstd
 
 
-def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms, zero=None):
+def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms, flag=None):
     x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
     dx, _, _, dshift, dscale, dweight, dbias = _ops.row_norm_bwd(
-        None, dy, x, mean, rstd, None, None, _operand(shift, x), _operand(scale, x), weight, bias, rms, zero
+        None, dy, x, mean, rstd, None, None, _operand(shift, x), _operand(scale, x), weight, bias, rms, flag
     )
     dshift = _shift_gradient(dshift, dy, shift, scale)
-    return dx, _like(dshift, shift), _like(dscale, scale), _like(dweight, weight), _like(dbias, bias)
+    return dx, like(dshift, shift), like(dscale, scale), like(dweight, weight), like(dbias, bias)
+
+
+def _row(gate: Tensor, x: Tensor) -> Tensor | None:
+    """The combined kernel takes rows only: a single gate becomes one row."""
+    return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _operand(gate, x)
 
 
 def _shift_gradient(dshift: Tensor, dy: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -116,40 +126,40 @@ def _shift_gradient(dshift: Tensor, dy: Tensor, shift: Tensor | None, scale: Ten
     return dshift
 
 
-def gate_residual(residual, gate, branch, zero=None):
+def gate_residual(residual, gate, branch, flag=None):
     dtype = promoted(residual, gate, branch)
-    layout, single = channels_last_format(residual), _is_single(gate)
-    branch = _tokens(branch.to(dtype), single, layout)
-    y = _ops.gate_residual(_tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch, zero)
-    return _untokens(y, residual.shape, layout)
+    layout, single = channels_last_format(residual), is_single(gate)
+    branch = tokens(branch.to(dtype), single, layout)
+    y = _ops.gate_residual(tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch, flag)
+    return untokens(y, residual.shape, layout)
 
 
-def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch, zero=None):
-    layout, single = channels_last_format(branch), _is_single(gate)
-    flat, dy = _tokens(branch.to(dy.dtype), single, layout), _tokens(dy, single, layout)
-    dgate, dbranch = _ops.gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch, zero)
+def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch, flag=None):
+    layout, single = channels_last_format(branch), is_single(gate)
+    flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
+    dgate, dbranch = _ops.gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch, flag)
     return (
-        _gate_gradient(dgate, gate) if need_dgate else None,
-        _untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
+        gate_gradient(dgate, gate) if need_dgate else None,
+        untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
     )
 
 
-def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps, zero=None):
+def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps, flag=None):
     branch, residual = branch.contiguous(), residual.contiguous()
     shift, scale = _operand(shift, branch), _operand(scale, branch)
-    return _ops.row_norm(residual, branch, _row(gate, branch), shift, scale, None, None, eps, False, zero)
+    return _ops.row_norm(residual, branch, _row(gate, branch), shift, scale, None, None, eps, False, flag)
 
 
-def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale, zero=None):
+def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale, flag=None):
     dx_new, dy, branch = (None if t is None else t.contiguous() for t in (dx_new, dy, branch))
     dresidual, dbranch, dgate, dshift, dscale, _, _ = _ops.row_norm_bwd(
         dx_new, dy, x_new, mean, rstd, branch, _row(gate, branch), _operand(shift, branch), _operand(scale, branch),
-        None, None, False, zero,
+        None, None, False, flag,
     )  # fmt: skip
-    if _is_single(gate):
+    if is_single(gate):
         dgate = dgate.sum(dtype=torch.float32).view(1)
     dshift = _shift_gradient(dshift, dy, shift, scale)
-    return dresidual, _gate_gradient(dgate, gate), dbranch, _like(dshift, shift), _like(dscale, scale)
+    return dresidual, gate_gradient(dgate, gate), dbranch, like(dshift, shift), like(dscale, scale)
 
 
 def conv_takes(x: Tensor, weight: Tensor, padding: list[int]) -> bool:
@@ -164,21 +174,21 @@ def _nhwc(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.permute(0, 2, 3, 1).contiguous()
 
 
-def conv_residual(h, weight, bias, residual, statistics=False, zero=None):
+def conv_residual(h, weight, bias, residual, statistics=False, flag=None):
     """(residual + conv(h, weight, bias), partial statistics for `moments`), where `conv_takes`."""
     y, partial = _ops.conv_residual(
-        _nhwc(h), _nhwc(weight), bias, _nhwc(residual), None, None, None, None, None, None, statistics, zero
+        _nhwc(h), _nhwc(weight), bias, _nhwc(residual), None, None, None, None, None, None, statistics, flag
     )
     return y.permute(0, 3, 1, 2), partial
 
 
 def group_norm_silu_conv_residual(
-    x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias, residual, statistics=False, zero=None
+    x, mean, rstd, norm_weight, norm_bias, scale, shift, weight, bias, residual, statistics=False, flag=None
 ):
     """conv_residual of silu(norm(x)), which never reaches memory; mean and rstd are those of x."""
     y, partial = _ops.conv_residual(
         _nhwc(x), _nhwc(weight), bias, _nhwc(residual), mean, rstd, norm_weight, norm_bias, scale, shift, statistics,
-        zero,
+        flag,
     )  # fmt: skip
     return y.permute(0, 3, 1, 2), partial
 
@@ -190,9 +200,14 @@ def moments(y, partial, num_groups, eps):
 
 def zero_flags(tensors: list[Tensor]) -> Tensor:
     """bool [len] on the device: which tensors are all +0 or -0. One launch for every 64 tensors, no synchronisation."""
-    return _ops.zero_flag([t if t.is_contiguous() else _dense_view(t) for t in tensors])
+    return _ops.zero_flag([t if t.is_contiguous() else dense_view(t) for t in tensors])
 
 
 def is_zero(t: Tensor) -> bool:
     """Reads the answer back to the host."""
     return bool(zero_flags([t])[0])
+
+
+def why_library(op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None) -> str | None:
+    """Why the GEMM of an op is the library's, which no flag on the device stops."""
+    return "its convolutions and GEMMs are the library's"

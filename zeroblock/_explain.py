@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backends, functional, zero
+from . import _backends, _checks, _plan, functional, zero
+from ._conv import CONV, unit_geometry
+from ._linear import LINEAR
+from ._norm_conv import NORM_CONV
 
 _HAS_ZERO_PATH = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual")
 
@@ -17,13 +21,14 @@ _HAS_ZERO_PATH = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What a call would do. `not_used` maps every other backend to the reason; `zero_path` is None for ops without
-    one."""
+    one; `plans` are its steps that can be done in several ways, with the times measured."""
 
     op: str
     backend: str
     not_used: dict[str, str]
     zero_path: str | None
     counters: tuple[int, int]
+    plans: tuple[_plan.Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: backend {self.backend}"]
@@ -31,6 +36,7 @@ class Explanation:
         if self.zero_path is not None:
             lines.append(f"  zero path: {self.zero_path}")
             lines.append(f"  so far: {self.counters[0]} executed, {self.counters[1]} skipped")
+        lines += [f"  {line}" for plan in self.plans for line in f"plan {plan}".splitlines()]
         return "\n".join(lines)
 
 
@@ -40,10 +46,37 @@ def _zero_path(op: str, arguments: dict[str, Any]) -> str | None:
     weight, policy = arguments["weight"], arguments["zero_skip"]
     if policy == "never":
         return 'off (zero_skip="never")'
-    if not zero.may_skip(op, policy, weight):
-        return f'off: no device-side flag on {weight.device.type} yet; zero_skip="sync" reads the verdict back'
+    if zero.test_of(op, policy, weight) == zero.DEVICE:
+        h = arguments["x"] if "x" in arguments else arguments["h"]
+        P, name = _backends.select(op, h), "conv_residual" if "conv" in op else op
+        library = P.why_library(name, h, weight, arguments.get("gate"), arguments["residual"])
+        if library is not None:
+            return f'off: the GEMM is a library call ({library}); zero_skip="sync" reads the verdict back'
+        return (
+            "a flag on the device: the kernels of the op leave early while the weight is zero, its backward GEMMs run"
+        )
     found = zero.is_exactly_zero(weight)
     return "weight is exactly zero now: the tail is skipped" if found else "weight is not zero now: the tail runs"
+
+
+def _plans(op: str, P: Any, a: dict[str, Any]) -> tuple[_plan.Explanation, ...]:
+    """The planned steps of a dense call (`_compose.py`)."""
+    weight: Any = a.get("weight")
+    bias = a.get("bias")
+    if op in ("conv_residual", "group_norm_silu_conv_residual"):
+        x, residual = a["h" if op == "conv_residual" else "x"], a["residual"]
+        geometry = unit_geometry(_checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"]))
+        h = x if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
+        plans = (CONV.explain(P, h, weight, bias, residual, geometry),)
+        if op == "conv_residual":
+            return plans
+        norm = (x, a["num_groups"], a["norm_weight"], a["norm_bias"], a["eps"], a["scale"], a["shift"], a["keep"])
+        return NORM_CONV.explain(P, *norm, a["dropout_p"], weight, bias, residual, geometry), *plans
+    if op in ("layer_norm_modulate_linear", "linear_gate_residual") and P.NAME == "cpu":
+        x = a["h" if op == "linear_gate_residual" else "x"]
+        h = x if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
+        return (LINEAR.explain(P, h, weight, bias, None),)
+    return ()
 
 
 def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
@@ -62,17 +95,36 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     if not tensors:
         raise TypeError(f"explain: {op_name} needs at least one tensor")
     x = tensors[0]
-    backend = _backends.select(op_name, x).NAME
+    primitives, transforms = _backends.select(op_name, x), zero.transforms_active()
+    backend: str = "reference" if transforms else primitives.NAME
+    plans: tuple[_plan.Explanation, ...] = ()
     not_used = {}
-    if zero.transforms_active():
-        backend, not_used["cpu"] = "reference", "a torch.func transform or forward-mode AD is active"
-    elif backend == "reference":
-        not_used["cpu"] = _backends.why_not_cpu(x) or "the reference backend is forced"
-    not_used["triton"] = "this version has no triton kernels"
-    if backend != "cuda":
-        not_used["cuda"] = _backends.why_not_cuda(x) or "another backend is forced"
+    for name in _backends.BACKENDS:
+        if name in (backend, "reference"):
+            continue
+        if transforms:
+            not_used[name] = "a torch.func transform or forward-mode AD is active"
+        else:
+            reason = _backends.why_not(name, op_name, x)
+            not_used[name] = reason or f"the {_backends.forced()} backend is forced"
     counters = (zero.executed.get(op_name, 0), zero.skipped.get(op_name, 0))
-    return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments), counters)
+    if not transforms:
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        before, _plan.state.training = _plan.state.training, training
+        try:
+            plans = _plans(op_name, primitives, bound.arguments)
+        finally:
+            _plan.state.training = before
+    return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments), counters, plans)
+
+
+def _gpu_backend(name: str) -> str:
+    reason, module = _backends.missing(name), _backends._load(name)
+    if module is None or module.MISSING is not None:
+        return f"{reason}"
+    made = f"built for {module.archs()}" if name == "cuda" else f"triton {sys.modules['triton'].__version__}"
+    on_cpu = "on CPU tensors where forced" if module.device == "cpu" else "for GPU tensors"
+    return f"{made}, {reason if reason is not None else on_cpu}"
 
 
 def info() -> str:
@@ -85,7 +137,7 @@ def info() -> str:
         [
             f"torch {torch.__version__}",
             f"cpu kernels: {cpu}",
-            "triton kernels: not in this version",
-            f"cuda kernels: {_backends.cuda_missing() or f'built for {_backends._cuda.archs()}'}",
+            f"triton kernels: {_gpu_backend('triton')}",
+            f"cuda kernels: {_gpu_backend('cuda')}",
         ]
     )

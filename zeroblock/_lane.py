@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._plan import state
+
 _PLAIN = (Tensor, nn.Parameter)
 _runs: dict[Any, Callable] = {}
 _functions: dict[Any, type[torch.autograd.Function]] = {}
@@ -32,7 +34,11 @@ def add_function(op: Any, setup_context: Callable, backward: Callable) -> None:
         # One method: a separate setup_context would bind the signature anew at every call.
         @staticmethod
         def forward(ctx, *inputs):
-            output = run(*inputs)
+            before, state.training = state.training, True
+            try:
+                output = run(*inputs)
+            finally:
+                state.training = before
             setup_context(ctx, inputs, output)
             return output
 

@@ -117,7 +117,7 @@ def group_norm_silu_conv_residual(
             x, num_groups, norm_weight, norm_bias, weight, bias, residual, eps=eps, scale=scale, shift=shift, keep=keep,
             dropout_p=dropout_p, padding=pad,
         )  # fmt: skip
-    skip = zero.may_skip(op, zero_skip, weight)
+    skip = zero.test_of(op, zero_skip, weight)
     return call(
         ops.group_norm_silu_conv_residual,
         x,
@@ -163,7 +163,7 @@ def conv_residual(
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
-    return call(ops.conv_residual, h, weight, bias, residual, pad, zero.may_skip(op, zero_skip, weight))[0]
+    return call(ops.conv_residual, h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight))[0]
 
 
 def layer_norm_modulate(
@@ -318,7 +318,7 @@ def linear_gate_residual(
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
-    skip = zero.may_skip(op, zero_skip, weight)
+    skip = zero.test_of(op, zero_skip, weight)
     save_branch = gate is not None and gate.requires_grad and torch.is_grad_enabled()
     return call(ops.linear_gate_residual, h, weight, bias, gate, residual, activation, skip, save_branch)[0]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, _compose, _lane, zero
+from . import _backends, _compose, _conv, _lane, _plan
+from . import reference as ref
 from ._layout import empty_like_dense
 from .reference import compute_dtype, conv, promoted
 
@@ -42,7 +43,8 @@ def _op(schema: str, fake, composition, lead: int = 0):
         return composition(_backends.select(name, args[lead]), *args)
 
     def run_filled(*args):
-        results = run(*args)
+        with _plan.fixed_rule():
+            results = run(*args)
         return _filled(results, args[lead]) if isinstance(results, tuple) else results
 
     _library.impl(name, run_filled, "CompositeExplicitAutograd")
@@ -57,7 +59,7 @@ def _stats(x: Tensor, *size: int) -> Tensor:
 
 
 def _flag(x: Tensor) -> Tensor:
-    return x.new_empty(1, dtype=torch.int8)
+    return x.new_empty(1, dtype=torch.int32)
 
 
 def _grad_like(*operands: Tensor | None, lead: Tensor) -> tuple[Tensor, ...]:
@@ -208,7 +210,7 @@ def _fake_fused(
 
 
 def _fake_conv_grads(dy, h, weight, has_bias, padding, mask):
-    grads = _compose.conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, mask)
+    grads = _conv.conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, mask)
     return _filled(grads, dy)
 
 
@@ -227,6 +229,7 @@ def _fake_fused_bwd(
     p,
     weight,
     skipped,
+    zero_skip,
     padding,
     has_bias,
     mask,
@@ -238,27 +241,27 @@ def _fake_fused_bwd(
 
 
 conv_residual = _op(
-    "conv_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, bool zero_skip) "
+    "conv_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip) "
     "-> (Tensor, Tensor)",
     _fake_conv_residual,
     _compose.conv_residual,
 )
 conv_residual_bwd = _op(
-    "conv_residual_bwd(Tensor dy, Tensor h, Tensor weight, Tensor skipped, int[] padding, bool has_bias, bool[] mask) "
-    "-> (Tensor, Tensor, Tensor)",
-    lambda dy, h, weight, skipped, padding, has_bias, mask: _fake_conv_grads(dy, h, weight, has_bias, padding, mask),
+    "conv_residual_bwd(Tensor dy, Tensor h, Tensor weight, Tensor skipped, int zero_skip, int[] padding, "
+    "bool has_bias, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    lambda dy, h, weight, skipped, zero_skip, *rest: _fake_conv_grads(dy, h, weight, rest[1], rest[0], rest[2]),
     _compose.conv_residual_bwd,
     lead=1,
 )
 group_norm_silu_conv_residual = _op(
-    f"group_norm_silu_conv_residual(Tensor x, {_FUSED}, Tensor? bias, Tensor? residual, int[] padding, bool zero_skip) "
+    f"group_norm_silu_conv_residual(Tensor x, {_FUSED}, Tensor? bias, Tensor? residual, int[] padding, int zero_skip) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_fused,
     _compose.group_norm_silu_conv_residual,
 )
 group_norm_silu_conv_residual_bwd = _op(
     f"group_norm_silu_conv_residual_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_FUSED}, "
-    "Tensor skipped, int[] padding, bool has_bias, bool[] mask) "
+    "Tensor skipped, int zero_skip, int[] padding, bool has_bias, bool[] mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_fused_bwd,
     _compose.group_norm_silu_conv_residual_bwd,
@@ -286,7 +289,7 @@ def _fake_linear_gate(h, weight, bias, gate, residual, activation, zero_skip, sa
     return y, branch.new_empty(branch.shape if save_branch else (0,)), _flag(h)
 
 
-def _fake_linear_gate_bwd(dy, h, weight, gate, branch, skipped, activation, has_bias, mask):
+def _fake_linear_gate_bwd(dy, h, weight, gate, branch, skipped, zero_skip, activation, has_bias, mask):
     bias = weight[:, 0] if has_bias else None
     return _asked([mask[0], mask[1], mask[2] and has_bias, mask[3]], h, weight, bias, gate, lead=dy)
 
@@ -306,13 +309,13 @@ layer_norm_modulate_linear_bwd = _op(
 )
 linear_gate_residual = _op(
     "linear_gate_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, str? activation, "
-    "bool zero_skip, bool save_branch) -> (Tensor, Tensor, Tensor)",
+    "int zero_skip, bool save_branch) -> (Tensor, Tensor, Tensor)",
     _fake_linear_gate,
     _compose.linear_gate_residual,
 )
 linear_gate_residual_bwd = _op(
     "linear_gate_residual_bwd(Tensor dy, Tensor h, Tensor weight, Tensor? gate, Tensor branch, Tensor skipped, "
-    "str? activation, bool has_bias, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int zero_skip, str? activation, bool has_bias, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_gate_bwd,
     _compose.linear_gate_residual_bwd,
     lead=1,
@@ -324,9 +327,14 @@ _library.define("is_zero(Tensor[] tensors) -> Tensor", tags=(torch.Tag.pt2_compl
 
 
 def _is_zero(tensors: list[Tensor]) -> Tensor:
-    if not tensors or tensors[0].device.type != "cpu":
-        return zero.is_zero_on_device(tensors)
-    return torch.tensor([_backends.select("is_zero", t).is_zero(t) for t in tensors], dtype=torch.bool)
+    if not tensors:
+        return torch.empty(0, dtype=torch.bool)
+    P = _backends.select("is_zero", tensors[0])
+    if hasattr(P, "zero_flags"):
+        return P.zero_flags(tensors) != 0
+    if tensors[0].device.type != "cpu":
+        return ref.is_zero(*tensors)
+    return torch.tensor([P.is_zero(t) for t in tensors], dtype=torch.bool)
 
 
 _library.impl("is_zero", _is_zero, "CompositeExplicitAutograd")
@@ -338,4 +346,4 @@ torch.library.register_fake(
 is_zero = torch.ops.zeroblock.is_zero.default
 _lane.add_run(is_zero, _is_zero)
 
-from . import _autograd  # noqa: E402,F401  (registers the backward formulas)
+from . import _autograd, _winograd_plans  # noqa: E402,F401  (register the backward formulas, Winograd as a candidate)

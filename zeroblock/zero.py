@@ -3,7 +3,9 @@
 A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolution or linear layer, `gate` optional.
 
 1. Zero means every element is +0 or -0, judged on the bits. Only plain floating strided tensors are ever judged.
-2. The values decide, at that call: on the CPU an early-exit scan before each use. Nothing is remembered between calls.
+2. The values decide, at that call: on the CPU an early-exit scan before each use; on a GPU a kernel writes a flag that
+   zeroblock's own kernels of the op read. Nothing is remembered between calls, unless `zeroblock.freeze` decided on the
+   user's word.
 3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
@@ -12,27 +14,30 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 8. BatchNorm in train mode, hooks on bypassed submodules, torch.func transforms and forward-mode AD stop a skip. A
    backward with create_graph recomputes its gradient through the reference.
 9. No collective is added: weights that are sharded (DTensor) are dense by rule 1.
-10. `counters` tells how often each plan was executed and skipped.
+10. `counters` tells how often each plan was executed and skipped; where the device alone knows, it was executed.
 
-Policies: "auto" (never synchronises a device: only CPU branches are skipped, until a GPU backend is built), "sync"
-(reads the verdict back from the device; refused during CUDA-graph capture), "never" (eager's behaviour, NaN and all).
+Policies: "auto" (never synchronises a device: CPU branches are skipped, an op's kernels on a GPU leave early, library
+calls there run), "sync" (reads the verdict back from the device and skips whole branches; refused during CUDA-graph
+capture), "never" (eager's behaviour, NaN and all).
 Under torch.compile and export the ops' own test applies: the tail is skipped, the body runs. This module decides;
 `_branch.py` executes a skipped branch and its backward, `_compose.py` a skipped op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
-from . import _backends
-from . import reference as ref
+from . import _backends, _packed
 
 POLICIES = ("auto", "sync", "never")
+# Who knows the verdict on an op's weight: nobody asks, the host, the device alone.
+NEVER, HOST, DEVICE = 0, 1, 2
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 executed: dict[str, int] = {}
@@ -54,67 +59,84 @@ def reset_counters() -> None:
     skipped.clear()
 
 
+def may_judge(t: Tensor) -> bool:
+    """Only plain floating strided tensors are judged (rule 1)."""
+    plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+    return plain and t.dtype in DTYPES and t.device.type != "meta"
+
+
 def is_exactly_zero(t: Tensor) -> bool:
-    """Every element is +0 or -0; False for any tensor that may not be judged (rule 1). Reads device memory back."""
-    if type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided or t.dtype not in DTYPES:
-        return False
-    if t.device.type == "meta":
+    """Every element is +0 or -0; False for any tensor that may not be judged. Reads device memory back."""
+    copy = _packed.find(t) if _packed._copies else None
+    if copy is not None:
+        return copy.zero  # decided by `freeze`, on the user's word
+    if not may_judge(t):
         return False
     return _backends.select("is_zero", t).is_zero(t)
 
 
+_reference_only = 0
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Functions run their plain PyTorch definition and nothing is skipped: a tape of ATen operations sees all of it."""
+    global _reference_only
+    _reference_only += 1
+    try:
+        yield
+    finally:
+        _reference_only -= 1
+
+
 def transforms_active() -> bool:
-    """torch.func transforms or forward-mode AD: the reference handles them, and nothing is skipped (rule 8)."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """torch.func transforms or forward-mode AD (or `reference_only`): the reference handles them, and nothing is
+    skipped (rule 8)."""
+    return _reference_only > 0 or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def may_skip(op: str, policy: str, weight: Tensor) -> bool:
-    """Whether an op may test its weight at this call; a device is read back under "sync" only."""
+def test_of(op: str, policy: str, weight: Tensor) -> int:
+    """How an op tests its weight at this call: not (NEVER), with the verdict on the host (HOST), or with a flag that
+    kernels read (DEVICE). A device is read back under "sync" only."""
     if policy == "auto":
-        return weight.device.type == "cpu"
+        host = weight.device.type == "cpu" and _backends.forced() not in ("triton", "cuda")
+        return HOST if host or _packed.is_frozen(weight) else DEVICE
     if policy == "never":
-        return False
+        return NEVER
     if policy != "sync":
         raise ValueError(f"{op}: zero_skip must be one of {', '.join(POLICIES)}, got {policy!r}")
     if weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f'{op}: zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids'
         )
-    return True
+    return HOST
 
 
 def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
     """Whether a module may decide for a whole branch: also needs to run eagerly, outside any dispatch mode."""
-    return (
-        may_skip(name, policy, weight)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not transforms_active()
-    )
+    return test_of(name, policy, weight) == HOST and runs_eagerly()
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # offloading and casting hooks replace it on the instance
-    )
+def runs_eagerly() -> bool:
+    """No compilation, no dispatch mode, no transform: plain calls."""
+    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and not transforms_active()
 
 
 def bypassable(modules: Iterable[nn.Module]) -> bool:
     """Whether these submodules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn."""
-    return not _nn_module._has_any_global_hook() and all(map(_is_bypassable, modules))
-
-
-def _is_bypassable(module: nn.Module) -> bool:
-    if _is_hooked(module) or (module.training and isinstance(module, nn.modules.batchnorm._NormBase)):
-        return False  # batch and instance norms update running statistics
-    children = module._modules
-    return not children or all(map(_is_bypassable, [m for m in children.values() if m is not None]))
-
-
-def is_zero_on_device(tensors: list[Tensor]) -> Tensor:
-    """`is_zero` for tensors on one device, without reading back."""
-    return ref.is_zero(*tensors)
+    if _nn_module._has_any_global_hook():
+        return False
+    waiting = list(modules)
+    for m in waiting:  # grows by the children of each
+        if (
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__  # offloading and casting hooks replace it on the instance
+            or (m.training and isinstance(m, nn.modules.batchnorm._NormBase))  # updates running statistics
+        ):
+            return False
+        if m._modules:
+            waiting.extend([child for child in m._modules.values() if child is not None])
+    return True

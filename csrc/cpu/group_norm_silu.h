@@ -243,16 +243,15 @@ ZB_LOOPS void apply_rows(const T* x, T* y, int64_t rows, int64_t C, ChannelAffin
   });
 }
 
-// Workspace: the statistics of every chunk, [N, chunks, 3, C]; the affine, [N, 3, C].
-template <bool kSilu, class T>
-void group_norm_silu_fwd_rows(const GroupNormSilu& p, ParallelFor run, T*) {
+// Workspace: the statistics of every chunk, [N, chunks, 3, C]; the affine, [N, 3, C]. Returns the affine.
+template <class T>
+float* row_statistics(const GroupNormSilu& p, ParallelFor run, T*) {
   const int64_t C = p.C;
   const RowChunks chunks(p);
-  const int64_t items = p.N * chunks.count, grain = group_norm_grain(chunks.rows * C);
+  const int64_t items = p.N * chunks.count;
   float* statistics = p.workspace;
   float* affines = statistics + items * 3 * C;
-
-  parallel(run, 0, items, grain, [&](int64_t begin, int64_t end) {
+  parallel(run, 0, items, group_norm_grain(chunks.rows * C), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / chunks.count, k = item % chunks.count;
       const T* x = static_cast<const T*>(p.x) + (n * p.S + k * chunks.rows) * C;
@@ -262,7 +261,15 @@ void group_norm_silu_fwd_rows(const GroupNormSilu& p, ParallelFor run, T*) {
   parallel(run, 0, p.N, group_norm_grain(chunks.count * C), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) merge_statistics(p, n, chunks, statistics, ChannelAffine(affines, n, C));
   });
-  parallel(run, 0, items, grain, [&](int64_t begin, int64_t end) {
+  return affines;
+}
+
+template <bool kSilu, class T>
+void group_norm_silu_fwd_rows(const GroupNormSilu& p, ParallelFor run, T* type) {
+  const int64_t C = p.C;
+  const RowChunks chunks(p);
+  float* const affines = row_statistics(p, run, type);
+  parallel(run, 0, p.N * chunks.count, group_norm_grain(chunks.rows * C), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t n = item / chunks.count, k = item % chunks.count;
       const int64_t start = (n * p.S + k * chunks.rows) * C;
@@ -279,6 +286,25 @@ void group_norm_silu_fwd(const GroupNormSilu& p, ParallelFor run) {
     } else {
       p.silu ? group_norm_silu_fwd_nchw<true>(p, run, type) : group_norm_silu_fwd_nchw<false>(p, run, type);
     }
+  });
+}
+
+// mean and rstd alone; the workspace is that of fwd.
+void group_norm_statistics(const GroupNormSilu& p, ParallelFor run) {
+  with_type(p.dtype, [&](auto* type) {
+    if (group_norm_by_rows(p)) {
+      row_statistics(p, run, type);
+      return;
+    }
+    const int64_t size = p.C / p.G * p.S;
+    parallel(run, 0, p.N * p.G, group_norm_grain(size), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const MeanRstd s =
+            group_statistics(static_cast<decltype(type)>(const_cast<void*>(p.x)) + item * size, size, p.eps);
+        p.mean[item] = s.mean;
+        p.rstd[item] = s.rstd;
+      }
+    });
   });
 }
 

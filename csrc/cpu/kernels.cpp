@@ -7,6 +7,7 @@
 #include "group_norm_silu.h"
 #include "is_zero.h"
 #include "layer_norm_modulate.h"
+#include "winograd_wgrad.h"
 
 namespace zeroblock {
 
@@ -29,6 +30,12 @@ const CpuKernels ZB_TABLE = {
     activation_fwd,
     activation_bwd,
     add_bias,
+    group_norm_statistics,
+    group_norm_affine,
+    winograd_fwd,
+    winograd_wgrad,
+    winograd_pack,
+    winograd_packed_size,
     is_zero,
 };
 

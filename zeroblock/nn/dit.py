@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional, zero
+from .. import _packed, functional, zero
 from .._branch import Branch, Tail, skipped_branch
 from .._compose import bare_residual
+from ..reference import apply_activation
 from . import _common
 from .residual import residual_branch
 
@@ -70,7 +74,10 @@ class DiTBlock(nn.Module):
             zero.count("DiTBlock", True)
             return bare_residual(x, None, None, -1, x.dtype, None)
         fused = self._fusable()
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        if fused and self._plain_inference(modulation):
+            return self._both_halves(x, *modulation)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         x = self._half(x, shift_msa, scale_msa, gate_msa, self.norm1, self.attn, fused)
         return self._half(x, shift_mlp, scale_mlp, gate_mlp, self.norm2, self.mlp, fused)
 
@@ -82,7 +89,38 @@ class DiTBlock(nn.Module):
         if not zero.may_skip_branch("DiTBlock", self.zero_skip, linear.weight) or not zero.bypassable(self.children()):
             return False
         weight, bias, D = linear.weight.detach(), linear.bias.detach(), linear.in_features
-        return all(zero.is_exactly_zero(t[i * D : (i + 1) * D]) for i in (2, 5) for t in (weight, bias))
+        rows = (t[i * D : (i + 1) * D] for i in (2, 5) for t in (weight, bias))
+        return _packed.verdict("gate rows", (linear.weight, linear.bias), lambda: all(map(zero.is_exactly_zero, rows)))
+
+    def _plain_inference(self, modulation: tuple[Tensor, ...]) -> bool:
+        """No gradients, no autocast, nothing that watches the dispatcher, and no half that is zero."""
+        tail = self.attn.proj.weight
+        if torch.is_grad_enabled() or not zero.runs_eagerly() or torch.is_autocast_enabled(tail.device.type):
+            return False
+        judged = (modulation[2], modulation[5], tail, self.mlp.fc2.weight)
+        return zero.test_of("DiTBlock", self.zero_skip, tail) != zero.HOST or not any(map(zero.is_exactly_zero, judged))
+
+    def _both_halves(
+        self,
+        x: Tensor,
+        shift_msa: Tensor,
+        scale_msa: Tensor,
+        gate_msa: Tensor,
+        shift_mlp: Tensor,
+        scale_mlp: Tensor,
+        gate_mlp: Tensor,
+    ) -> Tensor:
+        """The block as one sequence: gate, residual and the next norm in one pass, GELU at the end of fc1's GEMM."""
+        for _ in range(2):
+            zero.count("DiTBlock", False)
+        attn, mlp = self.attn, self.mlp
+        h = functional.layer_norm_modulate(x, shift_msa, scale_msa, eps=self.norm1.eps)
+        branch = _common.linear(attn.proj, attn.attend(_common.linear(attn.qkv, h)))
+        x, h = functional.gate_residual_layer_norm_modulate(
+            x, gate_msa, branch, shift_mlp, scale_mlp, eps=self.norm2.eps
+        )
+        branch = _common.linear(mlp.fc2, _common.linear(mlp.fc1, h, "gelu_tanh"))
+        return functional.gate_residual(x, gate_mlp, branch)
 
     def _fusable(self) -> bool:
         linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
@@ -99,24 +137,10 @@ class DiTBlock(nn.Module):
         """x + gate * layer(modulate(norm x))"""
         if not fused:
             return functional.gate_residual(x, gate, layer(norm(x) * (1 + scale[:, None]) + shift[:, None]))
-        attention = layer is self.attn
-        first, tail = (layer.qkv, layer.proj) if attention else (layer.fc1, layer.fc2)
-
-        def hidden(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            h = functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=norm.eps)
-            return layer.attend(h) if attention else h
-
-        def before_tail(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            h = hidden(x, shift, scale)
-            return h if attention else layer.act(h)
-
-        y = residual_branch("DiTBlock", self.zero_skip, x, before_tail, tail, gate, (x, shift, scale), modules=(first,))
-        if y is not None:
-            return y
-        activation = None if attention else "gelu_tanh"
-        return functional.linear_gate_residual(
-            hidden(x, shift, scale), tail.weight, tail.bias, gate, x, activation=activation, zero_skip=self.zero_skip
-        )
+        vectors = (shift, scale, gate)
+        if layer is self.attn:
+            return fused_half("DiTBlock", self.zero_skip, x, vectors, norm.eps, layer.qkv, layer.attend, layer.proj)
+        return fused_half("DiTBlock", self.zero_skip, x, vectors, norm.eps, layer.fc1, "gelu_tanh", layer.fc2)
 
 
 class FinalLayer(nn.Module):
@@ -136,24 +160,71 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm_final
-        plain = _common.is_plain_linear(linear) and zero.bypassable((norm, linear))
-        if (
-            plain
-            and zero.may_skip_branch("FinalLayer", self.zero_skip, linear.weight)
-            and zero.bypassable((self.adaLN_modulation,))
-        ):
-            tail = Tail(linear)
-            if _common.decide("FinalLayer", tail):
-                parameters = _common.parameters_of(self.adaLN_modulation)
-                return skipped_branch(Branch(tail, (x, c), parameters, self._modulation, self._modulate, x), None)
-        x, shift, scale = self._modulation(x, c)
-        if not plain:
+        if not (_common.is_plain_linear(linear) and zero.bypassable((norm, linear))):
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
             return linear(norm(x) * (1 + scale[:, None]) + shift[:, None])
-        return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=norm.eps)
+        modulation = self.adaLN_modulation
+        return fused_final("FinalLayer", self.zero_skip, (x, c), norm.eps, modulation, linear, (modulation,))
 
-    def _modulation(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+
+def fused_half(
+    name: str,
+    policy: str,
+    x: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor],
+    eps: float,
+    first: nn.Linear,
+    between: Callable[[Tensor], Tensor] | str,
+    tail: nn.Linear,
+    modules: tuple[nn.Module, ...] = (),
+) -> Tensor:
+    """x + gate * tail(between(first(modulate(norm x)))), vectors (shift, scale, gate) [B, D], norm without parameters.
+
+    `between` is an activation's name, or a function with the parameters of `modules`. Skipped while gate or tail is
+    zero.
+    """
+    shift, scale, gate = vectors
+    activation = between if isinstance(between, str) else None
+
+    def hidden(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        h = functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=eps)
+        return h if isinstance(between, str) else between(h)
+
+    def before_tail(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return apply_activation(hidden(x, shift, scale), activation)
+
+    modules = (first, *modules)
+    y = residual_branch(name, policy, x, before_tail, tail, gate, (x, shift, scale), modules=modules)
+    if y is not None:
+        return y
+    return functional.linear_gate_residual(
+        hidden(x, shift, scale), tail.weight, tail.bias, gate, x, activation=activation, zero_skip=policy
+    )
+
+
+def fused_final(
+    name: str,
+    policy: str,
+    activations: tuple[Tensor, ...],
+    eps: float,
+    modulation: Callable[..., Tensor],
+    linear: nn.Linear,
+    modules: tuple[nn.Module, ...] = (),
+) -> Tensor:
+    """linear(modulate(norm x)) for activations (x, ...); modulation(...) [B, 2D] or [B, 2, D] is shift and scale.
+
+    While linear is zero the result is its bias; `modules` are those of modulation.
+    """
+
+    def vectors(x: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shift, scale = modulation(*conditions).flatten(1).chunk(2, dim=1)
         return x, shift, scale
 
-    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return functional.layer_norm_modulate(x, shift, scale, eps=self.norm_final.eps)
+    if zero.may_skip_branch(name, policy, linear.weight) and zero.bypassable(modules):
+        tail = Tail(linear)
+        if _common.decide(name, tail):
+            hidden = functools.partial(functional.layer_norm_modulate, eps=eps)
+            parameters = _common.parameters_of(*modules)
+            return skipped_branch(Branch(tail, activations, parameters, vectors, hidden, activations[0]), None)
+    x, shift, scale = vectors(*activations)
+    return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,34 +33,49 @@ class _FixupBlock(nn.Module):
     def _last(self) -> tuple[nn.Module, nn.Parameter]:
         raise NotImplementedError
 
-    def _shortcut(self, x: Tensor, channels: int) -> Tensor:
-        if self.downsample is None:
-            return x
-        identity = self.downsample(x + self.bias1a)
-        missing = channels - identity.shape[1]
-        if missing > 0:
-            identity = torch.cat((identity, torch.zeros_like(identity[:, :missing])), dim=1)
-        return identity
-
     def forward(self, x: Tensor) -> Tensor:
-        conv, bias = self._last()
-        identity = self._shortcut(x, conv.weight.shape[0])
-        scalars = [p for name, p in self.named_parameters(recurse=False) if p is not bias and p is not self.scale]
-        convs = tuple(m for m in self.children() if isinstance(m, nn.Conv2d) and m is not conv)
-        y = residual_branch(
-            type(self).__name__,
-            self.zero_skip,
-            identity + bias,
-            self._body,
-            conv,
-            self.scale,
-            (x, *scalars),
-            modules=(*convs, self.relu),
-        )
-        if y is not None:
-            return F.relu(y, inplace=True)
-        out = conv(self._body(x)) * self.scale + bias
-        return F.relu(out.add_(identity), inplace=True)
+        return fixup_block(type(self).__name__, self.zero_skip, self, self._body, *self._last(), x)
+
+
+def fixup_block(
+    name: str,
+    policy: str,
+    block: nn.Module,
+    body: Callable[..., Tensor],
+    conv: nn.Module,
+    bias: Tensor,
+    x: Tensor,
+) -> Tensor:
+    """relu(shortcut(x) + scale * conv(body(x)) + bias) of a block with Fixup's attributes; skipped while conv is
+    zero."""
+    identity = _shortcut(block, x, conv.weight.shape[0])
+    scalars = [p for p in block.parameters(recurse=False) if p is not bias and p is not block.scale]
+    convs = tuple(m for m in block.children() if isinstance(m, nn.Conv2d) and m is not conv)
+    modules = (*convs, block.relu)
+    y = residual_branch(name, policy, identity + bias, body, conv, block.scale, (x, *scalars), modules=modules)
+    if y is not None:
+        return F.relu(y, inplace=True)
+    out = conv(body(x)) * block.scale + bias
+    return F.relu(out.add_(identity), inplace=True)
+
+
+def _shortcut(block: nn.Module, x: Tensor, channels: int) -> Tensor:
+    if block.downsample is None:
+        return x
+    identity = block.downsample(x + block.bias1a)
+    missing = channels - identity.shape[1]
+    if missing > 0:
+        identity = torch.cat((identity, torch.zeros_like(identity[:, :missing])), dim=1)
+    return identity
+
+
+def basic_body(block: nn.Module, x: Tensor) -> Tensor:
+    return block.relu(block.conv1(x + block.bias1a) + block.bias1b) + block.bias2a
+
+
+def bottleneck_body(block: nn.Module, x: Tensor) -> Tensor:
+    out = block.relu(block.conv1(x + block.bias1a) + block.bias1b)
+    return block.relu(block.conv2(out + block.bias2a) + block.bias2b) + block.bias3a
 
 
 class FixupBasicBlock(_FixupBlock):
@@ -77,7 +94,7 @@ class FixupBasicBlock(_FixupBlock):
         self.downsample = downsample
 
     def _body(self, x: Tensor, *_parameters: Tensor) -> Tensor:
-        return self.relu(self.conv1(x + self.bias1a) + self.bias1b) + self.bias2a
+        return basic_body(self, x)
 
     def _last(self) -> tuple[nn.Module, nn.Parameter]:
         return self.conv2, self.bias2b
@@ -104,8 +121,7 @@ class FixupBottleneck(_FixupBlock):
         self.downsample = downsample
 
     def _body(self, x: Tensor, *_parameters: Tensor) -> Tensor:
-        out = self.relu(self.conv1(x + self.bias1a) + self.bias1b)
-        return self.relu(self.conv2(out + self.bias2a) + self.bias2b) + self.bias3a
+        return bottleneck_body(self, x)
 
     def _last(self) -> tuple[nn.Module, nn.Parameter]:
         return self.conv3, self.bias3b

@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import functional, zero
-from .._autocast import autocast_dtype
-from .._branch import Branch, Tail, skipped_branch
-from .._layout import channels_last_format
-from ..reference import channel_view, dropout_keep
+from .. import _resblock, functional, zero
+from ..reference import channel_view
 from . import _common
 
 
@@ -99,36 +96,14 @@ class ResBlock(nn.Module):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if not self._fusable():
             return self._unfused(x, emb)
-        conv2 = self.out_layers[3]
-        if zero.may_skip_branch("ResBlock", self.zero_skip, conv2.weight) and zero.bypassable(
-            (self.emb_layers, self.h_upd)
-        ):
-            tail = Tail(conv2)
-            if _common.decide("ResBlock", tail):
-                return self._skipped(x, emb, tail)
-            tail_skip = "never"  # judged already
-        else:
-            tail_skip = self.zero_skip
-        keep = self._draw_keep(x)
-        h, *film = self._body(x, emb)
-        scale, shift = film or (None, None)
-        norm = self.out_layers[0]
-        return functional.group_norm_silu_conv_residual(
-            h,
-            norm.num_groups,
-            norm.weight,
-            norm.bias,
-            conv2.weight,
-            conv2.bias,
-            self.skip_connection(self.x_upd(x)),
-            eps=norm.eps,
-            scale=scale,
-            shift=shift,
-            padding=conv2.padding,
-            dropout_p=self.out_layers[2].p,
-            keep=keep,
-            zero_skip=tail_skip,
-        )
+        norm1, _, conv1 = self.in_layers
+        norm2, _, dropout, conv2 = self.out_layers
+        resample = (self.h_upd, self.x_upd) if self.updown else (None, None)
+        layers = _resblock.Layers(
+            "ResBlock", self.zero_skip, norm1, conv1, norm2, conv2, dropout, self._embedding, (self.emb_layers,),
+            self.skip_connection, *resample,
+        )  # fmt: skip
+        return _resblock.forward(layers, x, emb)
 
     def _fusable(self) -> bool:
         """The layers are the ones this class made, and nothing watches or replaces their calls."""
@@ -137,8 +112,7 @@ class ResBlock(nn.Module):
         return (
             type(norm1) is GroupNorm32
             and type(norm2) is GroupNorm32
-            and _common.fits_fused(conv1)
-            and _common.fits_fused(conv2)
+            and _resblock.fusable(norm1, conv1, norm2, conv2)
             and zero.bypassable((self.in_layers, self.out_layers))
         )
 
@@ -147,69 +121,14 @@ class ResBlock(nn.Module):
         norm1, silu1, conv1 = self.in_layers
         norm2, silu2, dropout, conv2 = self.out_layers
         h = conv1(self.h_upd(silu1(norm1(x))))
-        scale, shift, e = self._embedding(emb, h.dtype, h.dim() - 2)
+        scale, shift, e = self._embedding(emb, h.dtype)
         h = norm2(h if e is None else h + e)
         if scale is not None:
             h = h * (1 + channel_view(scale, h.dim())) + channel_view(shift, h.dim())
         return self.skip_connection(self.x_upd(x)) + conv2(dropout(silu2(h)))
 
-    def _embedding(
-        self, emb: Tensor, dtype: torch.dtype, dims: int
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(scale, shift, None) for FiLM, (None, None, e [N, C, 1...]) to be added to conv1's output."""
+    def _embedding(self, emb: Tensor, dtype: torch.dtype) -> _resblock.Embedding:
         e = self.emb_layers(emb).to(dtype)
         if self.use_scale_shift_norm:
             return *e.chunk(2, dim=1), None
-        return None, None, e[(..., *[None] * dims)]
-
-    def _body(self, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-        """What norm2 sees: (h,), or (h, scale, shift). An embedding that is added enters as conv1's residual."""
-        norm, _, conv = self.in_layers
-        size, dtype = self._hidden_meta(x)
-        scale, shift, e = self._embedding(emb, dtype, len(size) - 2)
-        e = None if e is None else e.expand(size)
-        if self.updown:
-            h = self.h_upd(functional.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
-            h = functional.conv_residual(h, conv.weight, conv.bias, e, padding=conv.padding, zero_skip="never")
-        else:
-            h = functional.group_norm_silu_conv_residual(
-                x, norm.num_groups, norm.weight, norm.bias, conv.weight, conv.bias, e, eps=norm.eps,
-                padding=conv.padding, zero_skip="never",
-            )  # fmt: skip
-        return (h,) if scale is None else (h, scale, shift)
-
-    def _hidden_meta(self, x: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of conv1's output."""
-        conv = self.in_layers[2]
-        spatial = tuple(x.shape[2:])
-        if self.updown:
-            up = isinstance(self.h_upd, Upsample)
-            kept = 1 if len(spatial) == 3 else 0  # a volume's outer dimension is not resampled
-            spatial = spatial[:kept] + tuple(n * 2 if up else n // 2 for n in spatial[kept:])
-        return (x.shape[0], self.out_channels, *spatial), autocast_dtype(conv.weight) or conv.weight.dtype
-
-    def _draw_keep(self, x: Tensor) -> Tensor | None:
-        """Dropout's mask, drawn for a tensor of the shape, dtype and memory format of conv1's output."""
-        dropout, conv = self.out_layers[2], self.in_layers[2]
-        if not dropout.training or dropout.p == 0.0:
-            return None
-        size, dtype = self._hidden_meta(x)
-        layout = channels_last_format(x) or channels_last_format(conv.weight) or torch.contiguous_format
-        h = torch.empty(size, dtype=dtype, device=x.device, memory_format=layout)
-        return functional.draw_keep(h, dropout.p, True)
-
-    def _skipped(self, x: Tensor, emb: Tensor, tail: Tail) -> Tensor:
-        norm, _, dropout, _ = self.out_layers
-        keep = self._draw_keep(x)
-
-        def hidden(h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-            a = functional.group_norm_silu(
-                h, norm.num_groups, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift
-            )
-            return dropout_keep(a, keep, dropout.p)
-
-        parameters = _common.parameters_of(self.in_layers, self.emb_layers, norm)
-        residual = self.skip_connection(self.x_upd(x))
-        recomputed = (norm.weight, norm.bias)
-        branch = Branch(tail, (x, emb), parameters, self._body, hidden, residual, carried=True, recomputed=recomputed)
-        return skipped_branch(branch, residual)
+        return None, None, channel_view(e, self.out_layers[3].weight.dim())

@@ -23,10 +23,12 @@ def residual_branch(
     activations: tuple[Tensor, ...],
     *,
     modules: tuple[nn.Module, ...],
+    random: bool | None = None,
 ) -> Tensor | None:
     """residual + gate * tail(body(*activations)) when that branch is zero and may be skipped; None: compute it densely.
 
     `modules` are the submodules that a skip bypasses, the tail's excepted; their parameters get zero gradients.
+    `random`: whether the body may draw random numbers (None: look at the modules).
     """
     if tail is not None and not (_common.is_plain_conv(tail) or _common.is_plain_linear(tail)):
         return None
@@ -42,7 +44,8 @@ def residual_branch(
     found = _common.decide(name, description, gate)
     if found is None:
         return None
-    random = any(map(_common.may_draw, modules))
+    if random is None:
+        random = any(map(_common.may_draw, modules))
     branch = Branch(
         description,
         activations,

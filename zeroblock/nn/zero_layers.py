@@ -12,6 +12,21 @@ from .._branch import Branch, Tail, skipped_branch
 from . import _common
 
 
+def skip_zero_layer(
+    name: str, policy: str, layer: nn.Module, x: Tensor, residual: Tensor | None = None
+) -> Tensor | None:
+    """residual + layer(x) of a plain layer that is zero and may be skipped; None: compute it densely."""
+    if x.dim() != layer.weight.dim() and not isinstance(layer, nn.Linear):
+        return None
+    if not zero.may_skip_branch(name, policy, layer.weight):
+        return None
+    tail = Tail(layer)
+    fits = residual is None or residual.shape == tail.output_size(x)
+    if not fits or not _common.decide(name, tail):
+        return None
+    return skipped_branch(Branch(tail, (x,), (), lambda x: (x,), lambda x: x, x), residual)
+
+
 class _ZeroLayer(nn.Module):
     """forward(x, residual=None) = residual + layer(x); weight and bias are zero at the start.
 
@@ -32,17 +47,15 @@ class _ZeroLayer(nn.Module):
         return y if residual is None else residual + y
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._is_plain(x) and zero.may_skip_branch(type(self).__name__, self.zero_skip, self.weight):
-            tail = Tail(self)
-            fits = residual is None or residual.shape == tail.output_size(x)
-            if fits and _common.decide(type(self).__name__, tail):
-                return skipped_branch(Branch(tail, (x,), (), lambda x: (x,), lambda x: x, x), residual)
-        return self._dense(x, residual)
+        y = None
+        if self._is_plain(x):
+            y = skip_zero_layer(type(self).__name__, self.zero_skip, self, x, residual)
+        return self._dense(x, residual) if y is None else y
 
 
 class _ZeroConv(_ZeroLayer):
     def _is_plain(self, x: Tensor) -> bool:
-        return _common.is_plain_conv(self) and x.dim() == self.weight.dim()
+        return _common.is_plain_conv(self)
 
 
 class ZeroConv1d(_ZeroConv, nn.Conv1d):

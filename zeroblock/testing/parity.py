@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from .._backends import device_of as device_of
 from . import assert_bitwise_equal, assert_error_budget, poison_empty
 from .cases import Case, Inputs
 from .draw import Draw
@@ -17,11 +17,6 @@ Results = dict[str, Tensor]
 # of one draw is a single number. So cases are drawn again, more often while their smallest tensor has few numbers, and
 # the errors of all draws are combined.
 DRAWS, MOST_DRAWS, ENOUGH_NUMBERS = 4, 16, 128
-
-
-def device_of(backend: str) -> str:
-    """Where a backend's tensors live: those of emulated CUDA kernels on the CPU."""
-    return _cuda.device if backend == "cuda" else "cpu"
 
 
 def leaves(inputs: Inputs, dtype: torch.dtype, wrt: Collection[str]) -> Inputs:

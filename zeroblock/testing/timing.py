@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-SAMPLE_SECONDS = 200e-6  # shorter calls are repeated inside one sample, so that the clock's own cost does not show
+SAMPLE_SECONDS = 5e-3  # shorter calls are repeated inside one sample: the steady state of a loop, not its first call
 MIN_CLEAN = 5  # fewer undisturbed rounds than this: keep the disturbed ones too
 
 
@@ -102,10 +102,10 @@ def _sample(call: Callable[[], object], repeats: int) -> tuple[float, bool]:
     return elapsed / repeats * 1e6, _preemptions() == before
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _repeats(call: Callable[[], object], sample_seconds: float) -> int:
     call()  # warm: compilation, lazy initialisation, the allocator's free lists
     fastest_us = min(_sample(call, 1)[0] for _ in range(2))
-    return max(1, int(SAMPLE_SECONDS * 1e6 / fastest_us))
+    return max(1, int(sample_seconds * 1e6 / fastest_us))
 
 
 def measure(
@@ -114,9 +114,10 @@ def measure(
     min_rounds: int = 7,
     max_rounds: int = 300,
     seed: int = 0,
+    sample_seconds: float = SAMPLE_SECONDS,
 ) -> Timing:
     """Time every candidate once a round, in a new random order, for about `seconds` and at least `min_rounds`."""
-    repeats = {name: _repeats(call) for name, call in candidates.items()}
+    repeats = {name: _repeats(call, sample_seconds) for name, call in candidates.items()}
     timing = Timing({name: [] for name in candidates}, {name: [] for name in candidates})
     order = list(candidates)
     shuffle = random.Random(seed).shuffle

@@ -1,0 +1,149 @@
+// The torch side of the Winograd convolutions (cpu/winograd.h), and of the norm that they apply as they read. Part of
+// bindings.cpp.
+#pragma once
+
+#include "binding_args.h"
+
+namespace {
+
+// Statistics alone: mean and rstd, [N, G] each.
+std::tuple<Tensor, Tensor> group_norm_statistics(Tensor x, int64_t groups, double eps, bool channels_last) {
+  std::vector<Tensor> keep;
+  GroupNormSilu p = group_norm_params(x, {}, {}, {}, {}, groups, false, channels_last, keep);
+  Tensor mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
+  const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
+  p.eps = static_cast<float>(eps);
+  p.mean = data<float>(mean);
+  p.rstd = data<float>(rstd);
+  p.workspace = workspace.data.get();
+  kernels().group_norm_statistics(p, parallel_for);
+  return {mean, rstd};
+}
+
+// What the norm with these statistics does to every channel: [N, 3, C] for z = (x - mean) * a + b.
+Tensor group_norm_affine(Tensor x, Tensor mean, Tensor rstd, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
+                         MaybeTensor shift, int64_t groups, bool channels_last) {
+  std::vector<Tensor> keep;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, true, channels_last, keep);
+  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
+  Tensor affine = f32(x, {p.N, 3, p.C});
+  kernels().group_norm_affine(p, data<float>(affine));
+  return affine;
+}
+
+// A contiguous or channels-last [K, C, 3, 3]; transposed: as the data gradient reads it.
+WinogradWeight winograd_weight(const Tensor& w, bool transposed) {
+  STD_TORCH_CHECK(
+      w.is_cpu() && w.scalar_type() == ScalarType::Float && w.dim() == 4 && w.size(2) == 3 && w.size(3) == 3,
+      "zeroblock: weight must be float32 [K, C, 3, 3]");
+  const int64_t K = w.size(0), C = w.size(1);
+  const bool planes = w.is_contiguous();
+  if (!planes) check_dense(w, true, "weight");
+  float* const data = static_cast<float*>(const_cast<void*>(w.const_data_ptr()));
+  const int64_t k = 9 * C, c = planes ? 9 : 1, tap = planes ? 1 : C;
+  if (transposed) return {data, C, K, c, k, tap, true};
+  return {data, K, C, k, c, tap, false};
+}
+
+const float* image(const Tensor& t, bool channels_last, std::vector<int64_t> size, const char* what) {
+  bool ok = t.scalar_type() == ScalarType::Float && t.dim() == 4;
+  for (int64_t d = 0; ok && d < 4; ++d) ok = t.size(d) == size[d];
+  STD_TORCH_CHECK(ok, "zeroblock: ", what, " must be float32 and of the size of the convolution");
+  check_dense(t, channels_last, what);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+Winograd winograd_params(const Tensor& x, const MaybeTensor& affine, int64_t out_channels, int64_t padding,
+                         int64_t tile, bool channels_last) {
+  STD_TORCH_CHECK(x.dim() == 4 && padding >= 0 && padding <= 2 && (tile == 2 || tile == 4),
+                  "zeroblock: winograd takes images, a padding of 0, 1 or 2 and tiles of 2 or 4");
+  Winograd p{};
+  p.tile = static_cast<int>(tile);
+  p.channels_last = channels_last;
+  p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.K = out_channels, p.padding = padding;
+  p.OH = p.H + 2 * padding - 2, p.OW = p.W + 2 * padding - 2;
+  STD_TORCH_CHECK(p.N > 0 && p.C > 0 && p.K > 0 && p.OH > 0 && p.OW > 0, "zeroblock: an empty convolution");
+  p.x = image(x, channels_last, {p.N, p.C, p.H, p.W}, "x");
+  if (affine) {
+    STD_TORCH_CHECK(
+        affine->scalar_type() == ScalarType::Float && affine->is_contiguous() && affine->numel() == p.N * 3 * p.C,
+        "zeroblock: affine must be [N, 3, C]");
+    p.affine = static_cast<const float*>(affine->const_data_ptr());
+  }
+  return p;
+}
+
+// transposed: x is the gradient dy of a convolution with this weight, and the result its dx.
+Tensor winograd_conv(Tensor x, MaybeTensor affine, Tensor weight, MaybeTensor packed, MaybeTensor bias,
+                     MaybeTensor residual, int64_t padding, int64_t tile, bool transposed, bool channels_last) {
+  std::vector<Tensor> keep;
+  const WinogradWeight w = winograd_weight(weight, transposed);
+  Winograd p = winograd_params(x, affine, w.K, padding, tile, channels_last);
+  STD_TORCH_CHECK(w.C == p.C, "zeroblock: x and weight must agree in channels");
+  p.weight = w;
+  if (packed) {
+    STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Float && packed->is_contiguous() &&
+                        packed->numel() == kernels().winograd_packed_size(p),
+                    "zeroblock: packed has another shape than this weight and tile give");
+    p.packed = static_cast<const float*>(packed->const_data_ptr());
+  }
+  p.bias = as_f32(bias, p.K, keep, "bias");
+  const std::vector<int64_t> size = {p.N, p.K, p.OH, p.OW};
+  Tensor y = f32(x, channels_last ? std::vector<int64_t>{p.N, p.OH, p.OW, p.K} : size);
+  p.y = data<float>(y);
+  if (channels_last) y = torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
+  if (residual) p.residual = image(*residual, channels_last, size, "residual");
+  kernels().winograd_fwd(p, parallel_for);
+  return y;
+}
+
+// What _winograd_conv takes as `packed`.
+Tensor winograd_pack(Tensor weight, int64_t tile, bool transposed) {
+  STD_TORCH_CHECK(tile == 2 || tile == 4, "zeroblock: winograd takes tiles of 2 or 4");
+  Winograd p{};
+  p.tile = static_cast<int>(tile);
+  p.weight = winograd_weight(weight, transposed);
+  p.K = p.weight.K, p.C = p.weight.C;
+  Tensor u = f32(weight, {kernels().winograd_packed_size(p)});
+  p.u = data<float>(u);
+  kernels().winograd_pack(p, parallel_for);
+  return u;
+}
+
+// The weight gradient, laid out like `weight`, which is not read.
+Tensor winograd_weight_grad(Tensor dy, Tensor x, MaybeTensor affine, Tensor weight, int64_t padding, int64_t tile,
+                            bool channels_last) {
+  STD_TORCH_CHECK(dy.dim() == 4, "zeroblock: dy must be [N, K, H, W]");
+  Winograd p = winograd_params(x, affine, dy.size(1), padding, tile, channels_last);
+  Tensor dweight = torch::stable::empty_like(weight);
+  p.weight = winograd_weight(dweight, false);
+  STD_TORCH_CHECK(p.weight.K == p.K && p.weight.C == p.C, "zeroblock: x, dy and weight must agree in channels");
+  p.dy = image(dy, channels_last, {p.N, p.K, p.OH, p.OW}, "dy");
+  kernels().winograd_wgrad(p, parallel_for);
+  return dweight;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
+  m.def("_group_norm_statistics(Tensor x, int groups, float eps, bool channels_last) -> (Tensor, Tensor)");
+  m.def(
+      "_group_norm_affine(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? scale, "
+      "Tensor? shift, int groups, bool channels_last) -> Tensor");
+  m.def(
+      "_winograd_conv(Tensor x, Tensor? affine, Tensor weight, Tensor? packed, Tensor? bias, Tensor? residual, "
+      "int padding, int tile, bool transposed, bool channels_last) -> Tensor");
+  m.def("_winograd_pack(Tensor weight, int tile, bool transposed) -> Tensor");
+  m.def(
+      "_winograd_weight_grad(Tensor dy, Tensor x, Tensor? affine, Tensor weight, int padding, int tile, "
+      "bool channels_last) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
+  m.impl("_group_norm_statistics", TORCH_BOX(&group_norm_statistics));
+  m.impl("_group_norm_affine", TORCH_BOX(&group_norm_affine));
+  m.impl("_winograd_conv", TORCH_BOX(&winograd_conv));
+  m.impl("_winograd_pack", TORCH_BOX(&winograd_pack));
+  m.impl("_winograd_weight_grad", TORCH_BOX(&winograd_weight_grad));
+}

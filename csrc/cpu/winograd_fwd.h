@@ -1,0 +1,213 @@
+// The convolution of winograd.h: y = conv(act(norm(x)), w) [+ bias] [+ residual]. The data gradient is the same
+// function of dy and of the weight with its channels swapped and its taps reversed.
+#pragma once
+
+#include "winograd_weight.h"
+
+namespace zeroblock {
+namespace {
+
+// Tiles that one GEMM keeps in registers, 2 vectors of outputs each, beside 2 vectors of weights and 1 of inputs.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kGroupTiles = 8 * kTileRows;  // tiles whose products stay in the cache until they are transformed back
+
+// m[R, 2 L] = v[R tiles, C] u[C, 2 L]; v holds `blocks` blocks of L channels, block_stride apart. The sum goes to
+// memory every kChainChannels: one chain over all channels would lose more to rounding than the library's convolution
+// does.
+constexpr int64_t kChainChannels = 64;
+
+template <int R>
+ZB_LOOPS void gemm_tiles(const float* v, int64_t block_stride, const float* u, int64_t blocks, float* m) {
+  for (int64_t begin = 0; begin < blocks; begin += kChainChannels / kL) {
+    const int64_t end = smaller(blocks, begin + kChainChannels / kL);
+    Vec sum[R][2];
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = zero();
+    for (int64_t block = begin; block < end; ++block, v += block_stride) {
+#pragma GCC unroll 2
+      for (int c = 0; c < kL; ++c, u += kPanel) {
+        const Vec u0 = load(u), u1 = load(u + kL);
+#pragma GCC unroll 14
+        for (int r = 0; r < R; ++r) {
+          const Vec a = set1(v[r * kL + c]);
+          sum[r][0] = fmadd(a, u0, sum[r][0]);
+          sum[r][1] = fmadd(a, u1, sum[r][1]);
+        }
+      }
+    }
+    if (begin > 0) {
+#pragma GCC unroll 14
+      for (int r = 0; r < R; ++r) {
+        sum[r][0] = load(m + r * kPanel) + sum[r][0], sum[r][1] = load(m + r * kPanel + kL) + sum[r][1];
+      }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r) store(m + r * kPanel, sum[r][0]), store(m + r * kPanel + kL, sum[r][1]);
+  }
+}
+
+template <int R = kTileRows>
+ZB_INLINE void gemm_tiles(int rows, const float* v, int64_t block_stride, const float* u, int64_t blocks, float* m) {
+  if constexpr (R > 0) {
+    if (rows == R) return gemm_tiles<R>(v, block_stride, u, blocks, m);
+    gemm_tiles<R - 1>(rows, v, block_stride, u, blocks, m);
+  }
+}
+
+// Where the tiles [t, t + count) of one strip go: the outputs of its first tile start at (n, row, column).
+struct Target {
+  int64_t n, row, column;
+};
+
+// The channels of one panel, from k on; m: [points, kGroupTiles, 2 L]. y[..] = A^T M A + bias + residual for `count`
+// neighbouring tiles, channels_last.
+template <class F>
+ZB_LOOPS void store_tiles_rows(const Winograd& p, Target at, int count, int64_t k, const float* m) {
+  for (int half = 0; half < 2 && k + half * kL < p.K; ++half) {
+    const int64_t first = k + half * kL;
+    const int lanes = static_cast<int>(smaller(kL, p.K - first));
+    const Vec bias = p.bias ? load(p.bias + first, lanes) : zero();
+    for (int t = 0; t < count; ++t) {
+      const float* from = m + t * kPanel + half * kL;
+      const int64_t column = at.column + t * F::m;
+      both_dims<F::n, F::m>([](const Vec* a, Vec* b) { F::output(a, b); },
+                            [&](int i, int j) { return load(from + (i * F::n + j) * kGroupTiles * kPanel); },
+                            [&](int i, int j, Vec v) {
+                              if (at.row + i >= p.OH || column + j >= p.OW) return;
+                              const int64_t to = ((at.n * p.OH + at.row + i) * p.OW + column + j) * p.K + first;
+                              v = v + bias;
+                              if (lanes == kL) {
+                                store(p.y + to, p.residual ? v + load(p.residual + to) : v);
+                              } else {
+                                store(p.y + to, p.residual ? v + load(p.residual + to, lanes) : v, lanes);
+                              }
+                            });
+    }
+  }
+}
+
+// The same for [N, K, OH, OW]: the outputs of a row of tiles go through a buffer and are transposed.
+template <class F>
+ZB_LOOPS void store_tiles_planes(const Winograd& p, Target at, int count, int64_t k, const float* m) {
+  alignas(64) float buffer[F::m][kGroupTiles * F::m + kL][kL];
+  const int pixels = static_cast<int>(smaller(count * F::m, p.OW - at.column)), plane_rows = F::m;
+  for (int half = 0; half < 2 && k + half * kL < p.K; ++half) {
+    const int64_t first = k + half * kL;
+    const int lanes = static_cast<int>(smaller(kL, p.K - first));
+    const Vec bias = p.bias ? load(p.bias + first, lanes) : zero();
+    for (int t = 0; t < count; ++t) {
+      const float* from = m + t * kPanel + half * kL;
+      both_dims<F::n, F::m>([](const Vec* a, Vec* b) { F::output(a, b); },
+                            [&](int i, int j) { return load(from + (i * F::n + j) * kGroupTiles * kPanel); },
+                            [&](int i, int j, Vec v) { store(buffer[i][t * F::m + j], v + bias); });
+    }
+    for (int i = 0; i < plane_rows && at.row + i < p.OH; ++i) {
+      const int64_t to = ((at.n * p.K + first) * p.OH + at.row + i) * p.OW + at.column;
+      for (int j = 0; j < pixels; j += kL) {
+        const int columns = static_cast<int>(smaller(kL, pixels - j));
+        Vec v[kL];
+        for (int l = 0; l < kL; ++l) v[l] = load(buffer[i][j + l]);
+        transpose(v);
+        for (int l = 0; l < lanes; ++l) {
+          const int64_t place = to + l * p.OH * p.OW + j;
+          if (columns == kL) {
+            store(p.y + place, p.residual ? v[l] + load(p.residual + place) : v[l]);
+          } else {
+            store(p.y + place, p.residual ? v[l] + load(p.residual + place, columns) : v[l], columns);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Products and outputs of tiles [begin, end) of a chunk, at most kGroupTiles, for one panel of output channels.
+template <class F>
+ZB_INLINE void finish_tiles(const Winograd& p, const Tiling<F>& tiling, int64_t first_strip, int64_t begin, int64_t end,
+                            int64_t panel, const float* v, const float* u, float* m) {
+  const int64_t blocks = ceil_div(p.C, kL), tiles = tiling.tiles(), point = point_stride(blocks, tiles);
+  const int64_t parts = ceil_div(end - begin, kTileRows), rows = ceil_div(end - begin, parts);
+  for (int q = 0; q < F::n * F::n; ++q) {
+    for (int64_t t = begin; t < end; t += rows) {
+      gemm_tiles(static_cast<int>(smaller(rows, end - t)), v + q * point + t * kL, tiles * kL, u + q * panel_point(p.C),
+                 blocks, m + (q * kGroupTiles + t - begin) * kPanel);
+    }
+  }
+  for (int64_t t = begin; t < end;) {
+    const int64_t strip = first_strip + t / tiling.width, tx = t % tiling.width;
+    const int64_t count = smaller(end - t, tiling.width - tx);
+    const Target at = {strip / tiling.rows / tiling.segments, strip % tiling.rows * F::m,
+                       (strip / tiling.rows % tiling.segments * tiling.width + tx) * F::m};
+    if (at.column < p.OW) {
+      const auto store_tiles = p.channels_last ? store_tiles_rows<F> : store_tiles_planes<F>;
+      store_tiles(p, at, static_cast<int>(count), panel * kPanel, m + (t - begin) * kPanel);
+    }
+    t += count;
+  }
+}
+
+template <class F>
+int64_t packed_panel(int64_t C) {
+  return F::n * F::n * panel_point(C);
+}
+
+// Tiles of a chunk: V should stay near the processor, but a transformed weight should also serve many tiles.
+constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
+
+template <class F>
+void winograd_fwd_of(const Winograd& p, ParallelFor run) {
+  constexpr int points = F::n * F::n;
+  const int64_t blocks = ceil_div(p.C, kL), panels = ceil_div(p.K, kPanel), size = packed_panel<F>(p.C);
+  const Tiling<F> tiling(p, larger(kChunkTiles, kChunkFloats / (points * blocks * kL)));
+  const int64_t tiles = tiling.tiles(), point = point_stride(blocks, tiles);
+  float* const v = winograd_tiles.at_least(points * point);
+  const Source source = {p.x, p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
+  for (int64_t begin = 0; begin < tiling.strips; begin += tiling.chunk) {
+    const int64_t end = smaller(begin + tiling.chunk, tiling.strips), count = (end - begin) * tiling.width;
+    parallel(run, 0, blocks, group_norm_grain(count * 16), [&](int64_t b0, int64_t b1) {
+      for (int64_t b = b0; b < b1; ++b) {
+        transform_block<F, true>(source, tiling, begin, end, b, v + b * tiles * kL, point, kL);
+      }
+    });
+    const int64_t groups = ceil_div(count, kGroupTiles);
+    parallel(run, 0, panels * groups, 1, [&](int64_t item, int64_t last) {
+      float* const scratch = winograd_panels.at_least(size + points * kGroupTiles * kPanel);
+      for (int64_t ready = -1; item < last; ++item) {
+        const int64_t k = item / groups, g = item % groups;
+        if (p.packed == nullptr && ready != k) weight_panel<F>(p.weight, k, scratch);
+        ready = k;
+        finish_tiles<F>(p, tiling, begin, count * g / groups, count * (g + 1) / groups, k, v,
+                        p.packed ? p.packed + k * size : scratch, scratch + size);
+      }
+    });
+  }
+  winograd_tiles.trim();
+}
+
+template <class F>
+void winograd_pack_of(const Winograd& p, ParallelFor run) {
+  const int64_t size = packed_panel<F>(p.C);
+  parallel(run, 0, ceil_div(p.K, kPanel), 1, [&](int64_t k0, int64_t k1) {
+    for (int64_t k = k0; k < k1; ++k) weight_panel<F>(p.weight, k, p.u + k * size);
+  });
+}
+
+void winograd_fwd(const Winograd& p, ParallelFor run) {
+  p.tile == 2 ? winograd_fwd_of<F2>(p, run) : winograd_fwd_of<F4>(p, run);
+}
+
+int64_t winograd_packed_size(const Winograd& p) {
+  return ceil_div(p.K, kPanel) * (p.tile == 2 ? packed_panel<F2>(p.C) : packed_panel<F4>(p.C));
+}
+
+// G w G^T of every panel to p.u, winograd_packed_size floats.
+void winograd_pack(const Winograd& p, ParallelFor run) {
+  p.tile == 2 ? winograd_pack_of<F2>(p, run) : winograd_pack_of<F4>(p, run);
+}
+
+}  // namespace
+}  // namespace zeroblock

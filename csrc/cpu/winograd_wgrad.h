@@ -1,0 +1,114 @@
+// The weight gradient of winograd.h: dw = G^T [ sum over tiles of (B^T d B) (A dy A^T) ] G, with d a patch of
+// act(norm(x)) and dy a tile of the output's gradient: (m+2)^2 GEMMs [C, tiles] x [tiles, K].
+//
+// Chunks of tiles are added to dU [panels, points, C, 2 L] one after the other; an element of dU is one chain in the
+// order of the tiles, cut at the chunks.
+#pragma once
+
+#include "winograd_fwd.h"
+
+namespace zeroblock {
+namespace {
+
+constexpr int64_t kChain = 32;        // tiles summed in registers
+constexpr int kChannelRows = kL / 2;  // input channels that one GEMM keeps in registers, two vectors of outputs each
+
+// du[rows, 2 L] (+)= sum over t of v[t, rows] dm[t, 2 L]; v is L apart from tile to tile. The sum goes to memory every
+// kChain tiles: one long chain would lose more to rounding than the library's gradient does.
+template <bool kAdd>
+ZB_LOOPS void gemm_channels(const float* v, const float* dm, int64_t tiles, float* du) {
+  bool add = kAdd;
+  for (int64_t first = 0; first < tiles; first += kChain, add = true) {
+    Vec sum[kChannelRows][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < kChannelRows; ++r) sum[r][0] = sum[r][1] = zero();
+    const int64_t last = smaller(tiles, first + kChain);
+    for (int64_t t = first; t < last; ++t, v += kL, dm += kPanel) {
+      const Vec d0 = load(dm), d1 = load(dm + kL);
+#pragma GCC unroll 8
+      for (int r = 0; r < kChannelRows; ++r) {
+        const Vec a = set1(v[r]);
+        sum[r][0] = fmadd(a, d0, sum[r][0]);
+        sum[r][1] = fmadd(a, d1, sum[r][1]);
+      }
+    }
+    if (add) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kChannelRows; ++r) {
+        sum[r][0] = load(du + r * kPanel) + sum[r][0], sum[r][1] = load(du + r * kPanel + kL) + sum[r][1];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kChannelRows; ++r) store(du + r * kPanel, sum[r][0]), store(du + r * kPanel + kL, sum[r][1]);
+  }
+}
+
+// A chunk of V and dM: the same trade as in winograd_fwd.h, with dU in the place of the weight.
+constexpr int64_t kGradChunkFloats = int64_t{1} << 20, kGradChunkTiles = 64;
+
+template <class F>
+void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
+  constexpr int points = F::n * F::n;
+  const int64_t blocks = ceil_div(p.C, kL), panels = ceil_div(p.K, kPanel), size = packed_panel<F>(p.C);
+  const int64_t tile_floats = points * (blocks * kL + panels * kPanel);
+  // All tiles at once where their V and dM are small against the dU that chunks would need.
+  const Tiling<F> chunked(p, larger(kGradChunkTiles, kGradChunkFloats / tile_floats));
+  const Tiling<F> whole(p, panels * size / 2 / tile_floats);
+  const Tiling<F>& tiling = whole.chunk == whole.strips ? whole : chunked;
+  const int64_t tiles = tiling.tiles(), point = point_stride(blocks, tiles), dpoint = point_stride(2 * panels, tiles);
+  const bool single = tiling.chunk == tiling.strips;  // dU of a panel is complete at once and need not be kept
+  float* const v = winograd_tiles.at_least(points * (point + dpoint) + (single ? 0 : panels * size));
+  float* const dm = v + points * point;
+  float* const du = dm + points * dpoint;
+  const Source source = {p.x, p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
+  const Source gradient = {p.dy, nullptr, p.channels_last, p.K, p.OH, p.OW, 0};
+  for (int64_t begin = 0; begin < tiling.strips; begin += tiling.chunk) {
+    const int64_t end = smaller(begin + tiling.chunk, tiling.strips), count = (end - begin) * tiling.width;
+    parallel(run, 0, blocks + 2 * panels, group_norm_grain(count * 16), [&](int64_t b0, int64_t b1) {
+      for (int64_t b = b0; b < b1; ++b) {
+        if (b < blocks) {
+          transform_block<F, true>(source, tiling, begin, end, b, v + b * tiles * kL, point, kL);
+        } else {
+          const int64_t k = b - blocks;
+          float* const to = dm + k / 2 * tiles * kPanel + k % 2 * kL;
+          transform_block<F, false>(gradient, tiling, begin, end, k, to, dpoint, kPanel);
+        }
+      }
+    });
+    parallel(run, 0, panels, 1, [&](int64_t k, int64_t last) {
+      float* const scratch = single ? winograd_panels.at_least(size) : nullptr;
+      for (; k < last; ++k) {
+        float* const panel = single ? scratch : du + k * size;
+        for (int q = 0; q < points; ++q) {
+          for (int64_t c = 0; c < blocks * kL; c += kChannelRows) {
+            const float* const from = v + q * point + c / kL * tiles * kL + c % kL;
+            const float* const with = dm + q * dpoint + k * tiles * kPanel;
+            float* const to = panel + q * panel_point(p.C) + c * kPanel;
+            begin == 0 ? gemm_channels<false>(from, with, count, to) : gemm_channels<true>(from, with, count, to);
+          }
+        }
+        if (end == tiling.strips) weight_grad_panel<F>(p.weight, k, panel);
+      }
+    });
+  }
+  winograd_tiles.trim();
+}
+
+void winograd_wgrad(const Winograd& p, ParallelFor run) {
+  p.tile == 2 ? winograd_wgrad_of<F2>(p, run) : winograd_wgrad_of<F4>(p, run);
+}
+
+// What the norm does to every channel: affine [N, 3, C] for z = (x - mean) a + b.
+void group_norm_affine(const GroupNormSilu& p, float* affine) {
+  const int64_t D = p.C / p.G;
+  for (int64_t n = 0; n < p.N; ++n) {
+    const ChannelAffine to(affine, n, p.C);
+    for (int64_t c = 0; c < p.C; ++c) {
+      const int64_t g = n * p.G + c / D;
+      to.mean[c] = p.mean[g], to.a[c] = p.rstd[g] * channel_gain(p, n, c), to.b[c] = channel_offset(p, n, c);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace zeroblock

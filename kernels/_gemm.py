@@ -1,0 +1,148 @@
+"""What the GEMM-shaped kernels share: tile order, configurations, the epilogue, and the sum over split reductions.
+
+Everything multiplies rows [M, K] by weight rows [N, K] into fp32 tiles [BM, BN]. When the tiles alone cannot fill the
+GPU, the reduction is split into `splits` parts that write fp32 partial tiles [splits, M, N]; `sum_splits` adds them in
+the order of the parts and runs the epilogue, so the result never depends on scheduling.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ASSUMED_SMS = 132  # where there is no device to ask
+
+
+class Config(NamedTuple):
+    """Tile sizes, warps and pipeline stages of one GEMM-shaped launch."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+# From the most reuse per byte to the most programs. fp32 tiles are half as deep, for the same bytes per stage.
+HALF = (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3))
+FULL = (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3))
+
+
+def configs(dtype: torch.dtype) -> tuple[Config, ...]:
+    """The shipped configurations of a dtype; what a measuring plan may choose among."""
+    return FULL if dtype == torch.float32 else HALF
+
+
+def folding_configs(dtype: torch.dtype) -> tuple[Config, ...]:
+    """Those that also have registers for the operand that passes through them (`conv_residual`, fold)."""
+    return tuple(c for c in configs(dtype) if c.BM * c.BK <= 32 * 32 * c.num_warps)
+
+
+@functools.lru_cache
+def sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else ASSUMED_SMS
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def choose(M: int, N: int, K: int, shipped: tuple[Config, ...], device: torch.device) -> tuple[Config, int]:
+    """(configuration, splits) before anything is measured: the largest tiles that give every SM one, else the
+    smallest ones with the reduction split, each part at least eight steps long."""
+    count = sms(device)
+    for config in shipped:
+        if cdiv(M, config.BM) * cdiv(N, config.BN) >= count:
+            return config, 1
+    config = shipped[-1]
+    tiles = max(1, cdiv(M, config.BM) * cdiv(N, config.BN))
+    return config, max(1, min(count // tiles, cdiv(K, config.BK) // 8, 8))
+
+
+def precision(dtype: torch.dtype, setting: str) -> str:
+    """How fp32 operands enter the tensor cores: tf32 only where PyTorch's own flag says so."""
+    return "tf32" if dtype == torch.float32 and setting == "tf32" else "ieee"
+
+
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Program number -> (tile row, tile column): GROUP tile rows share the weight tiles they read in L2."""
+    per_group = GROUP * tiles_n
+    first = pid // per_group * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    return first + pid % per_group % rows, pid % per_group // rows
+
+
+@triton.jit
+def epilogue(
+    acc, rows, row_mask, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y
+):  # fmt: skip
+    """Writes y = residual + gate * (acc + bias), and branch = acc + bias where asked; returns y in fp32, rounded.
+
+    rows, cols: int32 indices into y [M, N]; gate at [row // T, row % T, col] by its strides.
+    """
+    mask = row_mask[:, None] & (cols < N)[None, :]
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if branch is not None:
+        tl.store(branch + at, acc.to(branch.dtype.element_ty), mask=mask)
+    if gate is not None and gate_d is None:  # one number for everything
+        acc *= tl.load(gate).to(tl.float32)
+    elif gate is not None:
+        start = (rows // T).to(tl.int64) * gate_b + (rows % T).to(tl.int64) * gate_t
+        g = tl.load(gate + start[:, None] + (cols * gate_d)[None, :], mask=mask, other=0.0)
+        acc *= g.to(tl.float32)
+    if residual is not None:
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    rounded = acc.to(y.dtype.element_ty)
+    tl.store(y + at, rounded, mask=mask)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def is_zero(flag):
+    """The verdict of zero_flag, 1 when the branch is zero; no flag means dense."""
+    zero = 0
+    if flag is not None:
+        zero = (tl.load(flag) != 0).to(tl.int32)
+    return zero
+
+
+@triton.jit
+def _sum_splits(
+    partial, bias, gate, gate_b, gate_t, gate_d, T, residual, flag, branch, y, M, N, part, splits,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """partial [splits, M, N] fp32, added first to last, then the epilogue; a zero branch reads no partials."""
+    rows, cols = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    for _ in range(0, splits * (1 - is_zero(flag))):
+        acc += tl.load(partial + at, mask=mask, other=0.0)
+        at += part
+    epilogue(acc, rows, rows < M, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y)
+
+
+def sum_splits(partial, bias, gate, gate_strides, T, residual, flag, branch, y):
+    splits, M, N = partial.shape
+    gate_b, gate_t, gate_d = gate_strides
+    launch(
+        _sum_splits, (cdiv(M, 16), cdiv(N, 128)), partial=partial, bias=bias, gate=gate, gate_b=gate_b, gate_t=gate_t,
+        gate_d=gate_d, T=T, residual=residual, flag=flag, branch=branch, y=y, M=M, N=N, part=M * N, splits=splits,
+        BM=16, BN=128,
+    )  # fmt: skip
+
+
+def check_rows(op: str, M: int) -> None:
+    """Row numbers are int32 (offsets are not)."""
+    if M >= 2**31 - 128:
+        raise ValueError(f"{op}: the kernel takes fewer than 2^31 - 128 rows or pixels, got {M}")

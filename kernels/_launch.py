@@ -1,0 +1,86 @@
+"""The one way a kernel is started, and the recorder of what was started."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+@dataclasses.dataclass
+class Launch:
+    """One start of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        device = next(v.device for v in self.arguments.values() if isinstance(v, torch.Tensor))
+        # Triton starts kernels on the current device.
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+    def source(self):
+        """The kernel as the JIT compiler specialises it for these arguments (not in an interpreting process)."""
+        from triton.compiler import ASTSource
+
+        signature, constants, attributes = {}, {}, {}
+        constexprs = {self.kernel.arg_names[i] for i in self.kernel.constexprs}
+
+        def specialise(path: tuple[int, ...], value: Any, constant: bool) -> Any:
+            if constant or value is None or (type(value) is int and value == 1):
+                constants[path] = value
+                return "constexpr"
+            if isinstance(value, tuple):
+                return tuple(specialise((*path, i), v, False) for i, v in enumerate(value))
+            if isinstance(value, torch.Tensor):
+                attributes[path] = _DIVISIBLE
+                return _POINTERS[value.dtype]
+            if isinstance(value, float):
+                return "fp32"
+            if value % 16 == 0:
+                attributes[path] = _DIVISIBLE
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+        for i, name in enumerate(self.kernel.arg_names):
+            signature[name] = specialise((i,), self.arguments[name], name in constexprs)
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+_recorders: list[tuple[list[Launch], bool]] = []
+
+
+@contextlib.contextmanager
+def recording(run: bool = True) -> Iterator[list[Launch]]:
+    """Collects the launches of the block; with run=False nothing is executed (tensors may be on "meta")."""
+    launches: list[Launch] = []
+    _recorders.append((launches, run))
+    try:
+        yield launches
+    finally:
+        _recorders.pop()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 1, **arguments: Any) -> None:
+    """kernel[grid](**arguments) on the device of its tensors; an empty grid starts nothing."""
+    if 0 in grid:
+        return
+    start = Launch(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
+    if _recorders:
+        launches, run = _recorders[-1]
+        launches.append(start)
+        if not run:
+            return
+    start.run()

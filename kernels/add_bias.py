@@ -1,0 +1,62 @@
+"""y = x + bias along the channels of a dense x; without a bias x + 0, which turns -0 into +0 as a sum does.
+
+x is seen as [rows, columns]: channels are its columns (linears, channels-last) or its rows, modulo C (images). What is
+left of a zero branch. Grid: (row blocks, column blocks). Bytes: 2ns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import cdiv, power_of_2
+from ._launch import launch
+
+ELEMENTS, WARPS = 2048, 4
+
+
+@triton.jit
+def _add_bias(
+    x, bias, y, rows, columns, C, COLUMN_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if bias is None:
+        v = tl.where(v == 0.0, 0.0, v)
+    elif COLUMN_BIAS:
+        v += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    else:
+        v += tl.load(bias + row % C, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    tl.store(y + at, v, mask=mask)
+
+
+def add_bias(x: Tensor, bias: Tensor | None, columns: int, column_bias: bool) -> Tensor:
+    """`columns` is the length of a row in memory: C when channels are innermost, else the pixels of an image."""
+    y = torch.empty_like(x)
+    n = x.numel()
+    rows = n // max(1, columns)
+    block = min(ELEMENTS, power_of_2(columns))
+    height = max(1, ELEMENTS // block)
+    launch(
+        _add_bias, (cdiv(rows, height), cdiv(columns, block)), num_warps=WARPS, x=x, bias=bias, y=y, rows=rows,
+        columns=columns, C=1 if bias is None else bias.numel(), COLUMN_BIAS=column_bias, ROWS=height, COLS=block,
+    )  # fmt: skip
+    return y
+
+
+def _compile(C: int, pixels: int, dtype: torch.dtype) -> None:
+    x, bias = (torch.empty(size, dtype=dtype, device="meta") for size in ((2, C, pixels), (C,)))
+    for b in (bias, None):
+        add_bias(x, b, pixels, False)
+        add_bias(x, b, C, True)
+
+
+COMPILE_CASES = {
+    f"add_bias-{C}-{str(dtype)[6:]}": lambda C=C, dtype=dtype: _compile(C, 4096, dtype)
+    for C, dtype in ((320, torch.bfloat16), (320, torch.float16), (320, torch.float32), (1152, torch.bfloat16))
+}

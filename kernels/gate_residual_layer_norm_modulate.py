@@ -1,0 +1,195 @@
+"""x_new = residual + gate * branch and y = layer_norm(x_new) * (1 + scale) + shift: the seam of a DiT block, one pass.
+
+Forward: grid (row blocks, B) as in layer_norm_modulate; x_new is rounded to its dtype before it is normalised, as it is
+saved. Reads residual and branch, writes x_new and y: 4ns.
+
+Backward: dx = norm's gradient of dy (+ dx_new); dresidual = dx, dbranch = dx * gate, dgate = sum of dx * branch,
+dshift = sum of dy, dscale = sum of dy * xhat. Sums are one partial per program [B, P, D] in fp32, added up in a fixed
+order. Reads dx_new, dy, x_new and branch, writes dresidual and dbranch: 6ns.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import gate_residual, layer_norm_modulate
+from ._common import PER_TOKEN, cdiv, operand_rows, row_norm_grad, row_statistics, sample_row
+from ._launch import launch
+from ._reduce import sum_partials
+from .layer_norm_modulate import BACKWARD, FORWARD, kind_of, steps_per_program, strides, tile
+
+
+@triton.jit
+def _forward(
+    residual, gate, branch, shift, scale, x_new, y, mean, rstd, T, D, steps,
+    gate_b, gate_t, shift_b, shift_t, scale_b, scale_t, eps,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    gate_row = sample_row(gate, b, gate_b, d, D, GATE)
+    shift_row = sample_row(shift, b, shift_b, d, D, SHIFT)
+    scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
+    for step in range(steps):
+        t = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
+        mask = (t < T)[:, None] & (d < D)[None, :]
+        at = (b * T + t)[:, None] * D + d[None, :]
+        x = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+        x *= operand_rows(gate, gate_row, b, t, gate_b, gate_t, d, mask, GATE)
+        x += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        rounded = x.to(x_new.dtype.element_ty)
+        tl.store(x_new + at, rounded, mask=mask)
+        m, r, z = row_statistics(rounded.to(tl.float32), mask, D, eps, False)
+        z *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
+        z += operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
+        tl.store(y + at, z, mask=mask)
+        tl.store(mean + b * T + t, m, mask=t < T)
+        tl.store(rstd + b * T + t, r, mask=t < T)
+
+
+def forward(
+    residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_new, y, mean, rstd); dense residual and branch; gate, shift, scale [B, D] or [B, T, D] with dense rows."""
+    B, T, D = branch.shape
+    rows, block, warps = tile(FORWARD, D)
+    steps = steps_per_program(B, T, rows, 16)
+    x_new, y = torch.empty_like(branch), torch.empty_like(branch)
+    mean, rstd = (branch.new_empty(B, T, dtype=torch.float32) for _ in range(2))
+    (gate_b, gate_t), (shift_b, shift_t), (scale_b, scale_t) = (strides(v) for v in (gate, shift, scale))
+    launch(
+        _forward, (cdiv(T, rows * steps), B), num_warps=warps,
+        residual=residual, gate=gate, branch=branch, shift=shift, scale=scale, x_new=x_new, y=y, mean=mean, rstd=rstd,
+        T=T, D=D, steps=steps, gate_b=gate_b, gate_t=gate_t, shift_b=shift_b, shift_t=shift_t, scale_b=scale_b,
+        scale_t=scale_t, eps=eps,
+        ROWS=rows, BLOCK_D=block, GATE=kind_of(gate), SHIFT=kind_of(shift), SCALE=kind_of(scale),
+    )  # fmt: skip
+    return x_new, y, mean, rstd
+
+
+@triton.jit
+def _backward(
+    dx_new, dy, x_new, mean, rstd, gate, branch, scale, dresidual, dbranch, dgate, dscale,
+    part_dgate, part_dshift, part_dscale, T, D, steps, gate_b, gate_t, scale_b, scale_t,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GATE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    # Long rows leave no registers for what is read once per program: it is read again for every row.
+    AGAIN: tl.constexpr = BLOCK_D > 4096
+    held_gate = sample_row(gate, b, gate_b, d, D, 0 if AGAIN else GATE)
+    held_scale = sample_row(scale, b, scale_b, d, D, 0 if AGAIN else SCALE)
+    sum_dgate = tl.zeros([BLOCK_D], tl.float32)
+    sum_dshift = tl.zeros([BLOCK_D], tl.float32)
+    sum_dscale = tl.zeros([BLOCK_D], tl.float32)
+    for step in range(steps):
+        t = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
+        mask = (t < T)[:, None] & (d < D)[None, :]
+        at = (b * T + t)[:, None] * D + d[None, :]
+        g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        m = tl.load(mean + b * T + t, mask=t < T, other=0.0)
+        r = tl.load(rstd + b * T + t, mask=t < T, other=0.0)
+        xhat = tl.load(x_new + at, mask=mask, other=0.0).to(tl.float32) - m[:, None]
+        xhat = tl.where(mask, xhat * r[:, None], 0.0)
+        if part_dshift is not None:
+            sum_dshift += tl.sum(g, 0)
+        if SCALE == 2:
+            tl.store(dscale + at, g * xhat, mask=mask)
+        else:
+            sum_dscale += tl.sum(g * xhat, 0)
+        scale_row = sample_row(scale, b, scale_b, d, D, SCALE) if AGAIN else held_scale
+        g *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
+        dx = row_norm_grad(g, xhat, r, D, False)
+        if dx_new is not None:
+            dx += tl.load(dx_new + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dresidual + at, dx, mask=mask)
+        gate_row = sample_row(gate, b, gate_b, d, D, GATE) if AGAIN else held_gate
+        tl.store(dbranch + at, dx * operand_rows(gate, gate_row, b, t, gate_b, gate_t, d, mask, GATE), mask=mask)
+        product = dx * tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+        if GATE == 2:
+            tl.store(dgate + at, product, mask=mask)
+        else:
+            sum_dgate += tl.sum(product, 0)
+    at = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
+    if part_dgate is not None:
+        tl.store(part_dgate + at, sum_dgate, mask=d < D)
+    if part_dshift is not None:
+        tl.store(part_dshift + at, sum_dshift, mask=d < D)
+    if part_dscale is not None:
+        tl.store(part_dscale + at, sum_dscale, mask=d < D)
+
+
+def backward(
+    dx_new: Tensor | None, dy: Tensor, x_new: Tensor, mean: Tensor, rstd: Tensor, gate: Tensor, branch: Tensor,
+    shift: Tensor, scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """(dresidual, dgate, dbranch, dshift, dscale) like their operands; a per-token dshift is dy, left out. Everything
+    [B, T, D] is dense."""
+    B, T, D = branch.shape
+    rows, block, warps = tile(BACKWARD, D)
+    if block > 4096 and branch.dtype == torch.float32:
+        return _backward_in_two(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale)
+    steps = steps_per_program(B, T, rows, 64)
+    programs = cdiv(T, rows * steps)
+    dresidual, dbranch = torch.empty_like(branch), torch.empty_like(branch)
+
+    def results(v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(gradient written by the kernel, partial sums)"""
+        if kind_of(v) == PER_TOKEN:
+            return v.new_empty(v.shape), None
+        return None, branch.new_empty(B, programs, D, dtype=torch.float32)
+
+    (dgate, part_dgate), (dscale, part_dscale) = results(gate), results(scale)
+    part_dshift = None if kind_of(shift) == PER_TOKEN else results(shift)[1]
+    gate_b, gate_t = strides(gate)
+    scale_b, scale_t = strides(scale)
+    launch(
+        _backward, (programs, B), num_warps=warps,
+        dx_new=dx_new, dy=dy, x_new=x_new, mean=mean, rstd=rstd, gate=gate, branch=branch, scale=scale,
+        dresidual=dresidual, dbranch=dbranch, dgate=dgate, dscale=dscale, part_dgate=part_dgate,
+        part_dshift=part_dshift, part_dscale=part_dscale, T=T, D=D, steps=steps, gate_b=gate_b, gate_t=gate_t,
+        scale_b=scale_b, scale_t=scale_t, ROWS=rows, BLOCK_D=block, GATE=kind_of(gate), SCALE=kind_of(scale),
+    )  # fmt: skip
+    dgate = sum_partials(part_dgate, gate.dtype) if part_dgate is not None else dgate
+    dscale = sum_partials(part_dscale, scale.dtype) if part_dscale is not None else dscale
+    dshift = sum_partials(part_dshift, shift.dtype) if part_dshift is not None else None
+    assert dgate is not None and dscale is not None
+    return dresidual, dgate, dbranch, dshift, dscale
+
+
+def _backward_in_two(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale):
+    """Long fp32 rows, of which one kernel cannot hold everything: the norm, then the gate; 9ns."""
+    dresidual, dshift, dscale, _, _ = layer_norm_modulate.backward(
+        dy, x_new, mean, rstd, shift, scale, None, None, False
+    )
+    if dx_new is not None:
+        dresidual += dx_new
+    return dresidual, *gate_residual.backward(dresidual, gate, branch, True, True), dshift, dscale
+
+
+def _compile(D: int, dtype: torch.dtype, per_token: bool) -> None:
+    B, T = 8, 256
+    x = torch.empty(B, T, D, dtype=dtype, device="meta")
+    stat = torch.empty(B, T, device="meta")
+    v = x if per_token else torch.empty(B, 6 * D, dtype=dtype, device="meta")[:, :D]
+    forward(x, v, x, v, v, 1e-6)
+    backward(x, x, x, stat, stat, v, x, v, v)
+    backward(None, x, x, stat, stat, v, x, v, v)
+
+
+COMPILE_CASES = {
+    f"gate_residual_layer_norm_modulate-{D}-{str(dtype)[6:]}-{'token' if per_token else 'sample'}"
+    f"{'-unaligned' * (D % 8 > 0)}": partial(_compile, D, dtype, per_token)
+    for D, dtype, per_token in (
+        *((D, torch.bfloat16, False) for D in (128, 384, 768, 1152, 3072, 6144)),
+        *((1152, dtype, False) for dtype in (torch.float16, torch.float32)),
+        (1152, torch.bfloat16, True),
+        (6144, torch.float32, False),
+        (37, torch.float16, False),
+    )
+}

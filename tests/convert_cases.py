@@ -1,0 +1,223 @@
+"""What the tests of accelerate() share: a foreign model against its accelerated copy, in every phase of its life."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+import zeroblock as zb
+from zeroblock.testing import assert_error_budget, counters, eager, reset_counters, rounding
+
+STEPS = 10
+DRAWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """make() builds the foreign model with its own initialisation; inputs() are its positional arguments.
+
+    `skipped`: {family: branches skipped by a training forward and backward}, {} where nothing is zero;
+    `skipped_inference` where a forward without gradients differs. `branches`: rows of the report. `equal`: eager's
+    result is reproduced exactly while everything is zero (no fused op runs outside the skipped branches). `exact` makes
+    the float64 oracle of the untouched model.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple]
+    skipped: dict[str, int]
+    branches: int
+    lr: float = 0.1
+    equal: bool = True
+    skipped_inference: dict[str, int] | None = None
+    exact: Callable[[nn.Module], nn.Module] = lambda m: copy.deepcopy(m).double()
+
+
+def guided_block(**options):
+    return eager.ResBlock(32, 16, 0.0, **options)
+
+
+class Net(nn.Module):
+    """Two of guided-diffusion's blocks, or the given ones, in `blocks`."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks or [guided_block(), guided_block(use_scale_shift_norm=True)])
+
+    def forward(self, x, emb):
+        for block in self.blocks:
+            x = block(x, emb)
+        return x
+
+
+def example():
+    return torch.randn(2, 32, 4, 4), torch.randn(2, 16)
+
+
+def is_skipping(net):
+    reset_counters()
+    with torch.no_grad():
+        net(*example())
+    return any(skipped for _, skipped in counters().values())
+
+
+def build(case: Case, randomize: bool = False, seed: int = 0) -> tuple[nn.Module, nn.Module, zb.convert.Report]:
+    """(accelerated, untouched, report), the same weights in both."""
+    torch.manual_seed(seed)
+    theirs = case.make()
+    ours = copy.deepcopy(theirs)
+    report = zb.accelerate(ours)  # before the weights move: single layers are known by being zero
+    if randomize:
+        ours.load_state_dict(randomize_(theirs).state_dict())
+    assert len(report.branches) == case.branches, report
+    assert not report.left_alone, report
+    return ours, theirs, report
+
+
+def randomize_(model: nn.Module) -> nn.Module:
+    """Fresh random parameters everywhere, norm weights about 1."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            fresh = torch.randn_like(p, dtype=torch.float32) * 0.2
+            p.copy_(fresh + 1 if p.dim() == 1 and name.endswith("weight") else fresh)
+    return model
+
+
+def arguments(case: Case, dtype: torch.dtype, seed: int = 1) -> tuple:
+    """The inputs; floating ones in dtype and wanting a gradient."""
+    torch.manual_seed(seed)
+    return tuple(
+        t.to(dtype).requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in case.inputs()
+    )
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """The floating tensors of whatever a model returns."""
+    if hasattr(result, "to_tuple"):
+        result = result.to_tuple()
+    return [t for t in _pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def run(model: nn.Module, inputs: tuple, seed: int = 2) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """(floating outputs, {name: gradient}) for random gradients of the outputs; dropout drawn from `seed`."""
+    torch.manual_seed(seed)
+    ys = outputs(model(*inputs))
+    generator = torch.Generator().manual_seed(seed)
+    wanted = [y for y in ys if y.requires_grad]
+    dys = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in wanted]
+    named = {f"input {i}": t for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad}
+    named |= {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for t in named.values():
+        t.grad = None
+    torch.autograd.backward(wanted, dys)  # reentrant checkpoints refuse autograd.grad
+    return ys, {n: t.grad for n, t in named.items()}
+
+
+def assert_drop_in(case: Case) -> None:
+    """Forward, gradients and ten optimizer steps from the model's own initialisation, then with random weights, then
+    inference."""
+    assert_same(case, randomize=False)
+    assert_same(case, randomize=True)
+    assert_same_inference(case)
+    assert_same_training(case)
+
+
+def assert_same(case: Case, randomize: bool) -> None:
+    ours, theirs, _ = build(case, randomize)
+    oracle = case.exact(theirs)
+    draws = []
+    for seed in range(1, 1 + DRAWS):
+        exact_ys, exact = run(oracle, arguments(case, torch.float64, seed))
+        expected_ys, expected = run(theirs, arguments(case, torch.float32, seed))
+        reset_counters()
+        ys, got = run(ours, arguments(case, torch.float32, seed))
+        assert_skips({} if randomize else case.skipped)
+        assert len(ys) == len(expected_ys) > 0
+        for i, (y, expected_y, exact_y) in enumerate(zip(ys, expected_ys, exact_ys, strict=True)):
+            assert y.dtype == expected_y.dtype
+            if case.equal and case.skipped and not randomize:
+                assert torch.equal(y, expected_y), f"output {i}: {(y - expected_y).abs().max()}"
+            assert_error_budget(y.detach(), expected_y.detach(), exact_y.detach(), f"output {i}")
+        for name, g in expected.items():  # eager says None where a parameter was never reached, we may say zero
+            if g is None and got[name] is not None:
+                assert not got[name].any(), name
+                got[name] = None
+        draws.append((got, expected, exact))
+    assert_same_gradients(draws)
+
+
+def assert_same_gradients(draws: list[tuple[dict, dict, dict]]) -> None:
+    """(got, eager's, exact) of several draws: the same tensors, zeros where eager has zeros, the rest by error budget.
+
+    As in `assert_gradients` each gradient is measured relative to its own norm; over several draws, since the largest
+    error of one is luck.
+    """
+    joint: list[list[Tensor]] = [[], [], []]
+    for got, expected, exact in draws:
+        names = []
+        for name, g in expected.items():
+            assert (got[name] is None) == (g is None), f"{name}: {got[name]}, eager has {g}"
+            if g is None:
+                continue
+            assert got[name].dtype == g.dtype and got[name].shape == g.shape, name
+            if not g.any():
+                assert not got[name].any(), f"{name}: not zero"
+            elif (g.double() - exact[name]).norm() < exact[name].norm():  # the others cancel
+                names.append(name)
+        scales = {n: exact[n].norm() for n in names}
+        for rows, gradients in zip(joint, (got, expected, exact), strict=True):
+            rows.append(torch.cat([(gradients[n].double() / scales[n]).flatten() for n in names]))
+    a, b, x = (torch.stack(rows) for rows in joint)
+    assert_error_budget(a.float(), b.float(), x, f"gradients of {', '.join(names)}", draws=True)
+
+
+def assert_skips(expected: dict[str, int]) -> None:
+    got = {name: skipped for name, (_, skipped) in counters().items() if skipped and name in zb.convert.families()}
+    assert got == expected, counters()
+
+
+def assert_same_inference(case: Case) -> None:
+    ours, theirs, _ = build(case)
+    with torch.no_grad():
+        inputs = [t.detach() if isinstance(t, Tensor) else t for t in arguments(case, torch.float32)]
+        ours.eval(), theirs.eval()
+        expected = outputs(theirs(*inputs))
+        reset_counters()
+        got = outputs(ours(*inputs))
+    assert_skips(case.skipped if case.skipped_inference is None else case.skipped_inference)
+    for y, expected_y in zip(got, expected, strict=True):
+        if case.equal and case.skipped:
+            assert torch.equal(y, expected_y)
+        torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-4)
+
+
+def train(model: nn.Module, case: Case, dtype: torch.dtype) -> Tensor:
+    """The parameters after STEPS steps of SGD with momentum towards fixed targets, the same noise for every dtype."""
+    step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=case.lr, momentum=0.9)
+    for i in range(STEPS):
+        inputs = arguments(case, dtype, seed=10 + i)
+        torch.manual_seed(20 + i)
+        ys = outputs(model(*inputs))
+        generator = torch.Generator().manual_seed(3)
+        loss = sum((y - torch.randn(y.shape, generator=generator).to(y.dtype)).square().mean() for y in ys)
+        step.zero_grad()
+        loss.backward()
+        step.step()
+    return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+
+def assert_same_training(case: Case) -> None:
+    """As close to the float64 run as eager is."""
+    ours, theirs, _ = build(case)
+    start = torch.cat([p.detach().flatten().double() for p in theirs.parameters()])
+    exact = train(case.exact(theirs), case, torch.float64)
+    expected, got = train(theirs, case, torch.float32), train(ours, case, torch.float32)
+    assert (exact - start).norm() > 1e-4 * start.norm(), "nothing was trained"
+    limit = 2 * (expected - exact).norm() + rounding(torch.float32) * exact.norm()
+    error = (got - exact).norm()
+    assert error <= limit, f"{error / exact.norm():.3g}, allowed {limit / exact.norm():.3g}"

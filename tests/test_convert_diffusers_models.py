@@ -1,0 +1,282 @@
+"""Whole models of diffusers, accelerated, against themselves: outputs, gradients, training, what is skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import zeroblock as zb
+from zeroblock import testing
+from zeroblock.convert import _proof, diffusers_adaln
+from zeroblock.convert._core import FAMILIES
+
+from .model_cases import Case, accelerated, check, check_training, evaluate, infer, normal, outputs, prepared, rows
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+_UNET = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+}
+_DIFFUSION = {
+    **_UNET,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+}
+
+
+def _conditions(g):
+    return {"timestep": torch.tensor([3, 7]), "encoder_hidden_states": normal(g, 2, 3, 12)}
+
+
+class Controlled(nn.Module):
+    """A U-Net and its ControlNet."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.unet = diffusers.UNet2DConditionModel(
+            **_DIFFUSION, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **options
+        )
+        self.control = diffusers.ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=(4, 8))
+
+    def forward(self, sample, timestep, encoder_hidden_states, controlnet_cond, **options):
+        down, mid = self.control(sample, timestep, encoder_hidden_states, controlnet_cond, return_dict=False, **options)
+        return self.unet(
+            sample, timestep, encoder_hidden_states, down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        )  # fmt: skip
+
+
+def _controlled_inputs(g):
+    return {"sample": normal(g, 2, 4, 8, 8), "controlnet_cond": normal(g, 2, 3, 16, 16), **_conditions(g)}
+
+
+def _dit():
+    return diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=2, sample_size=4, num_embeds_ada_norm=10)
+
+
+def _sd3():
+    return diffusers.SD3Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=4,
+    )  # fmt: skip
+
+
+def _flux():
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, latent_channels=4, sample_size=8,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        )  # fmt: skip
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+
+def _grounded(g):
+    boxes = {"boxes": normal(g, 2, 3, 4), "masks": torch.ones(2, 3), "positive_embeddings": normal(g, 2, 3, 12)}
+    return {"sample": normal(g, 2, 4, 8, 8), **_conditions(g), "cross_attention_kwargs": {"gligen": boxes}}
+
+
+def _motion():
+    return diffusers.UNetMotionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=12,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"), num_attention_heads=2,
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"), motion_num_attention_heads=2,
+        motion_max_seq_length=4,
+    )  # fmt: skip
+
+
+_CONV2 = (("*.conv2.weight", 0, 1),)
+MODELS = {
+    "unet": Case(
+        lambda: diffusers.UNet2DModel(
+            **_UNET, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")
+        ),
+        lambda g: {"sample": normal(g, 2, 3, 8, 8), "timestep": torch.tensor([3, 7])}, _CONV2, {"ResnetBlock2D": 8},
+    ),
+    "unet-controlnet": Case(
+        Controlled, _controlled_inputs,
+        _CONV2 + (("control.controlnet_*_block*weight", 0, 1), ("control.controlnet_cond_embedding.conv_out.*", 0, 1)),
+        {"ResnetBlock2D": 12, "ZeroLayer": 6}, {"ResnetBlock2D": 8, "ControlNetModel": 1},
+    ),
+    "dit": Case(
+        _dit,
+        lambda g: {
+            "hidden_states": normal(g, 2, 4, 4, 4), "timestep": torch.tensor([1, 2]),
+            "class_labels": torch.tensor([0, 9]),
+        },
+        rows("*.norm1.linear", 2, 5, of=6) + rows("proj_out_2")[:1],
+        {"BasicTransformerBlock": 4, "DiTTransformer2DModel": 1},
+    ),
+    "sd3": Case(
+        _sd3,
+        lambda g: {
+            "hidden_states": normal(g, 2, 4, 4, 4), "encoder_hidden_states": normal(g, 2, 3, 12),
+            "pooled_projections": normal(g, 2, 10), "timestep": torch.tensor([1, 2]),
+        },
+        rows("*.norm1.linear", 2, 5, of=6) + rows("*.0.norm1_context.linear", 2, 5, of=6),
+        {"JointTransformerBlock": 5},
+    ),
+    "flux": Case(
+        _flux,
+        lambda g: {
+            "hidden_states": normal(g, 2, 4, 4), "encoder_hidden_states": normal(g, 2, 3, 12),
+            "pooled_projections": normal(g, 2, 10), "timestep": torch.tensor([0.1, 0.2]),
+            "img_ids": torch.arange(12).view(4, 3), "txt_ids": torch.zeros(3, 3, dtype=torch.long),
+        },
+        rows("*.norm1.linear", 2, 5, of=6) + rows("*.norm1_context.linear", 2, 5, of=6)
+        + rows("*.norm.linear", 2, of=3),
+        {"FluxTransformerBlock": 3, "FluxSingleTransformerBlock": 2},
+    ),
+    "gligen": Case(
+        lambda: diffusers.UNet2DConditionModel(
+            **_DIFFUSION, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_type="gated"
+        ),
+        _grounded, (("*.alpha_*", 0, 1),), {"GatedSelfAttentionDense": 8},
+    ),
+    "motion": Case(
+        _motion,  # its pipeline repeats the text for every frame
+        lambda g: {"sample": normal(g, 2, 4, 3, 8, 8), **_conditions(g), "encoder_hidden_states": normal(g, 6, 3, 12)},
+        (("*.motion_modules.*.proj_out.weight", 0, 1),), {"AnimateDiffTransformer3D": 7},
+    ),
+    "vae-decoder": Case(Decoder, lambda g: {"z": normal(g, 2, 4, 4, 4)}, _CONV2, {"ResnetBlock2D": 6}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", ["zero", "dense"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name, phase):
+    check(MODELS[name], phase, evaluate, together=True)
+
+
+@pytest.mark.parametrize("phase", ["zero", "dense"])
+@pytest.mark.parametrize("name", MODELS)
+def test_inference(name, phase):
+    check(MODELS[name], phase, infer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_ten_steps(name):
+    check_training(MODELS[name])
+
+
+def test_one_wrong_gradient_is_found(monkeypatch):
+    original = diffusers_adaln.modulated
+    detached = lambda norm, x, shift, scale: original(norm, x, shift.detach(), scale)  # noqa: E731
+    monkeypatch.setattr(_proof, "disagreement", lambda block, family: None)
+    check(MODELS["dit"], "dense", evaluate, together=True)
+    monkeypatch.setattr(diffusers_adaln, "modulated", detached)
+    with pytest.raises(AssertionError, match="gradients: L2 error"):
+        check(MODELS["dit"], "dense", evaluate, together=True)
+
+
+def _skipped(model, **inputs):
+    """The second call: the first of a kind may be compared with eager's."""
+    with torch.no_grad():
+        model(**inputs)
+    testing.reset_counters()
+    with torch.no_grad():
+        result = outputs(model(**inputs))
+    return result, testing.counters().get("ControlNetModel", (0, 0))
+
+
+def _control(phase, **options):
+    case = MODELS["unet-controlnet"]._replace(build=lambda: Controlled(**options).control, zero=(("*", 0, 1),))
+    model = prepared(case, phase).eval()
+    g = torch.Generator().manual_seed(1)
+    return model, {"sample": normal(g, 2, 4, 10, 6), "controlnet_cond": normal(g, 2, 3, 20, 12), **_conditions(g)}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"guess_mode": True}, {"conditioning_scale": 0.5}, {"return_dict": True}], ids=str
+)
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(
+    "padding, layout", [(0, torch.contiguous_format), (1, torch.contiguous_format), (1, torch.channels_last)]
+)
+def test_controlnet_of_zero_convolutions_is_its_biases(options, pooled, padding, layout):
+    model, inputs = _control("dense", downsample_padding=padding)
+    model.to(memory_format=layout)
+    model.register_to_config(global_pool_conditions=pooled)
+    for conv in (*model.controlnet_down_blocks, model.controlnet_mid_block):
+        nn.init.zeros_(conv.weight)
+    ours, _ = accelerated(model)
+    got, counts = _skipped(ours, **inputs, **options)
+    assert counts == (0, 1) and "ResnetBlock2D" not in testing.counters()
+    expected = outputs(model(**inputs, **options))
+    assert type(ours(**inputs, **options)) is type(model(**inputs, **options))
+    for a, b in zip(got, expected, strict=True):
+        testing.assert_error_budget(a, b.detach(), b.detach().double())
+        assert a.stride() == b.stride()
+
+
+def test_controlnet_scaled_by_zero_is_not_run():
+    model, inputs = _control("dense")
+    ours, _ = accelerated(model)
+    got, counts = _skipped(ours, **inputs, conditioning_scale=0)
+    expected, _ = _skipped(model, **inputs, conditioning_scale=0)
+    assert counts == (0, 1) and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert _skipped(ours, **inputs)[1] == (1, 0)
+    assert _skipped(ours, **inputs, conditioning_scale=torch.tensor(0.0))[1] == (1, 0)  # a tensor is not read
+
+
+def test_controlnet_runs_when_somebody_watches_or_learns():
+    model, inputs = _control("zero")
+    ours, _ = accelerated(model)
+    assert _skipped(ours, **inputs)[1] == (0, 1)
+    testing.reset_counters()
+    ours(**inputs)
+    assert "ControlNetModel" not in testing.counters()
+    seen = []
+    handle = ours.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    assert _skipped(ours, **inputs)[1] == (0, 0) and seen == [1, 1]
+    handle.remove()
+    nn.init.constant_(ours.controlnet_mid_block.weight, 1e-3)
+    assert _skipped(ours, **inputs)[1] == (1, 0)
+    never, _ = accelerated(model, zero_skip="never")
+    assert _skipped(never, **inputs)[1] == (0, 0)
+
+
+def test_controlnet_with_another_forward_is_left_alone():
+    class Louder(diffusers.ControlNetModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model, _ = _control("zero")
+    model.__class__ = Louder
+    assert [(b.path, b.reason) for b in accelerated(model)[1].left_alone] == [("", "its forward is not diffusers' own")]
+
+
+def test_the_proof_of_a_model_copies_one_block():
+    model = diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=5, sample_size=4, num_embeds_ada_norm=10)
+    family = FAMILIES["DiTTransformer2DModel"]()
+    assert len(family.specimen(model).transformer_blocks) == 1 and len(model.transformer_blocks) == 5
+    assert len(zb.accelerate(model).branches) == 11
+
+
+def test_a_controlnet_that_returns_something_else_is_not_skipped(monkeypatch):
+    family = FAMILIES["ControlNetModel"]
+    original = family._scaled_biases
+    monkeypatch.setattr(family, "_scaled_biases", lambda *args: [t + 1e-6 for t in original(*args)])
+    model, inputs = _control("zero")
+    ours, _ = accelerated(model)
+    got, _ = _skipped(ours, **inputs)
+    assert testing.counters()["ResnetBlock2D"] == (0, 4)
+    assert all(torch.equal(a, b) for a, b in zip(got, outputs(model(**inputs)), strict=True))

@@ -1,0 +1,118 @@
+"""LoRA layers of peft, accelerated, against themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import zeroblock as zb
+from zeroblock import testing
+
+from .model_cases import Case, accelerated, check, check_training, evaluate, infer, normal
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+
+class _Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).flatten(2).transpose(1, 2))
+
+
+def _lora(**options):
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["conv", "linear"], **options)
+    return peft.inject_adapter_in_model(config, _Net())
+
+
+ZERO = tuple((f"{layer}.lora_B.default.weight", 0, 1) for layer in ("conv", "linear"))
+CASES = {
+    "lora": Case(_lora, lambda g: {"x": normal(g, 2, 3, 5, 4)}, ZERO, {"LoRA": 2}),
+    "dropout": Case(lambda: _lora(lora_dropout=0.2), lambda g: {"x": normal(g, 2, 3, 5, 4)}, ZERO, {"LoRA": 2}),
+}
+
+
+@pytest.mark.parametrize("phase", ["zero", "dense"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name, phase):
+    check(CASES[name], phase, evaluate)
+
+
+@pytest.mark.parametrize("phase", ["zero", "dense"])
+@pytest.mark.parametrize("name", CASES)
+def test_inference(name, phase):
+    check(CASES[name], phase, infer)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ten_steps(name):
+    check_training(CASES[name])
+
+
+def _skips(model, x):
+    testing.reset_counters()
+    with torch.no_grad():
+        y = model(x)
+    return y, testing.counters().get("LoRA", (0, 0))
+
+
+def test_zero_base_weight_under_a_dense_adapter_is_no_zero_branch():
+    """A LoRA layer's `weight` is its base layer's: all zero, while the layer is not."""
+    torch.manual_seed(0)
+    model = _lora().eval()
+    with torch.no_grad():
+        model.conv.base_layer.weight.zero_()
+        model.conv.lora_B.default.weight.normal_()
+    ours, report = accelerated(model)
+    assert [b.zero for b in report.branches if b.path.startswith("conv.lora_B")] == [False]
+    x = torch.randn(2, 3, 5, 4)
+    y, counts = _skips(ours, x)
+    assert torch.equal(y, model(x)) and counts == (1, 1)
+
+
+def test_merge_unmerge_and_disabled_adapters():
+    torch.manual_seed(0)
+    model = _lora().eval()
+    ours, _ = accelerated(model)
+    x = torch.randn(2, 3, 5, 4)
+    for change, expected in (
+        (lambda m: None, (0, 2)),
+        (lambda m: m.conv.merge(), (0, 1)),
+        (lambda m: m.conv.unmerge(), (0, 2)),
+        (lambda m: m.linear.enable_adapters(False), (0, 1)),
+        (lambda m: m.linear.enable_adapters(True), (0, 2)),
+        (lambda m: nn.init.normal_(m.linear.lora_B.default.weight, generator=torch.Generator().manual_seed(1)), (1, 1)),
+    ):
+        change(model)
+        change(ours)
+        y, counts = _skips(ours, x)
+        assert torch.equal(y, model(x)) and counts == expected
+
+
+def test_variants_are_left_alone():
+    report = zb.accelerate(_lora(use_dora=True))
+    assert not any(b.family == "LoRA" for b in report.branches)
+    assert {(b.path, b.reason) for b in report.left_alone} == {
+        ("conv", "it is a variant of LoRA"),
+        ("linear", "it is a variant of LoRA"),
+    }
+
+
+def test_second_adapter():
+    torch.manual_seed(0)
+    model = _lora().eval()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["linear"]), model, adapter_name="second")
+    model.conv.set_adapter("default")
+    model.linear.set_adapter(["default", "second"])
+    nn.init.normal_(model.linear.lora_B["second"].weight)
+    ours = copy.deepcopy(model)
+    zb.accelerate(ours)
+    x = torch.randn(2, 3, 5, 4)
+    y, counts = _skips(ours, x)
+    assert torch.equal(y, model(x)) and counts == (1, 2)

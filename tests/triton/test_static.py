@@ -1,0 +1,155 @@
+"""The shipped kernels compile for every target without spills, and the gates that say so can fail.
+
+Everything that compiles runs in another process: this one interprets.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from . import ptx, static  # noqa: E402
+
+ROOT = Path(__file__).parent.parent.parent
+GOOD = {"case": "c", "kernel": "k", "target": "sm_90", "registers": 64, "spills": 0, "shared": 1024, "blocks": 4,
+        "wide": 100, "tensor": 8}  # fmt: skip
+
+
+def compiling(*arguments: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+def test_committed_table_holds():
+    """Every row passes its gates, no kernel is missing, and rows compiled again come out the same."""
+    done = compiling("-m", "tests.triton.static", "--check", "6", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " kernels, 0 problems" in done.stdout
+
+
+def test_table_has_every_target_and_kernel():
+    rows = static.read().values()
+    assert {row["target"] for row in rows} == set(static.TARGETS)
+    kernels = set(static.KERNELS) - {"_reduce"} | {"sum_partials"}
+    for target in static.TARGETS:
+        cases = {row["case"] for row in rows if row["target"] == target}
+        assert {kernel for kernel in kernels if any(case.startswith(f"{kernel}-") for case in cases)} == kernels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spills": 8}, "8 bytes spilled"),
+        ({"shared": 232449}, "bytes of shared memory"),
+        ({"target": "sm_120", "shared": 102400}, "a block may have 101376"),
+        ({"blocks": 0}, "not one block fits"),
+        ({"wide": 94}, "only 94 % of the streamed bytes"),
+        ({"tensor": 0}, "no tensor-core instruction"),
+    ],
+)
+def test_gates_fail(change, message):
+    assert static.problems(GOOD, True, True) == []
+    (problem,) = static.problems(GOOD | change, True, True)
+    assert message in problem
+
+
+def test_occupancy_is_that_of_the_vendor_calculator():
+    """Values of cuda_occupancy.h for the same resources."""
+    assert static.occupancy("sm_80", 8, 178, 0) == 1
+    assert static.occupancy("sm_90", 8, 108, 98304) == 2
+    assert static.occupancy("sm_90", 4, 32, 0) == 16 and static.occupancy("sm_80", 1, 16, 0) == 32
+    assert static.occupancy("sm_120", 4, 32, 0) == 12
+    assert static.occupancy("sm_120", 4, 32, 101376) == 1 and static.occupancy("gfx942", 4, 128, 32768) == 2
+
+
+PTX = """
+    .param .u64 .ptr .global .align 1 k_param_0,
+    .param .u64 k_param_1,
+    .param .u64 .ptr .global .align 1 k_param_2
+    ld.param.b64 %rd1, [k_param_0];
+    ld.param.b64 %rd2, [k_param_1];
+    ld.param.b64 %rd3, [k_param_2];
+    add.s64 %rd4, %rd1, %rd2;
+    mov.b64 %rd5, %rd6;
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd4 + 0 ];
+    @%p2 ld.global.L1::evict_last.b16 { %rs1 }, [ %rd5 + 4 ];
+    add.s64 %rd6, %rd4, 16;
+    @!%p3 st.global.v2.b64 [ %rd3 + 0 ], { %rd8, %rd9 };
+    cp.async.cg.shared.global [ %r7 + 0 ], [ %rd6 + 0 ], 0x10, %r8;
+    cp.async.ca.shared.global [ %r7 + 0 ], [ %rd6 + 0 ], 0x4, %r8;
+"""
+
+
+def test_accesses_are_traced_to_their_argument():
+    """Through sums, moves and a loop; the stored values are no addresses."""
+    assert ptx.accesses(PTX) == {(0, 16): 2, (0, 2): 1, (0, 4): 1, (2, 16): 1}
+
+
+PLANTED = """
+import torch, triton, triton.language as tl
+from tests.triton import static
+from zeroblock.kernels._launch import Launch
+
+@triton.jit
+def copy(x, y, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i * STEP, tl.load(x + i * STEP, mask=i < n), mask=i < n)
+
+@triton.jit
+def outer(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    a = tl.load(x + i[:, None] * BLOCK + i[None, :]).to(tl.float32)
+    for k in range(0, 4):
+        a = a * tl.sum(a, 0)[None, :] + tl.sum(a, 1)[:, None]
+    tl.store(y + i[:, None] * BLOCK + i[None, :], a)
+
+def problems(kernel, warps, **arguments):
+    x = torch.empty(1 << 20, dtype=torch.bfloat16, device="meta")
+    launch = Launch(kernel, (1,), {"x": x, "y": x, **arguments}, {"num_warps": warps, "num_stages": 1})
+    for target in ("sm_90", "sm_100"):
+        row = {"case": "planted", "kernel": kernel.__name__, "target": target, **static.compile_facts(launch, target)}
+        print(target, kernel.__name__, arguments, static.problems(row, True, False))
+
+problems(copy, 4, n=1 << 20, STEP=1, BLOCK=2048)
+problems(copy, 4, n=1 << 20, STEP=3, BLOCK=2048)
+problems(copy, 4, n=1 << 20 | 1, STEP=1, BLOCK=2048)
+problems(outer, 1, BLOCK=128)
+"""
+
+
+def test_planted_kernels_are_caught(tmp_path):
+    """Strided and unaligned accesses are narrow; a tile of 512 registers per thread spills."""
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED)
+    done = compiling(str(script))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8
+    for line in lines[:2]:
+        assert line.endswith("[]"), line
+    for line in lines[2:6]:
+        assert "only 0 % of the streamed bytes in 16-byte accesses" in line, line
+    for line in lines[6:]:
+        assert "bytes spilled" in line, line
+
+
+def test_nothing_is_compiled_in_an_interpreting_process():
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.triton.static", "--check", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=100)
+    assert done.returncode and "nothing can be compiled" in done.stderr
+
+
+def test_every_kernel_file_is_in_the_table():
+    """A new file with COMPILE_CASES must be named in static.KERNELS."""
+    folder = Path(importlib.util.find_spec("zeroblock.kernels").origin).parent
+    files = {path.stem for path in folder.glob("*.py") if "COMPILE_CASES" in path.read_text()} - {"__init__"}
+    assert files == set(static.KERNELS)

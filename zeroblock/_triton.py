@@ -1,0 +1,223 @@
+"""The primitives on the Triton kernels: settles layouts and dtypes, then calls the launchers of `zeroblock.kernels`.
+
+Same names and signatures as `_plain.py`, for CUDA and ROCm tensors, or, in an interpreting process, CPU tensors. Import
+this module only when triton is installed (see `_backends.py`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from . import _backends, _plain, zero
+from ._layout import as_layout, channels_last_format
+from .kernels import activation as _activation
+from .kernels import add_bias as _add_bias
+from .kernels import conv_residual as _conv
+from .kernels import gate_residual as _gate_residual
+from .kernels import gate_residual_layer_norm_modulate as _gate_norm
+from .kernels import group_norm_silu as _group_norm
+from .kernels import group_norm_silu_bwd as _group_norm_bwd
+from .kernels import layer_norm_modulate as _layer_norm
+from .kernels import linear_gate_residual as _linear
+from .kernels.zero_flag import zero_flag as _zero_flag
+from .reference import promoted
+
+NAME = "triton"
+# The second and third dimension of a grid go to 65535: samples, and blocks of 4096 elements under a single gate.
+_MOST_SAMPLES, _MOST_GATED = 65535, 65535 * 4096
+INTERPRETS: bool = not isinstance(_activation._forward, triton.JITFunction)
+MISSING: str | None = None
+device = "cpu" if INTERPRETS else "cuda"  # where the tensors that the kernels take live
+
+
+def why_not(op: str, x: Tensor) -> str | None:
+    """None when these kernels take a call of `op` with leading tensor x, else the reason."""
+    if op == "is_zero":
+        return None
+    if x.shape[0] > _MOST_SAMPLES and x.dim() > 1:
+        return f"{x.shape[0]} samples are more than the {_MOST_SAMPLES} of a grid"
+    if op.startswith("gate_residual") and x.numel() > _MOST_GATED:
+        return f"{x.numel()} elements are more than the {_MOST_GATED} of a grid"
+    if "layer_norm" in op or "rms_norm" in op:
+        D = x.shape[-1]
+        if D > _layer_norm.MAX_D:
+            return f"rows of {D} elements are longer than the {_layer_norm.MAX_D} that a program holds"
+    return None
+
+
+def _rows(v: Tensor | None) -> Tensor | None:
+    """An operand whose last dimension is dense: chunks of a larger tensor are taken as they are."""
+    return v if v is None or v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+
+def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=None):
+    layout = channels_last_format(x)
+    weight, bias, scale, shift = (_rows(v) for v in (weight, bias, scale, shift))
+    x = as_layout(x, layout)
+    return _group_norm.forward(x, num_groups, weight, bias, eps, scale, shift, silu, layout is not None, flag)
+
+
+def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, flag=None):
+    layout = channels_last_format(x)
+    x, dy = as_layout(x, layout), as_layout(dy.to(x.dtype), layout)
+    weight, bias, scale, shift = (_rows(v) for v in (weight, bias, scale, shift))
+    return _group_norm_bwd.backward(
+        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, flag
+    )
+
+
+def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms):
+    shift, scale, weight, bias = (_rows(v) for v in (shift, scale, weight, bias))
+    return _layer_norm.forward(x.contiguous(), shift, scale, weight, bias, eps, rms)
+
+
+def _per_token_shift_grad(dy: Tensor, shift: Tensor | None, dshift: Tensor | None) -> Tensor | None:
+    """The gradient of a per-token shift is dy, as a tensor of its own."""
+    if shift is None or shift.dim() == 2:
+        return dshift
+    return dy.to(shift.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
+    x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
+    scale, weight, bias = (_rows(v) for v in (scale, weight, bias))
+    dx, dshift, *grads = _layer_norm.backward(dy, x, mean, rstd, shift, scale, weight, bias, rms)
+    return dx, _per_token_shift_grad(dy, shift, dshift), *grads
+
+
+# ---- gates ----------------------------------------------------------------------------------------------------------
+
+
+def _gate_layout(gate: Tensor, x: Tensor) -> torch.memory_format | None:
+    """A single gate takes the elements of x in any dense order, other gates rows of tokens."""
+    return channels_last_format(x) if gate.dim() == 1 and gate.numel() == 1 else None
+
+
+def gate_residual(residual, gate, branch, flag=None, bias=None):
+    dtype = promoted(residual, gate, branch)
+    if dtype == torch.float64:
+        return _plain.gate_residual(residual, gate, branch)
+    layout = _gate_layout(gate, residual)
+    residual, branch = as_layout(residual, layout), as_layout(branch, layout)
+    return _gate_residual.forward(residual, _rows(gate), branch, dtype, flag, _rows(bias))
+
+
+def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch):
+    layout = _gate_layout(gate, branch)
+    branch = as_layout(branch, layout)
+    return _gate_residual.backward(as_layout(dy, layout), _rows(gate), branch, need_dgate, need_dbranch)
+
+
+def _gate_rows(gate: Tensor, x: Tensor) -> Tensor:
+    """The combined kernel takes a gate per sample or token: one that all samples share is a row of stride 0, in fp32,
+    so that the samples' gradients are added up before they are rounded."""
+    if gate.dim() > 1:
+        return gate if gate.stride(-1) == 1 else gate.contiguous()
+    return gate.float().expand(x.shape[-1]).contiguous().expand(x.shape[0], -1)
+
+
+def _gate_gradient(dgate: Tensor, gate: Tensor) -> Tensor:
+    if gate.dim() > 1:
+        return dgate
+    return (dgate.sum(0) if gate.numel() > 1 else dgate.sum()).to(gate.dtype).view(gate.shape)
+
+
+def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps):
+    branch, residual = branch.contiguous(), residual.contiguous()
+    return _gate_norm.forward(residual, _gate_rows(gate, branch), branch, _rows(shift), _rows(scale), eps)
+
+
+def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale):
+    dy = dy.contiguous()
+    dx_new = None if dx_new is None else dx_new.contiguous()
+    dresidual, dgate, dbranch, dshift, dscale = _gate_norm.backward(
+        dx_new, dy, x_new, mean, rstd, _gate_rows(gate, branch), branch.contiguous(), shift, _rows(scale)
+    )
+    return dresidual, _gate_gradient(dgate, gate), dbranch, _per_token_shift_grad(dy, shift, dshift), dscale
+
+
+# ---- what is left of a zero branch, activations, the library's GEMM -------------------------------------------------
+
+
+def add_bias(x, bias, dim):
+    """x + bias along `dim` (1 or -1), x dense in one of the two layouts; a bias of None adds 0."""
+    innermost = dim == -1 or channels_last_format(x) is not None
+    columns = x.shape[dim] if innermost else math.prod(x.shape[2:])
+    return _add_bias.add_bias(x, _rows(bias), columns, innermost)
+
+
+def linear(x, weight, bias, activation=None):
+    """act(x @ weight.T + bias)"""
+    y = F.linear(x, weight, bias)
+    return y if activation is None else _activation.forward(y, activation, None)
+
+
+def activation(x, name, flag=None):
+    return _activation.forward(x.contiguous(), name, flag)
+
+
+def activation_bwd(dy, x, name, need_y):
+    return _activation.backward(dy.contiguous(), x.contiguous(), name, need_y)
+
+
+# ---- own GEMMs, which read a flag on the device ---------------------------------------------------------------------
+
+
+def why_library(op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None) -> str | None:
+    """Why the GEMM of an op is the library's, which no flag on the device stops; None: an own one runs.
+
+    Until a plan has measured both: own GEMMs for linears and 1x1 convolutions, the library's for wider convolutions
+    (cuDNN has algorithms for them that an implicit GEMM does not match), all own ones where triton is forced.
+    """
+    if not zero.may_judge(weight) or (gate is not None and not zero.may_judge(gate)):
+        return "the weight is not a plain tensor"
+    if op == "linear_gate_residual":
+        return _linear.why_not(h, weight, gate, residual)
+    reason = _conv.why_not(h, weight, residual)
+    if reason is None and channels_last_format(h) is None and channels_last_format(weight) is None:
+        reason = "the own convolution is channels-last, neither the input nor the weight is"
+    if reason is None and _backends.forced() != NAME and weight.shape[2:].numel() > 1:
+        reason = "a convolution wider than 1x1 is the library's unless the triton backend is forced"
+    return reason
+
+
+def conv_residual(h, weight, bias, residual, padding, flag):
+    return _conv.conv_residual(h, weight, bias, residual, padding, flag)
+
+
+def conv_dgrad(dy, weight, padding, flag):
+    return _conv.conv_dgrad(dy, weight, padding, flag)
+
+
+def linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch):
+    return _linear.linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch)
+
+
+# ---- the zero test --------------------------------------------------------------------------------------------------
+
+
+def _dense(t: Tensor) -> Tensor:
+    """The same elements, dense in some order of dimensions: a copy only where they are not."""
+    if t.is_contiguous():
+        return t
+    order = sorted(range(t.dim()), key=t.stride, reverse=True)
+    return t.permute(order).contiguous()
+
+
+def zero_flags(tensors: list[Tensor], any_of: bool = False) -> Tensor:
+    """int32 [len(tensors)] on their device: 1 where a tensor is exactly zero; with any_of [1], whether one of them is.
+    Nothing is read back."""
+    return _zero_flag([_dense(t) for t in tensors], any_of)
+
+
+def is_zero(t: Tensor) -> bool:
+    """Reads the answer back to the host."""
+    return bool(zero_flags([t]))

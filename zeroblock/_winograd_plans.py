@@ -1,0 +1,86 @@
+"""Winograd's ways (`_winograd.py`) as candidates of the planned convolutions, and its packed weights for `freeze`.
+
+Tile 2 competes everywhere, tile 4 where the user allowed reduced float32 precision.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _backends, _packed, _winograd
+from ._conv import CONV, CONV_BWD, unit_geometry
+from ._norm_conv import NORM_CONV, NORM_CONV_BWD, hidden
+from ._packed import Geometry
+from ._plan import reduced_allowed
+
+
+def _padding(geometry: Geometry) -> tuple[int, ...] | None:
+    """The padding of a convolution that is plain otherwise, else None."""
+    padding = geometry[1]
+    return padding if geometry == unit_geometry(list(padding)) else None
+
+
+def _why_not(P, h: Tensor, weight: Tensor, padding: tuple[int, ...] | None) -> str | None:
+    if padding is not None and _winograd.usable(P, h, weight, padding):
+        return None
+    return "3x3 float32 convolutions of stride 1 on the CPU only"
+
+
+def _frozen(P, weight: Tensor, geometry: Geometry, tile: int) -> Tensor | None:
+    copy = _packed.find(weight)
+    return None if copy is None else copy.convs.get((_winograd.plan_name(tile), geometry))
+
+
+def _packer(tile: int):
+    def pack(weight: Tensor, geometry: Geometry) -> Tensor | None:
+        """For weights that some map would give to Winograd, tile 4 only with the user's permission."""
+        if weight.dim() != 4 or (tile == 4 and not reduced_allowed()) or min(weight.shape[:2]) < _winograd.FEW_CHANNELS:
+            return None
+        P, map_ = _backends.select("conv_residual", weight), weight.new_empty(1, weight.shape[1], 4, 4)
+        padding = _padding(geometry)
+        if padding is None or not _winograd.usable(P, map_, weight, padding):
+            return None
+        return _winograd.pack(P, weight.detach(), tile)
+
+    return pack
+
+
+def _register(tile: int) -> None:
+    name, reduced = _winograd.plan_name(tile), tile == 4
+
+    def conv(P, h, weight, bias, residual, geometry):
+        packed = _frozen(P, weight, geometry, tile)
+        return _winograd.conv(P, h, weight, bias, residual, geometry[1], tile=tile, packed=packed)
+
+    def conv_bwd(P, dy, h, weight, has_bias, padding, mask):
+        return _winograd.conv_grads(P, dy, h, weight, has_bias, padding, mask, tile=tile)
+
+    def norm_conv(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
+        if keep is not None:  # a dropout mask comes between norm and convolution
+            h, mean, rstd = hidden(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight.dtype)
+            return conv(P, h, weight, bias, residual, geometry), mean, rstd
+        mean, rstd = _winograd.statistics(P, x, num_groups, eps)
+        norm = _winograd.Norm(num_groups, mean, rstd, nw, nb, scale, shift)
+        packed = _frozen(P, weight, geometry, tile)
+        y = _winograd.conv(P, x, weight, bias, residual, geometry[1], tile=tile, norm=norm, packed=packed)
+        return y, mean, rstd
+
+    def norm_conv_bwd(
+        P, dy, x, mean, rstd, num_groups, nw, nb, eps, scale, shift, keep, p, weight, has_bias, padding, mask
+    ):
+        norm, h = None, x
+        if keep is None:
+            norm = _winograd.Norm(num_groups, mean, rstd, nw, nb, scale, shift)
+        elif mask[1]:
+            h, _, _ = hidden(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight.dtype)
+        return _winograd.conv_grads(P, dy, h, weight, has_bias, padding, mask, tile=tile, norm=norm)
+
+    CONV.add(name, conv, lambda P, h, w, b, r, g: _why_not(P, h, w, _padding(g)), reduced=reduced)
+    NORM_CONV.add(name, norm_conv, lambda P, x, *a: _why_not(P, x, a[8], _padding(a[11])), reduced=reduced)
+    CONV_BWD.add(name, conv_bwd, lambda P, dy, h, w, *a: _why_not(P, h, w, tuple(a[1])), reduced=reduced)
+    NORM_CONV_BWD.add(name, norm_conv_bwd, lambda P, dy, x, *a: _why_not(P, x, a[-4], tuple(a[-2])), reduced=reduced)
+    _packed.CONV_PACKERS[name] = _packer(tile)
+
+
+for tile in (2, 4):
+    _register(tile)

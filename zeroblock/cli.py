@@ -1,0 +1,249 @@
+"""The command `zeroblock` (also `python -m zeroblock`): doctor, bench, info, demo.
+
+Exit status: 0 fine; 1 the doctor found something dead or symmetric, bench a difference, demo a failed check; 2 the
+command could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._explain import info
+from .doctor import doctor, random_target_loss
+from .doctor.text import render
+
+FACTORY_HELP = (
+    "package.module:factory or file.py:factory, a function without arguments that returns (model, example_batch) or "
+    "(model, example_batch, loss) with loss(model, example_batch) -> scalar; or a model alone, with --shape"
+)
+
+
+class CommandError(Exception):
+    """The command cannot run: printed without a traceback, exit status 2."""
+
+
+class Progress:
+    """A bar on stderr, on a terminal only."""
+
+    def __init__(self, enabled: bool | None = None):
+        self.enabled = sys.stderr.isatty() if enabled is None else enabled
+        self.start = time.perf_counter()
+
+    def __call__(self, phase: str, done: int, total: int, note: str) -> None:
+        if self.enabled:
+            bar, seconds = "#" * (24 * done // total), time.perf_counter() - self.start
+            line = f"{phase:6s} [{bar:24s}] {done}/{total} {seconds:5.1f} s  {note}"
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.enabled:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def load_factory(target: str) -> Callable[[], Any]:
+    """The function that "package.module:name" or "path/file.py:name" stands for."""
+    where, colon, name = target.rpartition(":")
+    if not colon or not where or not name:
+        raise CommandError(f"factory must be given as package.module:name or file.py:name, got {target!r}")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(spec.name, module)
+            spec.loader.exec_module(module)
+        else:
+            if os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(where)
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"cannot import {where}: {type(error).__name__}: {error}") from error
+    factory: Any = module
+    for part in name.split("."):
+        if not hasattr(factory, part):
+            raise CommandError(f"{where} has no attribute {name!r}")
+        factory = getattr(factory, part)
+    if not callable(factory):
+        raise CommandError(f"{target} must be a function, got {type(factory).__name__}")
+    return factory
+
+
+def build(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
+    """(model, example_batch, loss or None) from the factory and --shape, on --device."""
+    factory = load_factory(options.factory)
+    torch.manual_seed(options.seed)
+    try:
+        made = factory()
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"{options.factory} failed: {type(error).__name__}: {error}") from error
+    parts = made if isinstance(made, tuple) else (made,)
+    if not isinstance(parts[0], nn.Module) or len(parts) > 3:
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise CommandError(f"{options.factory} must return (model, example_batch[, loss]), got ({kinds})")
+    model = parts[0]
+    batch = parts[1] if len(parts) > 1 else None
+    if options.shape:
+        batch = tuple(torch.randn(shape) for shape in options.shape)
+    if batch is None:
+        raise CommandError(f"{options.factory} returns a model alone: give the shapes of its inputs with --shape")
+    loss = parts[2] if len(parts) > 2 else None
+    if options.device:
+        try:
+            model = model.to(options.device)
+            batch = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(options.device), batch)
+        except RuntimeError as error:
+            raise CommandError(f"--device {options.device}: {error}") from error
+    return model, batch, loss
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    for path in filter(None, (options.json, options.html)):
+        if not Path(path).resolve().parent.is_dir():
+            raise CommandError(f"{path}: the folder does not exist")
+    model, batch, loss = build(options)
+    progress = Progress(False if options.quiet else None)
+    try:
+        diagnosis = doctor(model, batch, loss, options.steps, lr=options.lr, progress=progress)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    finally:
+        progress.close()
+    if options.json:
+        _write(options.json, diagnosis.to_json())
+    if options.html:
+        _write(options.html, diagnosis.to_html())
+    if not options.quiet:
+        print(render(diagnosis))
+    return diagnosis.exit_status
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error}") from error
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    from ._bench import bench
+
+    model, batch, loss = build(options)
+    try:
+        comparison = bench(model, batch, loss or random_target_loss, options.seconds)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
+    print(comparison)
+    return 0 if comparison.equal else 1
+
+
+def run_info(options: argparse.Namespace) -> int:
+    if options.family is None:
+        print(info())
+        return 0
+    try:
+        from .convert import families
+    except ImportError as error:
+        raise CommandError("this installation has no zeroblock.convert, so there are no families to show") from error
+    known = families()
+    if options.family == "all":
+        print("\n\n".join(f"{name}\n{text}" for name, text in known.items()))
+    elif options.family in known:
+        print(known[options.family])
+    else:
+        raise CommandError(f"no family {options.family!r}; known: {', '.join(known)}")
+    return 0
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """--shape 2,3,32,32"""
+    try:
+        found = tuple(int(n) for n in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape like 2,3,32,32") from None
+    if any(n < 1 for n in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: sizes must be at least 1")
+    return found
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be positive")
+        return value
+
+    return convert
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="zeroblock", description="Zero-aware residual blocks for diffusion models.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{doctor,bench,info,demo}")
+
+    def model_command(name: str, run: Callable, help: str, description: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=description)
+        command.add_argument("factory", help=FACTORY_HELP)
+        command.add_argument("--shape", type=shape, action="append", help="a random normal input, as 2,3,32,32; repeat")
+        command.add_argument("--device", help="move model and batch there first, as cuda:0 (default: leave them)")
+        command.add_argument("--seed", type=int, default=0, help="set before the factory is called (default: 0)")
+        command.add_argument("--traceback", action="store_true", help="show where an error comes from")
+        command.set_defaults(run=run)
+        return command
+
+    command = model_command(
+        "doctor", run_doctor, "will this initialisation learn, and when does each branch wake up?",
+        "Predicts from the zeros of a model when each parameter gets its first gradient, checks it with plain SGD "
+        "steps (undone afterwards), and names what is dead or symmetric. Exit status 1 if anything is.",
+    )  # fmt: skip
+    command.add_argument("--steps", type=positive(int), default=4, help="SGD steps (default: 4)")
+    command.add_argument("--lr", type=positive(float), default=1e-2, help="their learning rate (default: 0.01)")
+    command.add_argument("--json", metavar="FILE", help="write everything found as JSON")
+    command.add_argument("--html", metavar="FILE", help="write a page with timeline, table and explanation")
+    command.add_argument("--quiet", action="store_true", help="print nothing; the exit status tells")
+
+    command = model_command(
+        "bench", run_bench, "your own model before and after zeroblock.accelerate",
+        "Times a model and an accelerated copy of it in interleaved pairs, counts the bytes saved for backward, and "
+        "compares loss and gradients. Exit status 1 if they differ.",
+    )  # fmt: skip
+    command.add_argument("--seconds", type=positive(float), default=5.0, help="for inference and for training each")
+
+    command = commands.add_parser("info", help="what is built and why not", description="What is built and why not.")
+    command.add_argument("family", nargs="?", help="a family of blocks that accelerate knows, or all")
+    command.set_defaults(run=run_info, traceback=False)
+
+    commands.add_parser("demo", add_help=False, help="train two small models, eager and zeroblock side by side")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["demo"]:
+        from . import demo
+
+        return demo.main(arguments[1:])
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except CommandError as error:
+        if options.traceback:
+            traceback.print_exception(error.__cause__ or error)
+        message = str(error).removeprefix(f"{options.command}: ")
+        print(f"zeroblock {options.command}: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,188 @@
+"""accelerate() and restore(): other people's blocks run by zeroblock, in place (families and their contract:
+`_core.py`)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .. import _backends, _checks, zero
+from . import _proof
+from ._core import FAMILIES, Family, accelerated_class, applied
+from ._report import Branch, LeftAlone, Report
+
+# isort: split
+from . import (  # noqa: F401
+    diffusers_adaln,
+    diffusers_controlnet,
+    diffusers_mmdit,
+    diffusers_motion,
+    diffusers_resnet,
+    diffusers_transformer,
+    dit,
+    edm,
+    edm2,
+    gated,
+    guided_diffusion,
+    ldm,
+    peft_lora,
+    pixart,
+    resnet,
+    timm_nfnet,
+    zero_layers,
+)
+
+__all__ = ["Branch", "Family", "LeftAlone", "Report", "accelerate", "families", "restore"]
+
+PRECISIONS = ("strict",)
+
+
+def families() -> dict[str, str]:
+    """{name: what it computes, how it is used, what is skipped while zero} of every family accelerate knows."""
+    return {name: inspect.cleandoc(family.__doc__ or "") for name, family in FAMILIES.items()}
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    zero_skip: str = "auto",
+    backend: str = "auto",
+    precision: str = "strict",
+    strict: bool = False,
+) -> Report:
+    """Has zeroblock run the blocks of `model` that it knows, in place; returns what was done, printable as a table.
+
+    Blocks are found by class name and structure, and each make is proved on a random copy before it is touched: one
+    that computes something else is left alone and reported. Parameters, their names and order, state_dict, hooks,
+    isinstance relations, deepcopy and pickle (which writes the original class) stay as they are; only `type(block)`
+    changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
+
+    Args: zero_skip as in zeroblock/zero.py. backend: "auto", or the one that runs the blocks' forwards. precision:
+    "strict", the accuracy of eager. strict: raise RuntimeError, the model unchanged, when a block that looks like a
+    known one is left alone, or none is found. Called again, the new options replace the old. `restore` undoes it.
+    Accelerate before torch.compile: RuntimeError on a compiled model. Before or after DDP, FSDP, optimizers and
+    load_state_dict does not matter. Raises TypeError or ValueError for wrong arguments.
+
+    >>> print(zb.accelerate(unet))  # doctest: +SKIP
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
+    _checks.choice("accelerate", "zero_skip", zero_skip, zero.POLICIES)
+    _checks.choice("accelerate", "backend", backend, ("auto", *_backends.BACKENDS))
+    _checks.choice("accelerate", "precision", precision, PRECISIONS)
+    if backend == "cpu" and _backends.CPU_MISSING is not None:
+        raise RuntimeError(f"accelerate: the cpu backend cannot run: {_backends.CPU_MISSING}")
+    _refuse_compiled("accelerate", model)
+    before = [(m, type(m)) for m in model.modules() if applied(m) is not None and _is_ours(m)]
+    restore(model)
+    try:
+        found, left_alone = _plan(model, [family(zero_skip, backend, precision) for family in _in_order()])
+        if strict and (left_alone or not found):
+            rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
+            raise RuntimeError(f"accelerate: strict, and not everything could be accelerated:\n{rest}")
+    except BaseException:
+        for m, kind in before:
+            m.__class__ = kind
+        raise
+    rows = [row for path, block, family in found for row in _rows(path, block, family)]
+    for _, block, family in found:
+        block.__class__ = accelerated_class(type(block), family)
+    return Report(tuple(rows), tuple(left_alone), len(found))
+
+
+def restore(model: nn.Module) -> int:
+    """Gives every block of `model` its own class back, parameters as they are now; returns how many blocks there were.
+
+    Raises RuntimeError when the model is compiled, or a block's class was extended after accelerate (fully_shard).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: model must be an nn.Module, got {type(model).__name__}")
+    _refuse_compiled("restore", model)
+    blocks = [(path, m) for path, m in model.named_modules() if applied(m) is not None]
+    for path, m in blocks:
+        if not _is_ours(m):
+            raise RuntimeError(
+                f"restore: the class of {path or 'the model'} became {type(m).__name__} after accelerate"
+            )
+    for _, m in blocks:
+        m.__class__ = applied(m).original
+    return len(blocks)
+
+
+def _in_order() -> list[type[Family]]:
+    """The families as they are asked: those of whole blocks before that of single layers."""
+    return sorted(FAMILIES.values(), key=lambda family: not family.classes)
+
+
+def _is_ours(block: nn.Module) -> bool:
+    """The class is the one accelerate gave it, not one derived of it since."""
+    return "_zeroblock" in vars(type(block))
+
+
+def _refuse_compiled(what: str, model: nn.Module) -> None:
+    advice = f"call {what} on the original model, then torch.compile it (again)"
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{what}: called inside a function that is being compiled; {advice}")
+    for path, m in model.named_modules():
+        if type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None:
+            raise RuntimeError(f"{what}: {path or 'the model'} is compiled, and its code would stay as it is; {advice}")
+
+
+def _plan(model: nn.Module, known: list[Family]) -> tuple[list[tuple[str, nn.Module, Family]], list[LeftAlone]]:
+    found: list[tuple[str, nn.Module, Family]] = []
+    left_alone: list[LeftAlone] = []
+    claimed: set[nn.Module] = set()
+    for path, block in model.named_modules():
+        if type(block).__module__.startswith("zeroblock.nn"):
+            claimed.update(block.modules())
+            continue
+        reasons: list[str] = []
+        for family in known:
+            if block in claimed and not family.classes or not family.knows(block):
+                continue
+            reason = _obstacle(block, path, model, family)
+            if reason is None:
+                found.append((path, block, family))
+                claimed.update(family.claims(block))
+                reasons = []
+                break
+            reasons.append(reason)
+        if reasons:
+            left_alone.append(LeftAlone(path, type(block).__name__, "; ".join(dict.fromkeys(reasons))))
+    return found, left_alone
+
+
+def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> str | None:
+    """Why the family cannot have the block; None when it can."""
+    if isinstance(block, torch.jit.ScriptModule):
+        return "it is a ScriptModule"
+    if applied(block) is not None:
+        return f"its class became {type(block).__name__} after accelerate"
+    try:
+        reason = family.match(block, path, model)
+    except Exception as error:  # foreign attributes can be anything
+        reason = f"its attributes are not those of {family.name}: {type(error).__name__}: {error}"
+    if reason is not None:
+        return reason
+    if vars(block).keys() & {"forward", family.method, "_hf_hook"}:
+        return f"its {family.method} is replaced on the instance (an offloading or casting hook)"
+    try:
+        accelerated_class(type(block), family)
+    except TypeError as error:
+        return f"its class cannot be extended: {error}"
+    return _proof.disagreement(family.specimen(block), family)
+
+
+def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
+    for name, tensors in family.branches(block).items():
+        backend = _backends.select("group_norm_silu", tensors[0]).NAME if family.backend == "auto" else family.backend
+        yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend)
+
+
+def _zero_now(tensors: tuple[Tensor, ...]) -> bool | None:
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype not in zero.DTYPES or t.is_meta for t in tensors):
+        return None
+    return all(zero.is_exactly_zero(t.detach()) for t in tensors)

@@ -1,0 +1,25 @@
+"""The report as one page: report.html with the diagnosis in it. Nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .diagnosis import ALARMS, Diagnosis, finite
+from .explain import REFERENCES
+from .text import savings_lines
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def page(d: Diagnosis) -> str:
+    alarms = len(d.of_kind(*ALARMS))
+    data = {
+        **d.to_dict(),
+        "verdict": "healthy: nothing is dead or symmetric" if d.healthy else f"{alarms} parameters dead or symmetric",
+        "savings_lines": savings_lines(d),
+        "references": REFERENCES,
+    }
+    # "<" may not appear: a parameter or model could be named "</script>".
+    text = json.dumps(finite(data), allow_nan=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text, 1)

@@ -1,0 +1,148 @@
+"""The report for a terminal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from typing import TextIO
+
+from .diagnosis import ALARMS, KINDS, Diagnosis, ParameterReport
+from .explain import REFERENCES, some
+
+_COLORS = {"dead": "31", "symmetric": "31", "not seen": "33", "unused": "33", "zero tail": "32", "zero gate": "32",
+           "waits": "36", "constant": "2", "free": "2", "frozen": "2"}  # fmt: skip
+_ROWS = 24
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Only on a terminal, and not where NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def size(n: float, unit: str) -> str:
+    """4 significant digits and a prefix: size(2.5e9, "FLOP") == "2.5 GFLOP"."""
+    if unit == "B":
+        prefixes, base = ["", "Ki", "Mi", "Gi", "Ti"], 1024
+    else:
+        prefixes, base = ["", "k", "M", "G", "T", "P"], 1000
+    for prefix in prefixes[:-1]:
+        if abs(n) < base:
+            return f"{n:.4g} {prefix}{unit}"
+        n /= base
+    return f"{n:.4g} {prefixes[-1]}{unit}"
+
+
+def step(value: int | None, none: str) -> str:
+    return none if value is None else str(value)
+
+
+def prediction(p: ParameterReport) -> str:
+    return "never" if p.proved else step(p.predicted, "-")
+
+
+def render(d: Diagnosis, color: bool | None = None, width: int | None = None) -> str:
+    """The whole report; `color` None asks the terminal."""
+    color = wants_color(sys.stdout) if color is None else color
+    width = width or min(shutil.get_terminal_size((110, 24)).columns, 120)
+
+    def paint(text: str, code: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if color else text
+
+    lines = [paint(f"zeroblock doctor: {d.model}", "1") + f", {len(d.parameters)} parameters, {d.steps} SGD steps", ""]
+    counts = Counter(p.kind for p in d.parameters)
+    for kind, meaning in KINDS.items():
+        if counts[kind]:
+            lines.append(f"  {paint(f'{counts[kind]:5d} {kind:<10}', _COLORS[kind])} {meaning}")
+    lines += ["", *_timeline(d)]
+    for finding in d.findings:
+        lines += ["", *_wrap(finding, width, paint("!! ", "1;31"))]
+    lines += _table(d, width, paint)
+    for paragraph in d.explanation:
+        lines += ["", *_wrap(paragraph, width)]
+    lines += ["", *_savings(d, width)]
+    if d.explanation and any(p.is_zero for p in d.parameters):
+        lines += ["", "References: " + REFERENCES[0], *(f"            {r}" for r in REFERENCES[1:])]
+    if d.healthy:
+        verdict = paint("healthy: nothing is dead or symmetric", "1;32")
+    else:
+        verdict = paint(f"{len(d.of_kind(*ALARMS))} parameters are dead or symmetric", "1;31")
+    return "\n".join([*lines, "", verdict])
+
+
+def _wrap(text: str, width: int, first: str = "") -> list[str]:
+    return [first + line if i == 0 else line for i, line in enumerate(textwrap.wrap(text, width - 4))]
+
+
+def _timeline(d: Diagnosis) -> list[str]:
+    """How many parameters move first in each step."""
+    total, lines = len(d.parameters), ["first motion (predicted from the zeros alone / measured)"]
+    measured = Counter(p.measured for p in d.parameters)
+    predicted = Counter(p.predicted for p in d.parameters)
+    for s in range(1, d.steps + 1):
+        bar = "#" * -(-30 * measured[s] // total)
+        lines.append(f"  step {s:<3} {predicted[s]:5d} / {measured[s]:<5d} {bar}")
+    later = [p for p in d.parameters if p.measured is None and p.kind not in ("free", "frozen")]
+    lines.append(f"  not seen {len(later):11d}")
+    return lines
+
+
+def _table(d: Diagnosis, width: int, paint) -> list[str]:
+    """Dead, symmetric and unseen ones first, then the zero tails and gates."""
+    order = ["dead", "symmetric", "not seen", "unused", "zero tail", "zero gate", "waits"]
+    rows = [p for p in d.parameters if p.kind in order]
+    rows = [p for p in rows if p.kind != "waits" or not p.agrees or p.is_zero and p.role != "bias"]
+    rows.sort(key=lambda p: order.index(p.kind))
+    if not rows:
+        return []
+    name = max(len("parameter"), min(max(len(p.name) for p in rows), width - 66))
+    lines = ["", f"{'parameter':<{name}}  {'kind':<10} {'predicted':>9} {'measured':>9}  waits for"]
+    for p in rows[:_ROWS]:
+        short = p.name if len(p.name) <= name else "..." + p.name[3 - name :]
+        text = (
+            f"{short:<{name}}  {p.kind:<10} {prediction(p):>9} {step(p.measured, 'not seen'):>9}  {some(p.holder, 1)}"
+        )
+        lines.append(paint(text.rstrip(), _COLORS[p.kind]))
+    if len(rows) > _ROWS:
+        lines.append(f"... and {len(rows) - _ROWS} more (--json and --html have them all)")
+    return lines
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "0 %"
+
+
+def savings_lines(d: Diagnosis) -> list[str]:
+    """The fast path's part in sentences, shared with the page."""
+    s = d.savings
+    near = []
+    if d.near_zero:
+        shown = some(f"{p.name} ({p.max_abs:.1e})" for p in d.near_zero)
+        near = [f"Near misses, not zero (largest element): {shown}. No branch is skipped for them."]
+    if s is None:
+        return near
+    if not s.branches:
+        return ["No residual branch is exactly zero: the fast path would skip nothing now.", *near]
+    last = [b.steps for b in s.branches if b.steps is not None]
+    lines = [
+        f"The fast path would skip {len(s.branches)} branch{'es' * (len(s.branches) > 1)} now, zero by "
+        f"{some(f'{b.parameters[0]} ({b.by})' for b in s.branches)}.",
+        f"Inference: {size(s.inference_saved, 'FLOP')} of {size(s.inference_flops, 'FLOP')} "
+        f"({_share(s.inference_saved, s.inference_flops)}).",
+        f"Training: {size(s.training_saved, 'FLOP')} of {size(s.training_flops, 'FLOP')} a step "
+        f"({_share(s.training_saved, s.training_flops)}), and {size(s.activation_saved, 'B')} of "
+        f"{size(s.activation_bytes, 'B')} kept for backward are not needed.",
+    ]
+    if last:
+        lines.append(
+            f"In ordinary training that lasts {max(last)} step{'s' * (max(last) > 1)}, until the tails have moved."
+        )
+    if len(last) < len(s.branches):
+        lines.append(f"Zero for ever, because frozen or never moved: {len(s.branches) - len(last)} of them.")
+    return lines + near
+
+
+def _savings(d: Diagnosis, width: int) -> list[str]:
+    return [line for text in savings_lines(d) for line in _wrap(text, width)]
