@@ -53,7 +53,7 @@ def by_group(channels: int, pixels: int, groups: int, last: bool, table: tuple, 
         else:
             columns = min(power_of_2(pixels), tile)
             rows = lanes if side > 1 else min(width, tile // columns)
-            found = ByGroup(0, rows, columns, side, cdiv(width * side, rows), cdiv(pixels, columns), warps)
+            found = ByGroup(0, rows, columns, side, cdiv(channels * side, rows), cdiv(pixels, columns), warps)
         tiles = found.CHANNEL_BLOCKS * found.PIXEL_BLOCKS
         if tiles * found.ROWS * found.COLS <= most and tiles <= most_tiles:
             return found

@@ -25,9 +25,9 @@ from ._images import affine, along_channels, by_group, flat, group_lanes, over_g
 from ._launch import launch
 from .group_norm_silu import COMBINE, TILES, compile_cases, sample_stride
 
-# (most elements of a program, elements of a tile, num_warps), contiguous and channels-last.
-ONE_READ = ((2048, 2048, 4), (4096, 2048, 4), (8192, 4096, 8), (20480, 4096, 16))
+# (most elements of a program, elements of a tile, num_warps), channels-last and contiguous by element size.
 ONE_READ_LAST = ((2048, 2048, 4), (4096, 2048, 4), (8192, 4096, 8))
+ONE_READ = {size: (*ONE_READ_LAST, (most, 4096, 16)) for size, most in ((2, 20480), (4, 16384))}
 # Channels of a program of `_parameters`.
 COLUMNS = 64
 
@@ -249,7 +249,9 @@ def backward(
     }  # fmt: skip
     held = None
     if not split:
-        held = by_group(channels, pixels, num_groups, last, ONE_READ_LAST if last else ONE_READ, TILES)
+        held = by_group(
+            channels, pixels, num_groups, last, ONE_READ_LAST if last else ONE_READ[x.element_size()], TILES
+        )
     if held is not None:
         launch(
             _one_read, (N, num_groups // held.GROUPS), **vars(held), **operands, dx=dx, sum_a=sum_a, sum_b=sum_b,

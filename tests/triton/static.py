@@ -55,7 +55,7 @@ EVERYWHERE = re.compile(
 )
 SM_90 = re.compile(
     r"(group_norm_silu_)?conv_residual-.*(128x64|wgrad|partial)-fp(16|32)|linear_gate_residual-(128x64-fp|gate_.*bf16)"
-    r"|group_norm_silu(_bwd)?-(320x64-\w+-(nchw|nhwc\S*)|640x32-bfloat16-\w+-split|1280x8-bfloat16-nchw)"
+    r"|group_norm_silu(_bwd)?-(320x64-\w+-(nchw|nhwc\S*)|640x32-bfloat16-(nchw$|\w+-split)|1280x8-bfloat16-nchw)"
     r"|\w*norm_modulate-(384|3072|6144)-\w+-sample$|\w*-1152-(float32-|bfloat16-token)"
 )
 SMALL = 1 << 18  # tensors of fewer bytes may be accessed as the kernel likes, and those of 1/16 of the largest
