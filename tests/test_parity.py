@@ -173,6 +173,14 @@ def test_group_of_a_million_elements(backend, device, layout):
     assert_parity(case, torch.float32, layout, device)
 
 
+@dtypes
+def test_group_whose_channels_are_no_power_of_two(backend, device, dtype):
+    """5 channels of 2048 pixels: a program of the Triton kernel holds them in three tiles of two channels, the last
+    one half empty."""
+    case = _norm_case("group_norm_silu", {"num_groups": 2}, N=2, C=10, S=(64, 32), film=True, mean=0.5, std=2.0)
+    assert_parity(case, dtype, device=device)
+
+
 @pytest.mark.parametrize("op", ("layer_norm_modulate", "rms_norm_modulate"))
 def test_row_of_a_hundred_thousand_elements(backend, device, op):
     assert_parity(_norm_case(op, {}, B=2, T=4, D=100_003, mean=3.0, std=1.0), torch.float32, device=device)
