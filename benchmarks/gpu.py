@@ -23,8 +23,9 @@ import store
 import torch
 from cases import MODES, Case, Side
 from run import check_agreement
-from timing import Timing
 from torch.utils.flop_counter import FlopCounterMode
+
+from zeroblock.testing.timing import Timing
 
 BASELINES = {"compile": {}, "max_autotune": {"mode": "max-autotune-no-cudagraphs"}}  # the timer captures, not inductor
 COLUMNS = (
