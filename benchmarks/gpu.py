@@ -23,7 +23,7 @@ import store
 import torch
 from cases import MODES, Case, Side
 from run import check_agreement
-from timing import Timing
+from zeroblock.testing.timing import Timing
 from torch.utils.flop_counter import FlopCounterMode
 
 BASELINES = {"compile": {}, "max_autotune": {"mode": "max-autotune-no-cudagraphs"}}  # the timer captures, not inductor
