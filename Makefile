@@ -1,7 +1,9 @@
-# make demo | test | bench | lint: each sets up .venv itself. PYTHON, VENV and TORCH choose interpreter, folder and torch.
+# make demo | test | bench | lint: each sets up .venv itself. PYTHON, VENV, TORCH and JOBS choose interpreter, folder,
+# torch and the number of processes that test.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
+JOBS ?= 2
 EXTRAS ?= test,models,demo,lint
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -15,8 +17,8 @@ demo: $(STAMP)
 # Idle OpenMP threads that spin make short tests several times slower on a busy machine. The Triton kernels are
 # interpreted in a process of their own: one process either interprets or compiles.
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest $(TESTFLAGS)
-	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(BIN)/pytest $(TESTFLAGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTFLAGS)
+	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTFLAGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

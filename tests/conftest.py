@@ -67,8 +67,15 @@ SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_in
 REPEATED_INTERPRETED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
 
 
+# Their tests share what takes long to build, so that one of pytest-xdist's workers runs them all.
+ONE_WORKER = ("benchmarks", "benchmarks_gpu", "cuda_build", "cuda_static", "doctor_html", "isa", "packaging")
+
+
 def pytest_collection_modifyitems(config, items):
     """An interpreting process runs what tests the triton backend and the kernels, and of that the quick part."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in ONE_WORKER:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not INTERPRETS:
         return
 

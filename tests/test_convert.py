@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import zeroblock as zb
+from zeroblock import _backends
 from zeroblock.testing import eager
 
 from .convert_cases import Net, example, guided_block, is_skipping
@@ -254,3 +255,26 @@ def test_changes_after_accelerate_fall_back_to_the_original():
     plain = copy.deepcopy(net)
     zb.restore(plain)
     assert torch.equal(net(*inputs), plain(*inputs))
+
+
+def test_precision_fast_allows_reduced_precision_in_both_directions():
+    """The F(4x4) Winograd convolutions: another rounding than strict's, both in forward and in backward alone."""
+    torch.manual_seed(0)
+    strict = eager.ResBlock(32, 64, 0.0)
+    with torch.no_grad():
+        strict.out_layers[-1].weight.normal_(std=0.05)
+    fast = copy.deepcopy(strict)
+    exact = copy.deepcopy(strict).double()
+    zb.accelerate(strict)
+    zb.accelerate(fast, precision="fast")
+    x, emb, dy = torch.randn(2, 32, 16, 16), torch.randn(2, 64), torch.randn(2, 32, 16, 16)
+    found = []
+    for block, dtype in ((strict, torch.float32), (fast, torch.float32), (exact, torch.float64)):
+        inputs = x.to(dtype).requires_grad_()
+        y = block(inputs, emb.to(dtype))
+        found.append((y, *torch.autograd.grad(y, [inputs, block.in_layers[2].weight], dy.to(dtype))))
+    for ours, reduced, truth in zip(*found, strict=True):
+        errors = [((t.double() - truth).norm() / truth.norm()).item() for t in (ours, reduced)]
+        if _backends.CPU_MISSING is None:
+            assert errors[1] > 2 * errors[0]
+        assert errors[1] < 1e-4

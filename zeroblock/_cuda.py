@@ -56,8 +56,8 @@ except AttributeError:
 
 
 def why_not(op: str, x: Tensor) -> str | None:
-    """None: these kernels take every call of a dtype in DTYPES."""
-    return None
+    """None when these kernels take a call of `op` with leading tensor x, else the reason."""
+    return "the tensor is empty" if x.numel() == 0 else None
 
 
 def archs() -> str:

@@ -40,9 +40,18 @@ def add_function(op: Any, setup_context: Callable, backward: Callable) -> None:
             finally:
                 state.training = before
             setup_context(ctx, inputs, output)
+            ctx.reduced = state.reduced
             return output
 
-    Lane.backward = staticmethod(backward)  # type: ignore[assignment]
+        @staticmethod
+        def backward(ctx, *grads):
+            """In forward's precision, whatever is allowed by now."""
+            before, state.reduced = state.reduced, ctx.reduced
+            try:
+                return backward(ctx, *grads)
+            finally:
+                state.reduced = before
+
     Lane.__name__ = op._schema.name.split("::")[1]
     _functions[op] = Lane
 

@@ -34,6 +34,7 @@ torch.save write the original class; copy and deepcopy stay accelerated.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
@@ -44,7 +45,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import _backends
+from .. import _backends, _plan
 
 FAMILIES: dict[str, type[Family]] = {}
 
@@ -151,7 +152,7 @@ def applied(block: nn.Module) -> _Applied | None:
 
 
 def _replacement(method: Callable, family: Family) -> Callable:
-    forward, backend = family.forward, family.backend
+    forward, backend, fast = family.forward, family.backend, family.precision == "fast"
     parameters = inspect.signature(forward).parameters.values()
     names = tuple(p.name for p in parameters)
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
@@ -160,9 +161,13 @@ def _replacement(method: Callable, family: Family) -> Callable:
     def replaced(self, *args, **kwargs):
         if kwargs and not takes_all and not all(name in names for name in kwargs):
             return method(self, *args, **kwargs)  # a fork's own argument
-        if backend == "auto":
+        if backend == "auto" and not fast:
             return forward(self, *args, **kwargs)
-        with _backends.use_backend(backend):
+        with contextlib.ExitStack() as options:
+            if backend != "auto":
+                options.enter_context(_backends.use_backend(backend))
+            if fast:
+                options.enter_context(_plan.allow_reduced())
             return forward(self, *args, **kwargs)
 
     return replaced
