@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
   Tensor y = torch::stable::new_empty(x, {p.N, p.H, p.W, p.K}), statistics = absent();
   p.y = y.mutable_data_ptr();
   if (partial) {
-    statistics = f32(x, {p.N, cuda::conv_residual_tiles(p), p.K, 2});
+    statistics = f32(x, {p.N, cuda::conv_residual_tiles(p), p.K, cuda::kConvMoments});
     p.partial = data<float>(statistics);
   }
   for (const void* t : {p.x, p.filter, p.residual, p.conv_bias.ptr}) {
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> conv_moments(Tensor partial, Tensor y, int64_t groups
   p.eps = static_cast<float>(eps);
   STD_TORCH_CHECK(groups > 0 && p.K % groups == 0 && ZB_IS_HERE(partial) && partial.is_contiguous() &&
                       partial.scalar_type() == ScalarType::Float && partial.dim() == 4 && partial.size(0) == p.N &&
-                      partial.size(2) == p.K && partial.size(3) == 2,
+                      partial.size(2) == p.K && partial.size(3) == cuda::kConvMoments,
                   "conv_moments: partial must be what conv_residual returned for y");
   p.partial = data<float>(partial);
   Tensor mean = f32(y, {p.N, p.G}), rstd = f32(y, {p.N, p.G});

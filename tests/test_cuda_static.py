@@ -29,7 +29,7 @@ def test_shipped_shapes_fit_with_their_shared_memory():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spills": "24"}, "24 bytes of stack"),
+        ({"spills": "8"}, "8 bytes of stack"),
         ({"blocks": "0"}, "not one block fits"),
         ({"LDG.128": "0", "LDGSTS": "0"}, "no 16-byte loads"),
         ({"HMMA": "0"}, "no tensor-core instructions"),

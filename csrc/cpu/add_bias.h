@@ -1,6 +1,6 @@
-// add_bias: y = x + (bias + 0), bias along one dimension, or y = x + 0: what is left of a zero branch, whose products are
-// +0, so that a bias of -0 and an x of -0 without a bias come out as +0. x is [R, C, S]: NCHW has R = N, channels-last and token layouts have S = 1. fp32, bf16 or fp16, bias fp32,
-// one rounding. One piece of work is a run of rows.
+// add_bias: y = x + (bias + 0), bias along one dimension, or y = x + 0: what is left of a zero branch. Its products are
+// +0, so that a bias of -0 and an x of -0 without a bias come out as +0. x is [R, C, S]: NCHW has R = N, channels-last
+// and token layouts have S = 1. fp32, bf16 or fp16, bias fp32, one rounding. One piece of work is a run of rows.
 #pragma once
 
 #include "rows.h"

@@ -6,10 +6,11 @@
 // them in flight. The input tile with its halo arrives once per 32 channels, is normalised and activated in place
 // (padding stays zero: it is applied after the activation), and all nine taps read it from there: an element is
 // activated 180 / 128 times per BN output channels instead of 9. Epilogue: fp32 sums pass through shared memory to
-// 16-byte accesses; y = sum + bias + residual, rounded once. Per-channel mean and centred squares of the tile's y
-// (after rounding) for the next norm, combined by conv_moments. Reduction order: 32-channel blocks, taps, tensor-core
-// order; statistics by pixel, then tiles: deterministic. Zero path: the flag skips all steps; the epilogue writes
-// residual + bias, with its statistics.
+// 16-byte accesses; y = sum + bias + residual, rounded once. Per-channel mean, the rounding of that mean, and centred
+// squares of the tile's y (after rounding) for the next norm, combined by conv_moments: means far above the deviation,
+// cut to fp32, would cost rstd its last bits. Reduction order: 32-channel blocks, taps,
+// tensor-core order; statistics by pixel, then tiles: deterministic. Zero path: the flag skips all steps; the epilogue
+// writes residual + bias, with its statistics.
 //
 // Bank conflicts. A row of the tiles is 32 channels, 64 bytes, 16 banks; chunk c (16 bytes) of row r lies at chunk
 // c ^ (r / 2 % 4). ldmatrix reads one chunk of 8 consecutive rows r..r+7: bank group 16 (r % 2) + 4 (c ^ (r / 2 % 4)),
@@ -217,29 +218,41 @@ __global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual
 
   // A thread owns a channel of part of the pixels; parts are added in order.
   constexpr int kParts = kThreads / BN;
-  ZB_SHARED(float, parts, [2 * kThreads]);
+  ZB_SHARED(float, parts, [3 * kThreads]);
   const int channel = threadIdx.x % BN, part = threadIdx.x / BN;
   const int height = p.H - conv.y0 < kTileH ? static_cast<int>(p.H) - conv.y0 : kTileH;
   const int width = p.W - conv.x0 < kTileW ? static_cast<int>(p.W) - conv.x0 : kTileW;
   const bool valid = conv.k0 + channel < p.K;
-  auto total = [&](float* buffer, auto f) {
-    float sum = 0;
+  auto each_pixel = [&](auto f) {
     for (int pixel = part; valid && pixel < kPixels; pixel += kParts) {
-      if (pixel / kTileW < height && pixel % kTileW < width) sum += f(to_float(rounded[pixel * BN + channel]));
+      if (pixel / kTileW < height && pixel % kTileW < width) f(to_float(rounded[pixel * BN + channel]));
     }
-    buffer[threadIdx.x] = sum;
-    __syncthreads();
-    sum = 0;
+  };
+  auto total = [&](const float* buffer) {
+    float sum = 0;
     for (int i = 0; i < kParts; i++) sum += buffer[i * BN + channel];
     return sum;
   };
   __syncthreads();
-  const float mean = total(parts, [](float v) { return v; }) / (height * width);
-  const float squares = total(parts + kThreads, [&](float v) { return (v - mean) * (v - mean); });
+  float sum = 0, error = 0, squares = 0;
+  each_pixel([&](float v) { sum += v; });
+  parts[threadIdx.x] = sum;
+  __syncthreads();
+  const int pixels = height * width;
+  const float mean = total(parts) / pixels;
+  each_pixel([&](float v) {
+    error += v - mean;
+    squares += (v - mean) * (v - mean);
+  });
+  parts[kThreads + threadIdx.x] = error;
+  parts[2 * kThreads + threadIdx.x] = squares;
+  __syncthreads();
   if (valid && part == 0) {
-    float* out = p.partial + (int64_t(blockIdx.x / l.tiles_k) * p.K + conv.k0 + channel) * 2;
+    error = total(parts + kThreads) / pixels;
+    float* out = p.partial + (int64_t(blockIdx.x / l.tiles_k) * p.K + conv.k0 + channel) * kConvMoments;
     out[0] = mean;
-    out[1] = squares;
+    out[1] = error;
+    out[2] = total(parts + 2 * kThreads) - pixels * error * error;
   }
 }
 
@@ -252,23 +265,24 @@ __global__ void __launch_bounds__(kMomentsThreads) conv_moments_kernel(ConvMomen
   const int64_t n = i / p.G, channels = p.K / p.G, first = i % p.G * channels;
   const int64_t across = ceil_div(p.W, kTileW), tiles = ceil_div(p.H, kTileH) * across;
   const float count = static_cast<float>(p.H) * p.W * channels;
-  // f(mean, squares, pixels) summed over this group's entries.
-  auto total = [&](auto f) {
+  // f(mean - origin, squares, pixels) summed over this group's entries.
+  auto total = [&](float origin, auto f) {
     float sum = 0;
     for (int64_t e = threadIdx.x % 32; e < tiles * channels; e += 32) {
       const int64_t tile = e / channels, height = p.H - tile / across * kTileH, width = p.W - tile % across * kTileW;
       const float pixels = static_cast<float>((height < kTileH ? height : kTileH) * (width < kTileW ? width : kTileW));
-      const float* entry = p.partial + ((n * tiles + tile) * p.K + first + e % channels) * 2;
-      sum += f(entry[0], entry[1], pixels);
+      const float* entry = p.partial + ((n * tiles + tile) * p.K + first + e % channels) * kConvMoments;
+      sum += f((entry[0] - origin) + entry[1], entry[2], pixels);
     }
     return warp_sum(sum);
   };
-  const float origin = p.partial[(n * tiles * p.K + first) * 2];
-  const float mean = origin + total([&](float m, float, float pixels) { return pixels * (m - origin); }) / count;
-  const float squares = total([&](float m, float s, float pixels) { return s + pixels * (m - mean) * (m - mean); });
+  const float origin = p.partial[(n * tiles * p.K + first) * kConvMoments];
+  const float mean = origin + total(origin, [](float d, float, float pixels) { return pixels * d; }) / count;
+  const float error = total(mean, [](float d, float, float pixels) { return pixels * d; }) / count;
+  const float squares = total(mean, [](float d, float s, float pixels) { return s + pixels * d * d; });
   if (threadIdx.x % 32 == 0) {
     p.mean[i] = mean;
-    p.rstd[i] = rsqrtf(squares / count + p.eps);
+    p.rstd[i] = rsqrtf(squares / count - error * error + p.eps);
   }
 }
 

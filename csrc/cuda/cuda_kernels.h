@@ -82,6 +82,8 @@ struct GateResidual {
   const uint8_t* zero;
 };
 
+constexpr int kConvMoments = 3;
+
 // y = residual + conv(act(norm(x))) + bias for channels-last x [N, H, W, C] (C and K multiples of 8, bf16 or fp16),
 // 3x3 with padding 1 or 1x1, stride 1. mean == null: no prologue, y = residual + conv(x) + bias.
 struct ConvResidual {
@@ -95,8 +97,8 @@ struct ConvResidual {
   Operand conv_bias;                   // [K]
   const void* residual;                // [N, H, W, K] or null
   void* y;
-  // Partial statistics of y for the next norm, or null: [N, conv_residual_tiles, K, 2], mean and sum of centred squares
-  // of each channel over a tile's pixels.
+  // Partial statistics of y for the next norm, or null: [N, conv_residual_tiles, K, kConvMoments]; of each channel over
+  // a tile's pixels the mean, what it lacks by rounding, and the sum of centred squares.
   float* partial;
   const uint8_t* zero;
 };

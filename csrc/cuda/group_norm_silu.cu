@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kern
 #pragma unroll 1
     for (int j = lane; j < cpg; j += 32) {
       s.center[first + j] = m.mean;
-      s.inverse[first + j] = rstd;
+      s.gain[first + j] *= rstd;
     }
     const int64_t at = slab.n * p.G + slab.slab * t.groups + group;
     if (lane == 0 && slab.chunk_index == 0) {
@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kern
   if (kMode != Mode::kStats) s.load_affine<T>(p, t, slab.n, slab.first_channel);
   const float total = static_cast<float>(cpg) * p.S;
   if (kMode == Mode::kApply) {
+    __syncthreads();  // finish multiplies what load_affine wrote
     each_group(t, cpg, [&](int group, int first) {
       const float* partial = p.workspace + (slab.n * p.G + slab.slab * t.groups + group) * t.chunks * 2;
       auto size = [&](int64_t i) {
@@ -107,8 +108,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kern
 #pragma unroll
     for (int k = 0; k < V; k++) {
       const int channel = slab.channel(r, c, k);
-      const float xhat = (pack[k] - s.center[channel]) * s.inverse[channel];
-      const float z = xhat * s.gain[channel] + s.offset[channel];
+      const float z = (pack[k] - s.center[channel]) * s.gain[channel] + s.offset[channel];
       out[k] = p.silu ? silu<T>(z) : z;
     }
     store_floats<V>(y + slab.offset(r, c), out);

@@ -15,8 +15,9 @@ namespace {
 // The workspace: totals A, B [N, 2, C], then partial sums [N, chunks, 2, C].
 __host__ __device__ inline int64_t partial_start(const GroupNormSilu& p) { return p.N * 2 * p.C; }
 
+// The 1: without it ptxas aims at more blocks than fit in registers, and spills a few.
 template <class T, int V, bool kLast, Mode kMode>
-__global__ void __launch_bounds__(kGroupNormThreads) group_norm_silu_bwd_kernel(GroupNormSilu p, Tiling t) {
+__global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kernel(GroupNormSilu p, Tiling t) {
   ZB_DYNAMIC_SHARED(float, shared);
   GroupNormShared s(shared, t);
   const Slab<T, V, kLast> slab(p, t);
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kGroupNormThreads) group_norm_silu_bwd_kernel(
   if (kMode == Mode::kStats || slab.chunk_index == 0) {
     float* out = p.workspace + slab.first_channel;
     out +=
-        kMode == Mode::kStats ? partial_start(p) + (slab.n * t.chunks + slab.chunk_index) * 2 * p.C : slab.n * 2 * p.C;
+        kMode == Mode::kStats ? partial_start(p) + (slab.n * t.chunks + slab.chunk_index) * 2 * p.C : p.C * 2 * slab.n;
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) {
       out[i / t.channels * p.C + i % t.channels] = s.sums[i];

@@ -28,16 +28,17 @@ struct Tiling {
 
 template <class T, int V, bool kLast>
 struct Slab {
-  int64_t n, slab, chunk_index, base, row_stride;
+  int64_t base, row_stride;
+  int n, slab, chunk_index;  // a grid has less than 2^31 blocks
   int first_channel, rows, columns, x0, y0;
   bool active;
 
   __device__ Slab(const GroupNormSilu& p, const Tiling& t) {
-    const int64_t block = blockIdx.x;
-    chunk_index = block % t.chunks;
-    slab = block / t.chunks % t.slabs;
-    n = block / (t.chunks * t.slabs);
-    first_channel = static_cast<int>(slab) * t.channels;
+    const unsigned block = blockIdx.x, chunks = static_cast<unsigned>(t.chunks), slabs = static_cast<unsigned>(t.slabs);
+    chunk_index = block % chunks;
+    slab = block / chunks % slabs;
+    n = block / chunks / slabs;
+    first_channel = slab * t.channels;
     const int64_t begin = chunk_index * t.chunk, rest = p.S - begin;
     const int positions = static_cast<int>(rest < t.chunk ? rest : t.chunk);
     rows = kLast ? positions : t.channels;

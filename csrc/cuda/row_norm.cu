@@ -10,8 +10,9 @@ namespace {
 
 constexpr int kPacks = 4;
 
+// The 1: without it ptxas aims at more blocks than fit in registers, and spills a few.
 template <class T, int V, bool kGate>
-__global__ void __launch_bounds__(32 * kMaxTeamWarps) row_norm_fwd_kernel(RowNorm p, Teams teams) {
+__global__ void __launch_bounds__(32 * kMaxTeamWarps, 1) row_norm_fwd_kernel(RowNorm p, Teams teams) {
   const bool zero = branch_is_zero(p.zero);
   if (zero && !kGate) return;
   ZB_SHARED(float, part, [3 * kMaxTeamWarps]);

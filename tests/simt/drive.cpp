@@ -219,7 +219,7 @@ void drive_conv_residual(DType dtype, int kernel, bool norm, int64_t N, int64_t 
   p.conv_bias = call.operand(K);
   p.residual = call.input(N * H * W * K);
   p.y = call.output(N * H * W * K);
-  p.partial = call.statistics(N * conv_residual_tiles(p) * K * 2);
+  p.partial = call.statistics(N * conv_residual_tiles(p) * K * kConvMoments);
   call.launched(conv_residual_fwd(p, nullptr));
   ConvMoments m{N, H, W, K, 4, 1e-5f, p.partial, call.statistics(N * 4), call.statistics(N * 4)};
   call.launched(conv_moments(m, nullptr));

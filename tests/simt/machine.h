@@ -131,6 +131,7 @@ struct Machine {
 #endif
 #if defined(__SANITIZE_THREAD__)
   void* tsan = nullptr;
+  std::vector<void*> finished;
 #endif
 };
 
