@@ -65,8 +65,8 @@ def device(backend):
 # wanted in most ops, and the arithmetic of the dtypes does not depend on the strides.
 SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
 REPEATED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
-# And for the emulated CUDA kernels, where the rest of the suite keeps every kernel in every dtype, dense and nhwc. The
-# group norm's kernels compute all gradients whichever are wanted; its dense loop over chunks is that of the case "large".
+# And for the emulated CUDA kernels: every dtype stays dense, fp32 and bf16 also nhwc, fp32 also strided. The group norm
+# computes all gradients whichever are wanted; its dense loop over chunks is that of the case "large".
 SLOW_EMULATED = (
     "test_group_of_a_million_elements[cuda-dense]",
     "test_gradient_of_one_input_alone[cuda-group_norm_silu",
@@ -79,7 +79,7 @@ ONE_WORKER = ("benchmarks", "benchmarks_gpu", "cuda_build", "cuda_static", "doct
 
 
 def pytest_collection_modifyitems(config, items):
-    """Interpreted and emulated kernels run the quick part; an interpreting process what tests triton and the kernels."""
+    """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels."""
     for item in items:
         if item.path.stem.removeprefix("test_") in ONE_WORKER:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

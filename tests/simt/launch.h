@@ -66,17 +66,6 @@ inline void run_fibers() {
   }
 }
 
-#if defined(__SANITIZE_THREAD__)
-// ThreadSanitizer reuses the identity of a destroyed fiber, and what one identity did is one thread's to it: blocks
-// whose fibers died in between would never race. So they live on, as many as its table has room for.
-constexpr size_t kKeptFibers = 4096;
-
-inline void destroy_finished() {
-  for (void* fiber : machine().finished) __tsan_destroy_fiber(fiber);
-  machine().finished.clear();
-}
-#endif
-
 inline void run_block() {
   Machine& m = machine();
   m.waiting = 0;
@@ -104,8 +93,7 @@ inline void run_block() {
     Quiet quiet;
     run_fibers();
 #if defined(__SANITIZE_THREAD__)
-    for (Fiber& f : m.fibers) m.finished.push_back(f.tsan);
-    if (m.finished.size() > kKeptFibers) destroy_finished();
+    for (Fiber& f : m.fibers) __tsan_destroy_fiber(f.tsan);
 #endif
     for (Warp& w : m.warps) {  // left over only after a failure
       w.pool.insert(w.pool.end(), w.pending.begin(), w.pending.end());
@@ -160,9 +148,6 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<voi
   m.current = nullptr;
   acquire(&m.block_order[0]);
   acquire(&m.block_order[1]);
-#if defined(__SANITIZE_THREAD__)
-  destroy_finished();
-#endif
   if (!m.failure.empty()) throw error(m.failure);
   return 0;
 }

@@ -131,7 +131,6 @@ struct Machine {
 #endif
 #if defined(__SANITIZE_THREAD__)
   void* tsan = nullptr;
-  std::vector<void*> finished;
 #endif
 };
 
