@@ -1,6 +1,7 @@
 """What surrounds a model: compile, export, autocast, GradScaler, checkpoints, accumulation, optimizers, EMA, ranks."""
 
 import copy
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,18 @@ from zeroblock import models
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters, rounding
 
 from . import convert_oracles_edm as oracles
-from . import test_convert_dit, test_convert_edm, test_convert_guided, test_convert_others
+from . import test_convert_edm, test_convert_guided, test_convert_others
 from .convert_cases import assert_same_gradients, outputs, randomize_, run
 
 ONE_OF_EACH = {
     **{name: test_convert_others.CASES[name] for name in ("fixup-bottleneck", "rezero", "pixart", "controlnet")},
     **{name: test_convert_guided.CASES[name] for name in ("down", "sgm-video", "attention-new")},
     **{name: test_convert_edm.CASES[name] for name in ("attention", "edm2")},
-    "timm": test_convert_dit.CASES["timm"],
 }
+if importlib.util.find_spec("timm"):
+    from . import test_convert_dit
+
+    ONE_OF_EACH["timm"] = test_convert_dit.CASES["timm"]
 
 
 class UNet(nn.Module):
