@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -292,6 +293,7 @@ def test_ddp_and_fsdp_on_two_ranks(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, str(worker), str(rank), "2", str(tmp_path / "rendezvous")],
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # else this folder's triton stands in for a missing package
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

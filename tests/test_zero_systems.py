@@ -1,6 +1,7 @@
 """Rule 9 of the zero contract and the systems around a block: autocast, compile, export, copies, DDP, DTensor."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_ddp_on_two_ranks(tmp_path):
     ranks = [
         subprocess.Popen(
             [sys.executable, str(worker), str(rank), "2", str(tmp_path / "rendezvous")],
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # else this folder's triton stands in for a missing package
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
