@@ -82,6 +82,7 @@ def _fake(mode: FakeTensorMode, t):
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch was built without CUDA")
 @pytest.mark.parametrize("op", sorted(forward_calls(maker(torch.float32, "contiguous"))))
 @pytest.mark.parametrize("layout", ("contiguous", "channels-last"))
 def test_fake_cuda_tensors(op, layout):
