@@ -37,7 +37,8 @@ class Side:
         if mode == "inference":
             return lambda: function(*inputs)
         generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(y.shape, generator=generator).to(y) for y in _as_tuple(function(*inputs))]
+        # In the layout of the output, as a convolution's backward hands it on.
+        grads = [torch.randn_like(y, generator=generator) for y in _as_tuple(function(*inputs))]
 
         def train() -> tuple:
             outputs = _as_tuple(function(*inputs))

@@ -21,6 +21,38 @@ ZB_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
   }
 }
 
+template <class G, class S, class H>
+void gate_residual_layer_norm_modulate_staged(const GateResidualLayerNormModulate& p, ParallelFor run,
+                                              const Operand<G>& gate, const Operand<S>& scale, const Operand<H>& shift,
+                                              bool stream_x, bool stream_y) {
+  const int64_t D = p.D;
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    StagedPair pair;
+    StagedOperand gate_row, scale_row, shift_row;
+    const OperandRow<G> gate_taken = gate_row.take(gate.row(b, t_begin), D);
+    const OperandRow<S> scale_taken = scale_row.take(scale.row(b, t_begin), D);
+    const OperandRow<H> shift_taken = shift_row.take(shift.row(b, t_begin), D);
+    for (int64_t t = t_begin; t < t_end; t += 2) {
+      const int64_t row = b * p.T + t, second = t + 1 < t_end ? 1 : 0;  // 0: the last row stands for both
+      const OperandRow<G> g[2] = {staged_row(gate, gate_taken, b, t), staged_row(gate, gate_taken, b, t + second)};
+      pair.fill(D, false, p.eps, [&](int64_t k, int64_t i, auto lanes) {
+        const int64_t at = (row + k * second) * D + i;
+        const auto x = fmadd(g[k].at(i, lanes), load(static_cast<const bf16*>(p.branch) + at, lanes),
+                             load(static_cast<const bf16*>(p.residual) + at, lanes));
+        put(static_cast<bf16*>(p.x_new) + at, x, lanes, stream_x);
+        return round_to(x, static_cast<const bf16*>(nullptr));
+      });
+      for (int64_t k = 0; k <= second; ++k) {
+        p.mean[row + k] = pair.stats[k].mean;
+        p.rstd[row + k] = pair.stats[k].rstd;
+        pair.modulate<false>(k, static_cast<bf16*>(p.y) + (row + k) * D, D, {}, {},
+                             staged_row(scale, scale_taken, b, t + k), staged_row(shift, shift_taken, b, t + k),
+                             stream_y);
+      }
+    }
+  });
+}
+
 template <class T, class G, class S, class H>
 void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidualLayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D, row_bytes = D * static_cast<int64_t>(sizeof(T)), bytes = 4 * p.B * p.T * row_bytes;
@@ -29,7 +61,13 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
   const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
   const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
   const bool stream_y = streams(static_cast<T*>(p.y), D, bytes);
-  const bool stream_x = streams(static_cast<T*>(p.x_new), D, bytes) && row_bytes <= kRowBytes && row_bytes % 32 == 0;
+  bool stream_x = streams(static_cast<T*>(p.x_new), D, bytes);
+  if constexpr (kStages<T>) {
+    if (D <= kStagedRow) {
+      return gate_residual_layer_norm_modulate_staged(p, run, gate, scale, shift, stream_x, stream_y);
+    }
+  }
+  stream_x = stream_x && row_bytes <= kRowBytes && row_bytes % 32 == 0;
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     alignas(64) char held[kRowBytes];
     for (int64_t t = t_begin; t < t_end; ++t) {

@@ -5,19 +5,10 @@
 // over the chunks in order: deterministic for any number of threads.
 #pragma once
 
-#include "rows.h"
+#include "rows_bf16.h"
 
 namespace zeroblock {
 namespace {
-
-struct RowStats {
-  float mean, rstd;
-};
-
-// 1 / sqrt(a) in fp64: its error would be that of every element of the row.
-ZB_INLINE float inverse_root(double a) {
-  return static_cast<float>(1.0 / _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a))));
-}
 
 // Given the sum of the row (ignored for rms, whose mean stays 0).
 template <class T>
@@ -52,6 +43,31 @@ ZB_INLINE void modulate_row(const T* x, T* y, int64_t D, RowStats stats, const A
   });
 }
 
+template <bool kAffine, class S, class H>
+void layer_norm_modulate_staged(const LayerNormModulate& p, ParallelFor run, const Affine& affine,
+                                const Operand<S>& scale, const Operand<H>& shift, bool streamed) {
+  const int64_t D = p.D;
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    StagedPair pair;
+    StagedOperand weight_row, bias_row, scale_row, shift_row;
+    const OperandRow<float> weight = weight_row.take(affine.weight, D), bias = bias_row.take(affine.bias, D);
+    const OperandRow<S> scale_taken = scale_row.take(scale.row(b, t_begin), D);
+    const OperandRow<H> shift_taken = shift_row.take(shift.row(b, t_begin), D);
+    for (int64_t t = t_begin; t < t_end; t += 2) {
+      const int64_t row = b * p.T + t, second = t + 1 < t_end ? 1 : 0;  // 0: the last row stands for both
+      const bf16* const x = static_cast<const bf16*>(p.x) + row * D;
+      pair.fill(D, p.rms, p.eps, [&](int64_t k, int64_t i, auto lanes) { return load(x + k * second * D + i, lanes); });
+      for (int64_t k = 0; k <= second; ++k) {
+        if (p.mean != nullptr) p.mean[row + k] = pair.stats[k].mean;
+        p.rstd[row + k] = pair.stats[k].rstd;
+        pair.modulate<kAffine>(k, static_cast<bf16*>(p.y) + (row + k) * D, D, weight, bias,
+                               staged_row(scale, scale_taken, b, t + k), staged_row(shift, shift_taken, b, t + k),
+                               streamed);
+      }
+    }
+  });
+}
+
 template <bool kAffine, class T, class S, class H>
 void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
@@ -60,6 +76,9 @@ void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, Parallel
   const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
   const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
   const bool streamed = streams(static_cast<T*>(p.y), D, 2 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
+  if constexpr (kStages<T>) {
+    if (D <= kStagedRow) return layer_norm_modulate_staged<kAffine>(p, run, affine, scale, shift, streamed);
+  }
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = b * p.T + t;

@@ -135,7 +135,7 @@ struct OperandRow {
   const M* p;
   int64_t mask;
   template <class Lanes>
-  ZB_INLINE Vec at(int64_t i, Lanes lanes) const {
+  ZB_INLINE auto at(int64_t i, Lanes lanes) const {
     return load(p + (i & mask), lanes);
   }
 };
@@ -147,13 +147,16 @@ struct Operand {
   ZB_INLINE OperandRow<M> row(int64_t b, int64_t t) const { return {p + b * stride_b + t * stride_t, mask}; }
 };
 
-alignas(64) const float kZeros[kLanes] = {};
+constexpr int kConstant = 4 * kLanes;  // as long as the longest step (wide.h)
+alignas(64) const float kZeros[kConstant] = {};
 struct ConstantRow {
-  alignas(64) float lanes[kLanes];
-  explicit ConstantRow(float value) { store(lanes, set1(value)); }
+  alignas(64) float lanes[kConstant];
+  explicit ConstantRow(float value) {
+    for (int i = 0; i < kConstant; i += kLanes) store(lanes + i, set1(value));
+  }
 };
 
-// M is float for a per-sample operand, the activation type for a per-token one; `absent` holds kLanes values of it.
+// M is float for a per-sample operand, the activation type for a per-token one; `absent` holds kConstant of it.
 template <class M>
 ZB_INLINE Operand<M> operand(const Rows& rows, const M* absent) {
   if (rows.ptr == nullptr) return {absent, 0, 0, 0};
@@ -200,10 +203,10 @@ ZB_INLINE void prefetch(const T* row, int64_t i) {
   _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
 }
 
-// Streaming needs every row of the output to start on a vector boundary.
+// Streaming needs every row of the output to start on the boundary of a whole vector register.
 template <class T>
 ZB_INLINE bool streams(const T* out, int64_t D, int64_t total_bytes) {
-  constexpr uint64_t vector_bytes = kLanes * sizeof(T);
+  constexpr uint64_t vector_bytes = kLanes * sizeof(float);
   return total_bytes > kStreamBytes &&
          (reinterpret_cast<uint64_t>(out) | (static_cast<uint64_t>(D) * sizeof(T))) % vector_bytes == 0;
 }

@@ -50,6 +50,10 @@ ZB_INLINE Vec round_nearest(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 ZB_INLINE Vec times_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+ZB_INLINE Vec times_power_of_2_floor(Vec a, Vec t) { return times_power_of_2(a, t); }  // the instruction rounds down
+ZB_INLINE Vec above_floor(Vec t) { return {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+// x of exp(-x): the result may vanish, but must not overflow, for 1 / inf would need a step of its own.
+ZB_INLINE Vec bound_negated_exponent(Vec x) { return max_with(-87.0f, x); }
 // Relative error 2^-14: enough for a result that is rounded to 16 bits.
 ZB_INLINE Vec reciprocal_estimate(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // The estimate and one Newton step: 1 ulp for |a| in [2^-126, 2^126].
@@ -71,14 +75,14 @@ ZB_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, tail_mas
 ZB_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }  // p aligned to 64 bytes
 
 ZB_INLINE Vec widen_bf16(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
-// Round to nearest even on the integer view (vcvtneps2bf16 would flush subnormals); NaN becomes a quiet NaN. The result
-// is the upper half of every lane.
+// Round to nearest even on the integer view (vcvtneps2bf16 would flush subnormals); a NaN, quiet as every result of
+// arithmetic is, is cut off. The result is the upper half of every lane.
 ZB_INLINE __m512i round_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lsb);
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
 }
 ZB_INLINE __m256i narrow_bf16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a), 16)); }
 ZB_INLINE Vec load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -113,11 +117,15 @@ ZB_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c
 ZB_INLINE Vec min_with(float bound, Vec x) { return {_mm256_min_ps(_mm256_set1_ps(bound), x.v)}; }
 ZB_INLINE Vec max_with(float bound, Vec x) { return {_mm256_max_ps(_mm256_set1_ps(bound), x.v)}; }
 ZB_INLINE Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+ZB_INLINE Vec above_floor(Vec t) { return t - Vec{_mm256_floor_ps(t.v)}; }
+// x of exp(-x): 2^n below is built for normal numbers only.
+ZB_INLINE Vec bound_negated_exponent(Vec x) { return max_with(-87.0f, min_with(87.0f, x)); }
 // n integral, in [-126, 127]: builds 2^n in the exponent field.
 ZB_INLINE Vec times_power_of_2(Vec a, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
 }
+ZB_INLINE Vec times_power_of_2_floor(Vec a, Vec t) { return times_power_of_2(a, {_mm256_floor_ps(t.v)}); }
 // 12-bit estimate and one Newton step; one step is short of fp32, so that the exact one divides.
 ZB_INLINE Vec reciprocal_estimate(Vec a) {
   const Vec r = {_mm256_rcp_ps(a.v)};
@@ -180,10 +188,15 @@ ZB_INLINE void stream(f16* p, Vec a) { _mm_stream_si128(reinterpret_cast<__m128i
 
 // The value that storing to T and loading again would give (used where a rounded value feeds further arithmetic).
 ZB_INLINE Vec round_to(Vec a, const float*) { return a; }
-ZB_INLINE Vec round_to(Vec a, const bf16*) { return widen_bf16(narrow_bf16(a)); }
 #if defined(__AVX512F__)
+ZB_INLINE Vec round_to(Vec a, const bf16*) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(round_bf16(a), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
 ZB_INLINE Vec round_to(Vec a, const f16*) { return {_mm512_cvtph_ps(narrow_f16(a))}; }
 #else
+ZB_INLINE Vec round_to(Vec a, const bf16*) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(round_bf16(a), _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
 ZB_INLINE Vec round_to(Vec a, const f16*) { return {_mm256_cvtph_ps(narrow_f16(a))}; }
 #endif
 
@@ -211,9 +224,9 @@ ZB_INLINE void for_lanes(int64_t n, const Body& body) {
 
 // What follows takes a Vec, or several of them in step (wide.h).
 
-// 2^f for f in [-1/2, 1/2], minimax: 2e-8 relative, and 3e-6 for a result of 16 bits.
+// 2^f for f in [-1/2, 1/2], minimax: 2e-8 relative.
 template <class V>
-ZB_INLINE V exp2_fraction(V f, const float*) {
+ZB_INLINE V exp2_centred(V f) {
   V p = fmadd(f, set1(1.53533620e-4f), set1(1.33988750e-3f));
   p = fmadd(p, f, set1(9.61843692e-3f));
   p = fmadd(p, f, set1(5.55033237e-2f));
@@ -221,12 +234,22 @@ ZB_INLINE V exp2_fraction(V f, const float*) {
   p = fmadd(p, f, set1(6.93147182e-1f));
   return fmadd(p, f, set1(1.0f));
 }
+
+// 2^(f - 1/2) for f in [0, 1), minimax: 3e-8 relative, and 8e-5 for a result of 16 bits.
+template <class V>
+ZB_INLINE V exp2_shifted(V f, const float*) {
+  V p = fmadd(f, set1(1.53458125e-4f), set1(8.79618747e-4f));
+  p = fmadd(p, f, set1(6.84397388e-3f));
+  p = fmadd(p, f, set1(3.92326489e-2f));
+  p = fmadd(p, f, set1(1.69868141e-1f));
+  p = fmadd(p, f, set1(4.90128934e-1f));
+  return fmadd(p, f, set1(7.07106769e-1f));
+}
 template <class V, class T>
-ZB_INLINE V exp2_fraction(V f, const T*) {
-  V p = fmadd(f, set1(9.58285294e-3f), set1(5.59064262e-2f));
-  p = fmadd(p, f, set1(2.40240991e-1f));
-  p = fmadd(p, f, set1(6.93124175e-1f));
-  return fmadd(p, f, set1(1.0f));
+ZB_INLINE V exp2_shifted(V f, const T*) {
+  V p = fmadd(f, set1(5.51716685e-2f), set1(1.59853622e-1f));
+  p = fmadd(p, f, set1(4.92028624e-1f));
+  return fmadd(p, f, set1(7.07053900e-1f));
 }
 
 // exp(x) for x in [-87, 88]: 2^n * 2^f with n = round(x log2 e); log2 e in two parts keeps f exact to the last bit.
@@ -235,7 +258,7 @@ ZB_INLINE V exp_bounded(V x) {
   const V n = round_nearest(x * set1(1.44269502f));
   V f = fmsub(x, set1(1.44269502f), n);
   f = fmadd(x, set1(1.92596299e-8f), f);
-  return times_power_of_2(exp2_fraction(f, static_cast<const float*>(nullptr)), n);
+  return times_power_of_2(exp2_centred(f), n);
 }
 
 template <class V>
@@ -250,16 +273,12 @@ ZB_INLINE V sigmoid(V x) {
 }
 
 // The steps of a sigmoid whose x carries a rounding error of its own (one rounding of x * log2 e joins it), as exact as
-// a result stored as T deserves: for 16-bit elements within 2^-13.
-template <class V>
-ZB_INLINE V exp_negated_for(V x, const float* type) {
-  const V t = clamp_exponent(x) * set1(-1.44269502f), n = round_nearest(t);
-  return times_power_of_2(exp2_fraction(t - n, type), n);
-}
+// a result stored as T deserves: for 16-bit elements within 2^-13. With t = 1/2 - x * log2 e, 2^floor(t) and the rest
+// of t cost three operations.
 template <class V, class T>
 ZB_INLINE V exp_negated_for(V x, const T* type) {
-  const V bounded = clamp_exponent(x), n = round_nearest(bounded * set1(-1.44269502f));
-  return times_power_of_2(exp2_fraction(fmsub(bounded, set1(-1.44269502f), n), type), n);
+  const V t = fmadd(bound_negated_exponent(x), set1(-1.44269502f), set1(0.5f));
+  return times_power_of_2_floor(exp2_shifted(above_floor(t), type), t);
 }
 template <class V>
 ZB_INLINE V reciprocal_for(V a, const float*) {

@@ -49,6 +49,15 @@ ZB_INLINE Wide round_nearest(Wide a) {
 ZB_INLINE Wide times_power_of_2(Wide a, Wide n) {
   return each([&](int k) { return times_power_of_2(a.v[k], n.v[k]); });
 }
+ZB_INLINE Wide times_power_of_2_floor(Wide a, Wide t) {
+  return each([&](int k) { return times_power_of_2_floor(a.v[k], t.v[k]); });
+}
+ZB_INLINE Wide above_floor(Wide t) {
+  return each([&](int k) { return above_floor(t.v[k]); });
+}
+ZB_INLINE Wide bound_negated_exponent(Wide x) {
+  return each([&](int k) { return bound_negated_exponent(x.v[k]); });
+}
 ZB_INLINE Wide reciprocal_estimate(Wide a) {
   return each([&](int k) { return reciprocal_estimate(a.v[k]); });
 }
@@ -57,6 +66,10 @@ ZB_INLINE Wide reciprocal(Wide a) {
   return each([&](int k) { return reciprocal(a.v[k]); });
 }
 #endif
+
+ZB_INLINE Wide round_to(Wide a, const bf16* type) {
+  return each([&](int k) { return round_to(a.v[k], type); });
+}
 
 // The sum of the four; a Vec is its own.
 ZB_INLINE Vec total(Wide a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
@@ -98,11 +111,21 @@ ZB_INLINE Wide load(const bf16* p, Four) {
           {_mm512_castsi512_ps(_mm512_slli_epi32(b, 16))},
           {_mm512_castsi512_ps(_mm512_and_si512(b, odd))}};
 }
+ZB_INLINE __m512i narrow_pair(Vec even, Vec odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(even), 16), round_bf16(odd));
+}
 ZB_INLINE void store(bf16* p, Wide a, Four) {
+  for (int k = 0; k < 4; k += 2) _mm512_storeu_si512(p + k * kLanes, narrow_pair(a.v[k], a.v[k + 1]));
+}
+ZB_INLINE void stream(bf16* p, Wide a) {  // p aligned to 64 bytes
   for (int k = 0; k < 4; k += 2) {
-    const __m512i even = _mm512_srli_epi32(round_bf16(a.v[k]), 16);
-    _mm512_storeu_si512(p + k * kLanes, _mm512_mask_blend_epi16(0xaaaaaaaau, even, round_bf16(a.v[k + 1])));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p + k * kLanes), narrow_pair(a.v[k], a.v[k + 1]));
   }
+}
+ZB_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+  const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = {_mm512_permutex2var_ps(a.v, first, b.v)};
+  odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(1)), b.v)};
 }
 #else
 ZB_INLINE Wide load(const bf16* p, Four) {
@@ -114,14 +137,35 @@ ZB_INLINE Wide load(const bf16* p, Four) {
           {_mm256_castsi256_ps(_mm256_slli_epi32(b, 16))},
           {_mm256_castsi256_ps(_mm256_and_si256(b, odd))}};
 }
+ZB_INLINE __m256i narrow_pair(Vec even, Vec odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(round_bf16(even), 16), round_bf16(odd), 0xaa);
+}
 ZB_INLINE void store(bf16* p, Wide a, Four) {
   for (int k = 0; k < 4; k += 2) {
-    const __m256i even = _mm256_srli_epi32(round_bf16(a.v[k]), 16);
-    const __m256i both = _mm256_blend_epi16(even, round_bf16(a.v[k + 1]), 0xaa);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + k * kLanes), both);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + k * kLanes), narrow_pair(a.v[k], a.v[k + 1]));
   }
 }
+ZB_INLINE void stream(bf16* p, Wide a) {  // p aligned to 32 bytes
+  for (int k = 0; k < 4; k += 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p + k * kLanes), narrow_pair(a.v[k], a.v[k + 1]));
+  }
+}
+ZB_INLINE Vec across_halves(__m256 a) {  // the halves' quarters 0, 2, 1, 3
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8))};
+}
+ZB_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
+  even = across_halves(_mm256_shuffle_ps(a.v, b.v, 0x88));
+  odd = across_halves(_mm256_shuffle_ps(a.v, b.v, 0xdd));
+}
 #endif
+
+// What load(const bf16*, Four{}) would give of four vectors that are in memory's order; a single one keeps it.
+ZB_INLINE Wide in_pairs(Wide a) {
+  Wide out;
+  for (int k = 0; k < 4; k += 2) deinterleave(a.v[k], a.v[k + 1], out.v[k], out.v[k + 1]);
+  return out;
+}
+ZB_INLINE Vec in_pairs(Vec a) { return a; }
 
 // body(i, lanes) over [0, n): Four{} as long as it fits, then as for_lanes.
 template <class Body>
