@@ -3,10 +3,29 @@
 // summed per chunk in the workspace, then over the chunks in order: deterministic for any number of threads.
 #pragma once
 
-#include "rows.h"
+#include "rows_bf16.h"
 
 namespace zeroblock {
 namespace {
+
+template <class M>
+void gate_residual_staged(const GateResidual& p, ParallelFor run, const Operand<M>& gate, bool streamed) {
+  const int64_t D = p.D;
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    StagedOperand gate_row;
+    const OperandRow<M> taken = gate_row.take(gate.row(b, t_begin), D);
+    for (int64_t t = t_begin; t < t_end; ++t) {
+      const int64_t row = (b * p.T + t) * D;
+      const bf16* const residual = static_cast<const bf16*>(p.residual) + row;
+      const bf16* const branch = static_cast<const bf16*>(p.branch) + row;
+      const OperandRow<M> g = staged_row(gate, taken, b, t);
+      for_wide_lanes(D, [&](int64_t i, auto lanes) {
+        put(static_cast<bf16*>(p.y) + row + i,
+            fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes)), lanes, streamed);
+      });
+    }
+  });
+}
 
 template <class T, class M>
 void gate_residual_fwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
@@ -15,6 +34,9 @@ void gate_residual_fwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   const Operand<M> gate = operand(p.gate, reinterpret_cast<const M*>(scalar.lanes));
   T* const y = static_cast<T*>(p.y);
   const bool streamed = streams(y, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
+  if constexpr (kStages<T>) {
+    if (D <= kStagedRow) return gate_residual_staged(p, run, gate, streamed);
+  }
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = (b * p.T + t) * D;

@@ -1,8 +1,7 @@
-// Row norms of bf16, forward, for rows short enough to wait in L1 as fp32.
-//
-// A row is widened once, not once per walk, two neighbours of 16 bits at a time (wide.h), which leaves its elements in
-// the order of their pairs; operands of fp32 are brought into that order once per chunk. Two rows go side by side: the
-// sums and roots of one row alone are a chain that a short row does not hide.
+// Rows of bf16, forward, where they are short enough for L1: two neighbours of 16 bits are widened and narrowed at a
+// time (wide.h), which leaves elements in the order of their pairs; operands of fp32 are brought into that order once
+// per chunk. A norm widens its row once, not once per walk, and takes two rows side by side: the sums and roots of one
+// alone are a chain that a short row does not hide.
 #pragma once
 
 #include "rows.h"
