@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _backends, zero
-from ._conv import CONV, CONV_BWD, conv_grads, unit_geometry
-from ._layout import add_residual, channels_last_format
+from ._conv import CONV, CONV_BWD, add_residual, conv_grads, unit_geometry
+from ._layout import channels_last_format
 from ._norm_conv import NORM_CONV, NORM_CONV_BWD, hidden
 from .reference import channel_view, dropout_keep, modulation
 
