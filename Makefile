@@ -21,7 +21,9 @@ test: $(STAMP)
 	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTFLAGS)
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --baselines all
+	$(BIN)/python benchmarks/run.py --baselines all --allocator default
+	$(BIN)/python benchmarks/scaling.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

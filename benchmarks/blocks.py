@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from cases import DTYPES, IMAGES, LAYOUTS, MODES, QUICK_IMAGES, QUICK_TOKENS, Case, Side, Work, text
+from cases import DTYPES, HIGH, IMAGES, LAYOUTS, MODES, QUICK_IMAGES, QUICK_TOKENS, Case, Side, Work, text
 from torch import Tensor, nn
 
 import zeroblock as zb
@@ -11,6 +11,10 @@ from zeroblock.testing import eager
 
 # ResBlocks that change the channel count: two of the encoder, one of the decoder (after the concatenation).
 SKIPS = (((2, 128, 32, 32), 256), ((2, 256, 16, 16), 512), ((2, 512, 32, 32), 256))
+# What the dense groups measure too, one layout each: the other blocks of ADM-64 (192 channels at 64 x 64, to 768 at
+# 8 x 8, and what its decoder concatenates) and of Stable Diffusion 1.5.
+MORE_IMAGES = ((1, 192, 64, 64), (1, 384, 32, 32), (1, 576, 16, 16), (1, 768, 8, 8), (1, 640, 32, 32), (1, 1280, 8, 8))
+MORE_SKIPS = (((1, 768, 32, 32), 384), ((1, 1536, 8, 8), 768), ((1, 960, 64, 64), 320), ((1, 2560, 16, 16), 1280))
 DITS = ((8, 256, 384), (4, 256, 768), (2, 256, 1152))
 QUICK_SKIPS, QUICK_DITS = (((1, 32, 4, 4), 64),), QUICK_TOKENS
 
@@ -85,7 +89,7 @@ def _zero_floor(zeros: list[Tensor], make_residual: Callable[[], object]) -> Cal
 
 def _resblock_case(shape: tuple[int, ...], out_channels: int, zero: bool) -> Callable[[Case], Work]:
     def build(case: Case) -> Work:
-        eager_block, own_block, inputs = resblocks(shape, out_channels, DTYPES[case.dtype], case.layout, zero)
+        eager_block, own_block, inputs = resblocks(shape, out_channels, case.torch_dtype, case.layout, zero)
         floor = None
         if zero and case.mode == "inference":
             skip, x = eager_block.skip_connection, inputs[0]
@@ -98,7 +102,7 @@ def _resblock_case(shape: tuple[int, ...], out_channels: int, zero: bool) -> Cal
 
 def _dit_case(shape: tuple[int, ...], zero: bool) -> Callable[[Case], Work]:
     def build(case: Case) -> Work:
-        eager_block, own_block, inputs = dit_blocks(shape, DTYPES[case.dtype], zero)
+        eager_block, own_block, inputs = dit_blocks(shape, case.torch_dtype, zero)
         floor = None
         if zero and case.mode == "inference":
             floor = _zero_floor(gate_rows(eager_block), inputs[0].clone)
@@ -129,10 +133,22 @@ def _frozen(build: Callable[[Case], Work]) -> Callable[[Case], Work]:
     return build_frozen
 
 
+def more_builds() -> Iterator[tuple[str, str, tuple[str, ...], Callable[[Case], Work]]]:
+    """The rest of the inventory of ADM-64 and Stable Diffusion 1.5, not zero."""
+    for shape in MORE_IMAGES:
+        yield "resblock", text(shape), ("nchw",), _resblock_case(shape, shape[1], False)
+    for shape, out_channels in MORE_SKIPS:
+        yield "resblock_1x1", f"{text(shape)}to{out_channels}", ("nchw",), _resblock_case(shape, out_channels, False)
+
+
 def whole_blocks(group: str, quick: bool) -> Iterator[Case]:
-    """Group "zero": the last weight of each branch is zero; "dense": it is not; "frozen": nor here, and `zb.freeze`."""
-    for op, shape, layouts, build in block_builds(quick, zero=group == "zero"):
+    """Group "zero": the last weight of each branch is zero; "dense": it is not; "frozen": nor here, and `zb.freeze`.
+
+    The dense groups have ResBlocks in float32 twice, as it is and where more rounding is allowed (HIGH).
+    """
+    zero, frozen = group == "zero", group == "frozen"
+    for op, shape, layouts, build in (*block_builds(quick, zero), *(() if zero or quick else more_builds())):
         for layout in layouts:
-            for dtype in DTYPES:
-                for mode in ("inference",) if group == "frozen" else MODES:
-                    yield Case(group, op, shape, layout, dtype, mode, _frozen(build) if group == "frozen" else build)
+            for dtype in DTYPES if zero or op == "dit_block" else (*DTYPES, HIGH):
+                for mode in ("inference",) if frozen else MODES:
+                    yield Case(group, op, shape, layout, dtype, mode, _frozen(build) if frozen else build)

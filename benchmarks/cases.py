@@ -1,15 +1,17 @@
 """What a case is, and the memory-bound ops: each case builds the same work as users write it and with zeroblock."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import zeroblock as zb
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HIGH = "fp32_high"  # float32 after torch.set_float32_matmul_precision("high"): the user's word that it may round more
 MODES = ("inference", "training")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -30,6 +32,17 @@ class Side:
 
     def compiled(self, **options) -> "Side":
         return replace(self, function=torch.compile(self.function, fullgraph=True, dynamic=False, **options))
+
+    def has_layouts(self) -> bool:
+        return isinstance(self.function, nn.Module) and self.inputs[0].dim() == 4
+
+    def in_other_layout(self) -> "Side":
+        """This module with images and weights channels-last instead of contiguous, or the reverse: a copy."""
+        x, *others = self.inputs
+        layout = LAYOUTS["nhwc" if x.is_contiguous() else "nchw"]
+        inputs = (x.detach().to(memory_format=layout).requires_grad_(x.requires_grad), *others)
+        module = copy.deepcopy(self.function).to(memory_format=layout)
+        return Side(module, inputs, (*inputs, *module.parameters()))
 
     def step(self, mode: str) -> Callable[[], object]:
         """The timed call: the forward, or forward and backward with all gradients (no optimizer)."""
@@ -65,6 +78,10 @@ class Case:
     dtype: str
     mode: str
     build: Callable[["Case"], Work]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == HIGH else DTYPES[self.dtype]
 
     @property
     def id(self) -> str:

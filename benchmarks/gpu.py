@@ -41,7 +41,7 @@ NAN = float("nan")
 def make_cases(quick: bool) -> Iterator[Case]:
     yield from cases.memory_bound(quick)
     for group in ("dense", "zero"):
-        yield from blocks.whole_blocks(group, quick)
+        yield from (case for case in blocks.whole_blocks(group, quick) if case.dtype in cases.DTYPES)
 
 
 def step(side: Side, mode: str) -> Callable[[], object]:

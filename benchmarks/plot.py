@@ -9,7 +9,7 @@ import store
 
 from zeroblock.testing.timing import geometric_mean
 
-COLORS = {"fp32": "#3b6fb6", "bf16": "#e08a3c"}
+COLORS = {"fp32": "#3b6fb6", "bf16": "#e08a3c", "fp32_high": "#58a55c"}
 INK, GRID, TARGET = "#333333", "#dddddd", "#c0392b"
 FASTER = "times faster than the better of eager and torch.compile"
 OP_LABELS = (
@@ -20,6 +20,7 @@ BLOCKS = {
     "resblock": "ResBlock", "resblock_1x1": "ResBlock, 1x1 skip", "dit_block": "DiT block",
     "unet": "UNet2DModel", "controlnet": "U-Net + ControlNet", "dit": "DiTTransformer2DModel",
     "sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel", "vae_decoder": "VAE decoder",
+    "adm_unet": "ADM U-Net", "dit_s2": "DiT-S/2", "unet2d": "UNet2DModel", "dit_s2_diffusers": "DiT-S/2 of diffusers",
 }  # fmt: skip
 
 
@@ -34,7 +35,9 @@ def _axes(plt, columns: int, width: float, height: float, title: str):
 
 
 def _op_label(op: str) -> str:
-    return BLOCKS[op.removesuffix("_zero")] + " while zero" * op.endswith("_zero")
+    states = {"_zero": " while zero", "_frozen": ", frozen"}
+    suffix = next((suffix for suffix in states if op.endswith(suffix)), "")
+    return BLOCKS[op.removesuffix(suffix)] + states.get(suffix, "")
 
 
 def _case_label(row: dict) -> str:
@@ -46,7 +49,7 @@ def memory_bound(plt, rows: list[dict], title: str):
     figure, axes = _axes(plt, 2, 12, 4.8, title)
     for axis, mode in zip(axes, report.MODES, strict=True):
         for i, (op, targets) in enumerate(report.OP_TARGETS.items()):
-            for j, dtype in enumerate(COLORS):
+            for j, dtype in enumerate(("fp32", "bf16")):
                 chosen = [r for r in rows if (r["op"], r["mode"], r["dtype"]) == (op, mode, dtype)]
                 if not chosen:
                     continue
@@ -79,6 +82,8 @@ def zero(plt, rows: list[dict], title: str):
         places = range(len(chosen))
         for dtype, color in COLORS.items():
             bars = [(i, row["ratio"]) for i, row in enumerate(chosen) if row["dtype"] == dtype]
+            if not bars:
+                continue
             axis.barh([i for i, _ in bars], [ratio for _, ratio in bars], 0.72, color=color, label=dtype)
         axis.set_yticks(places, [f"{BLOCKS[row['op']]} {_case_label(row)}" for row in chosen], fontsize=7)
         axis.set_ylim(-0.6, len(chosen) - 0.4)
@@ -102,8 +107,9 @@ def dense(plt, rows: list[dict], title: str, limit: float | None = report.DENSE_
     figure, axes = _axes(plt, 2, 13, 1.6 + 0.19 * count, title)
     for axis, mode in zip(axes, report.MODES, strict=True):
         chosen = [row for row in rows if row["mode"] == mode][::-1]
+        labels = {row["dtype"]: place for place, row in enumerate(chosen)}  # the legend names each once
         for place, row in enumerate(chosen):
-            label = row["dtype"] if place >= len(chosen) - 2 else None
+            label = row["dtype"] if labels[row["dtype"]] == place else None
             axis.plot([row["lo"], row["hi"]], [place] * 2, color=COLORS[row["dtype"]], lw=3, label=label)
             axis.plot(row["ratio"], place, "o", color=INK, ms=3.5)
         axis.set_yticks(
@@ -137,24 +143,39 @@ def overhead(plt, rows: list[dict], title: str):
     return figure
 
 
-def saved(plt, rows: list[dict], title: str):
-    """Bytes kept for backward, as a share of eager's: the worst shape and layout of each block and dtype."""
-    labels = list(dict.fromkeys((row["op"], row["dtype"]) for row in rows))[::-1]
-    shares = {label: [] for label in labels}
-    for row in rows:
-        shares[row["op"], row["dtype"]].append(row["zeroblock"] / row["eager"])
-    figure, (axis,) = _axes(plt, 1, 8, 1.4 + 0.26 * len(labels), title)
-    for place, (op, dtype) in enumerate(labels):
-        worst = max(shares[op, dtype])
-        axis.barh(place, worst, 0.72, color=COLORS[dtype])
-        axis.text(worst + 0.01, place, f"{worst:.3f}", va="center", fontsize=8)
-        if op in report.SAVED:
-            axis.plot([report.SAVED[op]] * 2, [place - 0.45, place + 0.45], color=TARGET, lw=1.8)
-    axis.set_yticks(range(len(labels)), [f"{_op_label(op)} {dtype}" for op, dtype in labels], fontsize=8)
-    axis.set_xlim(0, 1.02)
-    axis.set_xlabel("bytes saved for backward, share of eager's, worst shape (red: target)", fontsize=9)
+def _shares(plt, values: dict[str, float], colors: list[str], title: str, label: str, targets: dict[str, float]):
+    figure, (axis,) = _axes(plt, 1, 8, 1.4 + 0.26 * len(values), title)
+    for place, (name, value) in enumerate(values.items()):
+        axis.barh(place, value, 0.72, color=colors[place])
+        axis.text(value + 0.01, place, f"{value:.3f}", va="center", fontsize=8)
+        if name in targets:
+            axis.plot([targets[name]] * 2, [place - 0.45, place + 0.45], color=TARGET, lw=1.8)
+    axis.set_yticks(range(len(values)), list(values), fontsize=8)
+    axis.set_xlim(0, 1.02 * max(1, *values.values()))
+    axis.set_xlabel(label, fontsize=9)
     axis.grid(axis="x", color=GRID)
     return figure
+
+
+def saved(plt, rows: list[dict], title: str):
+    """Bytes kept for backward, as a share of eager's: the worst shape and layout of each block and dtype."""
+    worst, colors, targets = {}, {}, {}
+    for row in rows[::-1]:
+        name = f"{_op_label(row['op'])} {row['dtype']}"
+        worst[name] = max(worst.get(name, 0), row["zeroblock"] / row["eager"])
+        colors[name] = COLORS[row["dtype"]]
+        if row["op"] in report.SAVED:
+            targets[name] = report.SAVED[row["op"]]
+    label = "bytes saved for backward, share of eager's, worst shape (red: target)"
+    return _shares(plt, worst, list(colors.values()), title, label, targets)
+
+
+def peak(plt, rows: list[dict], title: str):
+    """The most memory of a process, as a share of eager's."""
+    shares = {f"{_op_label(row['op'])}, {row['mode']}": row["zeroblock"] / row["eager"] for row in rows[::-1]}
+    return _shares(
+        plt, shares, [COLORS["fp32"]] * len(shares), title, "most memory of the process, share of eager's", {}
+    )
 
 
 def models(plt, rows: list[dict], title: str):
@@ -169,6 +190,8 @@ PLOTS = {
     "overhead": overhead,
     "saved": saved,
     "models": models,
+    "whole": models,
+    "peak": peak,
 }
 
 

@@ -5,9 +5,11 @@ is left out: losses are rows like any other.
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +24,23 @@ import plot
 import report
 import store
 import torch
-from cases import Case, Side, Work
+import whole
+from cases import HIGH, Case, Side, Work
 
 from zeroblock.testing.timing import SAMPLE_SECONDS, Timing, measure
 
-BASELINES = {"eager": (), "default": ("compile",), "all": ("compile", "max_autotune", "freezing")}
-AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}  # of all results together; a guard against timing different work, not a test
-QUICK_COMPILED = "memory_bound/gate_residual-2x4x64-fp32-inference"  # the only compile of a quick run: it takes seconds
+COMPILED = {
+    "compile": {},
+    "max_autotune": {"mode": "max-autotune"},
+    "freezing": {"options": {"freezing": True}},  # weights become constants, laid out at compile time
+    "max_autotune_freezing": {"options": {"freezing": True, "max_autotune": True}},
+}
+BASELINES = {"eager": (), "default": ("compile",), "all": tuple(COMPILED)}
+OTHER = " other layout"  # what the names of the baselines in the other layout end with
+BOTH_LAYOUTS = ("dense", "frozen")  # groups in which --baselines all tries both
+AGREEMENT = {"fp32": 1e-4, HIGH: 1e-4, "bf16": 5e-2}  # of all results together; a guard, not a test
+# The only compile of a quick run that does not ask for baselines: compiling takes seconds.
+QUICK_COMPILED = "memory_bound/gate_residual-2x4x64-fp32-inference"
 NAN = float("nan")
 
 
@@ -38,40 +50,81 @@ def make_cases(group: str, quick: bool) -> Iterator[Case]:
     if group == "overhead":
         return overhead.cases(quick)
     if group == "saved":
-        return itertools.chain(memory.cases(quick), models.cases(quick, "saved"))
+        return itertools.chain(memory.cases(quick), models.cases(quick, "saved"), whole.cases(quick, "saved"))
     if group == "models":
         return models.cases(quick)
+    if group in ("whole", "peak"):
+        return whole.cases(quick, group)
     return blocks.whole_blocks(group, quick)
 
 
-def compiled_candidates(case: Case, side: Side, baselines: tuple[str, ...]) -> dict[str, Callable[[], object]]:
-    """A compiled and warm step per baseline. One that fails to compile must not cost the case its other baselines."""
-    options = {
-        "compile": {},
-        "max_autotune": {"mode": "max-autotune"},
-        "freezing": {"options": {"freezing": True}},  # weights become constants, laid out at compile time
-    }
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError in the block after so long, where the system has timers."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def compiled_candidates(
+    case: Case, side: Side, baselines: tuple[str, ...], limit: float
+) -> dict[str, Callable[[], object]]:
+    """A compiled and warm step per baseline. One that fails to compile, or takes longer than `limit` seconds, must not
+    cost the case its other baselines."""
     calls = {}
     for name in baselines:
-        if name == "freezing" and case.mode == "training":
+        if "freezing" in name and case.mode == "training":
             continue
         try:
-            step = side.compiled(**options[name]).step(case.mode)
-            step()
+            with at_most(limit):
+                step = side.compiled(**COMPILED[name]).step(case.mode)
+                step()
             calls[name] = step
         except Exception as error:
             print(f"{name} failed: {str(error).splitlines()[0]}  ", end="", flush=True)
     return calls
 
 
-def candidates(case: Case, work: Work, baselines: tuple[str, ...]) -> dict[str, Callable[[], object]]:
+def baseline_candidates(case: Case, side: Side, baselines: tuple[str, ...], limit: float) -> dict[str, Callable]:
+    """What zeroblock is compared with; with all baselines, whole blocks of images in both layouts."""
+    calls = {"eager": side.step(case.mode)} | compiled_candidates(case, side, baselines, limit)
+    if baselines == BASELINES["all"] and case.group in BOTH_LAYOUTS and side.has_layouts():
+        other = side.in_other_layout()
+        calls[f"eager{OTHER}"] = other.step(case.mode)
+        found = compiled_candidates(case, other, baselines, limit)
+        calls |= {name + OTHER: step for name, step in found.items()}
+    return calls
+
+
+def candidates(case: Case, work: Work, baselines: tuple[str, ...], limit: float) -> dict[str, Callable[[], object]]:
     calls = {"eager": work.eager.step(case.mode), "zeroblock": work.own.step(case.mode)}
     if not case.op.startswith("zero_check"):  # there the two sides are different work on purpose
         check_agreement(case, calls)
-        calls |= compiled_candidates(case, work.eager, baselines)
+        calls |= baseline_candidates(case, work.eager, baselines, limit)
     if work.floor is not None:
         calls["floor"] = work.floor
     return calls
+
+
+@contextlib.contextmanager
+def precision(case: Case) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if case.dtype == HIGH else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def check_agreement(case: Case, calls: dict[str, Callable[[], object]]) -> None:
@@ -87,70 +140,80 @@ def check_agreement(case: Case, calls: dict[str, Callable[[], object]]) -> None:
         raise RuntimeError(f"results differ from eager by {distance:.2g} (relative L2), so no time is taken")
 
 
-def time_row(
-    case: Case, baselines: tuple[str, ...], seconds: float, min_rounds: int, sample_seconds: float = SAMPLE_SECONDS
-) -> dict:
+def time_row(case: Case, baselines: tuple[str, ...], options: argparse.Namespace) -> dict:
     torch._dynamo.reset()  # one fresh compile per shape, never a recompile with dynamic sizes
-    with torch.set_grad_enabled(case.mode == "training"):
-        calls = candidates(case, case.work(), baselines)
-        timing = measure(calls, seconds, min_rounds, sample_seconds=sample_seconds)
-    return {"unit": "us", **compare(timing, [name for name in ("eager", *baselines) if name in calls])}
+    with torch.set_grad_enabled(case.mode == "training"), precision(case):
+        calls = candidates(case, case.work(), baselines, options.compile_seconds)
+        rounds = 3 if options.quick else 7
+        timing = measure(calls, options.seconds, rounds, sample_seconds=options.sample_ms / 1e3)
+    return {"unit": "us", **compare(timing)}
 
 
-def compare(timing: Timing, baselines: list[str]) -> dict:
+def compare(timing: Timing) -> dict:
     medians = {name: timing.median(name) for name in timing.times}
+    baselines = [name for name in medians if name not in ("zeroblock", "floor")]
+    others = [medians.pop(name) for name in baselines if name.endswith(OTHER)]
     best = timing.fastest([name for name in baselines if name in ("eager", "compile")])
     best_of_all = timing.fastest(baselines)
-    ratio = timing.ratio(best, "zeroblock")
+    ratio, ratio_all = timing.ratio(best, "zeroblock"), timing.ratio(best_of_all, "zeroblock")
     return {
-        **medians, "best": best,
+        **medians, "other_layout": min(others, default=NAN), "best": best,
         "ratio": ratio.median, "lo": ratio.lo, "hi": ratio.hi, "p20": ratio.p20, "p80": ratio.p80,
-        "ratio_all": timing.ratio(best_of_all, "zeroblock").median,
+        "best_all": best_of_all, "ratio_all": ratio_all.median, "lo_all": ratio_all.lo,
         "floor_percent": 100 / timing.ratio("zeroblock", "floor").median if "floor" in medians else NAN,
         "rounds": ratio.rounds, "dropped": timing.dropped(best, "zeroblock"),
     }  # fmt: skip
 
 
-def bytes_row(case: Case) -> dict:
-    work = case.work()
-    eager, own = memory.saved_bytes(work.eager), memory.saved_bytes(work.own)
+def bytes_row(eager: int, own: int, floor: float = NAN) -> dict:
     ratio = eager / own if own else NAN
     return {
-        "unit": "bytes", "eager": float(eager), "zeroblock": float(own), "best": "eager", "ratio": ratio, "lo": ratio,
-        "hi": ratio, "p20": ratio, "p80": ratio, "ratio_all": ratio, "rounds": 1, "dropped": 0,
+        "unit": "bytes", "eager": float(eager), "zeroblock": float(own), "floor": floor, "best": "eager",
+        "ratio": ratio, "lo": ratio, "hi": ratio, "p20": ratio, "p80": ratio, "best_all": "eager", "ratio_all": ratio,
+        "lo_all": ratio, "rounds": 1, "dropped": 0,
     }  # fmt: skip
+
+
+def saved_row(case: Case) -> dict:
+    work = case.work()
+    return bytes_row(memory.saved_bytes(work.eager), memory.saved_bytes(work.own))
+
+
+BYTES = {"saved": saved_row, "peak": lambda case: bytes_row(*whole.high_water(case))}
 
 
 def progress(row: dict) -> str:
     if row["unit"] == "bytes":
         return f"eager {row['eager']:.0f}  zeroblock {row['zeroblock']:.0f} bytes   {1 / row['ratio']:.3f} of eager"
-    names = ("eager", "compile", "max_autotune", "freezing", "zeroblock", "floor")
+    names = (*("eager", *COMPILED), "other_layout", "zeroblock", "floor")
     times = "  ".join(f"{name} {row[name]:.4g}" for name in names if row[name] == row[name])
     line = f"{times} us   {row['ratio']:.2f}x [{row['lo']:.2f}, {row['hi']:.2f}] vs {row['best']}"
+    if row["best_all"] != row["best"]:
+        line += f"   {row['ratio_all']:.2f}x [{row['lo_all']:.2f}] vs {row['best_all']}"
     return line + (f"   {row['floor_percent']:.0f} % of floor" if row["floor_percent"] == row["floor_percent"] else "")
 
 
-def prepare(selected: list[Case], baselines: tuple[str, ...], threads: list[int]) -> None:
+def prepare(selected: list[Case], options: argparse.Namespace) -> None:
     """Fill the compiler's cache, so that the measuring run need not wait for it; times nothing."""
-    for count in threads:
+    baselines = BASELINES[options.baselines or "default"]
+    for count in options.threads:
         torch.set_num_threads(count)
         for i, case in enumerate(selected, 1):
             torch._dynamo.reset()
             start = time.perf_counter()
-            with torch.set_grad_enabled(case.mode == "training"):
-                compiled_candidates(case, case.work().eager, baselines)
+            with torch.set_grad_enabled(case.mode == "training"), precision(case):
+                baseline_candidates(case, case.work().eager, baselines, options.compile_seconds)
             print(f"[{i:3d}/{len(selected)}] {case.id}-t{count} {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def measured_row(case: Case, threads: int, options: argparse.Namespace) -> dict:
     row = {name: NAN for name in store.NUMBERS} | {"case": case.id, "threads": threads}
     row |= {name: getattr(case, name) for name in ("group", "op", "shape", "layout", "dtype", "mode")}
-    if case.group == "saved":
-        return row | bytes_row(case)
-    if options.quick:
-        baselines = BASELINES[options.baselines] if case.id == QUICK_COMPILED else ()
-        return row | time_row(case, baselines, options.seconds, min_rounds=3)
-    return row | time_row(case, BASELINES[options.baselines], options.seconds, 7, options.sample_ms / 1e3)
+    if case.group in BYTES:
+        return row | BYTES[case.group](case)
+    everything = not options.quick or options.baselines is not None
+    baselines = BASELINES[options.baselines or "default"] if everything or case.id == QUICK_COMPILED else ()
+    return row | time_row(case, baselines, options)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -158,8 +221,7 @@ def run(options: argparse.Namespace) -> int:
     selected = [case for group in groups for case in make_cases(group, options.quick)]
     selected = [case for case in selected if any(part in case.id for part in options.filter.split(","))]
     if options.prepare:
-        timed = [case for case in selected if case.group != "saved" and not case.op.startswith("zero_check")]
-        prepare(timed, BASELINES[options.baselines], options.threads)
+        prepare([c for c in selected if c.group not in BYTES and not c.op.startswith("zero_check")], options)
         return 0
     folder, common, failed = options.out / store.machine_slug(), store.provenance(), 0
     torch._dynamo.reset()  # loads the compiler
@@ -167,7 +229,7 @@ def run(options: argparse.Namespace) -> int:
     for threads in options.threads:
         torch.set_num_threads(threads)
         if threads != options.threads[0]:  # bytes do not depend on the number of threads
-            selected = [case for case in selected if case.group != "saved"]
+            selected = [case for case in selected if case.group not in BYTES]
         for i, case in enumerate(selected, 1):
             print(f"[{i:3d}/{len(selected)}] {case.id}-t{threads}  ", end="", flush=True)
             try:
@@ -195,7 +257,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sample-ms", default=SAMPLE_SECONDS * 1e3, type=float, help="shorter calls are repeated within one sample"
     )
-    parser.add_argument("--baselines", default="default", choices=BASELINES, help="default: eager and torch.compile")
+    parser.add_argument("--baselines", choices=BASELINES, help="default: eager and torch.compile (--quick: eager)")
+    parser.add_argument(
+        "--compile-seconds", default=120.0, type=float, help="a baseline that takes longer is left out (default 120)"
+    )
     parser.add_argument("--allocator", default="pinned", choices=store.ALLOCATORS, help="see README.md")
     parser.add_argument("--out", default=store.RESULTS, type=Path, help="default: benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that everything runs, not how fast")

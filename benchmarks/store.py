@@ -15,19 +15,22 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-GROUPS = ("memory_bound", "zero", "dense", "frozen", "overhead", "saved", "models")
+GROUPS = ("memory_bound", "zero", "dense", "frozen", "overhead", "saved", "models", "whole", "peak")
 
 COLUMNS = (
-    "group", "case", "op", "shape", "layout", "dtype", "mode", "threads", "allocator",
-    "unit", "eager", "compile", "max_autotune", "freezing", "zeroblock", "floor",  # medians, in `unit`
+    "group", "case", "op", "shape", "layout", "dtype", "mode", "threads", "allocator", "unit",
+    "eager", "compile", "max_autotune", "freezing", "max_autotune_freezing",  # medians, in `unit`
+    "other_layout",  # the fastest of these with images and weights in the other layout
+    "zeroblock", "floor",
     "best", "ratio", "lo", "hi", "p20", "p80",  # zeroblock against the better of eager and compile
-    "ratio_all",  # against the best of all baselines
+    "best_all", "ratio_all", "lo_all",  # against the best of all baselines
     "floor_percent",  # 100 * floor / zeroblock: the percentage of the copy bandwidth that is reached
     "rounds", "dropped",
     "machine", "torch", "zeroblock_version", "backend", "commit", "date",
 )  # fmt: skip
 KEY = ("case", "threads", "allocator")
-NUMBERS = COLUMNS[10:16] + COLUMNS[17:26]
+_FIGURES = COLUMNS[COLUMNS.index("eager") : COLUMNS.index("machine")]
+NUMBERS = tuple(name for name in _FIGURES if name not in ("best", "best_all"))
 
 # "pinned": freed memory stays with the process, so that page faults do not decide the comparison.
 ALLOCATORS = {
@@ -96,7 +99,8 @@ def read(path: Path) -> list[dict]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{**row, **{name: _number(row[name]) for name in NUMBERS}} for row in rows]
+    blank = dict.fromkeys(COLUMNS, "")  # what an older file has no column for
+    return [{**blank, **row, **{name: _number(row.get(name, "")) for name in NUMBERS}} for row in rows]
 
 
 def read_all(folder: Path, groups=GROUPS) -> list[dict]:

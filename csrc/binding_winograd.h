@@ -2,7 +2,7 @@
 // bindings.cpp.
 #pragma once
 
-#include "binding_args.h"
+#include "binding_group_norm.h"
 
 namespace {
 

@@ -40,6 +40,17 @@ torch.set_num_threads(1)
 collect_ignore = [] if INTERPRETS else ["triton"]
 
 
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark_path():
+    """The benchmarks import each other as plain modules from their own folder."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
 @pytest.fixture(params=("triton",) if INTERPRETS else BACKENDS)
 def backend(request):
     """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here.

@@ -9,16 +9,12 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-CASES = {"memory_bound": 28, "zero": 16, "dense": 16, "frozen": 8, "overhead": 26, "saved": 26, "models": 20}
+from .conftest import BENCHMARKS
 
-
-@pytest.fixture(scope="module")
-def benchmark_path():
-    """The scripts import each other as plain modules from their own folder."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
+CASES = {
+    "memory_bound": 28, "zero": 16, "dense": 22, "frozen": 11, "overhead": 26, "saved": 30, "models": 20, "whole": 12,
+    "peak": 1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -172,20 +168,40 @@ def test_store_replaces_a_case_and_keeps_the_others(store, tmp_path):
     assert math.isnan(rows[0]["compile"])
 
 
-def test_report_says_which_targets_are_met(store, report):
-    def dense(case, ratio, lo):
-        values = {"op": "resblock", "mode": "training", "ratio": ratio, "lo": lo, "hi": ratio}
-        return _row(store, group="dense", case=f"dense/{case}", **values)
+def test_a_file_of_before_a_column_was_added_is_read(store, report, tmp_path):
+    path = tmp_path / "dense.csv"
+    row = _row(
+        store, case="dense/a", op="resblock", mode="inference", shape="1x8x4x4", ratio=1.2, lo=1.1, ratio_all=1.2
+    )
+    store.write(path, [row])
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    gone = lines[0].index("lo_all")
+    path.write_text("".join(",".join(line[:gone] + line[gone + 1 :]) + "\n" for line in lines))
+    assert math.isnan(store.read(path)[0]["lo_all"])
+    assert "[1.100]" in report.dense_checks(store.read(path))[-1].value
 
-    def frozen(ratio_all):
-        values = {"op": "resblock", "dtype": "fp32", "ratio": 9.0, "ratio_all": ratio_all}
+
+def test_report_says_which_targets_are_met(store, report):
+    def dense(case, ratio, lo, **values):
+        values = {"op": "resblock", "mode": "training", "dtype": "fp32", "shape": "1x8x32x32"} | values
+        return _row(store, group="dense", case=f"dense/{case}", ratio_all=ratio, lo_all=lo, **values)
+
+    def frozen(ratio_all, dtype="fp32"):
+        values = {"op": "resblock", "dtype": dtype, "ratio": 9.0, "ratio_all": ratio_all}
         return _row(store, group="frozen", case="frozen/case", **values)
 
     assert [c.met for c in report.frozen_checks([frozen(1.5), frozen(1.2)])] == [False, None]
     assert [c.met for c in report.frozen_checks([frozen(1.5), frozen(1.4)])] == [True, None]
-    checks = report.dense_checks([dense("good", 1.2, 1.1), dense("bad", 0.9, 0.89)])
+    assert [c.met for c in report.frozen_checks([frozen(1.5), frozen(1.9, "fp32_high")])] == [True, None, False, None]
+    checks = report.dense_checks([dense("good", 1.2, 1.1), dense("bad", 0.9, 0.89, shape="1x8x16x16to8")])
     assert (checks[0].value, checks[0].met) == ("1.039x", True)
     assert checks[-1].met is False and "bad" in checks[-1].what
+    large = [check for check in checks if "at 32x32 and more" in check.what]
+    assert [(check.value, check.met) for check in large] == [("1.200x", True)], "the small map does not count"
+    high = report.dense_checks([dense("high", 1.4, 1.3, dtype="fp32_high")])
+    assert [check.met for check in high if "at 32x32" in check.what] == [False]
+    dit = dense("dit", 1.0, 0.96, op="dit_block", shape="2x4x64", eager=103.0, zeroblock=100.0)
+    assert [check.met for check in report.dense_checks([dit]) if "against eager" in check.what] == [False]
 
     def op(case, ratio, percent):
         values = {"op": "gate_residual", "mode": "inference", "ratio": ratio, "floor_percent": percent}

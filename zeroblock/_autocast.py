@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,11 @@ def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def autocast(weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """(weight, *others), the operands of a convolution or linear, in the dtype autocast gives it."""
+    dtype = autocast_dtype(weight)
+    if dtype is None:
+        return weight, *others
+    return weight.to(dtype), *(t if t is None else t.to(dtype) for t in others)

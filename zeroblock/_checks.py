@@ -84,6 +84,13 @@ def modulation(op: str, x: Tensor, **operands: Tensor | None) -> None:
             raise fail(op, arg, f"have shape [B, D] = {[B, D]} or [B, T, D] = {[B, T, D]}", list(v.shape))
 
 
+def modulated(op: str, x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: Any) -> None:
+    """x [B, T, D], what a norm of its tokens is modulated with, and the norm's eps."""
+    tokens(op, "x", x)
+    modulation(op, x, shift=shift, scale=scale)
+    eps_value(op, eps)
+
+
 def gate(op: str, gate: Tensor, branch: Tensor) -> None:
     """[1] for a branch of any shape; [D], [B, D] or [B, T, D] for a branch [B, T, D]."""
     if branch.dim() == 0:

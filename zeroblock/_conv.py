@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _packed, _winograd
-from ._layout import as_layout, channels_last_format
+from ._layout import add_residual, as_layout, channels_last_format
 from ._packed import ONEDNN, Geometry
 from ._plan import PlannedOp, reduced_allowed
 from ._plan_measure import describe_images, describe_weight
@@ -35,15 +35,6 @@ def unit_geometry(padding: list[int]) -> Geometry:
 
 
 _ONES = tuple((1,) * n for n in range(4))
-
-
-def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
-    """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
-    if residual is None:
-        return branch
-    if residual.dtype == branch.dtype and (residual.stride() == branch.stride() or 0 in residual.stride()):
-        return branch.add_(residual)
-    return residual + branch
 
 
 def _conv(h: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -25,3 +25,12 @@ def empty_like_dense(x: Tensor) -> Tensor:
     """What the ops return for x: same shape and dtype, in the format that `channels_last_format` names."""
     layout = channels_last_format(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format if layout is None else layout)
+
+
+def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
+    """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
+    if residual is None:
+        return branch
+    if residual.dtype == branch.dtype and (residual.stride() == branch.stride() or 0 in residual.stride()):
+        return branch.add_(residual)
+    return residual + branch

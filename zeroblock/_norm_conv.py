@@ -25,14 +25,18 @@ def _norm(x, num_groups, nw, nb, scale, shift, keep, weight) -> tuple:
     return num_groups, x.dtype, weight.dtype, nw is None, nb is None, scale is None, shift is None, keep is None
 
 
+def _description(conv: str, num_groups, scale, shift, keep) -> str:
+    extra = ", FiLM" * (scale is not None or shift is not None) + ", dropout" * (keep is not None)
+    return f"{conv}, {num_groups} groups{extra}"
+
+
 def _signature(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
     norm = _norm(x, num_groups, nw, nb, scale, shift, keep, weight)
     return norm, CONV.signature(P, x, weight, bias, residual, geometry)
 
 
 def _describe(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
-    extra = ", FiLM" * (scale is not None or shift is not None) + ", dropout" * (keep is not None)
-    return f"{CONV.describe(P, x, weight, bias, residual, geometry)}, {num_groups} groups{extra}"
+    return _description(CONV.describe(P, x, weight, bias, residual, geometry), num_groups, scale, shift, keep)
 
 
 # (y, mean, rstd) as (P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight, bias,
@@ -65,8 +69,7 @@ def _bwd_signature(
 def _bwd_describe(
     P, dy, x, mean, rstd, num_groups, nw, nb, eps, scale, shift, keep, p, weight, has_bias, padding, mask
 ):
-    extra = ", FiLM" * (scale is not None or shift is not None) + ", dropout" * (keep is not None)
-    return f"{CONV_BWD.describe(P, dy, x, weight, has_bias, padding, mask)}, {num_groups} groups{extra}"
+    return _description(CONV_BWD.describe(P, dy, x, weight, has_bias, padding, mask), num_groups, scale, shift, keep)
 
 
 # (dh, dweight, dbias), h = dropout(silu(norm x)), as (P, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps,

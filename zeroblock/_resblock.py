@@ -19,7 +19,7 @@ from ._autocast import autocast_dtype
 from ._branch import Branch, Tail, bare_branch, skipped_branch
 from ._layout import channels_last_format
 from .nn import _common
-from .reference import dropout_keep
+from .reference import draw_keep, dropout_keep
 
 # (scale, shift, None) for FiLM, (None, None, e) to be added to conv1's output, e broadcast to it; or nothing at all.
 Embedding = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -122,7 +122,7 @@ def _draw_keep(layers: Layers, x: Tensor, size: tuple[int, ...]) -> Tensor | Non
         return None
     layout = channels_last_format(x) or channels_last_format(layers.conv1.weight) or torch.contiguous_format
     h = torch.empty(size, dtype=_hidden_dtype(layers), device=x.device, memory_format=layout)
-    return functional.draw_keep(h, dropout.p, True)
+    return draw_keep(h, dropout.p, True)
 
 
 def _skipped(layers: Layers, x: Tensor, emb: Any, resampled: Tensor, size: tuple[int, ...], tail: Tail) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._layout import as_layout, channels_last_format
+from ._layout import add_residual, as_layout, channels_last_format
 from ._plan import reduced_allowed
 
 FEW_CHANNELS = 32  # with fewer, the transforms outweigh the products
@@ -137,7 +137,7 @@ def conv(
         x, _affine(P, x, norm), weight, packed, bias, residual if fused else None, padding[0], tile, False,
         layout is not None,
     )  # fmt: skip
-    return y if fused or residual is None else residual + y
+    return add_residual(None if fused else residual, y)
 
 
 def conv_grads(

@@ -8,34 +8,14 @@ Under torch.func transforms and forward-mode AD every function is its definition
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, ops, zero
 from . import reference as ref
-from ._autocast import autocast_dtype
+from ._autocast import autocast
 from ._lane import call
-
-
-def _autocast(weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """(weight, *others), the operands of a convolution or linear, in the dtype autocast gives it."""
-    dtype = autocast_dtype(weight)
-    if dtype is None:
-        return weight, *others
-    return weight.to(dtype), *(t if t is None else t.to(dtype) for t in others)
-
-
-def draw_keep(h: Tensor, p: float, training: bool) -> Tensor | None:
-    """The dropout mask eager's F.dropout(h, p, training) would draw, as bool; None when it would keep everything.
-
-    Consumes the random stream exactly as F.dropout does for a tensor of h's shape, dtype and layout.
-    """
-    if not training or p == 0.0:
-        return None
-    return F.dropout(torch.ones_like(h), p, True) != 0
 
 
 def group_norm_silu(
@@ -106,10 +86,10 @@ def group_norm_silu_conv_residual(
     _checks.eps_value(op, eps)
     _checks.probability(op, dropout_p)
     pad = _checks.convolution(op, x.shape[1], x, weight, bias, residual, padding)
-    weight, bias = _autocast(weight, bias)
+    weight, bias = autocast(weight, bias)
     _checks.same_dtype(op, weight=weight, bias=bias)
     if keep is None:
-        keep = draw_keep(x, dropout_p, training)
+        keep = ref.draw_keep(x, dropout_p, training)
     else:
         _checks.same_shape(op, "keep", keep, "x", x.shape)
     if zero.transforms_active():
@@ -119,22 +99,9 @@ def group_norm_silu_conv_residual(
         )  # fmt: skip
     skip = zero.test_of(op, zero_skip, weight)
     return call(
-        ops.group_norm_silu_conv_residual,
-        x,
-        num_groups,
-        norm_weight,
-        norm_bias,
-        eps,
-        scale,
-        shift,
-        keep,
-        dropout_p,
-        weight,
-        bias,
-        residual,
-        pad,
-        skip,
-    )[0]
+        ops.group_norm_silu_conv_residual, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p,
+        weight, bias, residual, pad, skip,
+    )[0]  # fmt: skip
 
 
 def conv_residual(
@@ -159,7 +126,7 @@ def conv_residual(
     if h.dim() < 3:
         raise _checks.fail(op, "h", "have shape [N, Cin, *S]", list(h.shape))
     pad = _checks.convolution(op, h.shape[1], h, weight, bias, residual, padding)
-    weight, bias, h = _autocast(weight, bias, h)
+    weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
@@ -186,11 +153,9 @@ def layer_norm_modulate(
     op = "layer_norm_modulate"
     _checks.required(op, x=x)
     _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
-    _checks.tokens(op, "x", x)
-    _checks.modulation(op, x, shift=shift, scale=scale)
+    _checks.modulated(op, x, shift, scale, eps)
     _checks.shape(op, "weight", weight, (x.shape[2],), "[D]")
     _checks.shape(op, "bias", bias, (x.shape[2],), "[D]")
-    _checks.eps_value(op, eps)
     if zero.transforms_active():
         return ref.layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias)
     return call(ops.layer_norm_modulate, x, shift, scale, weight, bias, eps)[0]
@@ -207,10 +172,8 @@ def rms_norm_modulate(
     op = "rms_norm_modulate"
     _checks.required(op, x=x)
     _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight)
-    _checks.tokens(op, "x", x)
-    _checks.modulation(op, x, shift=shift, scale=scale)
+    _checks.modulated(op, x, shift, scale, eps)
     _checks.shape(op, "weight", weight, (x.shape[2],), "[D]")
-    _checks.eps_value(op, eps)
     if zero.transforms_active():
         return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight)
     return call(ops.rms_norm_modulate, x, shift, scale, weight, eps)[0]
@@ -275,11 +238,9 @@ def layer_norm_modulate_linear(
     op = "layer_norm_modulate_linear"
     _checks.required(op, x=x, weight=weight)
     _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
-    _checks.tokens(op, "x", x)
-    _checks.modulation(op, x, shift=shift, scale=scale)
+    _checks.modulated(op, x, shift, scale, eps)
     _checks.linear(op, x.shape[2], weight, bias)
-    _checks.eps_value(op, eps)
-    weight, bias = _autocast(weight, bias)
+    weight, bias = autocast(weight, bias)
     _checks.same_dtype(op, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps=eps)
@@ -314,7 +275,7 @@ def linear_gate_residual(
         _checks.same_shape(op, "residual", residual, "the output", size)
     if gate is not None:
         _checks.gate(op, gate, h.new_empty(1).expand(size))
-    weight, bias, h = _autocast(weight, bias, h)
+    weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)

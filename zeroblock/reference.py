@@ -70,6 +70,16 @@ def apply_activation(h: Tensor, activation: str | None) -> Tensor:
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def draw_keep(h: Tensor, p: float, training: bool) -> Tensor | None:
+    """The dropout mask eager's F.dropout(h, p, training) would draw, as bool; None when it would keep everything.
+
+    Consumes the random stream exactly as F.dropout does for a tensor of h's shape, dtype and layout.
+    """
+    if not training or p == 0.0:
+        return None
+    return F.dropout(torch.ones_like(h), p, True) != 0
+
+
 def dropout_keep(h: Tensor, keep: Tensor | None, p: float) -> Tensor:
     """Dropout with a given boolean mask: h / (1 - p) where kept, 0 elsewhere (p = 1 keeps nothing)."""
     return h if keep is None else h * (keep.to(h.dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0))

@@ -63,31 +63,41 @@ struct Target {
   int64_t n, row, column;
 };
 
+// f(channel, lanes, bias, products) for each of the vectors of channels of a panel that exist; k is the first channel.
+template <class Half>
+ZB_INLINE void each_half(const Winograd& p, int64_t k, const float* m, Half f) {
+  for (int64_t channel = k; channel < smaller(p.K, k + kPanel); channel += kL, m += kL) {
+    const int lanes = static_cast<int>(smaller(kL, p.K - channel));
+    f(channel, lanes, p.bias ? load(p.bias + channel, lanes) : zero(), m);
+  }
+}
+
+// A^T M A of one tile, from the products of its vector of channels.
+template <class F, class Write>
+ZB_INLINE void transform_back(const float* m, Write write) {
+  both_dims<F::n, F::m>([](const Vec* a, Vec* b) { F::output(a, b); },
+                        [&](int i, int j) { return load(m + (i * F::n + j) * kGroupTiles * kPanel); }, write);
+}
+
 // The channels of one panel, from k on; m: [points, kGroupTiles, 2 L]. y[..] = A^T M A + bias + residual for `count`
 // neighbouring tiles, channels_last.
 template <class F>
 ZB_LOOPS void store_tiles_rows(const Winograd& p, Target at, int count, int64_t k, const float* m) {
-  for (int half = 0; half < 2 && k + half * kL < p.K; ++half) {
-    const int64_t first = k + half * kL;
-    const int lanes = static_cast<int>(smaller(kL, p.K - first));
-    const Vec bias = p.bias ? load(p.bias + first, lanes) : zero();
+  each_half(p, k, m, [&](int64_t channel, int lanes, Vec bias, const float* products) {
     for (int t = 0; t < count; ++t) {
-      const float* from = m + t * kPanel + half * kL;
       const int64_t column = at.column + t * F::m;
-      both_dims<F::n, F::m>([](const Vec* a, Vec* b) { F::output(a, b); },
-                            [&](int i, int j) { return load(from + (i * F::n + j) * kGroupTiles * kPanel); },
-                            [&](int i, int j, Vec v) {
-                              if (at.row + i >= p.OH || column + j >= p.OW) return;
-                              const int64_t to = ((at.n * p.OH + at.row + i) * p.OW + column + j) * p.K + first;
-                              v = v + bias;
-                              if (lanes == kL) {
-                                store(p.y + to, p.residual ? v + load(p.residual + to) : v);
-                              } else {
-                                store(p.y + to, p.residual ? v + load(p.residual + to, lanes) : v, lanes);
-                              }
-                            });
+      transform_back<F>(products + t * kPanel, [&](int i, int j, Vec v) {
+        if (at.row + i >= p.OH || column + j >= p.OW) return;
+        const int64_t to = ((at.n * p.OH + at.row + i) * p.OW + column + j) * p.K + channel;
+        v = v + bias;
+        if (lanes == kL) {
+          store(p.y + to, p.residual ? v + load(p.residual + to) : v);
+        } else {
+          store(p.y + to, p.residual ? v + load(p.residual + to, lanes) : v, lanes);
+        }
+      });
     }
-  }
+  });
 }
 
 // The same for [N, K, OH, OW]: the outputs of a row of tiles go through a buffer and are transposed.
@@ -95,18 +105,12 @@ template <class F>
 ZB_LOOPS void store_tiles_planes(const Winograd& p, Target at, int count, int64_t k, const float* m) {
   alignas(64) float buffer[F::m][kGroupTiles * F::m + kL][kL];
   const int pixels = static_cast<int>(smaller(count * F::m, p.OW - at.column)), plane_rows = F::m;
-  for (int half = 0; half < 2 && k + half * kL < p.K; ++half) {
-    const int64_t first = k + half * kL;
-    const int lanes = static_cast<int>(smaller(kL, p.K - first));
-    const Vec bias = p.bias ? load(p.bias + first, lanes) : zero();
+  each_half(p, k, m, [&](int64_t channel, int lanes, Vec bias, const float* products) {
     for (int t = 0; t < count; ++t) {
-      const float* from = m + t * kPanel + half * kL;
-      both_dims<F::n, F::m>([](const Vec* a, Vec* b) { F::output(a, b); },
-                            [&](int i, int j) { return load(from + (i * F::n + j) * kGroupTiles * kPanel); },
-                            [&](int i, int j, Vec v) { store(buffer[i][t * F::m + j], v + bias); });
+      transform_back<F>(products + t * kPanel, [&](int i, int j, Vec v) { store(buffer[i][t * F::m + j], v + bias); });
     }
     for (int i = 0; i < plane_rows && at.row + i < p.OH; ++i) {
-      const int64_t to = ((at.n * p.K + first) * p.OH + at.row + i) * p.OW + at.column;
+      const int64_t to = ((at.n * p.K + channel) * p.OH + at.row + i) * p.OW + at.column;
       for (int j = 0; j < pixels; j += kL) {
         const int columns = static_cast<int>(smaller(kL, pixels - j));
         Vec v[kL];
@@ -122,7 +126,7 @@ ZB_LOOPS void store_tiles_planes(const Winograd& p, Target at, int count, int64_
         }
       }
     }
-  }
+  });
 }
 
 // Products and outputs of tiles [begin, end) of a chunk, at most kGroupTiles, for one panel of output channels.

@@ -1,0 +1,87 @@
+// The torch side of group_norm_silu (cpu/group_norm_silu.h). Part of bindings.cpp.
+#pragma once
+
+#include "binding_cpu.h"
+
+namespace {
+
+GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                                const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
+                                bool channels_last, std::vector<Tensor>& keep) {
+  STD_TORCH_CHECK(x.dim() >= 2 && groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0,
+                  "zeroblock: x must be [N, C, *] with C divisible by the groups");
+  check_dense(x, channels_last, "x");
+  GroupNormSilu p{};
+  p.dtype = dtype_of(x);
+  p.channels_last = channels_last;
+  p.silu = silu;
+  p.N = x.size(0);
+  p.C = x.size(1);
+  p.G = groups;
+  p.S = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) p.S *= x.size(d);
+  p.x = x.const_data_ptr();
+  p.weight = as_f32(weight, p.C, keep, "weight");
+  p.bias = as_f32(bias, p.C, keep, "bias");
+  p.scale = as_f32(scale, p.N * p.C, keep, "scale");
+  p.shift = as_f32(shift, p.N * p.C, keep, "shift");
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
+                                                   MaybeTensor shift, int64_t groups, double eps, bool silu,
+                                                   bool channels_last) {
+  std::vector<Tensor> keep;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
+  Tensor y = torch::stable::empty_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
+  const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
+  p.eps = static_cast<float>(eps);
+  p.y = y.mutable_data_ptr();
+  p.mean = data<float>(mean);
+  p.rstd = data<float>(rstd);
+  p.workspace = workspace.data.get();
+  kernels().group_norm_silu_fwd(p, parallel_for);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
+                                                                       MaybeTensor weight, MaybeTensor bias,
+                                                                       MaybeTensor scale, MaybeTensor shift,
+                                                                       int64_t groups, bool silu, bool channels_last) {
+  std::vector<Tensor> keep;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
+  check_like(dy, x, "dy");
+  check_dense(dy, channels_last, "dy");
+  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
+  Tensor dx = torch::stable::empty_like(x);
+  Tensor dweight = weight ? f32(x, {p.C}) : absent(), dbias = bias ? f32(x, {p.C}) : absent();
+  Tensor dscale = scale ? f32(x, {p.N, p.C}) : absent(), dshift = shift ? f32(x, {p.N, p.C}) : absent();
+  p.dy = dy.const_data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  if (weight) p.dweight = data<float>(dweight);
+  if (bias) p.dbias = data<float>(dbias);
+  if (scale) p.dscale = data<float>(dscale);
+  if (shift) p.dshift = data<float>(dshift);
+  const Workspace workspace(kernels().group_norm_silu_bwd_workspace(p));
+  p.workspace = workspace.data.get();
+  kernels().group_norm_silu_bwd(p, parallel_for);
+  return {dx, dweight, dbias, dscale, dshift};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
+  m.def(
+      "_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+      "bool silu, bool channels_last) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
+      "Tensor? scale, Tensor? shift, int groups, bool silu, bool channels_last) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
+  m.impl("_group_norm_silu", TORCH_BOX(&group_norm_silu));
+  m.impl("_group_norm_silu_bwd", TORCH_BOX(&group_norm_silu_bwd));
+}

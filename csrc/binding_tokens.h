@@ -1,0 +1,215 @@
+// The torch side of the ops on tokens [B, T, D]: layer_norm_modulate, gate_residual and both in one (cpu/*.h). Part of
+// bindings.cpp.
+#pragma once
+
+#include "binding_cpu.h"
+
+namespace {
+
+// ---- layer_norm_modulate, rms_norm_modulate -------------------------------------------------------------------------
+
+void check_tokens(const Tensor& x, const char* what) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu() && x.is_contiguous(), "zeroblock: ", what, " must be dense [B, T, D]");
+}
+
+// What the parameters of every op on tokens begin with.
+template <class Params>
+Params token_params(const Tensor& x, const char* what) {
+  check_tokens(x, what);
+  Params p{};
+  p.dtype = dtype_of(x);
+  p.B = x.size(0);
+  p.T = x.size(1);
+  p.D = x.size(2);
+  return p;
+}
+
+LayerNormModulate layer_norm_params(const Tensor& x, const MaybeTensor& shift, const MaybeTensor& scale,
+                                    const MaybeTensor& weight, const MaybeTensor& bias, bool rms,
+                                    std::vector<Tensor>& keep) {
+  LayerNormModulate p = token_params<LayerNormModulate>(x, "x");
+  p.rms = rms;
+  p.x = x.const_data_ptr();
+  p.weight = as_f32(weight, p.D, keep, "weight");
+  p.bias = as_f32(bias, p.D, keep, "bias");
+  p.shift = as_rows(shift, x, keep, "shift");
+  p.scale = as_rows(scale, x, keep, "scale");
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(Tensor x, MaybeTensor shift, MaybeTensor scale,
+                                                       MaybeTensor weight, MaybeTensor bias, double eps, bool rms) {
+  std::vector<Tensor> keep;
+  LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, keep);
+  Tensor y = torch::stable::empty_like(x), mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
+  p.eps = static_cast<float>(eps);
+  p.y = y.mutable_data_ptr();
+  p.mean = rms ? nullptr : data<float>(mean);
+  p.rstd = data<float>(rstd);
+  kernels().layer_norm_modulate_fwd(p, parallel_for);
+  return {y, mean, rstd};
+}
+
+// A per-token dshift equals dy and is not returned.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tensor dy, Tensor x, MaybeTensor mean,
+                                                                           Tensor rstd, MaybeTensor shift,
+                                                                           MaybeTensor scale, MaybeTensor weight,
+                                                                           MaybeTensor bias, bool rms) {
+  std::vector<Tensor> keep;
+  LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, keep);
+  check_like(dy, x, "dy");
+  check_tokens(dy, "dy");
+  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, keep, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
+  p.dy = dy.const_data_ptr();
+  Tensor dx = torch::stable::empty_like(x);
+  p.dx = dx.mutable_data_ptr();
+  Tensor dshift = shift && !p.shift.per_token ? f32(x, {p.B, p.D}) : absent();
+  Tensor dscale = !scale ? absent() : p.scale.per_token ? torch::stable::empty_like(x) : f32(x, {p.B, p.D});
+  Tensor dweight = weight ? f32(x, {p.D}) : absent(), dbias = bias ? f32(x, {p.D}) : absent();
+  if (shift && !p.shift.per_token) p.dshift = data<float>(dshift);
+  if (scale) p.dscale = dscale.mutable_data_ptr();
+  if (weight) p.dweight = data<float>(dweight);
+  if (bias) p.dbias = data<float>(dbias);
+  const Workspace workspace(kernels().layer_norm_modulate_bwd_workspace(p));
+  p.workspace = workspace.data.get();
+  kernels().layer_norm_modulate_bwd(p, parallel_for);
+  return {dx, dshift, dscale, dweight, dbias};
+}
+
+// ---- gate_residual --------------------------------------------------------------------------------------------------
+
+GateResidual gate_params(const Tensor& branch, const Tensor& gate, std::vector<Tensor>& keep) {
+  GateResidual p = token_params<GateResidual>(branch, "branch");
+  p.branch = branch.const_data_ptr();
+  if (gate.dim() == 1 && gate.numel() == 1) {
+    p.scalar_gate = as_f32(gate, 1, keep, "gate");
+  } else {
+    p.gate = as_rows(gate, branch, keep, "gate");
+  }
+  return p;
+}
+
+Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch) {
+  std::vector<Tensor> keep;
+  GateResidual p = gate_params(branch, gate, keep);
+  check_like(residual, branch, "residual");
+  check_tokens(residual, "residual");
+  Tensor y = torch::stable::empty_like(branch);
+  p.residual = residual.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  kernels().gate_residual_fwd(p, parallel_for);
+  return y;
+}
+
+Tensor gate_gradient(const Tensor& branch, bool scalar, bool per_token) {
+  if (scalar) return f32(branch, {1});
+  return per_token ? torch::stable::empty_like(branch) : f32(branch, {branch.size(0), branch.size(2)});
+}
+
+std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate,
+                                             bool need_dbranch) {
+  std::vector<Tensor> keep;
+  GateResidual p = gate_params(branch, gate, keep);
+  check_like(dy, branch, "dy");
+  check_tokens(dy, "dy");
+  p.dy = dy.const_data_ptr();
+  Tensor dgate = need_dgate ? gate_gradient(branch, p.scalar_gate, p.gate.per_token) : absent();
+  Tensor dbranch = need_dbranch ? torch::stable::empty_like(branch) : absent();
+  if (need_dgate) p.dgate = dgate.mutable_data_ptr();
+  if (need_dbranch) p.dbranch = dbranch.mutable_data_ptr();
+  const Workspace workspace(kernels().gate_residual_bwd_workspace(p));
+  p.workspace = workspace.data.get();
+  kernels().gate_residual_bwd(p, parallel_for);
+  return {dgate, dbranch};
+}
+
+// ---- gate_residual_layer_norm_modulate ------------------------------------------------------------------------------
+
+GateResidualLayerNormModulate gate_norm_params(const Tensor& branch, const Tensor& gate, const Tensor& shift,
+                                               const Tensor& scale, std::vector<Tensor>& keep) {
+  GateResidualLayerNormModulate p = token_params<GateResidualLayerNormModulate>(branch, "branch");
+  p.branch = branch.const_data_ptr();
+  p.gate = as_rows(gate, branch, keep, "gate");
+  p.shift = as_rows(shift, branch, keep, "shift");
+  p.scale = as_rows(scale, branch, keep, "scale");
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modulate(Tensor residual, Tensor gate,
+                                                                             Tensor branch, Tensor shift, Tensor scale,
+                                                                             double eps) {
+  std::vector<Tensor> keep;
+  GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, keep);
+  check_like(residual, branch, "residual");
+  check_tokens(residual, "residual");
+  Tensor x_new = torch::stable::empty_like(branch), y = torch::stable::empty_like(branch);
+  Tensor mean = f32(branch, {p.B, p.T}), rstd = f32(branch, {p.B, p.T});
+  p.eps = static_cast<float>(eps);
+  p.residual = residual.const_data_ptr();
+  p.x_new = x_new.mutable_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.mean = data<float>(mean);
+  p.rstd = data<float>(rstd);
+  kernels().gate_residual_layer_norm_modulate_fwd(p, parallel_for);
+  return {x_new, y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modulate_bwd(MaybeTensor dx_new, Tensor dy,
+                                                                                         Tensor x_new, Tensor mean,
+                                                                                         Tensor rstd, Tensor gate,
+                                                                                         Tensor branch, Tensor shift,
+                                                                                         Tensor scale) {
+  std::vector<Tensor> keep;
+  GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, keep);
+  for (const Tensor* t : {&dy, &x_new}) check_like(*t, branch, "dy and x_new"), check_tokens(*t, "dy and x_new");
+  if (dx_new) check_like(*dx_new, branch, "dx_new"), check_tokens(*dx_new, "dx_new");
+  p.dx_new = dx_new ? dx_new->const_data_ptr() : nullptr;
+  p.dy = dy.const_data_ptr();
+  p.x_new = x_new.mutable_data_ptr();
+  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, keep, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
+  Tensor dresidual = torch::stable::empty_like(branch), dbranch = torch::stable::empty_like(branch);
+  Tensor dgate = gate_gradient(branch, false, p.gate.per_token);
+  Tensor dshift = p.shift.per_token ? absent() : f32(branch, {p.B, p.D});
+  Tensor dscale = gate_gradient(branch, false, p.scale.per_token);
+  p.dresidual = dresidual.mutable_data_ptr();
+  p.dbranch = dbranch.mutable_data_ptr();
+  p.dgate = dgate.mutable_data_ptr();
+  if (!p.shift.per_token) p.dshift = data<float>(dshift);
+  p.dscale = dscale.mutable_data_ptr();
+  const Workspace workspace(kernels().gate_residual_layer_norm_modulate_bwd_workspace(p));
+  p.workspace = workspace.data.get();
+  kernels().gate_residual_layer_norm_modulate_bwd(p, parallel_for);
+  return {dresidual, dgate, dbranch, dshift, dscale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
+  m.def(
+      "_layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps, "
+      "bool rms) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_layer_norm_modulate_bwd(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? shift, Tensor? scale, "
+      "Tensor? weight, Tensor? bias, bool rms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("_gate_residual(Tensor residual, Tensor gate, Tensor branch) -> Tensor");
+  m.def(
+      "_gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "_gate_residual_layer_norm_modulate(Tensor residual, Tensor gate, Tensor branch, Tensor shift, Tensor scale, "
+      "float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_gate_residual_layer_norm_modulate_bwd(Tensor? dx_new, Tensor dy, Tensor x_new, Tensor mean, Tensor rstd, "
+      "Tensor gate, Tensor branch, Tensor shift, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
+  m.impl("_layer_norm_modulate", TORCH_BOX(&layer_norm_modulate));
+  m.impl("_layer_norm_modulate_bwd", TORCH_BOX(&layer_norm_modulate_bwd));
+  m.impl("_gate_residual", TORCH_BOX(&gate_residual));
+  m.impl("_gate_residual_bwd", TORCH_BOX(&gate_residual_bwd));
+  m.impl("_gate_residual_layer_norm_modulate", TORCH_BOX(&gate_residual_layer_norm_modulate));
+  m.impl("_gate_residual_layer_norm_modulate_bwd", TORCH_BOX(&gate_residual_layer_norm_modulate_bwd));
+}
