@@ -34,6 +34,7 @@ CORRECT = {
     "exchange": [float(i ^ 1) for i in range(64)],
     "async": [1.0] * 4 + [0.0] * 4 + [1.0] * 24,
     "product": _product(),
+    "cluster": [1100.0 * ((b + 1) % 4) + 31 - i for b in range(4) for i in range(32)],
 }
 
 
@@ -62,6 +63,19 @@ PLANTS = {
     "lane_outside_mask": ("the calling lane is not in its mask",) * 3,
     "dead_lanes": ("16 in a warp operation, 16 returned",) * 3,
     "blocks_collide": (None, None, "ThreadSanitizer: data race"),
+    "cluster_no_barrier": ("nan", "nan", "ThreadSanitizer: data race"),
+    "cluster_reads_the_dead": ("nan", "AddressSanitizer: use-after-poison", "ThreadSanitizer: data race"),
+    "cluster_maps_the_dead": ("block 0 has returned",) * 3,
+    "cluster_arrives_twice": ("a thread arrives twice",) * 3,
+    "cluster_never_arrives": ("a thread waits that did not arrive",) * 3,
+    "cluster_divergent": ("divergent barrier.cluster",) * 3,
+    "cluster_deadlock": ("31 threads in __syncthreads, 32 in barrier.cluster", "deadlock", "deadlock"),
+    "cluster_stranger": ("the cluster has no block 2",) * 3,
+    "cluster_global": ("not a place in shared memory",) * 3,
+    "cluster_too_large": ("clusters of 16 of 16 blocks cannot be launched",) * 3,
+    "cluster_half": ("clusters of 2 of 3 blocks cannot be launched",) * 3,
+    "large_shared": ("cannot be launched",) * 3,
+    "first_threads_collide": (None, None, "ThreadSanitizer: data race"),
     "empty_grid": ("cannot be launched",) * 3,
     "large_block": ("cannot be launched",) * 3,
 }
@@ -124,7 +138,8 @@ MUTATIONS = {
         "misaligned access of 16 bytes",
     ),
     "blocks-write-one-address": (
-        "gate_residual", "p.workspace[blockIdx.x] = sum;", "p.workspace[0] = sum;", "plain", "was not written",
+        "gate_residual", "p.workspace[blockIdx.x] = sum;", "p.workspace[0] = sum;", "tsan",
+        "ThreadSanitizer: data race",
     ),
 }  # fmt: skip
 

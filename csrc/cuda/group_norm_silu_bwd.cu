@@ -3,10 +3,8 @@
 //   dx = rstd (gain dz - m1 - xhat m2), m1 and m2 the group's means of gain A and gain B;
 //   dshift = A, dscale = weight B + bias A; dweight = sum over n of (1 + scale) B, dbias likewise of A.
 // grid and modes as in group_norm_tile.cuh, then one thread per channel for the parameters. Bytes: x, dy and dx once
-// each on chip, else x and dy twice. Reduction order: threads, chunks and samples in index order.
-// Zero path: dx and every parameter gradient are written as zeros.
-#include <type_traits>
-
+// each on chip (in one block or a cluster), else x and dy twice. Reduction order: threads, chunks and samples in index
+// order. Zero path: dx and every parameter gradient are written as zeros.
 #include "group_norm_tile.cuh"
 
 namespace zeroblock::cuda {
@@ -18,6 +16,7 @@ __host__ __device__ inline int64_t partial_start(const GroupNormSilu& p) { retur
 // The 1: without it ptxas aims at more blocks than fit in registers, and spills a few.
 template <class T, int V, bool kLast, Mode kMode>
 __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kernel(GroupNormSilu p, Tiling t) {
+  if (kMode == Mode::kCluster && !kKnowsClusters) return;
   ZB_DYNAMIC_SHARED(float, shared);
   GroupNormShared s(shared, t);
   const Slab<T, V, kLast> slab(p, t);
@@ -52,7 +51,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kern
   if (kMode != Mode::kApply) {
     channel_sums<2>(slab, t, s.part, s.sums, [&](int r, int c, float (&acc)[2][V]) {
       const Pack<T, V> xs = load_pack<V>(x + slab.offset(r, c)), dys = load_pack<V>(dy + slab.offset(r, c));
-      if (kMode == Mode::kOnChip) {
+      if (kKeepsTile<kMode>) {
         store_pack<V>(x_tile + slab.in_tile(r, c), xs);
         store_pack<V>(dy_tile + slab.in_tile(r, c), dys);
       }
@@ -75,35 +74,49 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kern
     }
     __syncthreads();
   }
+  float* totals = kMode == Mode::kCluster ? s.part : s.sums;
+  if (kMode == Mode::kCluster) {
+    cluster_arrive();
+    cluster_wait();  // every block of the cluster has its sums
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) {
+      float sum = 0;
+#pragma unroll 1
+      for (int j = 0; j < t.chunks; j++) sum += *cluster_peer(s.sums + i, j);
+      totals[i] = sum;
+    }
+    cluster_arrive();
+    __syncthreads();
+  }
   if (kMode == Mode::kStats || slab.chunk_index == 0) {
     float* out = p.workspace + slab.first_channel;
     out +=
         kMode == Mode::kStats ? partial_start(p) + (slab.n * t.chunks + slab.chunk_index) * 2 * p.C : p.C * 2 * slab.n;
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) {
-      out[i / t.channels * p.C + i % t.channels] = s.sums[i];
+      out[i / t.channels * p.C + i % t.channels] = totals[i];
     }
   }
   if (kMode == Mode::kStats) return;
   __syncthreads();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) s.sums[i] *= s.gain[i % t.channels];
+  for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) totals[i] *= s.gain[i % t.channels];
   __syncthreads();
   const float count = static_cast<float>(cpg) * p.S;
   each_group(t, cpg, [&](int, int first) {
 #pragma unroll
     for (int q = 0; q < 2; q++) {
-      float* sums = s.sums + q * t.channels + first;
+      float* sums = totals + q * t.channels + first;
       const float mean = group_sum(sums, cpg) / count;
       __syncwarp();
 #pragma unroll 1
       for (int j = lane; j < cpg; j += 32) sums[j] = mean;
     }
   });
-  const float *m1 = s.sums, *m2 = s.sums + t.channels;
+  const float *m1 = totals, *m2 = totals + t.channels;
   slab.each(t, [&](int r, int c) {
     Pack<T, V> xs, dys;
-    if (kMode == Mode::kOnChip) {
+    if (kKeepsTile<kMode>) {
       xs = load_pack<V>(x_tile + slab.in_tile(r, c));
       dys = load_pack<V>(dy_tile + slab.in_tile(r, c));
     } else {
@@ -119,6 +132,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kern
     }
     store_floats<V>(dx + slab.offset(r, c), out);
   });
+  if (kMode == Mode::kCluster) cluster_wait();  // shared memory stays until every block has read it
 }
 
 constexpr int kFinishThreads = 128;
@@ -151,33 +165,17 @@ int64_t group_norm_silu_bwd_workspace(const GroupNormSilu& p) {
 }
 
 int group_norm_silu_bwd(const GroupNormSilu& p, void* stream) {
-  const bool empty = p.N * p.C * p.S == 0;  // the parameters still get their zeros
-  const Tiling t = empty ? Tiling{} : group_norm_tiling(p, 2, group_norm_vector(p));
-  const dim3 grid(static_cast<unsigned>(p.N * t.slabs * t.chunks));
+  if (p.N * p.C * p.S) {  // else the parameters still get their zeros
+    const int status = launch_group_norm(p, 2, stream, [](auto element, auto V, auto last, auto mode) {
+      return &group_norm_silu_bwd_kernel<decltype(element), V, last, mode>;
+    });
+    if (status) return status;
+  }
+  const bool wanted = p.dweight.ptr || p.dbias.ptr || p.dscale.ptr || p.dshift.ptr;
+  if (!wanted || p.C == 0) return 0;
+  const dim3 blocks(static_cast<unsigned>(ceil_div(p.C, kFinishThreads)));
   return with_dtype(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    int status = 0;
-    if (!empty) {
-      status = with_group_norm_shape<T>(t, p.channels_last, [&](auto V, auto last) {
-        constexpr int kV = decltype(V)::value;
-        constexpr bool kLast = decltype(last)::value;
-        if constexpr (kV > 1) {
-          if (t.on_chip) {
-            return launch(group_norm_silu_bwd_kernel<T, kV, kLast, Mode::kOnChip>, grid, kGroupNormThreads, t.bytes,
-                          stream, p, t);
-          }
-        }
-        const int first = launch(group_norm_silu_bwd_kernel<T, kV, kLast, Mode::kStats>, grid, kGroupNormThreads,
-                                 t.bytes, stream, p, t);
-        if (first) return first;
-        return launch(group_norm_silu_bwd_kernel<T, kV, kLast, Mode::kApply>, grid, kGroupNormThreads, t.bytes, stream,
-                      p, t);
-      });
-    }
-    const bool wanted = p.dweight.ptr || p.dbias.ptr || p.dscale.ptr || p.dshift.ptr;
-    if (status || !wanted || p.C == 0) return status;
-    return launch(group_norm_silu_bwd_params_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.C, kFinishThreads))),
-                  kFinishThreads, 0, stream, p);
+    return launch(group_norm_silu_bwd_params_kernel<decltype(element)>, blocks, kFinishThreads, 0, stream, p);
   });
 }
 

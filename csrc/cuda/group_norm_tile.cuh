@@ -4,9 +4,13 @@
 // `row_stride` elements apart. Channels-first: rows are channels, columns positions, one group. Channels-last: rows are
 // positions, columns the slab's channels. Threads form ty rows of tx; a thread keeps its columns (channels-last) or its
 // row (channels-first), so that sums per channel need no atomics and have a fixed order.
-// Modes: kOnChip, the chunk is everything and the tile stays in shared memory: x is read once; kStats, partial sums of
-// a chunk; kApply, the partial sums combined in the order of the chunks and the result written.
+// Modes: kOnChip, the chunk is everything and the tile stays in shared memory: x is read once; kCluster, the chunks of
+// a slab are the tiles of one cluster's blocks, which read one another's partial sums (sm_90 and later): x is read
+// once; kStats, partial sums of a chunk; kApply, the partial sums combined in the order of the chunks and the result
+// written.
 #pragma once
+
+#include <type_traits>
 
 #include "common.cuh"
 
@@ -14,11 +18,11 @@ namespace zeroblock::cuda {
 
 constexpr int kGroupNormThreads = 512;
 constexpr int kGroupNormWarps = kGroupNormThreads / 32;
-enum class Mode { kOnChip, kStats, kApply };
+enum class Mode { kOnChip, kStats, kApply, kCluster };
+template <Mode kMode>
+constexpr bool kKeepsTile = kMode == Mode::kOnChip || kMode == Mode::kCluster;
 
 struct Tiling {
-  int V;
-  bool on_chip;
   int groups, channels;  // of a slab
   int64_t slabs, chunk, chunks;
   int tx, ty;
@@ -177,18 +181,6 @@ struct GroupNormShared {
 
 // ---- host side ------------------------------------------------------------------------------------------------------
 
-inline size_t shared_limit() {
-#ifdef ZB_SIMT
-  return 163 * 1024;
-#else
-  int device = 0, bytes = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  return bytes;
-#endif
-}
-
 // The smallest number of groups that divides G, keeps the slab a whole number of packs and makes it `bytes` wide.
 inline int groups_per_slab(const GroupNormSilu& p, int V, int element, int bytes) {
   const int64_t cpg = p.C / p.G;
@@ -198,74 +190,103 @@ inline int groups_per_slab(const GroupNormSilu& p, int V, int element, int bytes
   return static_cast<int>(p.G);
 }
 
+inline int element_size(const GroupNormSilu& p) { return p.dtype == DType::kF32 ? 4 : 2; }
+
 // The elements of a pack: 16 bytes where every row starts at a multiple of them, else one.
+inline bool has_whole_packs(const GroupNormSilu& p) {
+  return (p.channels_last ? p.C : p.S) % (16 / element_size(p)) == 0;
+}
 inline int group_norm_vector(const GroupNormSilu& p) {
-  const int vector = p.dtype == DType::kF32 ? 4 : 8;
-  const bool whole = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.dy) && is_aligned(p.dx);
-  return whole && (p.channels_last ? p.C : p.S) % vector == 0 ? vector : 1;
+  const bool aligned = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.dy) && is_aligned(p.dx);
+  return aligned && has_whole_packs(p) ? 16 / element_size(p) : 1;
 }
 
-// tiles: how many tensors the on-chip mode keeps. Depends on the shape and the device's shared memory alone.
-inline Tiling group_norm_tiling(const GroupNormSilu& p, int tiles, int V) {
-  const int element = p.dtype == DType::kF32 ? 4 : 2;
-  const int64_t cpg = p.C / p.G;
+inline Tiling group_norm_tiling(const GroupNormSilu& p, int V, int64_t chunk, int slab_bytes) {
   Tiling t{};
-  t.V = V;
-  auto shape = [&](int64_t chunk, int slab_bytes) {
-    t.groups = p.channels_last ? groups_per_slab(p, V, element, slab_bytes) : 1;
-    t.channels = static_cast<int>(t.groups * cpg);
-    t.slabs = p.G / t.groups;
-    t.chunk = chunk;
-    t.chunks = ceil_div(p.S, chunk);
-    const int64_t columns = (p.channels_last ? t.channels : chunk) / V;
-    t.tx = 1;
-    if (p.channels_last) {
-      t.tx = static_cast<int>(columns < kGroupNormThreads ? columns : kGroupNormThreads);
-    } else {
-      while (t.tx < columns && t.tx < kGroupNormThreads) t.tx *= 2;
-    }
-    t.ty = kGroupNormThreads / t.tx;
-    t.part = p.channels_last ? 2 * t.ty * t.channels : 4 * kGroupNormWarps;
-    t.part += (4 - (6 * t.channels + t.part) % 4) % 4;  // the tiles start at 16 bytes
-    t.bytes = (6 * size_t(t.channels) + t.part) * sizeof(float);
-  };
-  shape(p.S, 32);
-  const size_t tile_bytes = size_t(t.channels) * p.S * element * tiles;
-  // Few large tiles would leave most of a GPU idle: two passes then use all of it.
-  const bool enough = p.N * t.slabs >= 96 || tile_bytes <= 32 * 1024;
-  t.on_chip = V > 1 && enough && t.bytes + tile_bytes <= shared_limit();
-  if (t.on_chip) {
-    t.bytes += tile_bytes;
-    return t;
+  t.groups = p.channels_last ? groups_per_slab(p, V, element_size(p), slab_bytes) : 1;
+  t.channels = static_cast<int>(t.groups * (p.C / p.G));
+  t.slabs = p.G / t.groups;
+  t.chunk = ceil_div(chunk, V) * V;
+  if (p.channels_last || t.chunk > p.S) t.chunk = chunk;
+  t.chunks = ceil_div(p.S, t.chunk);
+  const int64_t columns = (p.channels_last ? t.channels : t.chunk) / V;
+  t.tx = 1;
+  if (p.channels_last) {
+    t.tx = static_cast<int>(columns < kGroupNormThreads ? columns : kGroupNormThreads);
+  } else {
+    while (t.tx < columns && t.tx < kGroupNormThreads) t.tx *= 2;
   }
-  shape(p.S, 256);
-  const int64_t least = ceil_div(4096, t.channels), most = int64_t(1) << 24;
-  int64_t chunk = ceil_div(p.S, ceil_div(1024, p.N * t.slabs));
-  chunk = chunk < least ? least : chunk > most ? most : chunk;
-  shape(ceil_div(chunk, V) * V, 256);
+  t.ty = kGroupNormThreads / t.tx;
+  t.part = p.channels_last ? 2 * t.ty * t.channels : 4 * kGroupNormWarps;
+  if (t.part < 2 * t.channels) t.part = 2 * t.channels;
+  t.part += (4 - (6 * t.channels + t.part) % 4) % 4;  // the tiles start at 16 bytes
+  t.bytes = (6 * size_t(t.channels) + t.part) * sizeof(float);
   return t;
+}
+
+// The tiles of `tensors` tensors in the shared memory of `blocks` blocks. Without chunks where they do not fit, or
+// where few large blocks would leave most of a GPU idle.
+inline Tiling on_chip_tiling(const GroupNormSilu& p, int tensors, int V, int blocks) {
+  Tiling t = group_norm_tiling(p, V, ceil_div(p.S, blocks), 32);
+  const size_t tiles = size_t(t.channels) * t.chunk * element_size(p) * tensors;
+  const bool enough = p.N * t.slabs * t.chunks >= 96 || tiles <= 32 * 1024;
+  t.bytes += tiles;
+  if (V == 1 || !enough || t.bytes > shared_limit()) t.chunks = 0;
+  return t;
+}
+
+// Chunks for two passes: about 1024 blocks, each with a few thousand elements.
+inline Tiling two_pass_tiling(const GroupNormSilu& p, int V) {
+  const Tiling whole = group_norm_tiling(p, V, p.S, 256);
+  const int64_t least = ceil_div(4096, whole.channels), most = int64_t(1) << 24;
+  const int64_t chunk = ceil_div(p.S, ceil_div(1024, p.N * whole.slabs));
+  return group_norm_tiling(p, V, ceil_div(chunk < least ? least : chunk > most ? most : chunk, V) * V, 256);
 }
 
 // At least as many chunks as either width of packs makes: what the workspace is sized for.
 inline int64_t group_norm_chunks(const GroupNormSilu& p) {
   if (p.N * p.C * p.S == 0) return 0;
-  const int vector = p.dtype == DType::kF32 ? 4 : 8;
-  const bool whole = (p.channels_last ? p.C : p.S) % vector == 0;
-  const int64_t narrow = group_norm_tiling(p, 1, 1).chunks;
-  const int64_t wide = whole ? group_norm_tiling(p, 1 << 20, vector).chunks : 1;  // too many tiles for a chip
+  const int64_t narrow = two_pass_tiling(p, 1).chunks;
+  const int64_t wide = has_whole_packs(p) ? two_pass_tiling(p, 16 / element_size(p)).chunks : 1;
   return wide > narrow ? wide : narrow;
 }
 
-// Calls f(V constant, channels-last constant) for a tiling.
-template <class T, class F>
-int with_group_norm_shape(const Tiling& t, bool channels_last, F f) {
+template <Mode kMode>
+using ModeConstant = std::integral_constant<Mode, kMode>;
+
+// Launches the kernels that pick(element, pack size, channels-last, mode) names: one where a group is held on chip, by
+// a block or by a cluster of as few as hold it, else two.
+template <class Pick>
+int launch_group_norm(const GroupNormSilu& p, int tensors, void* stream, Pick pick) {
   using std::integral_constant;
-  if (t.V > 1) {
-    return channels_last ? f(integral_constant<int, kVector<T>>(), integral_constant<bool, true>())
-                         : f(integral_constant<int, kVector<T>>(), integral_constant<bool, false>());
-  }
-  return channels_last ? f(integral_constant<int, 1>(), integral_constant<bool, true>())
-                       : f(integral_constant<int, 1>(), integral_constant<bool, false>());
+  auto run = [&](auto element, auto V, auto last) {
+    auto start = [&](const Tiling& t, auto mode) {
+      const unsigned cluster = mode == Mode::kCluster ? static_cast<unsigned>(t.chunks) : 1;
+      const dim3 grid(static_cast<unsigned>(p.N * t.slabs * t.chunks));
+      return launch_clusters(cluster, pick(element, V, last, mode), grid, kGroupNormThreads, t.bytes, stream, p, t);
+    };
+    if constexpr (V > 1) {
+      const Tiling one = on_chip_tiling(p, tensors, V, 1);
+      if (one.chunks) return start(one, ModeConstant<Mode::kOnChip>());
+      const unsigned limit = cluster_limit(pick(element, V, last, ModeConstant<Mode::kCluster>()));
+      for (unsigned blocks = 2; blocks <= limit; blocks *= 2) {
+        const Tiling t = on_chip_tiling(p, tensors, V, blocks);
+        if (!t.chunks) continue;
+        if (start(t, ModeConstant<Mode::kCluster>()) == 0) return 0;
+        break;  // this GPU has no room for the cluster
+      }
+    }
+    const Tiling t = two_pass_tiling(p, V);
+    const int status = start(t, ModeConstant<Mode::kStats>());
+    return status ? status : start(t, ModeConstant<Mode::kApply>());
+  };
+  const bool packs = group_norm_vector(p) > 1;
+  return with_dtype(p.dtype, [&](auto element) {
+    const integral_constant<int, kVector<decltype(element)>> V;
+    const integral_constant<int, 1> one;
+    if (p.channels_last) return packs ? run(element, V, std::true_type()) : run(element, one, std::true_type());
+    return packs ? run(element, V, std::false_type()) : run(element, one, std::false_type());
+  });
 }
 
 }  // namespace zeroblock::cuda

@@ -22,13 +22,14 @@ namespace zeroblock::cuda {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
-// Launches kernel<<<grid, block, bytes, stream>>>(args...); dynamic shared memory above 48 KB is asked for first.
-// Returns a cudaError_t as int, 0 for success. Never waits.
+// Launches kernel<<<grid, block, bytes, stream>>>(args...) in clusters of so many blocks; dynamic shared memory above
+// 48 KB is asked for first. Returns a cudaError_t as int, 0 for success. Never waits.
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), dim3 grid, int block, size_t bytes, void* stream, const Args&... args) {
+int launch_clusters(unsigned cluster, void (*kernel)(Params...), dim3 grid, int block, size_t bytes, void* stream,
+                    const Args&... args) {
 #ifdef ZB_SIMT
   (void)stream;
-  return SIMT_LAUNCH(kernel, grid, dim3(block), bytes, args...);
+  return SIMT_LAUNCH_CLUSTER(kernel, cluster, grid, dim3(block), bytes, args...);
 #else
   if (bytes > 48 * 1024) {
     const cudaError_t status =
@@ -38,10 +39,59 @@ int launch(void (*kernel)(Params...), dim3 grid, int block, size_t bytes, void* 
       return static_cast<int>(status);
     }
   }
+  if (cluster > 1) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(block);
+    config.dynamicSmemBytes = bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    (void)cudaLaunchKernelEx(&config, kernel, args...);
+    return static_cast<int>(cudaGetLastError());
+  }
   // clang-format off
   kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   // clang-format on
   return static_cast<int>(cudaGetLastError());
+#endif
+}
+template <class Kernel, class... Args>
+int launch(Kernel kernel, dim3 grid, int block, size_t bytes, void* stream, const Args&... args) {
+  return launch_clusters(1, kernel, grid, block, bytes, stream, args...);
+}
+
+// The shared memory that a block of this device may ask for.
+inline size_t shared_limit() {
+#ifdef ZB_SIMT
+  return simt::machine().shared_limit;
+#else
+  int device = 0, bytes = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return bytes;
+#endif
+}
+
+// The blocks that a cluster may have on every device that knows clusters; 1 where this device or the code that was
+// compiled for it does not.
+template <class Kernel>
+unsigned cluster_limit(Kernel kernel) {
+#ifdef ZB_SIMT
+  (void)kernel;
+  return simt::machine().cluster_limit;
+#else
+  int device = 0, known = 0;
+  cudaFuncAttributes code{};
+  const bool knows = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&known, cudaDevAttrClusterLaunch, device) == cudaSuccess && known &&
+                     cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
+  return knows ? 8 : 1;
 #endif
 }
 
@@ -58,6 +108,10 @@ template <int N>
 void copy_async_wait() {
   simt::copy_async_wait(N);
 }
+constexpr bool kKnowsClusters = true;
+using simt::cluster_arrive;
+using simt::cluster_peer;
+using simt::cluster_wait;
 inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { simt::ldmatrix<4, false>(r, row); }
 inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
   simt::mma_m16n8k16(d, a, b, simt::widen_bf16);
@@ -93,6 +147,30 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], const void* row) {
                : "r"(shared)
                : "memory");
 }
+// The cluster's barrier in two halves, so that work may stand between them; every thread calls both. Arriving releases,
+// waiting acquires, also shared memory of the neighbours.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kKnowsClusters = true;
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Where block `rank` of the cluster has what this block has at p in shared memory.
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* p, unsigned rank) {
+  unsigned long long address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(p), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+#else
+constexpr bool kKnowsClusters = false;
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* p, unsigned) {
+  return p;
+}
+#endif
 #define ZB_MMA(type)                                                                  \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \

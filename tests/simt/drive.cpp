@@ -120,7 +120,13 @@ void drive_zero_flag() {
 #endif
 
 #if ZB_DRIVES(ZB_OP_group_norm_silu)
-void drive_group_norm_silu(DType dtype, bool channels_last, int64_t N, int64_t C, int64_t G, int64_t S) {
+// shared: what a block may have in the forward kernel, about the double in the backward one; 0: enough.
+void drive_group_norm_silu(DType dtype, bool channels_last, int64_t N, int64_t C, int64_t G, int64_t S,
+                           size_t shared = 0) {
+  simt::Machine& m = simt::machine();
+  const size_t before = m.shared_limit;
+  const uint64_t clusters = m.stats.clusters;
+  if (shared) m.shared_limit = shared, m.cluster_limit = simt::kMaxCluster;
   Call call(channels_last ? "group_norm_silu channels-last" : "group_norm_silu", dtype);
   cuda::GroupNormSilu p{};
   p.dtype = dtype;
@@ -139,7 +145,10 @@ void drive_group_norm_silu(DType dtype, bool channels_last, int64_t N, int64_t C
   p.y = nullptr;
   p.dweight = call.grad(C), p.dbias = call.grad(C), p.dscale = call.grad(N * C), p.dshift = call.grad(N * C);
   p.workspace = call.scratch(group_norm_silu_bwd_workspace(p));
+  if (shared) m.shared_limit += 8 * 1024;
   call.launched(group_norm_silu_bwd(p, nullptr));
+  m.shared_limit = before, m.cluster_limit = 1;
+  if ((m.stats.clusters > clusters) != (shared > 0)) failures++;
 }
 #endif
 
@@ -243,6 +252,9 @@ void drive() {
       drive_group_norm_silu(dtype, last, 2, 16, 4, 24);   // on chip
       drive_group_norm_silu(dtype, last, 1, 12, 3, 35);   // one element at a time
       drive_group_norm_silu(dtype, last, 1, 8, 1, 8192);  // several chunks
+      if (dtype == DType::kBF16) {                        // clusters of two blocks, the second chunk shorter
+        drive_group_norm_silu(dtype, last, 1, 8, 2, 1000, (last ? 44 : 8) * 1024);
+      }
     }
 #endif
 #if ZB_DRIVES(ZB_OP_row_norm)
@@ -272,7 +284,6 @@ void drive() {
 
 int main(int argc, char** argv) {
   simt::machine().seed = argc > 1 ? strtoull(argv[1], nullptr, 10) : 1;
-  simt::machine().ordered_blocks = false;  // blocks are concurrent, as on a GPU
   try {
     drive();
   } catch (const simt::error& e) {

@@ -131,9 +131,10 @@ def _loaded() -> ctypes.CDLL:
     torch.ops.load_library(path)
     settings = ctypes.CDLL(path)
     settings.simt_seed.argtypes = [ctypes.c_uint64]
-    for name in ("launches", "records", "record_threads", "record_bytes"):
+    settings.simt_gpu.argtypes = [ctypes.c_uint64] * 2
+    for name in ("launches", "clusters", "records", "record_threads", "record_bytes", "record_cluster"):
         getattr(settings, f"simt_{name}").restype = ctypes.c_uint64
-    for name in ("record_threads", "record_bytes"):
+    for name in ("record_threads", "record_bytes", "record_cluster"):
         getattr(settings, f"simt_{name}").argtypes = [ctypes.c_uint64]
     return settings
 
@@ -143,24 +144,44 @@ def launches() -> int:
     return _loaded().simt_launches()
 
 
+def clusters() -> int:
+    """How many clusters of several blocks the emulator has run."""
+    return _loaded().simt_clusters()
+
+
+# Bytes of shared memory that a block may ask for, and blocks of a cluster.
+GPUS = {"sm_80": (163 * 1024, 1), "sm_90": (227 * 1024, 8), "sm_100": (227 * 1024, 8)}
+
+
 @contextlib.contextmanager
-def refusing() -> Iterator[None]:
+def gpu(shared: int, cluster: int) -> Iterator[None]:
+    """Plays a GPU with so much shared memory for a block and clusters of so many blocks; outside of it sm_80."""
+    _loaded().simt_gpu(shared, cluster)
+    try:
+        yield
+    finally:
+        _loaded().simt_gpu(*GPUS["sm_80"])
+
+
+@contextlib.contextmanager
+def refusing(only_clusters: bool = False) -> Iterator[None]:
     """Launches fail in the block, as they do on a GPU without the resources."""
-    _loaded().simt_mode(1)
+    _loaded().simt_mode(3 if only_clusters else 1)
     try:
         yield
     finally:
         _loaded().simt_mode(0)
 
 
-def recorded(call: Callable[[], object]) -> list[tuple[int, int]]:
-    """(threads, bytes of dynamic shared memory) of the launches of call(), which are not run."""
+def recorded(call: Callable[[], object]) -> list[tuple[int, int, int]]:
+    """(threads, bytes of dynamic shared memory, blocks of a cluster) of the launches of call(), which are not run."""
     settings = _loaded()
     settings.simt_mode(2)
     try:
         call()
         return [
-            (settings.simt_record_threads(i), settings.simt_record_bytes(i)) for i in range(settings.simt_records())
+            (settings.simt_record_threads(i), settings.simt_record_bytes(i), settings.simt_record_cluster(i))
+            for i in range(settings.simt_records())
         ]
     finally:
         settings.simt_mode(0)

@@ -1,27 +1,30 @@
 // Running a grid: the scheduler, deadlock detection, and the launch itself.
 #pragma once
 
-#include "machine.h"
+#include "block.h"
 
 namespace simt {
 
-inline void prepare_fiber(Fiber& f, unsigned i) {
+inline void prepare_fiber(Fiber& f, Block& block, unsigned i) {
   Machine& m = machine();
+  f.block = &block;
   f.linear = i;
   f.index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
   f.lane = i & 31;
-  f.warp = &m.warps[i >> 5];
-  f.stack = m.stacks + size_t(i) * kStackBytes;
+  f.warp = &block.warps[i >> 5];
+  f.stack = m.stacks + size_t(&f - m.fibers.data()) * kStackBytes;
   f.barriers = 0;
   f.where = "the start";
   f.copies.clear();
   f.group = 0;
+  f.arrived = false;
+  f.phase = 0;
+#if defined(__SANITIZE_THREAD__)
+  f.tsan = __tsan_create_fiber(0);
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(f.stack, kStackBytes);
   f.fake_stack = nullptr;
-#endif
-#if defined(__SANITIZE_THREAD__)
-  f.tsan = __tsan_create_fiber(0);
 #endif
   // What switch_stack pops: six registers, then fiber_main as the return address; the stack 16-byte aligned as at a
   // call.
@@ -36,89 +39,121 @@ inline void prepare_fiber(Fiber& f, unsigned i) {
 
 inline void report_deadlock() {
   Machine& m = machine();
-  unsigned barrier = 0, warp = 0, done = 0;
+  unsigned barrier = 0, cluster = 0, warp = 0, done = 0;
   const Fiber* example = nullptr;
   for (const Fiber& f : m.fibers) {
     barrier += f.state == State::kBarrier;
+    cluster += f.state == State::kCluster;
     warp += f.state == State::kWarp;
     done += f.state == State::kDone;
     if (!example && f.state != State::kDone) example = &f;
   }
   char text[200];
-  snprintf(text, sizeof text, "deadlock: %u threads in __syncthreads, %u in a warp operation, %u returned; ", barrier,
-           warp, done);
+  snprintf(text, sizeof text,
+           "deadlock: %u threads in __syncthreads, %u in barrier.cluster, %u in a warp operation, %u returned; ",
+           barrier, cluster, warp, done);
   m.failure = text + at(*example);
 }
 
 inline void run_fibers() {
   Machine& m = machine();
   while (!m.ready.empty()) {
-    std::vector<unsigned> queue;
+    std::vector<Fiber*> queue;
     queue.swap(m.ready);
     if (m.seed) std::shuffle(queue.begin(), queue.end(), m.random);
-    for (unsigned i : queue) resume(m.fibers[i]);
+    for (Fiber* f : queue) resume(*f);
     if (m.ready.empty() && m.alive && m.failure.empty()) report_deadlock();
     if (!m.failure.empty()) {  // everybody unwinds
       for (Fiber& f : m.fibers) {
-        if (f.state == State::kBarrier || f.state == State::kWarp) make_ready(f);
+        if (f.state != State::kReady && f.state != State::kDone) make_ready(f);
       }
     }
   }
 }
 
-inline void run_block() {
-  Machine& m = machine();
-  m.waiting = 0;
-  m.alive = m.threads;
-  m.ready.clear();
-  m.generation++;
-  m.stats.blocks++;
-  m.stats.threads += m.threads;
 #if defined(__SANITIZE_THREAD__)
-  mmap(m.stacks, size_t(m.threads) * kStackBytes, PROT_READ | PROT_WRITE,
+// The fibers live on while the next cluster runs. ThreadSanitizer gives the number of a fiber that has ended to a new
+// one, and a barrier that orders the threads of a block would then order what the number did in the block before.
+inline void end_tsan_fibers() {
+  Machine& m = machine();
+  for (void* fiber : m.ended) __tsan_destroy_fiber(fiber);
+  m.ended.clear();
+  for (Fiber& f : m.fibers) m.ended.push_back(f.tsan);
+}
+#endif
+
+// Runs the blocks first, first + 1, ... of the grid, one cluster.
+inline void run_cluster(uint64_t first) {
+  Machine& m = machine();
+  const unsigned count = m.cluster;
+  m.alive = m.threads * count;
+  m.arrived = m.phase = 0;
+  m.ready.clear();
+  m.stats.blocks += count;
+  m.stats.clusters += count > 1;
+  m.stats.threads += m.alive;
+#if defined(__SANITIZE_THREAD__)
+  mmap(m.stacks, m.fibers.size() * kStackBytes, PROT_READ | PROT_WRITE,
        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);  // stacks without a history
 #endif
   {
     Quiet quiet;
-    if (m.dynamic_bytes) {
-      void* p = nullptr;
-      if (posix_memalign(&p, 128, m.dynamic_bytes)) abort();
-      m.dynamic_shared = static_cast<char*>(p);
-      memset(p, 0xFF, m.dynamic_bytes);
+    for (unsigned rank = 0; rank < count; rank++) {
+      Block& block = m.blocks[rank];
+      const uint64_t i = first + rank;
+      block.index = {unsigned(i % m.grid.x), unsigned(i / m.grid.x % m.grid.y),
+                     unsigned(i / (uint64_t(m.grid.x) * m.grid.y))};
+      block.rank = rank;
+      block.fibers = m.fibers.data() + rank * m.threads;
+      block.warps.resize((m.threads + 31) / 32);
+      block.waiting = 0;
+      block.alive = m.threads;
+      block.orders = &m.orders[m.generation++ % kOrders];
+      block.dynamic_shared = m.dynamic_bytes ? shared_array(block, nullptr, m.dynamic_bytes) : nullptr;
+      for (unsigned t = 0; t < m.threads; t++) prepare_fiber(block.fibers[t], block, t);
     }
-    for (unsigned i = 0; i < m.threads; i++) prepare_fiber(m.fibers[i], i);
   }
   release(&m.launch_order);
   {
     Quiet quiet;
     run_fibers();
 #if defined(__SANITIZE_THREAD__)
-    for (Fiber& f : m.fibers) __tsan_destroy_fiber(f.tsan);
+    end_tsan_fibers();
 #endif
-    for (Warp& w : m.warps) {  // left over only after a failure
-      w.pool.insert(w.pool.end(), w.pending.begin(), w.pending.end());
-      w.pending.clear();
+    for (unsigned rank = 0; rank < count; rank++) {
+      Block& block = m.blocks[rank];
+      for (Warp& w : block.warps) {  // left over only after a failure
+        w.pool.insert(w.pool.end(), w.pending.begin(), w.pending.end());
+        w.pending.clear();
+      }
+      for (SharedArray& s : block.shared) {
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(s.data, s.bytes);
+#endif
+        free(s.data);
+      }
+      block.shared.clear();
     }
-    for (SharedArray& s : m.shared) free(s.data);
-    m.shared.clear();
-    free(m.dynamic_shared);
-    m.dynamic_shared = nullptr;
   }
 }
 
-// Runs body() for every thread of every block. Throws simt::error for what a GPU would leave undefined.
-// Returns 0, or 1 where the launch was refused.
-inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body) {
+// Runs body() for every thread of every block; blocks that follow one another in x form clusters of `cluster`. Throws
+// simt::error for what a GPU would leave undefined. Returns 0, or 1 where the launch was refused.
+inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> body, unsigned cluster = 1) {
   Machine& m = machine();
   m.threads = block.x * block.y * block.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (m.threads == 0 || m.threads > kMaxThreads || blocks == 0) {
+  if (m.threads == 0 || m.threads > kMaxThreads || blocks == 0 || dynamic_bytes > m.shared_limit) {
     throw error("launch: a grid of " + std::to_string(blocks) + " blocks of " + std::to_string(m.threads) +
-                " threads cannot be launched");
+                " threads and " + std::to_string(dynamic_bytes) + " bytes cannot be launched");
   }
-  if (m.mode == LaunchMode::kRefuse) return 1;
+  if (cluster == 0 || cluster > m.cluster_limit || grid.x % cluster) {
+    throw error("launch: clusters of " + std::to_string(cluster) + " of " + std::to_string(grid.x) +
+                " blocks cannot be launched");
+  }
+  if (m.mode == LaunchMode::kRefuse || (m.mode == LaunchMode::kRefuseClusters && cluster > 1)) return 1;
   if (m.mode == LaunchMode::kRecord) {
-    m.records.push_back({m.threads, dynamic_bytes});
+    m.records.push_back({m.threads, dynamic_bytes, cluster});
     return 0;
   }
   m.grid = grid;
@@ -127,27 +162,25 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<voi
   m.body = std::move(body);
   m.failure.clear();
   if (!m.stacks) {
-    m.stacks = static_cast<char*>(mmap(nullptr, size_t(kMaxThreads) * kStackBytes, PROT_READ | PROT_WRITE,
+    m.stacks = static_cast<char*>(mmap(nullptr, size_t(kMaxThreads) * kMaxCluster * kStackBytes, PROT_READ | PROT_WRITE,
                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (m.stacks == MAP_FAILED) abort();
   }
-  m.fibers.resize(m.threads);
-  m.warps.resize((m.threads + 31) / 32);
+  m.fibers.resize(size_t(m.threads) * cluster);
+  m.cluster = cluster;
   m.random.seed(m.seed + m.stats.launches++);  // each launch its own order
 #if defined(__SANITIZE_THREAD__)
   m.tsan = __tsan_get_current_fiber();
 #endif
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; i++) order[i] = i;
+  std::vector<uint64_t> order(blocks / cluster);
+  for (uint64_t i = 0; i < order.size(); i++) order[i] = i * cluster;
   if (m.seed) std::shuffle(order.begin(), order.end(), m.random);
-  for (uint64_t i : order) {
-    m.block_index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / (uint64_t(grid.x) * grid.y))};
-    run_block();
+  for (uint64_t first : order) {
+    run_cluster(first);
     if (!m.failure.empty()) break;
   }
   m.current = nullptr;
-  acquire(&m.block_order[0]);
-  acquire(&m.block_order[1]);
+  acquire(&m.end_order);
   if (!m.failure.empty()) throw error(m.failure);
   return 0;
 }

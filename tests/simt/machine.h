@@ -1,9 +1,10 @@
-// The machine: blocks one after another, one fiber per CUDA thread, barriers, shared memory.
+// The machine: clusters one after another, the blocks of a cluster at once, one fiber per CUDA thread, barriers, shared
+// memory. Without clusters a block is a cluster of its own.
 //
-// A fiber runs until it waits (barrier, warp operation) or ends. With a seed, blocks run in random order, threads are
+// A fiber runs until it waits (barrier, warp operation) or ends. With a seed, clusters run in random order, threads are
 // resumed in random order, and after a barrier any thread may go first. Shared memory is all ones (a NaN in every
 // floating type) when a block starts. ThreadSanitizer sees each fiber as a thread of its own; a switch orders nothing,
-// a barrier does, so a race on shared or global memory is reported whatever the schedule was.
+// a barrier does, so a race on shared or global memory is reported whatever the schedule was, also between blocks.
 #pragma once
 
 #include <sys/mman.h>
@@ -29,14 +30,14 @@ struct error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-constexpr unsigned kMaxThreads = 1024;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr unsigned kMaxThreads = 1024, kMaxCluster = 8;
+#if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStackBytes = 256 * 1024;
 #else
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
 
-enum class State : uint8_t { kReady, kBarrier, kWarp, kDone };
+enum class State : uint8_t { kReady, kBarrier, kWarp, kCluster, kDone };
 
 struct alignas(64) Slot {
   unsigned char bytes[64];
@@ -61,16 +62,22 @@ struct AsyncCopy {
   int group;
 };
 
+struct Block;
+
 struct Fiber {
   uint3 index;
   unsigned linear, lane;
+  Block* block;
   Warp* warp;
   State state;
   void* sp = nullptr;
   char* stack = nullptr;
   unsigned barriers = 0, wait_mask = 0;
   const char* where = "";
-  int group = 0;  // the open cp.async group
+  bool arrived = false;  // at the open phase of the cluster's barrier
+  unsigned phase = 0;    // of the cluster's barrier, how many it has passed
+  int line = 0;          // where it arrived
+  int group = 0;         // the open cp.async group
   std::vector<AsyncCopy> copies;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -81,49 +88,68 @@ struct Fiber {
 };
 
 struct SharedArray {
-  const void* key;
+  const void* key;  // null: the dynamic one
   char* data;
+  size_t bytes;
 };
 
-enum class LaunchMode { kRun, kRefuse, kRecord };
+// What ThreadSanitizer orders memory by, one variable each.
+struct Orders {
+  char barrier[2], cluster[2], exit;
+};
+
+struct Block {
+  uint3 index{};
+  unsigned rank = 0;  // in its cluster
+  Fiber* fibers = nullptr;
+  std::vector<Warp> warps;
+  std::vector<SharedArray> shared;
+  char* dynamic_shared = nullptr;
+  unsigned waiting = 0, alive = 0;
+  Orders* orders = nullptr;
+};
+
+enum class LaunchMode { kRun, kRefuse, kRecord, kRefuseClusters };
 
 struct LaunchRecord {
   unsigned threads;
   size_t dynamic_bytes;
+  unsigned cluster;
 };
 
 struct Stats {
-  uint64_t launches = 0, blocks = 0, threads = 0, switches = 0;
+  uint64_t launches = 0, clusters = 0, blocks = 0, threads = 0, switches = 0;  // clusters: of several blocks
 };
 
 // Each block synchronises through variables of its own: shared ones would order one block after another.
-constexpr unsigned kBarrierOrders = 4096;
+constexpr unsigned kOrders = 4096;
 
 struct Machine {
   // settings
   uint64_t seed = 0;                   // 0: everything in order
-  bool ordered_blocks = true;          // false: blocks are concurrent for ThreadSanitizer, as they are on a GPU
   LaunchMode mode = LaunchMode::kRun;  // kRefuse: launches fail, as without resources; kRecord: they are only noted
+  size_t shared_limit = 163 * 1024;    // of a block: the GPU that is played is an sm_80,
+  unsigned cluster_limit = 1;          // which has no clusters
   Stats stats;
   std::vector<LaunchRecord> records;
   // the launch
   dim3 grid, block;
-  uint3 block_index{};
+  unsigned threads = 0;  // of a block
+  size_t dynamic_bytes = 0;
   std::function<void()> body;
   std::mt19937_64 random;
   std::string failure;
-  // the block
+  // the cluster
+  Block blocks[kMaxCluster];
+  unsigned cluster = 1;  // how many of them
   std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  std::vector<unsigned> ready;
-  std::vector<SharedArray> shared;
+  std::vector<Fiber*> ready;
   Fiber* current = nullptr;
-  unsigned threads = 0, waiting = 0, alive = 0, generation = 0;
-  char* dynamic_shared = nullptr;
-  size_t dynamic_bytes = 0;
+  unsigned alive = 0, arrived = 0, phase = 0, generation = 0;
   char* stacks = nullptr;
   void* scheduler_sp = nullptr;
-  char barrier_order[kBarrierOrders][2] = {}, block_order[2] = {}, launch_order = 0;
+  Orders orders[kOrders] = {};
+  char launch_order = 0, end_order = 0;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
   const void* bottom = nullptr;
@@ -131,19 +157,20 @@ struct Machine {
 #endif
 #if defined(__SANITIZE_THREAD__)
   void* tsan = nullptr;
+  std::vector<void*> ended;  // fibers of the last cluster
 #endif
 };
 
 inline Machine the_machine;
 SIMT_NO_TSAN inline Machine& machine() { return the_machine; }
 SIMT_NO_TSAN inline uint3 thread_index() { return the_machine.current->index; }
-SIMT_NO_TSAN inline uint3 block_index() { return the_machine.block_index; }
+SIMT_NO_TSAN inline uint3 block_index() { return the_machine.current->block->index; }
 SIMT_NO_TSAN inline dim3 block_size() { return the_machine.block; }
 SIMT_NO_TSAN inline dim3 grid_size() { return the_machine.grid; }
-SIMT_NO_TSAN inline char* dynamic_shared() { return the_machine.dynamic_shared; }
+SIMT_NO_TSAN inline char* dynamic_shared() { return the_machine.current->block->dynamic_shared; }
 
 inline std::string at(const Fiber& f) {
-  const uint3& b = machine().block_index;
+  const uint3& b = f.block->index;
   char text[240];
   snprintf(text, sizeof text, "block (%u,%u,%u) thread (%u,%u,%u) at %s", b.x, b.y, b.z, f.index.x, f.index.y,
            f.index.z, f.where);
@@ -195,92 +222,12 @@ SIMT_NO_TSAN inline void resume(Fiber& f) {
 
 inline void make_ready(Fiber& f) {
   f.state = State::kReady;
-  machine().ready.push_back(f.linear);
+  machine().ready.push_back(&f);
 }
 
 inline void wait_as(State state) {
   machine().current->state = state;
   yield();
-}
-
-// The first function of every fiber.
-inline void fiber_main() {
-  Machine& m = machine();
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &m.bottom, &m.size);
-#endif
-  unsigned parity;
-  bool ordered;
-  {
-    Quiet quiet;
-    parity = m.generation & 1;
-    ordered = m.ordered_blocks;
-  }
-  acquire(&m.launch_order);
-  if (ordered) acquire(&m.block_order[parity ^ 1]);
-  try {
-    m.body();
-    Quiet quiet;
-    if (m.failure.empty() && !m.current->copies.empty()) {
-      m.failure = "cp.async: a thread returned with copies it never waited for; " + at(*m.current);
-    }
-  } catch (std::exception& e) {
-    Quiet quiet;
-    if (m.failure.empty()) m.failure = e.what();
-  }
-  release(&m.block_order[parity]);
-  {
-    Quiet quiet;
-    m.current->state = State::kDone;
-    m.alive--;
-  }
-  yield(true);
-  __builtin_unreachable();
-}
-
-inline void sync_threads(const char* where) {
-  Machine& m = machine();
-  char* order;
-  {
-    Quiet quiet;
-    m.current->where = where;
-    throw_if_failed();
-    order = &m.barrier_order[m.generation % kBarrierOrders][m.current->barriers++ & 1];
-  }
-  release(order);
-  {
-    Quiet quiet;
-    if (++m.waiting == m.threads) {
-      m.waiting = 0;
-      for (Fiber& f : m.fibers) {
-        if (&f == m.current || f.state != State::kBarrier) continue;
-        if (strcmp(f.where, where)) throw error("divergent __syncthreads: " + at(f) + " meets " + at(*m.current));
-        make_ready(f);
-      }
-      if (m.seed) {
-        make_ready(*m.current);
-        yield();
-      }
-    } else {
-      wait_as(State::kBarrier);
-    }
-    throw_if_failed();
-  }
-  acquire(order);
-}
-
-// A __shared__ array: fresh heap memory for each block, so that the sanitizers know its extent and lifetime.
-inline char* shared_array(const void* key, size_t bytes) {
-  Quiet quiet;
-  std::vector<SharedArray>& arrays = machine().shared;
-  for (SharedArray& s : arrays) {
-    if (s.key == key) return s.data;
-  }
-  void* p = nullptr;
-  if (posix_memalign(&p, 128, bytes)) abort();
-  memset(p, 0xFF, bytes);
-  arrays.push_back({key, static_cast<char*>(p)});
-  return static_cast<char*>(p);
 }
 
 }  // namespace simt

@@ -59,6 +59,19 @@ __global__ void product(float* y) {
   simt::mma_m16n8k16(d, a, b, simt::widen_bf16);
   for (unsigned i = 0; i < 4; i++) y[(g + i / 2 * 8) * 8 + 2 * q + i % 2] = d[i];
 }
+// Every block of the cluster takes from the next one what that keeps in dynamic and in static shared memory.
+__global__ void cluster(float* y) {
+  SIMT_DYNAMIC_SHARED(float, t);
+  SIMT_SHARED(float, u, [32]);
+  const unsigned rank = simt::cluster_rank(), next = (rank + 1) % gridDim.x;
+  t[threadIdx.x] = rank * 100.0f + threadIdx.x;
+  u[threadIdx.x] = rank * 1000.0f;
+  simt::cluster_arrive();
+  simt::cluster_wait();
+  y[blockIdx.x * 32 + threadIdx.x] = *simt::cluster_peer(t + 31 - threadIdx.x, next) + *simt::cluster_peer(u, next);
+  simt::cluster_arrive();
+  simt::cluster_wait();
+}
 
 // ---- planted --------------------------------------------------------------------------------------------------------
 
@@ -126,20 +139,74 @@ __global__ void dead_lanes(float* y) {
   if (threadIdx.x < 16) y[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 8);
 }
 __global__ void blocks_collide(float* y) { y[threadIdx.x] = blockIdx.x; }
+// Only thread 0 of each block, after barriers.
+__global__ void first_threads_collide(float* y) {
+  SIMT_SHARED(float, t, [256]);
+  t[threadIdx.x] = 1;
+  __syncthreads();
+  if (threadIdx.x == 0) y[0] = t[255];
+}
+
+// The barriers of `cluster`, one of them left out each time. Block 1 reads late, block 0 has nothing more to do.
+template <bool kBefore, bool kAfter, bool kLateMap>
+__global__ void cluster_without(float* y) {
+  SIMT_DYNAMIC_SHARED(float, t);
+  float* neighbour = simt::cluster_peer(t + threadIdx.x, 0);
+  t[threadIdx.x] = 1;
+  if (kBefore) {
+    simt::cluster_arrive();
+    simt::cluster_wait();
+  }
+  if (simt::cluster_rank() == 1) {
+    for (int i = 0; kBefore && i < 4; i++) __syncthreads();
+    if (kLateMap) neighbour = simt::cluster_peer(t + threadIdx.x, 0);
+    y[threadIdx.x] = *neighbour;
+  }
+  if (kAfter) {
+    simt::cluster_arrive();
+    simt::cluster_wait();
+  }
+}
+__global__ void cluster_arrives_twice(float*) {
+  simt::cluster_arrive();
+  simt::cluster_arrive();
+}
+__global__ void cluster_never_arrives(float*) { simt::cluster_wait(); }
+__global__ void cluster_divergent(float*) {
+  if (simt::cluster_rank()) {
+    simt::cluster_arrive();
+  } else {
+    simt::cluster_arrive();
+  }
+  simt::cluster_wait();
+}
+__global__ void cluster_deadlock(float*) {
+  if (simt::cluster_rank()) {
+    simt::cluster_arrive();
+    simt::cluster_wait();
+  } else if (threadIdx.x) {
+    __syncthreads();
+  }
+}
+__global__ void cluster_stranger(float* y) {
+  SIMT_DYNAMIC_SHARED(float, t);
+  y[0] = *simt::cluster_peer(t, 2);
+}
+__global__ void cluster_global(float* y) { y[0] = *simt::cluster_peer(y, 1); }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string name = argc > 1 ? argv[1] : "";
   simt::machine().seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
-  simt::machine().ordered_blocks = false;
+  simt::machine().cluster_limit = simt::kMaxCluster;
   std::vector<float> values(256, 1.0f);  // a heap block of its exact size
   float* y = values.data();
   bool known = false;
-  auto run = [&](const char* kernel, auto f, int blocks, int threads, size_t bytes) {
+  auto run = [&](const char* kernel, auto f, int blocks, int threads, size_t bytes, int cluster = 1) {
     if (name != kernel) return;
     known = true;
-    SIMT_LAUNCH(f, dim3(blocks), dim3(threads), bytes, y);
+    SIMT_LAUNCH_CLUSTER(f, cluster, dim3(blocks), dim3(threads), bytes, y);
   };
   try {
     if (name == "count") values[0] = 0;
@@ -163,6 +230,20 @@ int main(int argc, char** argv) {
     run("lane_outside_mask", lane_outside_mask, 1, 32, 0);
     run("dead_lanes", dead_lanes, 1, 32, 0);
     run("blocks_collide", blocks_collide, 2, 32, 0);
+    run("cluster", cluster, 4, 32, 128, 4);
+    run("cluster_no_barrier", cluster_without<false, true, false>, 2, 32, 128, 2);
+    run("cluster_reads_the_dead", cluster_without<true, false, false>, 2, 32, 128, 2);
+    run("cluster_maps_the_dead", cluster_without<true, false, true>, 2, 32, 128, 2);
+    run("cluster_arrives_twice", cluster_arrives_twice, 2, 32, 0, 2);
+    run("cluster_never_arrives", cluster_never_arrives, 2, 32, 0, 2);
+    run("cluster_divergent", cluster_divergent, 2, 32, 0, 2);
+    run("cluster_deadlock", cluster_deadlock, 2, 32, 0, 2);
+    run("cluster_stranger", cluster_stranger, 2, 32, 128, 2);
+    run("cluster_global", cluster_global, 2, 32, 128, 2);
+    run("cluster_too_large", cluster, 16, 32, 128, 16);
+    run("cluster_half", cluster, 3, 32, 128, 2);
+    run("large_shared", reverse, 1, 64, 1 << 18);
+    run("first_threads_collide", first_threads_collide, 3, 256, 0);
     run("empty_grid", reverse, 0, 64, 0);
     run("large_block", reverse, 1, 2048, 0);
   } catch (const simt::error& e) {

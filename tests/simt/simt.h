@@ -4,8 +4,8 @@
 //
 // It executes what the CUDA programming model says, one fiber per thread, and turns what that model leaves undefined
 // into an error, a NaN or a sanitizer report. Used by csrc/cuda/platform.cuh; README.md says what each build catches.
-// Not modelled: forward progress between blocks, clusters, tensor maps and wgmma, textures, warp-level memory order
-// other than __syncwarp.
+// Not modelled: forward progress between clusters, tensor maps and wgmma, textures, warp-level memory order other than
+// __syncwarp.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,8 +27,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
+#include "cluster.h"
 #include "launch.h"
-#include "machine.h"
 #include "warp.h"
 
 #define SIMT_TEXT_(x) #x
@@ -37,6 +37,8 @@
 
 #define SIMT_LAUNCH(kernel, grid, block, dynamic_bytes, ...) \
   simt::launch((grid), (block), (dynamic_bytes), [=] { (kernel)(__VA_ARGS__); })
+#define SIMT_LAUNCH_CLUSTER(kernel, cluster, grid, block, dynamic_bytes, ...) \
+  simt::launch((grid), (block), (dynamic_bytes), [=] { (kernel)(__VA_ARGS__); }, (cluster))
 #define SIMT_SHARED(T, name, ...) \
   static char name##_key_;        \
   T(&name) __VA_ARGS__ = *reinterpret_cast<T(*) __VA_ARGS__>(simt::shared_array(&name##_key_, sizeof(T __VA_ARGS__)))

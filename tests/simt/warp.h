@@ -58,7 +58,7 @@ inline WarpOp* join(unsigned mask, int kind, const char* where, const void* valu
       pending.erase(std::find(pending.begin(), pending.end(), op));
       const unsigned first = me->linear & ~31u;
       for (unsigned i = first; i < first + 32 && i < m.threads; i++) {
-        Fiber& f = m.fibers[i];
+        Fiber& f = me->block->fibers[i];
         if (&f != me && f.state == State::kWarp && f.wait_mask == mask) make_ready(f);
       }
       if (m.seed) {

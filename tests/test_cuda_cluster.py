@@ -1,0 +1,113 @@
+"""group_norm_silu by thread-block clusters, emulated: groups that one block cannot hold are still read once."""
+
+import pytest
+import torch
+
+from zeroblock import _cuda
+from zeroblock.testing import assert_bitwise_equal, poison_empty, use_backend
+from zeroblock.testing.cases import Case
+from zeroblock.testing.draw import Draw
+from zeroblock.testing.parity import assert_parity
+
+from .simt import emulated
+
+MISSING = "a GPU's shared memory is as large as it is" if torch.cuda.is_available() else emulated.missing()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+layouts = pytest.mark.parametrize("layout", ("dense", "nhwc"))
+# So little shared memory that a group of 4 x 1000 numbers takes clusters of 2 to 8 blocks, the last chunk shorter.
+SHARED = {"dense": 8 * 1024, "nhwc": 44 * 1024}
+SIZES = {"N": 2, "C": 8, "S": (25, 40)}
+
+
+def _case(**options):
+    sizes = {**SIZES, "film": True, "affine": True}
+    return Case("group_norm_silu", "cluster", sizes, {"num_groups": 2, **options}, ("dense", "nhwc"))
+
+
+@layouts
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=lambda d: str(d)[6:])
+def test_outputs_and_gradients(layout, dtype):
+    before = emulated.clusters()
+    with emulated.emulated(seed=3), use_backend("cuda"), emulated.gpu(SHARED[layout], 8):
+        assert_parity(_case(), dtype, layout)
+    slabs = 2 if layout == "dense" else 1
+    assert emulated.clusters() - before == 2 * 2 * slabs * 16  # forward and backward, two samples, 16 draws
+
+
+def test_a_mean_far_above_the_deviation():
+    sizes = {**SIZES, "film": False, "mean": 1000.0, "std": 1.0}
+    case = Case("group_norm_silu", "cluster", sizes, {"num_groups": 2, "activation": None}, ("dense",))
+    with emulated.emulated(seed=4), use_backend("cuda"), emulated.gpu(SHARED["dense"], 8):
+        assert_parity(case, torch.float32)
+
+
+def _inputs(layout):
+    draw = Draw(torch.bfloat16, layout)
+    x, dy = draw.tensor(2, 8, 25, 40, mean=0.5), draw.tensor(2, 8, 25, 40)
+    return x, dy, draw.vector(8, 1.0), draw.vector(8), *draw.chunks(2, 8, 2)
+
+
+def _both(x, dy, weight, bias, scale, shift, flag=None):
+    with poison_empty():
+        forward = _cuda.group_norm_silu(x, 2, weight, bias, 1e-5, scale, shift, True, flag)
+        mean, rstd = (torch.zeros(2, 2), torch.ones(2, 2)) if flag is not None else forward[1:]
+        backward = _cuda.group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, 2, True, flag)
+    return [*forward, *backward]
+
+
+@layouts
+def test_the_same_bits_in_any_order_of_threads_and_blocks(layout):
+    results = []
+    for seed in (0, 1, 2):
+        with emulated.emulated(seed), emulated.gpu(SHARED[layout], 8):
+            results.append(_both(*_inputs(layout)))
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert_bitwise_equal(got, expected)
+
+
+@layouts
+def test_a_gpu_without_clusters_or_without_room_for_them_takes_two_passes(layout):
+    inputs, before = _inputs(layout), emulated.clusters()
+    with emulated.emulated():
+        with emulated.gpu(SHARED[layout], 1):
+            two_passes = _both(*inputs)
+        with emulated.gpu(SHARED[layout], 8), emulated.refusing(only_clusters=True):
+            refused = _both(*inputs)
+    assert emulated.clusters() == before
+    for got, expected in zip(refused, two_passes, strict=True):
+        assert_bitwise_equal(got, expected)
+
+
+@layouts
+def test_a_zero_branch_is_left_by_the_whole_cluster(layout):
+    x, *rest = _inputs(layout)
+    with emulated.emulated(), emulated.gpu(SHARED[layout], 8):
+        zero = _cuda.zero_flags([torch.zeros(3)])
+        y, mean, rstd, *gradients = _both(x * float("nan"), *rest, flag=zero)
+    assert y.isnan().all() and mean.isnan().all() and rstd.isnan().all()  # nothing was written
+    assert all(not g.any() for g in gradients)
+
+
+# Launches at shapes of U-Nets on GPUs with and without clusters: threads apart, (blocks of a cluster) of each.
+@pytest.mark.parametrize(
+    ("layout", "shape", "sm_80", "sm_90"),
+    [
+        ("dense", (8, 320, 64, 64), [1], [1]),  # a block holds a group, and there are enough of them
+        ("dense", (1, 320, 64, 64), [1, 1], [4]),  # too few blocks: a cluster shares the group
+        ("dense", (1, 320, 128, 128), [1, 1], [4]),
+        ("dense", (2, 128, 512, 512), [1, 1], [1, 1]),  # 2 MB: more than a cluster has
+        ("nhwc", (8, 320, 64, 64), [1, 1], [2]),
+        ("nhwc", (2, 640, 64, 64), [1, 1], [4]),
+        ("nhwc", (8, 640, 32, 32), [1], [1]),
+    ],
+)
+def test_launches_at_shapes_of_unets(layout, shape, sm_80, sm_90):
+    form = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16).to(memory_format=form)
+    call = lambda: _cuda.group_norm_silu(x, 32, None, None, 1e-5, None, None, True)  # noqa: E731
+    for name, expected in (("sm_80", sm_80), ("sm_90", sm_90)):
+        with emulated.emulated(), emulated.gpu(*emulated.GPUS[name]):
+            launches = emulated.recorded(call)
+        assert [cluster for _, _, cluster in launches] == expected, (name, launches)
+        assert all(shared <= emulated.GPUS[name][0] for _, shared, _ in launches)
