@@ -201,11 +201,15 @@ def conv_residual(
     return run(h, weight, bias, residual, padding, flag, plan=plan)[0]
 
 
-def conv_dgrad(dy: Tensor, weight: Tensor, padding: list[int], flag: Tensor | None = None) -> Tensor:
+def conv_dgrad(
+    dy: Tensor, weight: Tensor, padding: list[int], flag: Tensor | None = None, plan: tuple[Config, int] | None = None
+) -> Tensor:
     """The gradient of conv(h) by h: the convolution of dy with the mirrored, transposed taps (a copy of the weight)."""
     mirrored = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=NHWC)
     kh, kw = weight.shape[2:]
-    return run(dy.to(weight.dtype), mirrored, None, None, [kh - 1 - padding[0], kw - 1 - padding[1]], flag)[0]
+    return run(dy.to(weight.dtype), mirrored, None, None, [kh - 1 - padding[0], kw - 1 - padding[1]], flag, plan=plan)[
+        0
+    ]
 
 
 def conv_wgrad(dy: Tensor, h: Tensor, weight_size: torch.Size, padding: list[int]) -> Tensor:
