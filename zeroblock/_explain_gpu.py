@@ -15,7 +15,17 @@ from ._conv import CONV, unit_geometry
 
 def explain_gpu(op: str, P: Any, a: dict[str, Any]) -> tuple[_plan.Explanation, ...]:
     """The op's own step first. Nothing is computed; tensors that stand for others have their dtype and dimensions."""
-    return tuple(step.explain(*args) for step, args in _steps(op, P, a, _plan.state.training))
+    return tuple(_explained(step, args) for step, args in _steps(op, P, a, _plan.state.training))
+
+
+def _explained(step: _plan.PlannedOp, args: tuple) -> _plan.Explanation:
+    """Backward's steps are not themselves differentiated."""
+    before = _plan.state.training
+    _plan.state.training = before and not step.name.endswith(("_bwd", "_dgrad", "_wgrad"))
+    try:
+        return step.explain(*args)
+    finally:
+        _plan.state.training = before
 
 
 def _statistics(x: Tensor, *size: int) -> Tensor:

@@ -89,7 +89,6 @@ gate_residual_layer_norm_modulate = _step("gate_residual_layer_norm_modulate")
 gate_residual_layer_norm_modulate_bwd = _step("gate_residual_layer_norm_modulate_bwd", lead=1)
 _activation = _step("activation", backends=("triton",))
 activation_bwd = _step("activation_bwd", lead=1, backends=("triton",))
-linear = _library.linear
 
 
 def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=None):
@@ -102,6 +101,12 @@ def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_group
 
 def activation(x, name, flag=None):
     return _activation(x, name, flag)
+
+
+def linear(x, weight, bias, activation=None):
+    """act(x @ weight.T + bias)"""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if activation is None else _activation(y, activation, None)
 
 
 def _backend(op: str, x: Tensor) -> Any:

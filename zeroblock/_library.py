@@ -3,6 +3,8 @@
 They are the candidate "library" of the planned steps on a GPU (`_gpu.py`): what a call costs without zeroblock's own
 kernels. Same names and signatures as `_plain.py`, which takes operands of several dtypes. No kernel here reads a flag
 on the device: it is accepted and not used, the results are those of the arithmetic.
+The library rounds the statistics that its group norm keeps for backward to the dtype of x; ours are fp32, so that in
+training half precision goes through its fp32 kernels, as under autocast.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 from . import _plain
 from ._layout import as_layout, channels_last_format
 from ._plain import _dense, _sum_to, activation_bwd, add_bias, linear
+from ._plan import state
 from .reference import apply_activation, channel_view, modulation
 
 __all__ = ["activation_bwd", "add_bias", "linear"]
@@ -34,12 +37,18 @@ def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=N
     if not _takes(x, weight, bias, scale, shift):
         return _plain.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu)
     N, C = x.shape[:2]
+    kept = state.training or state.fixed  # the dispatcher's calls do not tell
+    wide = torch.float32 if kept else x.dtype
     y, mean, rstd = torch.native_group_norm(
-        x.contiguous(), weight, bias, N, C, x.numel() // (N * C), num_groups, eps
-    )  # fmt: skip
-    y = _film(y, scale, shift)
+        x.to(wide).contiguous(), _to(weight, wide), _to(bias, wide), N, C, x.numel() // (N * C), num_groups, eps
+    )
+    y = _film(y.to(x.dtype), scale, shift)
     y = torch.nn.functional.silu(y) if silu else y
     return _dense(y, x), mean.float(), rstd.float()
+
+
+def _to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None else t.to(dtype)
 
 
 def _film(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -59,10 +68,10 @@ def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_group
     dshift = None if shift is None else dz.sum(spatial).view(shift.shape)
     g = dz if scale is None else dz * (1 + channel_view(scale, x.dim()))
     dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        g, dense, mean.to(x.dtype), rstd.to(x.dtype), weight, N, C, x.numel() // (N * C), num_groups,
+        g.float(), dense.float(), mean, rstd, _to(weight, torch.float32), N, C, x.numel() // (N * C), num_groups,
         [True, weight is not None, bias is not None],
     )  # fmt: skip
-    return _dense(dx, x), dweight, dbias, dscale, dshift
+    return _dense(dx.to(x.dtype), x), _to(dweight, x.dtype), _to(dbias, x.dtype), dscale, dshift
 
 
 def _normed(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
