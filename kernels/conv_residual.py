@@ -201,11 +201,15 @@ def conv_residual(
     return run(h, weight, bias, residual, padding, flag, plan=plan)[0]
 
 
-def conv_dgrad(dy: Tensor, weight: Tensor, padding: list[int], flag: Tensor | None = None) -> Tensor:
+def conv_dgrad(
+    dy: Tensor, weight: Tensor, padding: list[int], flag: Tensor | None = None, plan: tuple[Config, int] | None = None
+) -> Tensor:
     """The gradient of conv(h) by h: the convolution of dy with the mirrored, transposed taps (a copy of the weight)."""
     mirrored = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=NHWC)
     kh, kw = weight.shape[2:]
-    return run(dy.to(weight.dtype), mirrored, None, None, [kh - 1 - padding[0], kw - 1 - padding[1]], flag)[0]
+    return run(dy.to(weight.dtype), mirrored, None, None, [kh - 1 - padding[0], kw - 1 - padding[1]], flag, plan=plan)[
+        0
+    ]
 
 
 def conv_wgrad(dy: Tensor, h: Tensor, weight_size: torch.Size, padding: list[int]) -> Tensor:
@@ -253,7 +257,8 @@ def _compile_cases():
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for config in _gemm.configs(dtype):
             yield f"conv_residual-3x3-{config.BM}x{config.BN}-{name}", _case(dtype, 2, 320, 64, 320, 3, config)
-        yield f"conv_residual-1x1-{config.BM}x{config.BN}-{name}", _case(dtype, 2, 320, 64, 640, 1, config)
+            yield f"conv_residual-1x1-{config.BM}x{config.BN}-{name}", _case(dtype, 2, 320, 64, 640, 1, config)
+        yield f"conv_residual-1x1-split-{name}", _case(dtype, 2, 1280, 8, 1280, 1, config, 2)
         yield f"conv_residual-split-{name}", _case(dtype, 2, 1280, 8, 1280, 3, config, 4)
         yield f"conv_residual-partial-{name}", _case(dtype, 2, 320, 64, 320, 3, config, want_partial=True)
 

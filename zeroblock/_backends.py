@@ -22,8 +22,6 @@ from . import _plain
 
 DTYPES = CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# The backends of each type of device, best first; the reference takes what they do not.
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 
 def _load_extension() -> str | None:
@@ -128,19 +126,16 @@ def why_not(name: str, op: str, x: Tensor) -> str | None:
 
 
 def select(op: str, x: Tensor) -> ModuleType:
-    """The primitives module for a call of `op` with leading tensor x."""
+    """The primitives module for a call of `op` with leading tensor x. On a GPU the plan (`_gpu.py`) chooses between
+    the backends, unless one is forced; the reference takes what no kernel takes."""
     device = x.device.type
     if device == "cpu" and _forced not in ("triton", "cuda"):
         if _cpu is not None and _forced != "reference" and (x.dtype in DTYPES or op == "is_zero"):
             return _cpu
         return _plain
+    module = None
     if _forced in ("triton", "cuda"):
-        candidates: tuple[str, ...] = (_forced,)
-    else:
-        candidates = () if _forced == "reference" else _PREFERENCE.get(device, ())
-    for name in candidates:
-        if why_not(name, op, x) is None:
-            module = _load(name)
-            assert module is not None
-            return module
-    return _plain
+        module = _load(_forced) if why_not(_forced, op, x) is None else None
+    elif _forced == "auto" and device == "cuda" and (x.dtype in DTYPES or op == "is_zero"):
+        module = _load("gpu")
+    return _plain if module is None else module

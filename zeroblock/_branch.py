@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from . import _backends
 from ._autocast import autocast_dtype
-from ._compose import bare_residual, conv_size, empty_conv_output, linear_grads
+from ._compose import bare_residual, conv_size, empty_conv_output
+from ._compose_linear import linear_grads
 from .reference import channel_view, modulation
 
 

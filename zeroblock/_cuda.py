@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from . import zero
 from ._layout import as_layout, channels_last_format
 from ._operands import dense_view, gate_gradient, is_single, like, tokens, untokens
 from ._plain import activation, activation_bwd, add_bias, linear
@@ -77,17 +78,24 @@ def library(namespace: str, on: str) -> Iterator[None]:
         _ops, device, MISSING = before
 
 
+def _bool(flag: Tensor | None) -> Tensor | None:
+    """The flag [1] of an op, int32 with 0 or 1 in it, as the kernels read it: its lowest byte."""
+    return flag if flag is None or flag.dtype == torch.bool else flag.view(torch.bool)[:1]
+
+
 def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=None):
     layout = channels_last_format(x)
     x = as_layout(x, layout)
-    return _ops.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, layout is not None, flag)
+    return _ops.group_norm_silu(
+        x, weight, bias, scale, shift, num_groups, eps, silu, layout is not None, _bool(flag)
+    )  # fmt: skip
 
 
 def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, flag=None):
     layout = channels_last_format(x)
     x, dy = as_layout(x, layout), as_layout(dy.to(x.dtype), layout)
     dx, dweight, dbias, dscale, dshift = _ops.group_norm_silu_bwd(
-        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, flag
+        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, _bool(flag)
     )
     return dx, like(dweight, weight), like(dbias, bias), like(dscale, scale), like(dshift, shift)
 
@@ -170,14 +178,47 @@ def conv_takes(x: Tensor, weight: Tensor, padding: list[int]) -> bool:
 
 
 def _nhwc(t: Tensor | None) -> Tensor | None:
-    """A channels-last tensor in memory order; anything else is copied."""
-    return None if t is None else t.permute(0, 2, 3, 1).contiguous()
+    """A channels-last tensor in memory order that starts at 16 bytes; anything else is copied."""
+    if t is None:
+        return None
+    t = t.permute(0, 2, 3, 1).contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def why_not_own(
+    op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None, padding
+) -> str | None:
+    """Why the own GEMM of an op does not take a call, else None."""
+    if op == "linear_gate_residual":
+        return "the linears are the library's"
+    if not zero.may_judge(weight):
+        return "the weight is not a plain tensor"
+    if not conv_takes(h, weight, padding):
+        return "the kernel takes bf16 or fp16, 3x3 with padding 1 or 1x1, channels divisible by 8"
+    if channels_last_format(h) is None and channels_last_format(weight) is None:
+        return "the own convolution is channels-last, neither the input nor the weight is"
+    if residual is not None and (residual.dtype, *residual.shape) != (h.dtype, len(h), len(weight), *h.shape[2:]):
+        return "the kernel adds a residual of the result's shape and dtype"
+    return None
+
+
+why_library = why_not_own
+
+
+def conv(h, weight, bias, residual, padding, flag):
+    """residual + conv(h) where `why_not_own` says None; a flag that is set leaves residual + bias."""
+    return conv_residual(h, weight, bias, residual, flag=flag)[0]
+
+
+def conv_dgrad(dy, weight, padding, flag):
+    """The gradient of conv(h) by h, the convolution of dy with the mirrored taps; 0 where the flag is set."""
+    return conv(dy.to(weight.dtype), weight.flip(2, 3).transpose(0, 1), None, None, padding, flag)
 
 
 def conv_residual(h, weight, bias, residual, statistics=False, flag=None):
     """(residual + conv(h, weight, bias), partial statistics for `moments`), where `conv_takes`."""
     y, partial = _ops.conv_residual(
-        _nhwc(h), _nhwc(weight), bias, _nhwc(residual), None, None, None, None, None, None, statistics, flag
+        _nhwc(h), _nhwc(weight), bias, _nhwc(residual), None, None, None, None, None, None, statistics, _bool(flag)
     )
     return y.permute(0, 3, 1, 2), partial
 
@@ -188,7 +229,7 @@ def group_norm_silu_conv_residual(
     """conv_residual of silu(norm(x)), which never reaches memory; mean and rstd are those of x."""
     y, partial = _ops.conv_residual(
         _nhwc(x), _nhwc(weight), bias, _nhwc(residual), mean, rstd, norm_weight, norm_bias, scale, shift, statistics,
-        flag,
+        _bool(flag),
     )  # fmt: skip
     return y.permute(0, 3, 1, 2), partial
 
@@ -198,16 +239,13 @@ def moments(y, partial, num_groups, eps):
     return _ops.conv_moments(partial, _nhwc(y), num_groups, eps)
 
 
-def zero_flags(tensors: list[Tensor]) -> Tensor:
-    """bool [len] on the device: which tensors are all +0 or -0. One launch for every 64 tensors, no synchronisation."""
-    return _ops.zero_flag([t if t.is_contiguous() else dense_view(t) for t in tensors])
+def zero_flags(tensors: list[Tensor], any_of: bool = False) -> Tensor:
+    """bool [len] on the device: which tensors are all +0 or -0; with any_of int32 [1], whether one of them is. One
+    launch for every 64 tensors, no synchronisation."""
+    flags = _ops.zero_flag([t if t.is_contiguous() else dense_view(t) for t in tensors])
+    return (flags.any().view(1) if len(tensors) > 1 else flags).to(torch.int32) if any_of else flags
 
 
 def is_zero(t: Tensor) -> bool:
     """Reads the answer back to the host."""
     return bool(zero_flags([t])[0])
-
-
-def why_library(op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None) -> str | None:
-    """Why the GEMM of an op is the library's, which no flag on the device stops."""
-    return "its convolutions and GEMMs are the library's"

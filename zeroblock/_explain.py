@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from . import _backends, _checks, _plan, functional, zero
+from ._compose import planned
 from ._conv import CONV, unit_geometry
+from ._explain_gpu import explain_gpu
 from ._linear import LINEAR
 from ._norm_conv import NORM_CONV
 
@@ -40,16 +42,36 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _zero_path(op: str, arguments: dict[str, Any]) -> str | None:
+def _why_library(op: str, a: dict[str, Any], plans: tuple[_plan.Explanation, ...]) -> str | None:
+    """Why no flag on the device stops the GEMM of an op, or None."""
+    h = a["x"] if "x" in a else a["h"]
+    P: Any = _backends.select(op, h)
+    if planned(P):
+        return None if _gpu_gemms().has_zero_path(plans[0].choice) else f"the plan: {plans[0].why}"
+    padding = _padding(op, a) if "padding" in a else None
+    name = "conv_residual" if "conv" in op else op
+    return P.why_library(name, h, a["weight"], a.get("gate"), a["residual"], padding)
+
+
+def _gpu_gemms() -> Any:
+    from . import _gpu_gemms
+
+    return _gpu_gemms
+
+
+def _padding(op: str, a: dict[str, Any]) -> list[int]:
+    x = a["x"] if "x" in a else a["h"]
+    return _checks.convolution(op, x.shape[1], x, a["weight"], a["bias"], a["residual"], a["padding"])
+
+
+def _zero_path(op: str, arguments: dict[str, Any], plans: tuple[_plan.Explanation, ...]) -> str | None:
     if op not in _HAS_ZERO_PATH:
         return None
     weight, policy = arguments["weight"], arguments["zero_skip"]
     if policy == "never":
         return 'off (zero_skip="never")'
     if zero.test_of(op, policy, weight) == zero.DEVICE:
-        h = arguments["x"] if "x" in arguments else arguments["h"]
-        P, name = _backends.select(op, h), "conv_residual" if "conv" in op else op
-        library = P.why_library(name, h, weight, arguments.get("gate"), arguments["residual"])
+        library = _why_library(op, arguments, plans)
         if library is not None:
             return f'off: the GEMM is a library call ({library}); zero_skip="sync" reads the verdict back'
         return (
@@ -61,11 +83,13 @@ def _zero_path(op: str, arguments: dict[str, Any]) -> str | None:
 
 def _plans(op: str, P: Any, a: dict[str, Any]) -> tuple[_plan.Explanation, ...]:
     """The planned steps of a dense call (`_compose.py`)."""
+    if planned(P):
+        return explain_gpu(op, P, a)
     weight: Any = a.get("weight")
     bias = a.get("bias")
     if op in ("conv_residual", "group_norm_silu_conv_residual"):
         x, residual = a["h" if op == "conv_residual" else "x"], a["residual"]
-        geometry = unit_geometry(_checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"]))
+        geometry = unit_geometry(_padding(op, a))
         h = x if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
         plans = (CONV.explain(P, h, weight, bias, residual, geometry),)
         if op == "conv_residual":
@@ -98,6 +122,17 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     primitives, transforms = _backends.select(op_name, x), zero.transforms_active()
     backend: str = "reference" if transforms else primitives.NAME
     plans: tuple[_plan.Explanation, ...] = ()
+    if not transforms:
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        before, _plan.state.training = _plan.state.training, training
+        try:
+            plans = _plans(op_name, primitives, bound.arguments)
+        finally:
+            _plan.state.training = before
+    other = f"the {_backends.forced()} backend is forced"
+    if not transforms and planned(primitives):
+        backend = plans[0].choice.split()[0] if plans else "library"
+        other = f"the plan has chosen {plans[0].choice}" if plans else "the op has no kernel of its own"
     not_used = {}
     for name in _backends.BACKENDS:
         if name in (backend, "reference"):
@@ -106,16 +141,9 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
             not_used[name] = "a torch.func transform or forward-mode AD is active"
         else:
             reason = _backends.why_not(name, op_name, x)
-            not_used[name] = reason or f"the {_backends.forced()} backend is forced"
+            not_used[name] = reason or other
     counters = (zero.executed.get(op_name, 0), zero.skipped.get(op_name, 0))
-    if not transforms:
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        before, _plan.state.training = _plan.state.training, training
-        try:
-            plans = _plans(op_name, primitives, bound.arguments)
-        finally:
-            _plan.state.training = before
-    return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments), counters, plans)
+    return Explanation(op_name, backend, not_used, _zero_path(op_name, bound.arguments, plans), counters, plans)
 
 
 def _gpu_backend(name: str) -> str:

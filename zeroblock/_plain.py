@@ -156,6 +156,6 @@ def is_zero(t: Tensor) -> bool:
     return bool(ref.is_zero(t)[0])
 
 
-def why_library(op, h, weight, gate, residual) -> str | None:
+def why_library(op, h, weight, gate, residual, padding) -> str | None:
     """Why the GEMM of an op is the library's, which no flag on the device stops; None: an own one runs."""
     return "the reference has no kernels of its own"

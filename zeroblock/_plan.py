@@ -13,6 +13,9 @@ The fixed rule (each op's `rule`, a function of the shapes alone) decides instea
 - during CUDA-graph capture where nothing was measured before, and while another thread is measuring;
 - for work too small to be worth a measurement.
 
+A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
+(`state.measuring`): a branch that is zero at its first call will not stay so.
+
 Candidates round differently, so that a first measurement may decide last bits as cudnn.benchmark does; the disk cache
 keeps the decision for later processes. A candidate marked `reduced` enters only where the user allowed reduced float32
 precision (torch.set_float32_matmul_precision, or `allow_reduced`). Candidates must be pure: same arguments, fresh
@@ -33,7 +36,7 @@ from typing import Any
 import torch
 
 from . import _plan_store
-from ._plan_measure import choose, device_name, measure, time_call
+from ._plan_measure import choose, measure, place, time_call
 from ._plan_store import Entry, Store
 
 POLICIES = ("measure", "fixed")
@@ -54,6 +57,7 @@ class _State(threading.local):
     """What this thread's calls are: one number, because reading a thread's attribute costs as much as a flag."""
 
     mode = 0
+    measuring = False
     FIXED, TRAINING, REDUCED = 1, 2, 4
 
 
@@ -159,7 +163,8 @@ class PlannedOp:
     """A step with several ways, called as op(*args); all ways take the same arguments and return the same.
 
     signature(*args): everything a choice may depend on, hashable, cheap. describe(*args): the same for people and for
-    the cache, sizes in buckets. work(*args): floating-point operations. lead: which argument names the device.
+    the cache, sizes in buckets. work(*args): floating-point operations, worth measuring from `worth` on. lead: which
+    argument names the device.
     rule(*args): the name of the candidate to run where nothing is measured; the library's where that takes no part.
     """
 
@@ -173,9 +178,10 @@ class PlannedOp:
         work: Callable[..., int],
         lead: int = 0,
         rule: Callable[..., str] = lambda *args: "library",
+        worth: int = WORTH_MEASURING,
     ):
         self.name, self.signature, self.describe, self.work, self.rule = name, signature, describe, work, rule
-        self.lead = lead
+        self.lead, self.worth = lead, worth
         self.library = Candidate("library", library, lambda *args: None)
         self.candidates = {"library": self.library}
         self._memory: dict[tuple, Callable[..., Any]] = {}
@@ -221,7 +227,7 @@ class PlannedOp:
     def _resolve(self, key: tuple, args: tuple) -> Callable[..., Any]:
         fixed, device = self._fixed(args), args[self.lead].device
         takers = self._takers(args)
-        if _policy == "measure" and len(takers) > 1 and self.work(*args) >= WORTH_MEASURING:
+        if _policy == "measure" and len(takers) > 1 and self.work(*args) >= self.worth:
             if _capturing(device) or not _lock.acquire(blocking=False):
                 return fixed.run
             try:
@@ -239,8 +245,10 @@ class PlannedOp:
         """The cache's key. Who competed belongs to it: a new candidate, or one more that takes part, measures anew."""
         mode = "training" if state.training else "inference"
         precision = "reduced" if reduced_allowed() else "full"
-        where = f"{device_name(args[self.lead].device)}, {torch.get_num_threads()} threads"
-        parts = (f"{self.name} {self.describe(*args)}", f"{mode}, {precision} precision", where, ", ".join(takers))
+        parts = (
+            f"{self.name} {self.describe(*args)}", f"{mode}, {precision} precision", place(args[self.lead].device),
+            ", ".join(takers),
+        )  # fmt: skip
         return " | ".join(parts)
 
     def _measured(self, args: tuple, takers: dict[str, Candidate], preferred: str) -> Entry:
@@ -248,8 +256,12 @@ class PlannedOp:
         entry = store.entries.get(situation)
         if entry is None or entry.choice not in takers:
             runs: dict[str, Callable[[], Any]] = {n: functools.partial(c.run, *args) for n, c in takers.items()}
-            with torch.no_grad():
-                times = measure(runs, args[self.lead].device, timer)
+            before, state.measuring = state.measuring, True
+            try:
+                with torch.no_grad():
+                    times = measure(runs, args[self.lead].device, timer)
+            finally:
+                state.measuring = before
             entry = Entry(choose(times, preferred), times)
             store.add(situation, entry)
         return entry
@@ -270,7 +282,7 @@ class PlannedOp:
             choice, why = fixed.name, "fixed rule: ZEROBLOCK_PLAN=fixed"
         elif len(takers) == 1:
             choice, why = fixed.name, "the only way here"
-        elif self.work(*args) < WORTH_MEASURING:
+        elif self.work(*args) < self.worth:
             choice, why = fixed.name, "fixed rule: too small to be worth measuring"
         elif entry is not None:
             choice, why = entry.choice, "the fastest as measured"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable
@@ -15,14 +17,21 @@ ROUNDS, MIN_ROUNDS, SECONDS = 7, 3, 0.3
 MARGIN = 1.03  # what counts as equally fast
 
 
+# Clock cycles that a GPU is kept busy while the host enqueues what is measured: about a millisecond.
+_HEAD_START = 2_000_000
+
+
 def time_call(name: str, run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one warm call."""
+    """Seconds of one warm call; on a GPU the device's own, with its cache cold and the host far ahead."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.empty(2 * _cache_bytes(device), dtype=torch.int8, device=device).zero_()
+            torch.cuda._sleep(_HEAD_START)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
         return start.elapsed_time(end) / 1e3
     begin = time.perf_counter()
     run()
@@ -66,10 +75,25 @@ def choose(times: dict[str, float | None], preferred: str) -> str:
     return next(name for name in order if name in able and able[name] <= best * MARGIN)
 
 
-def device_name(device: torch.device) -> str:
+@functools.lru_cache
+def _cache_bytes(device: torch.device) -> int:
+    return max(1 << 20, torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def place(device: torch.device) -> str:
+    """Where a measurement holds: the device, and what beside torch its kernels come from."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _cpu_name() if device.type == "cpu" else str(device)
+        return _gpu_name(device)
+    return f"{_cpu_name() if device.type == 'cpu' else device}, {torch.get_num_threads()} threads"
+
+
+@functools.lru_cache
+def _gpu_name(device: torch.device) -> str:
+    toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    parts = [torch.cuda.get_device_name(device), toolkit, f"cuDNN {torch.backends.cudnn.version()}"]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        parts.append(f"triton {importlib.metadata.version('triton')}")
+    return ", ".join(parts)
 
 
 def _cpu_name() -> str:

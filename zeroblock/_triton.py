@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import _backends, _plain, zero
+from . import _plain, zero
 from ._layout import as_layout, channels_last_format
+from .kernels import _gemm
 from .kernels import activation as _activation
 from .kernels import add_bias as _add_bias
 from .kernels import conv_residual as _conv
@@ -22,6 +23,7 @@ from .kernels import gate_residual as _gate_residual
 from .kernels import gate_residual_layer_norm_modulate as _gate_norm
 from .kernels import group_norm_silu as _group_norm
 from .kernels import group_norm_silu_bwd as _group_norm_bwd
+from .kernels import group_norm_silu_conv_residual as _norm_conv
 from .kernels import layer_norm_modulate as _layer_norm
 from .kernels import linear_gate_residual as _linear
 from .kernels.zero_flag import zero_flag as _zero_flag
@@ -58,19 +60,21 @@ def _rows(v: Tensor | None) -> Tensor | None:
 # ---- norms ----------------------------------------------------------------------------------------------------------
 
 
-def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=None):
+def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=None, *, split=False):
     layout = channels_last_format(x)
     weight, bias, scale, shift = (_rows(v) for v in (weight, bias, scale, shift))
     x = as_layout(x, layout)
-    return _group_norm.forward(x, num_groups, weight, bias, eps, scale, shift, silu, layout is not None, flag)
+    return _group_norm.forward(
+        x, num_groups, weight, bias, eps, scale, shift, silu, layout is not None, flag, split=split
+    )
 
 
-def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, flag=None):
+def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, flag=None, *, split=False):
     layout = channels_last_format(x)
     x, dy = as_layout(x, layout), as_layout(dy.to(x.dtype), layout)
     weight, bias, scale, shift = (_rows(v) for v in (weight, bias, scale, shift))
     return _group_norm_bwd.backward(
-        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, flag
+        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None, flag, split=split
     )
 
 
@@ -171,12 +175,35 @@ def activation_bwd(dy, x, name, need_y):
 # ---- own GEMMs, which read a flag on the device ---------------------------------------------------------------------
 
 
-def why_library(op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None) -> str | None:
-    """Why the GEMM of an op is the library's, which no flag on the device stops; None: an own one runs.
+# What a plan may choose among, by name; compiled ahead of time in CI (COMPILE_CASES of the kernels).
+GEMMS = {f"{c.BM}x{c.BN}x{c.BK}": c for c in (*_gemm.HALF, *_gemm.FULL)}
+FOLDS = [name for name, c in GEMMS.items() if any(c in _gemm.folding_configs(d) for d in _gemm.DTYPES)]
 
-    Until a plan has measured both: own GEMMs for linears and 1x1 convolutions, the library's for wider convolutions
-    (cuDNN has algorithms for them that an implicit GEMM does not match), all own ones where triton is forced.
-    """
+
+def _launch_plan(config: str | None, x: Tensor, weight: Tensor, rows: int) -> tuple | None:
+    """(configuration, splits): the reduction is split under the smallest tiles alone. None: the kernel's own rule."""
+    if config is None:
+        return None
+    found, shipped = GEMMS[config], _gemm.configs(x.dtype)
+    if found != shipped[-1]:
+        return found, 1
+    return _gemm.choose(rows, weight.shape[0], weight.shape[1:].numel(), (found,), x.device)
+
+
+def has_gemm(config: str, dtype: torch.dtype) -> bool:
+    return GEMMS[config] in _gemm.configs(dtype)
+
+
+def gemm_by_size(x: Tensor, weight: Tensor, rows: int) -> str:
+    """The name of the configuration that the launchers take for rows x weight before anything is measured."""
+    config, _ = _gemm.choose(rows, weight.shape[0], weight.shape[1:].numel(), _gemm.configs(x.dtype), x.device)
+    return f"{config.BM}x{config.BN}x{config.BK}"
+
+
+def why_not_own(
+    op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residual: Tensor | None, padding
+) -> str | None:
+    """Why the own GEMM of an op does not take a call, else None."""
     if not zero.may_judge(weight) or (gate is not None and not zero.may_judge(gate)):
         return "the weight is not a plain tensor"
     if op == "linear_gate_residual":
@@ -184,21 +211,54 @@ def why_library(op: str, h: Tensor, weight: Tensor, gate: Tensor | None, residua
     reason = _conv.why_not(h, weight, residual)
     if reason is None and channels_last_format(h) is None and channels_last_format(weight) is None:
         reason = "the own convolution is channels-last, neither the input nor the weight is"
-    if reason is None and _backends.forced() != NAME and weight.shape[2:].numel() > 1:
-        reason = "a convolution wider than 1x1 is the library's unless the triton backend is forced"
     return reason
 
 
-def conv_residual(h, weight, bias, residual, padding, flag):
-    return _conv.conv_residual(h, weight, bias, residual, padding, flag)
+why_library = why_not_own
 
 
-def conv_dgrad(dy, weight, padding, flag):
-    return _conv.conv_dgrad(dy, weight, padding, flag)
+def conv(h, weight, bias, residual, padding, flag, config=None):
+    """residual + conv(h), stride 1; a flag that is set leaves residual + bias."""
+    plan = _launch_plan(config, h, weight, math.prod(_conv.output_size(h, weight, padding)) // weight.shape[0])
+    return _conv.conv_residual(h, weight, bias, residual, padding, flag, plan)
 
 
-def linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch):
-    return _linear.linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch)
+def conv_dgrad(dy, weight, padding, flag, config=None):
+    """The gradient of conv(h) by h, 0 where the flag is set."""
+    plan = None
+    if config is not None:
+        sizes = (n + kernel - 1 - 2 * p for n, kernel, p in zip(dy.shape[2:], weight.shape[2:], padding, strict=True))
+        plan = _launch_plan(config, dy, weight.transpose(0, 1), dy.shape[0] * math.prod(sizes))
+    return _conv.conv_dgrad(dy, weight, padding, flag, plan)
+
+
+def conv_wgrad(dy, h, weight, padding):
+    return _conv.conv_wgrad(dy, h, weight.shape, padding)
+
+
+def why_not_folded(x: Tensor, weight: Tensor, residual: Tensor | None, keep: Tensor | None) -> str | None:
+    return _norm_conv.why_not(x, weight, residual, keep)
+
+
+def folded_norm_conv(
+    x, num_groups, norm_weight, norm_bias, eps, scale, shift, weight, bias, residual, padding, flag, config
+):
+    """(y, mean, rstd) of a norm that the convolution's loader applies."""
+    return _norm_conv.group_norm_silu_conv_residual(
+        x, num_groups, norm_weight, norm_bias, eps, scale, shift, weight, bias, residual, padding, flag,
+        plan=(GEMMS[config], 1),
+    )  # fmt: skip
+
+
+def group_moments(x, num_groups, eps, flag=None):
+    """mean and rstd [N, G] of a channels-last x, read once."""
+    pixels, partial = x.shape[2:].numel(), _norm_conv.tile_moments(x, flag)
+    return _norm_conv.statistics(partial, _norm_conv.TILE_PIXELS, pixels, num_groups, None, None, eps, flag=flag)[:2]
+
+
+def linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch, config=None):
+    plan = _launch_plan(config, h, weight, h.numel() // max(1, h.shape[-1]))
+    return _linear.linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch, plan)
 
 
 # ---- the zero test --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, _compose, _conv, _lane, _plan
+from . import _backends, _compose, _compose_linear, _conv, _lane, _plan
 from . import _fakes as fakes
 from . import reference as ref
 from ._layout import empty_like_dense
@@ -234,26 +234,26 @@ layer_norm_modulate_linear = _op(
     "layer_norm_modulate_linear(Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     _fake_norm_linear,
-    _compose.layer_norm_modulate_linear,
+    _compose_linear.layer_norm_modulate_linear,
 )
 layer_norm_modulate_linear_bwd = _op(
     "layer_norm_modulate_linear_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? shift, Tensor? scale, "
     "Tensor weight, float eps, bool has_bias, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_linear_bwd,
-    _compose.layer_norm_modulate_linear_bwd,
+    _compose_linear.layer_norm_modulate_linear_bwd,
     lead=1,
 )
 linear_gate_residual = _op(
     "linear_gate_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, str? activation, "
     "int zero_skip, bool save_branch) -> (Tensor, Tensor, Tensor)",
     _fake_linear_gate,
-    _compose.linear_gate_residual,
+    _compose_linear.linear_gate_residual,
 )
 linear_gate_residual_bwd = _op(
     "linear_gate_residual_bwd(Tensor dy, Tensor h, Tensor weight, Tensor? gate, Tensor branch, Tensor skipped, "
     "int zero_skip, str? activation, bool has_bias, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_gate_bwd,
-    _compose.linear_gate_residual_bwd,
+    _compose_linear.linear_gate_residual_bwd,
     lead=1,
 )
 
