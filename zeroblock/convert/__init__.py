@@ -17,6 +17,7 @@ from ._report import Branch, LeftAlone, Report
 # isort: split
 from . import (  # noqa: F401
     diffusers_adaln,
+    diffusers_attention,
     diffusers_controlnet,
     diffusers_mmdit,
     diffusers_motion,
@@ -115,8 +116,8 @@ def restore(model: nn.Module) -> int:
 
 
 def _in_order() -> list[type[Family]]:
-    """The families as they are asked: those of whole blocks before that of single layers."""
-    return sorted(FAMILIES.values(), key=lambda family: not family.classes)
+    """The families as they are asked: those of whole blocks before those of their parts."""
+    return sorted(FAMILIES.values(), key=lambda family: family.inner)
 
 
 def _is_ours(block: nn.Module) -> bool:
@@ -143,7 +144,7 @@ def _plan(model: nn.Module, known: list[Family]) -> tuple[list[tuple[str, nn.Mod
             continue
         reasons: list[str] = []
         for family in known:
-            if block in claimed and not family.classes or not family.knows(block):
+            if block in claimed and family.inner or not family.knows(block):
                 continue
             reason = _obstacle(block, path, model, family)
             if reason is None:
@@ -180,7 +181,8 @@ def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> 
 
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
     for name, tensors in family.branches(block).items():
-        backend = _backends.select("group_norm_silu", tensors[0]).NAME if family.backend == "auto" else family.backend
+        chosen = _backends.select("group_norm_silu", tensors[0]).NAME if family.backend == "auto" else family.backend
+        backend = family.dense_backend or chosen
         yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend)
 
 

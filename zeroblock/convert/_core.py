@@ -6,6 +6,8 @@ file of its own in this package; it never imports the package whose blocks it kn
     name       its key in reports and in `python -m zeroblock info NAME`; also the name of its counter
     classes    the names of the classes it may know (of the block's class or one of its bases)
     method     the method that accelerate replaces, "forward" unless the class has an inner one ("_forward")
+    inner      whether it leaves blocks alone that an outer block claims (see below)
+    dense_backend  who runs the branches that are not zero, where that is not a backend of zeroblock
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
                forward and in training backward (three lines of use)
 
@@ -24,8 +26,8 @@ block with random parameters runs both forwards in train mode under one seed, an
 their inputs must agree (`_proof.py`). A family that needs no proof, because it calls the original and only skips,
 returns None from `example`. The proof makes subclasses and modified forwards safe: they fit or are left alone.
 
-Nested blocks are all visited, outer first. The generic family of single zero layers leaves those in `claims(block)`
-(default: all submodules) to the block, which may need to find them unchanged.
+Nested blocks are all visited, outer first. `inner` families (single zero layers, attention of any block) leave those in
+`claims(block)` (default: all submodules) to the block, which may need to find them unchanged.
 
 An accelerated block changes nothing but its class: to a subclass of its own class, made once for each family and set of
 options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay; pickle and
@@ -56,6 +58,8 @@ class Family:
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     method: ClassVar[str] = "forward"
+    inner: ClassVar[bool] = False
+    dense_backend: ClassVar[str | None] = None
 
     def __init__(self, zero_skip: str = "auto", backend: str = "auto", precision: str = "strict"):
         self.zero_skip, self.backend, self.precision = zero_skip, backend, precision

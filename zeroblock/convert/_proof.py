@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _plan
 from ._core import Family, accelerated_class
 
 # Both run in float32: what rounds differently is below, another formula is far above.
@@ -70,7 +71,8 @@ def _compare(block: nn.Module, family: Family) -> str | None:
 
 @contextlib.contextmanager
 def _neutral() -> Iterator[None]:
-    """Random stream, gradients, autocast and defaults of dtype and device as the proof needs them, then as before."""
+    """Random stream, gradients, autocast and defaults of dtype and device as the proof needs them, then as before; no
+    plan is measured for sizes that nobody uses again."""
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -78,6 +80,7 @@ def _neutral() -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.device("cpu"))
+        stack.enter_context(_plan.fixed_rule())
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -120,7 +123,9 @@ def _random(t: Tensor, name: str, is_parameter: bool) -> Tensor:
     """Weights that keep a signal's size, biases and gates of about 1; buffers keep their values."""
     if not is_parameter:
         return torch.ones(t.shape) if t.is_meta else t.detach().to("cpu", torch.float32, copy=True)
-    fresh = torch.randn(t.shape)
+    # Repeated numbers are as good, and large weights cost less than drawing each of them.
+    n = min(t.numel(), (1 << 18) + 1)
+    fresh = torch.randn(n).repeat(-(-t.numel() // max(n, 1)))[: t.numel()].view(t.shape)
     if t.dim() > 1:
         fresh /= max(t[0].numel(), 1) ** 0.5
     elif name.endswith("weight"):

@@ -1,146 +1,131 @@
-"""diffusers' ControlNet (`models/controlnets/controlnet.py`): the whole control branch."""
+"""diffusers' ControlNets (`models/controlnets`): the whole control branch."""
 
 from __future__ import annotations
 
 import functools
-import sys
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import zero
-from .._autocast import autocast_dtype
-from .._layout import channels_last_format
-from ..nn import _common
-from ._core import lacks, register
-from ._inference import InferenceSkip
-from ._transformer import draws, held_by, is_plain
+from ._core import register
+from ._inference import ControlBranch, InferenceSkip
 
-_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
+# Where they keep the layers through which their feature maps leave, in the order of the results.
+_LAYERS = ("controlnet_down_blocks", "controlnet_mid_block", "controlnet_blocks", "controlnet_single_blocks")
+
+
+@functools.cache
+def _names(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _given(family: Any, block: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name."""
+    return dict(zip(_names(type(block)._zeroblock.original.forward), args, strict=False)) | kwargs
+
+
+def _is_zero(scale: Any) -> bool:
+    """A number, or every number of a list; a tensor is not read."""
+    scales = scale if isinstance(scale, (list, tuple)) and scale else [scale]
+    return all(isinstance(s, (int, float)) and s == 0 for s in scales)
 
 
 @register
-class ControlNetModel(InferenceSkip):
-    """conditioning_scale * zero_conv(h) for every feature map h of a copied encoder, and for the middle block
+class ControlNetModel(ControlBranch):
+    """conditioning_scale * zero_layer(h) for every feature map h of a copied encoder
 
-    Source: diffusers models/controlnets/controlnet.py. The zero convolutions are a family of their own (ZeroLayer).
+    Source: diffusers models/controlnets: ControlNetModel, ControlNetUnionModel, SparseControlNetModel,
+    SD3ControlNetModel, FluxControlNetModel. The zero layers are a family of their own (ZeroLayer).
     Use: zb.accelerate(controlnet), in eval mode; the first zero forward of every image size still runs, to be compared.
-    Inference while all zero convolutions are zero, or conditioning_scale is 0: the encoder is not run, the results are
+    Inference while all zero layers are zero, or conditioning_scale is 0: the encoder is not run, the results are
     the scaled biases, or zeros.
-    Training forward: the encoder runs (each zero convolution needs its input), zero convolutions do not.
-    Training backward while zero: each zero convolution's gradients; the encoder's are zeros.
+    Training forward: the encoder runs (each zero layer needs its input), zero layers do not.
+    Training backward while zero: each zero layer's gradients; the encoder's are zeros.
     """
 
     name = "ControlNetModel"
-    classes = ("ControlNetModel",)
+    classes = (
+        "ControlNetModel", "ControlNetUnionModel", "SparseControlNetModel", "SD3ControlNetModel", "FluxControlNetModel",
+    )  # fmt: skip
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
-        if type(block).forward.__qualname__ != "ControlNetModel.forward":
+        if type(block).forward.__qualname__ not in {f"{name}.forward" for name in self.classes}:
             return "its forward is not diffusers' own"
-        missing = lacks(block, "conv_in", "down_blocks", "mid_block", "controlnet_down_blocks", "controlnet_mid_block")
-        if missing is not None:
-            return missing
-        for down in block.down_blocks:
-            if type(down).__name__ not in _BLOCKS:
-                return f"a {type(down).__name__} among its down_blocks: the sizes of its feature maps are not known"
-        if len(self._sizes(block, (64, 64))) != len(block.controlnet_down_blocks):
-            return "it has not one zero convolution for every feature map"
-        return None
+        return None if self.zero_layers(block) else "it has no zero layers for its feature maps"
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"controlnet": tuple(t for conv in self.zero_layers(block) for t in held_by(conv, conv.weight))}
+        return {"controlnet": super().branches(block)[""]}
 
     def zero_layers(self, block: Any) -> list[Any]:
-        return [*block.controlnet_down_blocks, block.controlnet_mid_block]
+        found = [getattr(block, name) for name in _LAYERS if hasattr(block, name)]
+        return [layer for m in found for layer in (m if isinstance(m, nn.ModuleList) else [m])]
 
-    def _sizes(self, block: Any, size: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Height and width of every feature map of the encoder; the last one is also the middle block's."""
-        sizes = [size]
-        for down in block.down_blocks:
-            sizes += [size] * len(down.resnets)
-            for sampler in down.downsamplers or ():
-                padding = sampler.conv.padding[0]  # with 0, the map is padded by one at its far side
-                size = tuple((n + (2 * padding or 1) - 3) // 2 + 1 for n in size)
-                sizes.append(size)
-        return sizes
+    def scales(self, block: Any, given: dict[str, Any]) -> list[Any]:
+        layers, scale = self.zero_layers(block), given.get("conditioning_scale", 1.0)
+        if isinstance(scale, (list, tuple)):
+            scale = scale[0]
+        if not given.get("guess_mode") or block.config.global_pool_conditions:
+            return [scale] * len(layers)
+        return list(torch.logspace(-1, 0, len(layers), device=layers[0].weight.device) * scale)
 
-    def forward(
-        self,
-        block: Any,
-        sample: Tensor,
-        timestep: Tensor | float | int,
-        encoder_hidden_states: Tensor,
-        controlnet_cond: Tensor,
-        conditioning_scale: float = 1.0,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        given = dict(zip(_REST, args, strict=False)) | kwargs
-        guess, return_dict = given.get("guess_mode", False), given.get("return_dict", True)
-        eager = functools.partial(
-            self.eager, block, sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale
-        )
-        if len(args) > len(_REST) or not self._is_zero(block, sample, conditioning_scale):
-            return eager(*args, **kwargs)
-        pooled = block.config.global_pool_conditions
-        maps = self._scaled_biases(block, sample, conditioning_scale, guess and not pooled)
-        if pooled:
-            maps = [t.mean(dim=(2, 3), keepdim=True) for t in maps]
-        # The first call of a kind runs, to be compared: other versions may have other feature maps.
-        seen, key = self.confirmed.setdefault(block, {}), (sample.shape, sample.dtype, guess, maps[0].dtype, pooled)
-        if not seen.get(key):
-            theirs = eager(*args, **kwargs)
-            down, mid = theirs if isinstance(theirs, tuple) else theirs.values()
-            found = [*down, mid]
-            seen[key] = len(found) == len(maps) and all(map(torch.equal, found, maps))
-            return theirs
-        if not return_dict:
-            return maps[:-1], maps[-1]
-        output = sys.modules[type(block).__module__].ControlNetOutput
-        return output(down_block_res_samples=maps[:-1], mid_block_res_sample=maps[-1])
-
-    def _is_zero(self, block: Any, sample: Tensor, conditioning_scale: Any) -> bool:
-        convs = self.zero_layers(block)
-        if (
-            torch.is_grad_enabled()
-            or sample.dim() != 4
-            or not is_plain(sample, *(t for conv in convs for t in (conv.weight, conv.bias)))
-            or not all(map(_common.is_plain_conv, convs))
-            or not zero.may_skip_branch(self.name, self.zero_skip, convs[0].weight)
-            or not zero.bypassable(block.children())
-        ):
-            return False
-        scaled_away = isinstance(conditioning_scale, (int, float)) and conditioning_scale == 0
-        found = (scaled_away or all(zero.is_exactly_zero(conv.weight) for conv in convs)) and not draws(block)
-        zero.count(self.name, found)
-        return found
-
-    def _scaled_biases(self, block: Any, sample: Tensor, scale: Any, guess: bool) -> list[Tensor]:
-        convs = self.zero_layers(block)
-        scales = [scale] * len(convs)
-        if guess:
-            scales = torch.logspace(-1, 0, len(convs), device=sample.device) * scale
-        sizes = self._sizes(block, tuple(sample.shape[2:]))
-        layout = channels_last_format(sample) or channels_last_format(block.conv_in.weight) or torch.contiguous_format
-        maps = []
-        for conv, size, s in zip(convs, [*sizes, sizes[-1]], scales, strict=True):
-            dtype = autocast_dtype(conv.weight) or conv.weight.dtype
-            y = torch.zeros(
-                (sample.shape[0], conv.weight.shape[0], *size), dtype=dtype, device=sample.device
-            ).contiguous(memory_format=layout)
-            if conv.bias is not None:
-                y += conv.bias.to(dtype)[:, None, None]
-            maps.append(y * s)
-        return maps
+    def forward(self, block: Any, *args: Any, **kwargs: Any) -> Any:
+        given = _given(self, block, args, kwargs)
+        scaled_away = _is_zero(given.get("conditioning_scale", 1.0))
+        return self.call(block, given, scaled_away, lambda: self.eager(block, *args, **kwargs))
 
 
-_REST = (
-    "class_labels",
-    "timestep_cond",
-    "attention_mask",
-    "added_cond_kwargs",
-    "cross_attention_kwargs",
-    "guess_mode",
-    "return_dict",
-)
+@register
+class UNetControlNetXSModel(InferenceSkip):
+    """A U-Net and a smaller control U-Net beside it, h = h + conditioning_scale * zero_conv(h_control) at every level
+
+    Source: diffusers models/controlnets/controlnet_xs.py. The zero convolutions are a family of their own (ZeroLayer).
+    Use: zb.accelerate(unet), in eval mode; the first zero forward of every image size still runs, to be compared.
+    Inference while all zero convolutions towards the U-Net are zero, or conditioning_scale is 0: the control U-Net is
+    not run.
+    Training forward: both run, zero convolutions do not.
+    Training backward while zero: each zero convolution's gradients; the control U-Net's are zeros.
+    """
+
+    name = "UNetControlNetXSModel"
+    classes = ("UNetControlNetXSModel", "ControlNetXSAdapter")
+
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        if type(block).forward.__qualname__ == "ControlNetXSAdapter.forward":
+            return "it is the parts of a control U-Net: accelerate the UNetControlNetXSModel made of it"
+        if type(block).forward.__qualname__ != "UNetControlNetXSModel.forward":
+            return "its forward is not diffusers' own"
+        return None if "apply_control" in _names(type(block).forward) else "its forward cannot leave the control away"
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"control": super().branches(block)[""]}
+
+    def zero_layers(self, block: Any) -> list[Any]:
+        levels: Iterable[Any] = (*block.down_blocks, block.mid_block, *block.up_blocks)
+        towards = (m.ctrl_to_base for m in levels)
+        rest = (layer for m in towards for layer in (m if isinstance(m, nn.ModuleList) else [m]))
+        return [block.control_to_base_for_conv_in, *rest]
+
+    def holders(self, block: Any) -> tuple[Tensor, ...] | None:
+        """Biases too: they go through the U-Net."""
+        weights = super().holders(block)
+        biases = (layer.bias for layer in self.zero_layers(block))
+        return None if weights is None else (*weights, *(b for b in biases if b is not None))
+
+    def forward(self, block: Any, *args: Any, **kwargs: Any) -> Any:
+        given = _given(self, block, args, kwargs)
+        eager = functools.partial(self.eager, block, *args, **kwargs)
+        if not given.get("apply_control", True) or not self.skips(block, _is_zero(given.get("conditioning_scale", 1))):
+            return eager()
+        alone = self.eager(block, **(given | {"apply_control": False}))
+        sample = alone[0]
+        key = (sample.shape, sample.dtype, type(alone))
+        seen = self.confirmed.setdefault(block, {})
+        if key in seen and seen[key]:
+            return alone
+        theirs = eager()
+        seen.setdefault(key, zero.may_judge(sample) and torch.equal(theirs[0], sample))
+        return theirs

@@ -27,6 +27,7 @@ class TemporalConvLayer(Family):
 
     name = "TemporalConvLayer"
     classes = ("TemporalConvLayer",)
+    dense_backend = "eager"
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "conv1.2", "conv2.3", "conv3.3", "conv4.3")
@@ -72,6 +73,7 @@ class AnimateDiffTransformer3D(Family):
 
     name = "AnimateDiffTransformer3D"
     classes = ("AnimateDiffTransformer3D",)
+    dense_backend = "eager"
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")

@@ -95,7 +95,7 @@ class ResnetBlock2D(_Resnet):
     def example(self, block: Any) -> tuple:
         proj = block.time_emb_proj
         temb = None if proj is None else torch.randn(2, proj.in_features)
-        return torch.randn(2, block.norm1.num_channels, 6, 4), temb
+        return torch.randn(2, block.norm1.num_channels, 4, 2), temb
 
     def _embedders(self, block: Any) -> tuple[nn.Module, ...]:
         return () if block.time_emb_proj is None else (block.time_emb_proj,)
@@ -152,12 +152,13 @@ class ResnetBlockCondNorm2D(_Resnet):
 
     name = "ResnetBlockCondNorm2D"
     classes = ("ResnetBlockCondNorm2D",)
+    dense_backend = "eager"
 
     def example(self, block: Any) -> tuple:
         channels, norm = block.in_channels, block.norm1
         spatial = hasattr(norm, "conv_y")
         temb = torch.randn(2, norm.conv_y.in_channels, 3, 2) if spatial else torch.randn(2, norm.linear.in_features)
-        return torch.randn(2, channels, 6, 4), temb
+        return torch.randn(2, channels, 4, 2), temb
 
     def _before_conv2(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
         h = block.conv1(_resampled(block, block.nonlinearity(block.norm1(x, temb))))

@@ -77,12 +77,6 @@ class EDM2UNet(InferenceSkip):
     def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.skips(block):
             return self.eager(block, x, *args, **kwargs)
-        seen = self.confirmed.setdefault(block, {})
         key = (x.shape, x.dtype, len(args), *sorted(kwargs))
         y = x.new_zeros(x.shape[0], block.out_conv.weight.shape[0], *x.shape[2:])
-        if seen.get(key):
-            return y
-        theirs = self.eager(block, x, *args, **kwargs)
-        if key not in seen:
-            seen[key] = isinstance(theirs, Tensor) and theirs.dtype == y.dtype and torch.equal(theirs, y)
-        return theirs
+        return self.foretold(block, key, y, lambda: self.eager(block, x, *args, **kwargs))

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
 from .._compose import bare_residual
-from .._layout import channels_last_format
 from ._core import lacks, register
-from ._inference import InferenceSkip, is_plain_layer
+from ._inference import ControlBranch, InferenceSkip, is_plain_layer
 
 
 @register
@@ -44,17 +42,12 @@ class SpatialTransformer(InferenceSkip):
         dtype = autocast_dtype(layer.weight) or layer.weight.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
         y = bare_residual(x, bias, None, 1, dtype, None)
-        seen = self.confirmed.setdefault(block, {})
         key = (x.dtype, dtype, len(args), *sorted(kwargs))
-        if key not in seen:
-            theirs = self.eager(block, x, *args, **kwargs)
-            seen[key] = isinstance(theirs, Tensor) and theirs.dtype == y.dtype and torch.equal(theirs, y)
-            return theirs
-        return y if seen[key] else self.eager(block, x, *args, **kwargs)
+        return self.foretold(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
 
 
 @register
-class ControlNet(InferenceSkip):
+class ControlNet(ControlBranch):
     """[zero_conv(h) for every feature map h of a copied encoder] and for the middle block, all zero at the start.
 
     Source: lllyasviel/ControlNet `cldm.cldm.ControlNet`. Its ResBlocks and zero convolutions are families of their own.
@@ -78,27 +71,8 @@ class ControlNet(InferenceSkip):
         return [*(layer[0] for layer in block.zero_convs), block.middle_block_out[0]]
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"zero_convs": tuple(layer.weight for layer in self.zero_layers(block))}
+        return {"zero_convs": super().branches(block)[""]}
 
     def forward(self, block: Any, x: Tensor, hint: Any, timesteps: Any, context: Any, **kwargs: Any) -> Any:
-        if kwargs or not self.skips(block):
-            return self.eager(block, x, hint, timesteps, context, **kwargs)
-        layers = self.zero_layers(block)
-        seen = self.confirmed.setdefault(block, {})
-        key = (x.shape, x.dtype, autocast_dtype(layers[0].weight))
-        made = [_bias_map(layer, *meta) for layer, meta in zip(layers, seen.get(key) or (), strict=False)]
-        if made:
-            return made
-        theirs = self.eager(block, x, hint, timesteps, context)
-        if key not in seen and isinstance(theirs, list) and len(theirs) == len(layers):
-            metas = [(t.shape, t.dtype, channels_last_format(t)) for t in theirs]
-            made = [_bias_map(layer, *meta) for layer, meta in zip(layers, metas, strict=True)]
-            equal = all(torch.equal(a, b) for a, b in zip(theirs, made, strict=True))
-            seen[key] = metas if equal else None
-        return theirs
-
-
-def _bias_map(conv: Any, shape: torch.Size, dtype: torch.dtype, layout: torch.memory_format | None) -> Tensor:
-    layout = layout or torch.contiguous_format
-    y = torch.zeros(shape, dtype=dtype, device=conv.weight.device).contiguous(memory_format=layout)
-    return y if conv.bias is None else y.add_(conv.bias.to(dtype).view(-1, *[1] * (len(shape) - 2)))
+        given = {"x": x, "hint": hint, "timesteps": timesteps, "context": context, **kwargs}
+        return self.call(block, given, False, lambda: self.eager(block, x, hint, timesteps, context, **kwargs))

@@ -25,6 +25,7 @@ class LoRA(Family):
 
     name = "LoRA"
     classes = ("LoraLayer",)
+    dense_backend = "eager"
 
     def knows(self, block: nn.Module) -> bool:
         names = {c.__name__ for c in type(block).__mro__}

@@ -29,6 +29,7 @@ class ZeroLayer(Family):
 
     name = "ZeroLayer"
     classes = ()
+    inner = True
 
     def knows(self, block: nn.Module) -> bool:
         return type(block) in _KINDS and _is_plain(block) and zero.is_exactly_zero(block.weight.detach())
