@@ -35,8 +35,8 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = {"resblock": "ResBlock", "dit_block": "DiT block"}
 LABELS = {
-    "batch": "batch", "channels": "channels", "threads": "threads",
-    "size": {"resblock": "height and width", "dit_block": "tokens"},
+    "batch": "batch", "channels": "channels", "size": {"resblock": "height and width", "dit_block": "tokens"},
+    "threads": "threads",
 }  # fmt: skip
 LINES = {
     "eager": ("#555555", "o-"), "zeroblock": ("#2e8b57", "o-"),

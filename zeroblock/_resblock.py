@@ -4,6 +4,9 @@
 
 The embedding enters as norm2(h) * (1 + scale) + shift, or as norm2(h + e), or not at all. While conv2's weight is
 exactly zero, y = shortcut + bias: conv1 runs once for conv2's gradient, or not at all (contract: zero.py).
+
+Training keeps x, conv1's result and both norms' statistics for backward, where eager keeps x and six more activations.
+Without conv1's result a seventh convolution would join the six of a step; checkpointing the block is that trade.
 """
 
 from __future__ import annotations
