@@ -77,16 +77,24 @@ void check_tokens(const Tensor& x, const char* what) {
   STD_TORCH_CHECK(x.dim() == 3 && ZB_IS_HERE(x) && x.is_contiguous(), "zeroblock: ", what, " must be dense [B, T, D]");
 }
 
-cuda::RowNorm row_norm_params(const Tensor& x, const MaybeTensor& branch, const MaybeTensor& gate,
-                              const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& weight,
-                              const MaybeTensor& bias, bool rms, const MaybeTensor& zero, std::vector<Tensor>& keep) {
-  check_tokens(x, "x");
-  cuda::RowNorm p{};
+// Params with the size and dtype of x, and the flag.
+template <class Params>
+Params token_params(const Tensor& x, const char* what, const MaybeTensor& zero) {
+  check_tokens(x, what);
+  Params p{};
   p.dtype = dtype_of(x);
-  p.rms = rms;
   p.B = x.size(0);
   p.T = x.size(1);
   p.D = x.size(2);
+  p.zero = zero_of(zero);
+  return p;
+}
+
+cuda::RowNorm row_norm_params(const Tensor& x, const MaybeTensor& branch, const MaybeTensor& gate,
+                              const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& weight,
+                              const MaybeTensor& bias, bool rms, const MaybeTensor& zero, std::vector<Tensor>& keep) {
+  auto p = token_params<cuda::RowNorm>(x, "x", zero);
+  p.rms = rms;
   p.x = x.const_data_ptr();
   const std::vector<int64_t> size = {p.B, p.T, p.D};
   p.weight = as_operand(weight, x, {p.D}, keep, "weight");
@@ -100,7 +108,6 @@ cuda::RowNorm row_norm_params(const Tensor& x, const MaybeTensor& branch, const 
     p.branch = branch->const_data_ptr();
     p.gate = as_operand(gate, x, size, keep, "gate");
   }
-  p.zero = zero_of(zero);
   return p;
 }
 
@@ -163,18 +170,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
 
 cuda::GateResidual gate_params(const Tensor& branch, const Tensor& gate, const MaybeTensor& zero,
                                std::vector<Tensor>& keep) {
-  check_tokens(branch, "branch");
-  cuda::GateResidual p{};
-  p.dtype = dtype_of(branch);
-  p.B = branch.size(0);
-  p.T = branch.size(1);
-  p.D = branch.size(2);
+  auto p = token_params<cuda::GateResidual>(branch, "branch", zero);
   p.branch = branch.const_data_ptr();
   const bool scalar = gate.dim() == 1 && gate.numel() == 1;
   p.gate =
       scalar ? as_operand(gate, branch, {1}, keep, "gate") : as_operand(gate, branch, {p.B, p.T, p.D}, keep, "gate");
   p.scalar_gate = scalar ? p.gate.ptr : nullptr;
-  p.zero = zero_of(zero);
   return p;
 }
 

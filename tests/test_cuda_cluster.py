@@ -94,11 +94,12 @@ def test_a_zero_branch_is_left_by_the_whole_cluster(layout):
     ("layout", "shape", "sm_80", "sm_90"),
     [
         ("dense", (8, 320, 64, 64), [1], [1]),  # a block holds a group, and there are enough of them
-        ("dense", (1, 320, 64, 64), [1, 1], [4]),  # too few blocks: a cluster shares the group
-        ("dense", (1, 320, 128, 128), [1, 1], [4]),
+        ("dense", (1, 320, 64, 64), [1, 1], [2]),  # too few blocks: a cluster shares the group
+        ("dense", (1, 320, 128, 128), [1, 1], [2]),
         ("dense", (2, 128, 512, 512), [1, 1], [1, 1]),  # 2 MB: more than a cluster has
         ("nhwc", (8, 320, 64, 64), [1, 1], [2]),
-        ("nhwc", (2, 640, 64, 64), [1, 1], [4]),
+        ("nhwc", (2, 640, 64, 64), [1, 1], [2]),
+        ("nhwc", (1, 320, 64, 64), [1, 1], [8]),
         ("nhwc", (8, 640, 32, 32), [1], [1]),
     ],
 )

@@ -113,8 +113,16 @@ def test_the_kernels_are_clean(build):
         assert reports == [] and re.search(r"\d+ calls, 0 failures", printed), (printed, reports[:5])
 
 
-# source, op of drive.cpp, what is replaced by what, the build that must notice, and how.
+# source, what is replaced by what, the build that must notice, and how.
 MUTATIONS = {
+    "missing-cluster-barrier": (
+        "group_norm_silu", "    cluster_arrive();\n    cluster_wait();  // every block", "    // every block", "tsan",
+        "ThreadSanitizer: data race",
+    ),
+    "block-leaves-while-its-neighbour-reads": (
+        "group_norm_silu_bwd", "if (kMode == Mode::kCluster) cluster_wait();", "", "tsan",
+        "ThreadSanitizer: data race",
+    ),
     "removed-barrier": (
         "conv_residual", "      __syncthreads();  // step s has arrived", "      // step s has arrived", "tsan",
         "ThreadSanitizer: data race",
@@ -147,13 +155,15 @@ MUTATIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_bug_planted_in_a_real_kernel_is_caught(name, tmp_path):
-    op, old, new, build, expected = MUTATIONS[name]
-    text = (emulated.CSRC / f"cuda/{op}.cu").read_text()
-    assert text.count(old) == 1, f"the planted bug no longer fits {op}.cu"
-    changed = tmp_path / f"{op}.cu"
+    source, old, new, build, expected = MUTATIONS[name]
+    text = (emulated.CSRC / f"cuda/{source}.cu").read_text()
+    assert text.count(old) == 1, f"the planted bug no longer fits {source}.cu"
+    changed = tmp_path / f"{source}.cu"
     changed.write_text(text.replace(old, new))
-    macros = [f"-DZB_DRIVE_ONLY=ZB_OP_{op}"]
-    path = emulated.program("drive.cpp", build, macros, [changed], plant=changed.read_text())
+    op = source.removesuffix("_bwd")
+    linked = [k for k in emulated.kernels() if k.stem.startswith(op) and k.stem != source]
+    macros = [f"-DZB_DRIVE_ONLY=ZB_OP_{'clusters' if op == 'group_norm_silu' else op}"]
+    path = emulated.program("drive.cpp", build, macros, [changed, *linked], plant=changed.read_text())
     printed, reports = _run(path)
     if "Sanitizer" in expected:
         assert any(report.startswith(expected) for report in reports), printed

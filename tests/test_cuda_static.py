@@ -33,13 +33,22 @@ def test_shipped_shapes_fit_with_their_shared_memory():
         ({"blocks": "0"}, "not one block fits"),
         ({"LDG.128": "0", "LDGSTS": "0"}, "no 16-byte loads"),
         ({"HMMA": "0"}, "no tensor-core instructions"),
+        ({"UCGABAR": "0"}, "no barrier of the cluster"),
     ],
 )
 def test_the_judgement_can_fail(change, message):
-    row = next(row for row in ROWS if row["kernel"].startswith("conv_residual_kernel<bf16"))
-    wide = next(row for row in ROWS if row["kernel"].startswith("gate_residual_fwd_kernel<bf16,8"))
-    found = static.problems({**(wide if "LDG.128" in change else row), **change})
+    kernels = {"LDG.128": "gate_residual_fwd_kernel<bf16,8", "UCGABAR": "group_norm_silu_fwd_kernel<bf16,8,true,3"}
+    kernel = kernels.get(next(iter(change)), "conv_residual_kernel<bf16")
+    row = next(row for row in ROWS if row["kernel"].startswith(kernel))
+    found = static.problems({**row, **change})
     assert len(found) == 1 and message in found[0]
+
+
+def test_clusters_are_compiled_for_sm_90_and_later_alone():
+    clustered = [row for row in ROWS if static.is_clustered(row)]
+    assert {row["target"] for row in clustered} == {"sm_90", "sm_100"}
+    launched = [int(row["cluster"]) for row in clustered if row["threads"]]
+    assert len(launched) == 8 and min(launched) > 1
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from zeroblock.testing.cases import CASES, DTYPES, Case
 from zeroblock.testing.draw import Draw
 from zeroblock.testing.parity import assert_parity, evaluate, floating, leaves
 
+from .simt import emulated
+
 SMALL = {str(case): case for case in CASES if not case.large}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
@@ -130,6 +132,18 @@ def test_is_zero_finds_one_element_wherever_it_is(backend, device, dtype, layout
 def test_is_zero_of_nothing(backend, device):
     assert zb.is_zero().tolist() == []
     assert zb.is_zero(torch.empty(0, device=device), torch.empty(3, 0, 2, device=device)).tolist() == [True, True]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or emulated.missing() is not None, reason="counts the emulator's launches"
+)
+def test_is_zero_is_one_launch_of_the_zero_flag_for_64_tensors():
+    tensors = [torch.empty(0), *(torch.zeros(3, 5) for _ in range(70)), torch.zeros(2, dtype=torch.float64)]
+    tensors[-2][2, 4] = 1
+    with emulated.emulated(), zb.testing.use_backend("cuda"):
+        before = emulated.launches()
+        assert zb.is_zero(*tensors).tolist() == [True] * 70 + [False, True]
+    assert emulated.launches() - before == 4  # flags set, then cleared, twice
 
 
 # ---- numerics -------------------------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads) gate_residual_fwd_kernel(GateResidua
   const Place at(p, tiles);
   if (!at.active) return;
   const bool zero = branch_is_zero(p.zero);
-  float gate[V];
-  if (!zero) load_gate<T>(p, at, 0, gate);
+  float gate[V] = {};
+  if (!zero && !p.gate.per_token) load_gate<T>(p, at, 0, gate);
   for (int64_t t = at.begin + at.y0; t < at.end; t += tiles.ty) {
     const int64_t i = (at.b * p.T + t) * p.D + at.d;
     Pack<T, V> y = load_pack<V>(static_cast<const T*>(p.residual) + i);
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads) gate_residual_bwd_kernel(GateResidua
   const bool zero = branch_is_zero(p.zero), summed = p.dgate.ptr != nullptr;
   float sums[V] = {};
   if (at.active) {
-    float gate[V];
-    if (p.dbranch) load_gate<T>(p, at, 0, gate);
+    float gate[V] = {};
+    if (p.dbranch && !p.gate.per_token) load_gate<T>(p, at, 0, gate);
     for (int64_t t = at.begin + at.y0; t < at.end; t += tiles.ty) {
       const int64_t i = (at.b * p.T + t) * p.D + at.d;
       const Pack<T, V> dy = load_pack<V>(static_cast<const T*>(p.dy) + i);
@@ -167,7 +167,9 @@ Tiles tiles_of(const GateResidual& p, int V) {
   t.tx = static_cast<int>(packs < kThreads ? packs : kThreads);
   t.ty = kThreads / t.tx;
   t.columns = ceil_div(packs, t.tx);
-  const int64_t most = ceil_div(p.T, t.ty), wanted = ceil_div(1024, t.columns * p.B);
+  // A block that sums rows of dgate writes D numbers: fewer blocks, and enough rows in each, keep that a small part.
+  const bool sums = p.dgate.ptr && !p.scalar_gate;
+  const int64_t most = ceil_div(p.T, sums ? 8 * t.ty : t.ty), wanted = ceil_div(sums ? 512 : 1024, t.columns * p.B);
   t.chunk = ceil_div(ceil_div(p.T, wanted < most ? wanted : most), t.ty) * t.ty;
   t.chunks = ceil_div(p.T, t.chunk);
   return t;

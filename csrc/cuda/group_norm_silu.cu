@@ -139,9 +139,10 @@ int64_t group_norm_silu_fwd_workspace(const GroupNormSilu& p) { return p.N * p.G
 
 int group_norm_silu_fwd(const GroupNormSilu& p, void* stream) {
   if (p.N * p.C * p.S == 0) return 0;
-  return launch_group_norm(p, 1, stream, [](auto element, auto V, auto last, auto mode) {
+  auto pick = [](auto element, auto V, auto last, auto mode) {
     return &group_norm_silu_fwd_kernel<decltype(element), V, last, mode>;
-  });
+  };
+  return launch_group_norm(p, 1, stream, pick, [](const Tiling&) { return 0; });
 }
 
 }  // namespace zeroblock::cuda

@@ -2,9 +2,9 @@
 // positions give per (n, c) A = sum dz and B = sum dz xhat, and everything follows from them:
 //   dx = rstd (gain dz - m1 - xhat m2), m1 and m2 the group's means of gain A and gain B;
 //   dshift = A, dscale = weight B + bias A; dweight = sum over n of (1 + scale) B, dbias likewise of A.
-// grid and modes as in group_norm_tile.cuh, then one thread per channel for the parameters. Bytes: x, dy and dx once
-// each on chip (in one block or a cluster), else x and dy twice. Reduction order: threads, chunks and samples in index
-// order. Zero path: dx and every parameter gradient are written as zeros.
+// grid and modes as in group_norm_tile.cuh, between two passes one thread per sum, then one per channel for the
+// parameters. Bytes: x, dy and dx once each on chip (in one block or a cluster), else x and dy twice. Reduction order:
+// threads, chunks and samples in index order. Zero path: dx and every parameter gradient are written as zeros.
 #include "group_norm_tile.cuh"
 
 namespace zeroblock::cuda {
@@ -63,14 +63,10 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kern
       }
     });
   } else {
-    const float* partial = p.workspace + partial_start(p) + slab.n * t.chunks * 2 * p.C + slab.first_channel;
+    const float* total = p.workspace + slab.n * 2 * p.C + slab.first_channel;
 #pragma unroll 1
     for (int i = threadIdx.x; i < 2 * t.channels; i += kGroupNormThreads) {
-      const int q = i / t.channels, c = i % t.channels;
-      float sum = 0;
-#pragma unroll 1
-      for (int64_t j = 0; j < t.chunks; j++) sum += partial[(j * 2 + q) * p.C + c];
-      s.sums[i] = sum;
+      s.sums[i] = total[i / t.channels * p.C + i % t.channels];
     }
     __syncthreads();
   }
@@ -88,7 +84,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kern
     cluster_arrive();
     __syncthreads();
   }
-  if (kMode == Mode::kStats || slab.chunk_index == 0) {
+  if (kMode == Mode::kStats || (kKeepsTile<kMode> && slab.chunk_index == 0)) {
     float* out = p.workspace + slab.first_channel;
     out +=
         kMode == Mode::kStats ? partial_start(p) + (slab.n * t.chunks + slab.chunk_index) * 2 * p.C : p.C * 2 * slab.n;
@@ -137,6 +133,17 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kern
 
 constexpr int kFinishThreads = 128;
 
+// Between the two passes: one thread per sample, quantity and channel adds the chunks, so that not every block does.
+__global__ void __launch_bounds__(kFinishThreads) group_norm_silu_bwd_totals_kernel(GroupNormSilu p, int64_t chunks) {
+  const int64_t i = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x, width = 2 * p.C;
+  if (i >= p.N * width || branch_is_zero(p.zero)) return;
+  const float* partial = p.workspace + partial_start(p) + i / width * chunks * width + i % width;
+  float sum = 0;
+#pragma unroll 4
+  for (int64_t j = 0; j < chunks; j++) sum += partial[j * width];
+  p.workspace[i] = sum;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads) group_norm_silu_bwd_params_kernel(GroupNormSilu p) {
   const int64_t c = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x;
@@ -166,10 +173,14 @@ int64_t group_norm_silu_bwd_workspace(const GroupNormSilu& p) {
 
 int group_norm_silu_bwd(const GroupNormSilu& p, void* stream) {
   if (p.N * p.C * p.S) {  // else the parameters still get their zeros
-    const int status = launch_group_norm(p, 2, stream, [](auto element, auto V, auto last, auto mode) {
+    auto pick = [](auto element, auto V, auto last, auto mode) {
       return &group_norm_silu_bwd_kernel<decltype(element), V, last, mode>;
-    });
-    if (status) return status;
+    };
+    auto add_chunks = [&](const Tiling& t) {
+      const dim3 blocks(static_cast<unsigned>(ceil_div(p.N * 2 * p.C, kFinishThreads)));
+      return launch(group_norm_silu_bwd_totals_kernel, blocks, kFinishThreads, 0, stream, p, t.chunks);
+    };
+    if (const int status = launch_group_norm(p, 2, stream, pick, add_chunks)) return status;
   }
   const bool wanted = p.dweight.ptr || p.dbias.ptr || p.dscale.ptr || p.dshift.ptr;
   if (!wanted || p.C == 0) return 0;

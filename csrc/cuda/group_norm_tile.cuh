@@ -229,7 +229,7 @@ inline Tiling group_norm_tiling(const GroupNormSilu& p, int V, int64_t chunk, in
 inline Tiling on_chip_tiling(const GroupNormSilu& p, int tensors, int V, int blocks) {
   Tiling t = group_norm_tiling(p, V, ceil_div(p.S, blocks), 32);
   const size_t tiles = size_t(t.channels) * t.chunk * element_size(p) * tensors;
-  const bool enough = p.N * t.slabs * t.chunks >= 96 || tiles <= 32 * 1024;
+  const bool enough = p.N * t.slabs * t.chunks >= (blocks == 1 ? 96 : 64) || tiles <= 32 * 1024;
   t.bytes += tiles;
   if (V == 1 || !enough || t.bytes > shared_limit()) t.chunks = 0;
   return t;
@@ -255,9 +255,9 @@ template <Mode kMode>
 using ModeConstant = std::integral_constant<Mode, kMode>;
 
 // Launches the kernels that pick(element, pack size, channels-last, mode) names: one where a group is held on chip, by
-// a block or by a cluster of as few as hold it, else two.
-template <class Pick>
-int launch_group_norm(const GroupNormSilu& p, int tensors, void* stream, Pick pick) {
+// a block or by a cluster of as few as hold it, else two, and what between(tiling) launches between them.
+template <class Pick, class Between>
+int launch_group_norm(const GroupNormSilu& p, int tensors, void* stream, Pick pick, Between between) {
   using std::integral_constant;
   auto run = [&](auto element, auto V, auto last) {
     auto start = [&](const Tiling& t, auto mode) {
@@ -277,8 +277,9 @@ int launch_group_norm(const GroupNormSilu& p, int tensors, void* stream, Pick pi
       }
     }
     const Tiling t = two_pass_tiling(p, V);
-    const int status = start(t, ModeConstant<Mode::kStats>());
-    return status ? status : start(t, ModeConstant<Mode::kApply>());
+    if (const int status = start(t, ModeConstant<Mode::kStats>())) return status;
+    if (const int status = between(t)) return status;
+    return start(t, ModeConstant<Mode::kApply>());
   };
   const bool packs = group_norm_vector(p) > 1;
   return with_dtype(p.dtype, [&](auto element) {

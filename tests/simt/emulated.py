@@ -29,6 +29,12 @@ BUILDS = {
     "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O1", "-g", "-fsanitize=thread"],
 }
+# traffic.cpp takes the place of ThreadSanitizer.
+COUNTING = ["-O2", "-fsanitize=thread", "-U__SANITIZE_THREAD__"]
+LINKING = {
+    **BUILDS,
+    "counting": ["-Wl,--wrap=memcpy"],
+}
 
 
 def cuda_include() -> Path | None:
@@ -112,13 +118,13 @@ def library() -> Path:
 
 def program(source: str, build: str, macros: Sequence[str] = (), kernels: Sequence[Path] = (), plant: str = "") -> Path:
     """An executable of tests/simt/<source> and some kernels in one of BUILDS; `plant` tells changed kernels apart."""
-    flags = [*COMMON, *BUILDS[build], *macros]
+    flags = [*COMMON, *{**BUILDS, "counting": COUNTING}[build], *macros]
     folder = CACHE / f"{Path(source).stem}-{build}-{_hash(*flags, *CXX, *(k.name for k in kernels), plant)}"
     target = folder / "program"
     if not target.exists():
         sources = [SIMT / source, *kernels]
         objects = compile_all(sources, flags, folder)
-        done = run(*CXX, *BUILDS[build], *objects, "-o", str(target))
+        done = run(*CXX, *LINKING[build], *objects, "-o", str(target))
         assert done.returncode == 0, done.stderr[-4000:]
     return target
 

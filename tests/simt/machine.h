@@ -119,6 +119,7 @@ struct LaunchRecord {
 
 struct Stats {
   uint64_t launches = 0, clusters = 0, blocks = 0, threads = 0, switches = 0;  // clusters: of several blocks
+  uint64_t products = 0;                                                       // FLOPs of mma.sync
 };
 
 // Each block synchronises through variables of its own: shared ones would order one block after another.

@@ -3,7 +3,8 @@
 Each source is compiled for each target and read back: registers, spills, static and dynamic shared memory, resident
 blocks, and how many instructions of the kinds that matter. Rows carry the hash of what was compiled (sources, compiler,
 target). With `--check N` rows of another hash are an error, and N sources are compiled anew and compared.
-Threads and dynamic shared memory are those of the launch at the shapes in `launches`; other kernels are listed without.
+Threads, dynamic shared memory and cluster are those of the launch at the shapes in `launches`; other kernels are listed
+without. sm_80 has no clusters: kernels for them are empty there and not listed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,9 +32,9 @@ SHARED = {"sm_80": 167936, "sm_90": 233472, "sm_100": 233472}
 KINDS = {
     "HMMA": r"HMMA\.", "LDSM": r"LDSM", "LDGSTS": r"LDGSTS", "LDG.128": r"LDG\.E\.(?:\w+\.)*128",
     "LDG.other": r"LDG\.", "STG.128": r"STG\.E\.(?:\w+\.)*128", "STG.other": r"STG\.",
-    "MUFU": r"MUFU", "BAR": r"BAR\.", "SHFL": r"SHFL",
+    "MUFU": r"MUFU", "BAR": r"BAR\.", "UCGABAR": r"UCGABAR", "SHFL": r"SHFL",
 }  # fmt: skip
-COLUMNS = ("kernel", "target", "registers", "spills", "static_shared", "threads", "dynamic_shared", "blocks",
+COLUMNS = ("kernel", "target", "registers", "spills", "static_shared", "threads", "dynamic_shared", "cluster", "blocks",
            "instructions", *KINDS, "hash")  # fmt: skip
 
 
@@ -104,7 +106,13 @@ def facts(source: Path, target: str, fresh: bool = False) -> list[dict[str, str]
     for (name, row), text in zip(rows.items(), demangled, strict=True):
         row["kernel"] = short_name(text)
         row.update({kind: str(counts[name][kind]) for kind in ("instructions", *KINDS)})
-    return sorted(rows.values(), key=lambda row: row["kernel"])
+    listed = [row for row in rows.values() if target != "sm_80" or not is_clustered(row)]
+    return sorted(listed, key=lambda row: row["kernel"])
+
+
+def is_clustered(row: dict[str, str]) -> bool:
+    """Mode::kCluster of the group norm."""
+    return row["kernel"].startswith("group_norm_silu") and row["kernel"].endswith(",3>")
 
 
 def short_name(demangled: str) -> str:
@@ -126,10 +134,10 @@ def table(targets=TARGETS, fresh: bool = False) -> list[dict[str, str]]:
     jobs = [(source, target) for target in targets for source in SOURCES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         rows = [row for rows in pool.map(lambda job: facts(*job, fresh), jobs) for row in rows]
-    sizes = launches()
+    sizes = {target: launches(target) for target in targets}
     for row in rows:
-        size = sizes.get(row["kernel"])
-        row["threads"], row["dynamic_shared"] = (str(n) for n in size) if size else ("", "")
+        size = sizes[row["target"]].get(row["kernel"])
+        row["threads"], row["dynamic_shared"], row["cluster"] = (str(n) for n in size) if size else ("", "", "")
         row["blocks"] = ""
         if size:
             shared = int(row["static_shared"]) + size[1]
@@ -137,8 +145,8 @@ def table(targets=TARGETS, fresh: bool = False) -> list[dict[str, str]]:
     return rows
 
 
-def launches() -> dict[str, tuple[int, int]]:
-    """{kernel: (threads, bytes of dynamic shared memory)} at the shapes of U-Nets and DiTs in bf16."""
+def launches(target: str) -> dict[str, tuple[int, int, int]]:
+    """{kernel: (threads, bytes of dynamic shared memory, blocks of a cluster)} at shapes of U-Nets and DiTs in bf16."""
     import emulated
     import torch
 
@@ -167,20 +175,34 @@ def launches() -> dict[str, tuple[int, int]]:
         )
 
     x, v, stats = t(32, 256, 1152), t(32, 1152), torch.empty(32, 256)
-    nchw, nhwc, flat, small = t(8, 320, 64, 64), image(8, 320, 64, 64), image(8, 640, 32, 32), t(1, 320, 64, 64)
+    nchw, nhwc, flat, small = t(8, 320, 64, 64), image(8, 320, 64, 64), image(8, 1280, 8, 8), t(1, 320, 64, 64)
     finish = "group_norm_silu_bwd_params_kernel<bf16>"
     gate_finish = "gate_residual_bwd_gate_kernel<bf16>"
     row_finish = "row_norm_bwd_samples_kernel<bf16>"
     fwd, bwd = "group_norm_silu_fwd_kernel<bf16,8,{},{}>", "group_norm_silu_bwd_kernel<bf16,8,{},{}>"
+    huge, huge_nhwc = t(2, 128, 512, 512), image(2, 128, 512, 512)
+
+    totals = ["group_norm_silu_bwd_totals_kernel"]
+
+    def norms(kernel: str, last: str, between: Sequence[str] = ()) -> list[str]:
+        """A cluster where there are clusters, else two passes."""
+        if target != "sm_80":
+            return [kernel.format(last, 3)]
+        return [kernel.format(last, 1), *between, kernel.format(last, 2)]
+
     calls = [
         (norm(nchw), [fwd.format("false", 0)]),
-        (norm(small), [fwd.format("false", 1), fwd.format("false", 2)]),
+        (norm(small), norms(fwd, "false")),
+        (norm(huge), [fwd.format("false", 1), fwd.format("false", 2)]),
         (norm(flat), [fwd.format("true", 0)]),
-        (norm(nhwc), [fwd.format("true", 1), fwd.format("true", 2)]),
+        (norm(nhwc), norms(fwd, "true")),
+        (norm(huge_nhwc), [fwd.format("true", 1), fwd.format("true", 2)]),
         (norm(t(8, 640, 32, 32), t(8, 640, 32, 32)), [bwd.format("false", 0), finish]),
-        (norm(small, small), [bwd.format("false", 1), bwd.format("false", 2), finish]),
-        (norm(image(8, 1280, 16, 16), image(8, 1280, 16, 16)), [bwd.format("true", 0), finish]),
-        (norm(nhwc, nhwc), [bwd.format("true", 1), bwd.format("true", 2), finish]),
+        (norm(small, small), [*norms(bwd, "false", totals), finish]),
+        (norm(huge, huge), [bwd.format("false", 1), *totals, bwd.format("false", 2), finish]),
+        (norm(flat, flat), [bwd.format("true", 0), finish]),
+        (norm(nhwc, nhwc), [*norms(bwd, "true", totals), finish]),
+        (norm(huge_nhwc, huge_nhwc), [bwd.format("true", 1), *totals, bwd.format("true", 2), finish]),
         (lambda: _cuda.layer_norm_modulate(x, v, v, None, None, 1e-6, False), ["row_norm_fwd_kernel<bf16,8,false>"]),
         (lambda: _cuda.gate_residual_layer_norm_modulate(x, v, x, v, v, 1e-6), ["row_norm_fwd_kernel<bf16,8,true>"]),
         (
@@ -199,8 +221,8 @@ def launches() -> dict[str, tuple[int, int]]:
         (conv(320, 320, 64, False), ["conv_residual_kernel<bf16,64,false>"]),
         (lambda: _cuda.zero_flags([image(640, 640, 3, 3)]), ["set_flags_kernel", "zero_flag_kernel"]),
     ]
-    found: dict[str, tuple[int, int]] = {}
-    with emulated.emulated():
+    found: dict[str, tuple[int, int, int]] = {}
+    with emulated.emulated(), emulated.gpu(*emulated.GPUS[target]):
         for call, names in calls:
             sizes = emulated.recorded(call)
             assert len(sizes) == len(names), (names, sizes)
@@ -214,6 +236,8 @@ def problems(row: dict[str, str]) -> list[str]:
         found.append(f"{row['spills']} bytes of stack")
     if row["blocks"] == "0":
         found.append("not one block fits on a multiprocessor")
+    if is_clustered(row) and row["UCGABAR"] == "0":
+        found.append("no barrier of the cluster")
     vectors = re.search(r"<(?:bf16|fp16),8|<float,4", row["kernel"])
     if vectors and not int(row["LDG.128"]) + int(row["LDGSTS"]):
         found.append("no 16-byte loads")
@@ -225,40 +249,6 @@ def problems(row: dict[str, str]) -> list[str]:
 def read() -> list[dict[str, str]]:
     with TABLE.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-# Kernels of the same op at the same shape: ours, and the start of a case in the Triton table.
-PAIRS = {
-    "group_norm_silu_fwd_kernel<bf16,8,false,0>": "group_norm_silu-320x64-bfloat16-nchw",
-    "group_norm_silu_bwd_kernel<bf16,8,true,0>": "group_norm_silu_bwd-1280x8-bfloat16-nhwc",
-    "row_norm_fwd_kernel<bf16,8,false>": "layer_norm_modulate-1152-bfloat16-sample",
-    "row_norm_fwd_kernel<bf16,8,true>": "gate_residual_layer_norm_modulate-1152-bfloat16-sample",
-    "gate_residual_fwd_kernel<bf16,8>": "gate_residual-1152-bfloat16-sample",
-    "conv_residual_kernel<bf16,128,false>": "conv_residual-",
-    "conv_residual_kernel<bf16,128,true>": "group_norm_silu_conv_residual-",
-    "zero_flag_kernel": "zero_flag-bf",
-}
-
-
-def print_comparison() -> int:
-    theirs = ROOT / "tests/triton/static.csv"
-    if not theirs.exists():
-        print(f"no Triton table here ({theirs.relative_to(ROOT)})")
-        return 0
-    with theirs.open(newline="") as file:
-        triton = list(csv.DictReader(file))
-    keys = ("registers", "spills", "shared", "blocks", "instructions")
-    print("backend kernel target", *keys)
-    for row in read():
-        if row["kernel"] not in PAIRS:
-            continue
-        shared = int(row["static_shared"]) + int(row["dynamic_shared"] or 0)
-        ours = {**row, "shared": shared}
-        print("cuda", row["kernel"], row["target"], *(ours[key] for key in keys))
-        for other in triton:
-            if other["case"].startswith(PAIRS[row["kernel"]]) and other["target"] == row["target"]:
-                print("triton", f"{other['case']}:{other['kernel']}", row["target"], *(other[key] for key in keys))
-    return 0
 
 
 def compare(rows: list[dict[str, str]], source: Path, target: str) -> None:
@@ -274,10 +264,7 @@ def compare(rows: list[dict[str, str]], source: Path, target: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", type=int, metavar="N", help="compare N sources' rows instead of renewing the table")
-    parser.add_argument("--compare", action="store_true", help="print the table beside that of the Triton kernels")
     arguments = parser.parse_args()
-    if arguments.compare:
-        return print_comparison()
     if nvcc() is None or disassembler() is None:
         raise SystemExit("static.py needs nvcc, and cuobjdump of the CUDA toolkit or of triton")
     if arguments.check is None:

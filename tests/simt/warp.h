@@ -185,6 +185,7 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
   memcpy(mine.b, b, sizeof mine.b);
   const Exchange<Fragments> fragments(kFullMask, mine, kMma, "mma.sync");
   Quiet quiet;
+  machine().stats.products += 2 * 16 * 8 * 16 / 32;  // of each lane
   const unsigned lane = machine().current->lane, g = lane / 4, t = lane % 4;
   for (unsigned i = 0; i < 4; i++) {
     const unsigned row = g + 8 * (i / 2), column = 2 * t + i % 2;
