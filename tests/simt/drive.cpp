@@ -56,7 +56,7 @@ void drive() {
   }
 #if ZB_DRIVES(ZB_OP_clusters)
   // Clusters of two blocks, the second chunk shorter; forward and backward.
-  drive_group_norm_silu(DType::kBF16, false, 1, 8, 2, 1000, {{8 * 1024, 16 * 1024}, 2});
+  drive_group_norm_silu(DType::kBF16, false, 1, 8, 2, 1000, {{8 * 1024, 12 * 1024}, 2});
   drive_group_norm_silu(DType::kBF16, true, 1, 8, 2, 1000, {{44 * 1024, 52 * 1024}, 2});
   if (simt::machine().stats.clusters != 6) failures++;
 #endif
