@@ -32,12 +32,14 @@ def _statistics(x: Tensor, *size: int) -> Tensor:
     return x.new_empty(size, dtype=torch.float32)
 
 
-def _norm(P: Any, a: dict[str, Any], backward: bool, weight: str, bias: str, silu: bool) -> tuple[Any, tuple]:
+def _norm(
+    P: Any, a: dict[str, Any], backward: bool, weight: str, bias: str, silu: bool, flag: Tensor | None = None
+) -> tuple[Any, tuple]:
     x, groups, w, b, scale, shift = a["x"], a["num_groups"], a[weight], a[bias], a["scale"], a["shift"]
     if not backward:
-        return P.STEPS["group_norm_silu"], (x, groups, w, b, a["eps"], scale, shift, silu, None)
+        return P.STEPS["group_norm_silu"], (x, groups, w, b, a["eps"], scale, shift, silu, flag)
     stat = _statistics(x, x.shape[0], groups)
-    return P.STEPS["group_norm_silu_bwd"], (x, x, stat, stat, w, b, scale, shift, groups, silu, None)
+    return P.STEPS["group_norm_silu_bwd"], (x, x, stat, stat, w, b, scale, shift, groups, silu, flag)
 
 
 def _steps(op: str, P: Any, a: dict[str, Any], training: bool) -> Iterator[tuple[Any, tuple]]:
@@ -76,18 +78,21 @@ def _convolution(op: str, P: Any, a: dict[str, Any], training: bool) -> Iterator
     padding = tuple(_checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"]))
     ones, skip = [1] * len(padding), zero.test_of(op, a["zero_skip"], weight)
     h = x if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
+    flag = h.new_empty(1, dtype=torch.int32) if skip == zero.DEVICE else None
     if fused:
         norm = (x, a["num_groups"], a["norm_weight"], a["norm_bias"], a["eps"], a["scale"], a["shift"], a["keep"])
-        yield P.NORM_CONV, (P, *norm, a["dropout_p"], weight, bias, residual, padding, skip)
-        yield _norm(P, a, False, "norm_weight", "norm_bias", True)
+        args = (P, *norm, a["dropout_p"], weight, bias, residual, padding, skip)
+        yield P.NORM_CONV, args
+        choice = P.NORM_CONV.explain(*args).choice
+        if "fused" not in choice and "folded" not in choice:
+            yield _norm(P, a, False, "norm_weight", "norm_bias", True, None if choice == "library" else flag)
     else:
         yield P.CONV, (P, h, weight, bias, residual, padding, skip)
     yield CONV, (P, h, weight, bias, residual, unit_geometry(list(padding)))
     if not training:
         return
     dy = empty_conv_output(h, weight, conv_size((h.shape[0], *h.shape[2:]), weight, padding, ones, ones), h.dtype)
-    flag = h.new_empty(1, dtype=torch.int32) if skip == zero.DEVICE else None
     yield P.DGRAD, (P, dy, h, weight, flag, padding)
     yield P.WGRAD, (P, dy, h, weight, bias is not None, padding, (True, bias is not None))
     if fused:
-        yield _norm(P, a, True, "norm_weight", "norm_bias", True)
+        yield _norm(P, a, True, "norm_weight", "norm_bias", True, flag)
