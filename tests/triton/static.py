@@ -49,9 +49,10 @@ LIMITS = {
 }
 TENSOR = r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)\w*"
 MISSING = 40
-# Percent; what is left are partial sums, one number per column of a tile. AMD's matrix cores leave four numbers of a
-# column in a thread, 8 bytes of half precision: what the epilogue of a product reads and writes.
-WIDE, WIDE_MFMA = 95, 60
+# Percent; what is left are partial sums, one number per column of a tile. On AMD products alone are judged, whose
+# matrix cores leave 8 bytes of a column in a thread for the epilogue: elementwise tiles are made for warps of 32
+# threads, and waves of 64 often have 8 bytes of them per thread. The table says which.
+WIDE, WIDE_AMD_PRODUCT = 95, 60
 # Every configuration is compiled for REFERENCE, these cases for every target; `--all` does all for all.
 REFERENCE, EVERYWHERE = (
     "sm_90",
@@ -206,7 +207,7 @@ def problems(row: dict[str, object], must_be_wide: bool, must_be_tensor: bool) -
         found.append(f"{row['shared']} bytes of shared memory, a block may have {LIMITS[row['target']][0]}")
     if not int(row["blocks"]):
         found.append("not one block fits")
-    least = WIDE_MFMA if must_be_tensor and row["target"].startswith("gfx") else WIDE
+    least = WIDE if row["target"].startswith("sm_") else WIDE_AMD_PRODUCT if must_be_tensor else 0
     if must_be_wide and int(row["wide"]) < least:
         found.append(f"only {row['wide']} % of the streamed bytes in 16-byte accesses")
     if must_be_tensor and not int(row["tensor"]):
