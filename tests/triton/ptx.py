@@ -75,7 +75,7 @@ def llvm_accesses(ir: str) -> collections.Counter:
     (header,) = (line for line in lines if line.startswith("define amdgpu_kernel"))
     for number, argument in enumerate(header.split("(", 1)[1].split(", ")):
         if argument.startswith(_GLOBAL):
-            known[argument.split()[-1].split(")")[0]] = {number}
+            known[re.findall(r"%[\w.]+", argument)[0]] = {number}
     for line in lines:
         target, _, value = line.partition(" = ")
         if _GLOBAL in value and (value.startswith(("getelementptr", "phi", "select")) or ".buffer.rsrc." in value):
