@@ -57,6 +57,21 @@ def operand_rows(p, row, b, t, stride_b, stride_t, d, mask, KIND: tl.constexpr):
 
 
 @triton.jit
+def token_rows(b, block, T, d, D, ROWS: tl.constexpr):
+    """(t, mask, offsets) of row block `block` (int64) of sample b of a dense [B, T, D], columns d."""
+    t = block * ROWS + tl.arange(0, ROWS)
+    return t, (t < T)[:, None] & (d < D)[None, :], (b * T + t)[:, None] * D + d[None, :]
+
+
+@triton.jit
+def modulated(z, shift, shift_row, shift_b, shift_t, scale, scale_row, scale_b, scale_t, b, t, d, mask,
+              SHIFT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """z * (1 + scale) + shift"""
+    z *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
+    return z + operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
+
+
+@triton.jit
 def row_statistics(x, mask, D, eps, RMS: tl.constexpr):
     """(mean, rstd, xhat) of the rows of x [ROWS, BLOCK], 0 where masked: mean first, then the centred squares."""
     if RMS:

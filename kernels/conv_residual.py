@@ -256,8 +256,9 @@ def _case(dtype: torch.dtype, N: int, C: int, size: int, O: int, k: int, config:
 def _compile_cases():
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         for config in _gemm.configs(dtype):
-            yield f"conv_residual-3x3-{config.BM}x{config.BN}-{name}", _case(dtype, 2, 320, 64, 320, 3, config)
-            yield f"conv_residual-1x1-{config.BM}x{config.BN}-{name}", _case(dtype, 2, 320, 64, 640, 1, config)
+            for k in (3, 1):
+                name_of = f"conv_residual-{k}x{k}-{config.BM}x{config.BN}-{name}"
+                yield name_of, _case(dtype, 2, 320, 64, 640 if k == 1 else 320, k, config)
         yield f"conv_residual-1x1-split-{name}", _case(dtype, 2, 1280, 8, 1280, 1, config, 2)
         yield f"conv_residual-split-{name}", _case(dtype, 2, 1280, 8, 1280, 3, config, 4)
         yield f"conv_residual-partial-{name}", _case(dtype, 2, 320, 64, 320, 3, config, want_partial=True)

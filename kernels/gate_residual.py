@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import PER_SAMPLE, PER_TOKEN, cdiv, is_skipped, operand_rows, power_of_2, sample_row
+from ._common import PER_SAMPLE, PER_TOKEN, cdiv, is_skipped, operand_rows, power_of_2, sample_row, token_rows
 from ._launch import launch
 from ._reduce import sum_partials
 
@@ -40,10 +40,8 @@ def _forward(
     ROWS: tl.constexpr, COLS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
-    mask = (t < T)[:, None] & (d < D)[None, :]
-    at = (b * T + t)[:, None] * D + d[None, :]
+    t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64), T, d, D, ROWS)
     skipped = is_skipped(flag)
     value = tl.load(branch + at, mask=mask & (not skipped), other=0.0).to(tl.float32)
     if flag is not None and bias is not None:
@@ -70,9 +68,7 @@ def _backward(
         row = sample_row(gate, b, gate_b, d, D, GATE)
     total = tl.zeros([COLS], tl.float32)
     for step in range(steps):
-        t = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
-        mask = (t < T)[:, None] & (d < D)[None, :]
-        at = (b * T + t)[:, None] * D + d[None, :]
+        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         if dgate is not None or part_dgate is not None:
             product = g * tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)

@@ -18,10 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gate_residual, layer_norm_modulate
-from ._common import PER_TOKEN, cdiv, operand_rows, row_norm_grad, row_statistics, sample_row
+from ._common import (
+    PER_TOKEN,
+    cdiv,
+    modulated,
+    operand_rows,
+    row_norm_grad,
+    row_statistics,
+    sample_row,
+    token_rows,
+)
 from ._launch import launch
 from ._reduce import sum_partials
-from .layer_norm_modulate import BACKWARD, FORWARD, kind_of, steps_per_program, strides, tile
+from .layer_norm_modulate import BACKWARD, FORWARD, backward_steps, forward_steps, kind_of, strides, tile
 
 
 @triton.jit
@@ -36,17 +45,16 @@ def _forward(
     shift_row = sample_row(shift, b, shift_b, d, D, SHIFT)
     scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
     for step in range(steps):
-        t = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
-        mask = (t < T)[:, None] & (d < D)[None, :]
-        at = (b * T + t)[:, None] * D + d[None, :]
+        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         x = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
         x *= operand_rows(gate, gate_row, b, t, gate_b, gate_t, d, mask, GATE)
         x += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         rounded = x.to(x_new.dtype.element_ty)
         tl.store(x_new + at, rounded, mask=mask)
         m, r, z = row_statistics(rounded.to(tl.float32), mask, D, eps, False)
-        z *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
-        z += operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
+        z = modulated(
+            z, shift, shift_row, shift_b, shift_t, scale, scale_row, scale_b, scale_t, b, t, d, mask, SHIFT, SCALE
+        )
         tl.store(y + at, z, mask=mask)
         tl.store(mean + b * T + t, m, mask=t < T)
         tl.store(rstd + b * T + t, r, mask=t < T)
@@ -58,7 +66,7 @@ def forward(
     """(x_new, y, mean, rstd); dense residual and branch; gate, shift, scale [B, D] or [B, T, D] with dense rows."""
     B, T, D = branch.shape
     rows, block, warps = tile(FORWARD, D)
-    steps = steps_per_program(B, T, rows, 16)
+    steps = forward_steps(B, T, rows)
     x_new, y = torch.empty_like(branch), torch.empty_like(branch)
     mean, rstd = (branch.new_empty(B, T, dtype=torch.float32) for _ in range(2))
     (gate_b, gate_t), (shift_b, shift_t), (scale_b, scale_t) = (strides(v) for v in (gate, shift, scale))
@@ -88,9 +96,7 @@ def _backward(
     sum_dshift = tl.zeros([BLOCK_D], tl.float32)
     sum_dscale = tl.zeros([BLOCK_D], tl.float32)
     for step in range(steps):
-        t = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
-        mask = (t < T)[:, None] & (d < D)[None, :]
-        at = (b * T + t)[:, None] * D + d[None, :]
+        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(mean + b * T + t, mask=t < T, other=0.0)
         r = tl.load(rstd + b * T + t, mask=t < T, other=0.0)
@@ -134,7 +140,7 @@ def backward(
     rows, block, warps = tile(BACKWARD, D)
     if block > 4096 and branch.dtype == torch.float32:
         return _backward_in_two(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale)
-    steps = steps_per_program(B, T, rows, 64)
+    steps = backward_steps(B, T, rows)
     programs = cdiv(T, rows * steps)
     dresidual, dbranch = torch.empty_like(branch), torch.empty_like(branch)
 

@@ -1,10 +1,10 @@
-"""y = silu(group_norm(x) * (1 + scale) + shift), forward; x [N, C, *S] contiguous or channels-last (tiles: _images.py).
+"""y = silu(group_norm(x) * (1 + scale) + shift), forward; x [N, C, *S] contiguous or channels-last (_images.py).
 
-One read (`_one_read`): grid (N, groups / GROUPS); a program holds all tiles of its groups in registers: the mean, the
-centred squares and the mean of what is left, which corrects both, then the result. 2ns.
+One read (`_one_read`): grid (N, groups / GROUPS); a program holds its groups in registers: the mean, the centred
+squares and the mean of what is left, which corrects both, then the result. 2ns.
 Split (`_moments`, `_combine`, `_apply`): grids (pixel parts, channel blocks, N): mean and centred squares of each
 channel over a part of the pixels, [N, parts, C]; combined per group in a fixed order (Chan et al. 1983); x is read
-again. 3ns.
+again. 3ns. For groups of more than 40960 numbers.
 Zero path: a program whose branch is zero (`flag`) leaves at once; mean and rstd are then 0, y is undefined.
 """
 
@@ -19,93 +19,121 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import is_skipped, power_of_2, silu
-from ._images import affine, along_channels, by_group, flat, group_lanes, over_group, tile_at
+from ._images import (
+    NUMBERS,
+    affine,
+    affines,
+    again,
+    along_channels,
+    by_group,
+    flat,
+    flat_lanes,
+    group_lanes,
+    group_row,
+    halves_of,
+    item,
+    number,
+    per_group,
+    per_lane,
+    tile_at,
+    word,
+    words_of,
+)
 from ._launch import launch
 
-# (most elements of a program, elements of a tile, num_warps); at most TILES tiles are unrolled. Channels-last tiles
-# have narrow accesses, whose addresses take the registers that larger groups would need.
-_SMALL = ((2048, 2048, 4), (8192, 2048, 4), (16384, 4096, 8))
-ONE_READ = {2: (*_SMALL, (40960, 4096, 16)), 4: (*_SMALL, (32768, 4096, 16))}
-ONE_READ_LAST = _SMALL
-TILES = 16
+# (most words of a program, num_warps) by numbers of a word. Twice as many words of two numbers still fit, but take the
+# compiler a minute.
+ONE_READ = {1: ((2048, 4), (40960, 8)), 2: ((2048, 4), (20480, 8))}
 COMBINE = 64
 
 
 @triton.jit
 def _one_read(
-    x, weight, bias, scale, shift, y, mean, rstd, flag, C, HW, G, size, scale_n, shift_n, eps, CPG: tl.constexpr,
-    AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr,
-    CHANNEL_BLOCKS: tl.constexpr, PIXEL_BLOCKS: tl.constexpr, SILU: tl.constexpr,
+    x, weight, bias, scale, shift, y, mean, rstd, flag, HW, G, size, scale_n, shift_n, eps, zero, C: tl.constexpr,
+    CPG: tl.constexpr, T: tl.constexpr, SILU: tl.constexpr, AXIS: tl.constexpr, HALVES: tl.constexpr,
+    GROUPS: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIXELS: tl.constexpr, COUNTS: tl.constexpr,
+    FIRST: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """x and y in words, HW of them along the pixels; the first pass loads, two more work on what is held."""
     n = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
+    groups = n * G + first_group + tl.arange(0, GROUPS)
     if flag is not None:
         if is_skipped(flag):
-            group = n * G + first_group + tl.arange(0, GROUPS)
-            tl.store(mean + group, tl.zeros([GROUPS], tl.float32))
-            tl.store(rstd + group, tl.zeros([GROUPS], tl.float32))
+            tl.store(mean + groups, tl.zeros([GROUPS], tl.float32))
+            tl.store(rstd + groups, tl.zeros([GROUPS], tl.float32))
             return
+    STEP: tl.constexpr = HALVES if AXIS == 1 else 1  # channels of a word
     first_channel = first_group * CPG
-    start = n * C * HW + first_channel.to(tl.int64) * (HW if AXIS == 0 else 1)
+    start = n * (C // STEP) * HW + first_group.to(tl.int64) * (CPG // STEP) * (HW if AXIS == 0 else 1)
     x += start
     y += start
-    LANES: tl.constexpr = ROWS if AXIS == 0 else COLS
-    total = tl.zeros([LANES], tl.float32)
     tiles = ()
-    for i in tl.static_range(CHANNEL_BLOCKS):
-        channel, group, valid = group_lanes(i, CPG, AXIS, ROWS, COLS, GROUPS)
-        for j in tl.static_range(PIXEL_BLOCKS):
-            at, mask = tile_at(channel, valid, j, C, HW, AXIS, ROWS, COLS)
-            v = tl.load(x + at, mask=mask, other=0.0)
-            total += tl.sum(v.to(tl.float32), 1 - AXIS)
-            tiles = tiles + (v,)
-    m = over_group(total, GROUPS) / size
-    total = tl.zeros([LANES], tl.float32)
-    squares = tl.zeros([LANES], tl.float32)
-    for i in tl.static_range(CHANNEL_BLOCKS):
-        channel, group, valid = group_lanes(i, CPG, AXIS, ROWS, COLS, GROUPS)
-        for j in tl.static_range(PIXEL_BLOCKS):
-            at, mask = tile_at(channel, valid, j, C, HW, AXIS, ROWS, COLS)
-            v = tl.where(mask, tiles[i * PIXEL_BLOCKS + j].to(tl.float32) - along_channels(m, AXIS), 0.0)
-            total += tl.sum(v, 1 - AXIS)
-            squares += tl.sum(v * v, 1 - AXIS)
+    m = tl.zeros([GROUPS], tl.float32)
+    for i in tl.static_range(BLOCKS):
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+        total = 0.0
+        for j in tl.static_range(item(COUNTS, i)):
+            at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+            words = tl.load(x + at, mask=mask, other=0)
+            tiles = tiles + (words,)
+            for h in tl.static_range(HALVES):
+                total += number(words, h, HALVES, T)
+        m += per_group(tl.sum(total, 1 - AXIS), GROUPS)
+    m /= size
+    left = tl.zeros([GROUPS], tl.float32)
+    squares = tl.zeros([GROUPS], tl.float32)
+    held = ()
+    for i in tl.static_range(BLOCKS):
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+        total = 0.0
+        square = 0.0
+        for j in tl.static_range(item(COUNTS, i)):
+            at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+            words = again(tiles[item(FIRST, i) + j], zero)
+            held = held + (words,)
+            for h in tl.static_range(HALVES):
+                v = tl.where(mask, number(words, h, HALVES, T) - per_lane(m, WIDTHS[i], AXIS), 0.0)
+                total += v
+                square += v * v
+        left += per_group(tl.sum(total, 1 - AXIS), GROUPS)
+        squares += per_group(tl.sum(square, 1 - AXIS), GROUPS)
     # The squares are those about m; moving the mean by `left` takes left^2 from their average.
-    left = over_group(total, GROUPS) / size
+    left /= size
     m += left
-    r = tl.rsqrt(tl.maximum(over_group(squares, GROUPS) / size - left * left, 0.0) + eps)
-    for i in tl.static_range(CHANNEL_BLOCKS):
-        channel, group, valid = group_lanes(i, CPG, AXIS, ROWS, COLS, GROUPS)
-        a, c = affine(weight, bias, scale, shift, n, first_channel + channel, valid, scale_n, shift_n)
-        a *= r
-        for j in tl.static_range(PIXEL_BLOCKS):
-            at, mask = tile_at(channel, valid, j, C, HW, AXIS, ROWS, COLS)
-            z = tiles[i * PIXEL_BLOCKS + j].to(tl.float32) - along_channels(m, AXIS)
-            z = z * along_channels(a, AXIS) + along_channels(c, AXIS)
-            tl.store(y + at, silu(z) if SILU else z, mask=mask)
-    channel, group, valid = group_lanes(0, CPG, AXIS, ROWS, COLS, GROUPS)
-    first = channel == group * CPG
-    tl.store(mean + n * G + first_group + group, m, mask=first)
-    tl.store(rstd + n * G + first_group + group, r, mask=first)
+    r = tl.rsqrt(tl.maximum(squares / size - left * left, 0.0) + eps)
+    for i in tl.static_range(BLOCKS):
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+        gains, offsets = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, STEP)
+        for j in tl.static_range(item(COUNTS, i)):
+            at, mask = tile_at(lane, valid, j + zero, C // STEP, HW + zero, AXIS, PIXELS[i])
+            words = again(held[item(FIRST, i) + j], zero)
+            out = tl.zeros_like(words)
+            for h in tl.static_range(HALVES):
+                z = (number(words, h, HALVES, T) - per_lane(m, WIDTHS[i], AXIS)) * per_lane(r, WIDTHS[i], AXIS)
+                z = z * along_channels(gains[h % STEP], AXIS) + along_channels(offsets[h % STEP], AXIS)
+                out |= word(silu(z) if SILU else z, h, HALVES, T)
+            tl.store(y + at, out, mask=mask)
+    tl.store(mean + groups, m)
+    tl.store(rstd + groups, r)
 
 
 @triton.jit
 def _moments(
     x, part_mean, part_squares, flag, C, HW, steps,
-    AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     if flag is not None:
         if is_skipped(flag):
             return
     n = tl.program_id(2).to(tl.int64)
-    LANES: tl.constexpr = ROWS if AXIS == 0 else COLS
-    PIXELS: tl.constexpr = COLS if AXIS == 0 else ROWS
-    channel = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
+    channel, valid = flat_lanes(C, LANES)
     seen = 0
     m = tl.zeros([LANES], tl.float32)
     squares = tl.zeros([LANES], tl.float32)
     for step in range(steps):
         block = tl.program_id(0).to(tl.int64) * steps + step
-        at, mask = tile_at(channel, channel < C, block, C, HW, AXIS, ROWS, COLS)
+        at, mask = tile_at(channel, valid, block, C, HW, AXIS, PIXELS)
         v = tl.load(x + n * C * HW + at, mask=mask, other=0.0).to(tl.float32)
         count = tl.maximum(tl.minimum(HW - block * PIXELS, PIXELS), 0)
         weight = tl.maximum(count, 1).to(tl.float32)
@@ -118,8 +146,8 @@ def _moments(
         m += d * part
         seen += count.to(tl.int32)
     at = (n * tl.num_programs(0) + tl.program_id(0)) * C + channel
-    tl.store(part_mean + at, m, mask=channel < C)
-    tl.store(part_squares + at, squares, mask=channel < C)
+    tl.store(part_mean + at, m, mask=valid)
+    tl.store(part_squares + at, squares, mask=valid)
 
 
 @triton.jit
@@ -156,22 +184,19 @@ def _combine(
 @triton.jit
 def _apply(
     x, weight, bias, scale, shift, y, mean, rstd, flag, C, HW, G, scale_n, shift_n,
-    CPG: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
+    CPG: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     if flag is not None:
         if is_skipped(flag):
             return
     n = tl.program_id(2).to(tl.int64)
-    LANES: tl.constexpr = ROWS if AXIS == 0 else COLS
-    channel = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
-    valid = channel < C
-    at, mask = tile_at(channel, valid, tl.program_id(0).to(tl.int64), C, HW, AXIS, ROWS, COLS)
+    channel, valid = flat_lanes(C, LANES)
+    at, mask = tile_at(channel, valid, tl.program_id(0).to(tl.int64), C, HW, AXIS, PIXELS)
     at += n * C * HW
     z = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     a, c = affine(weight, bias, scale, shift, n, channel, valid, scale_n, shift_n)
-    a *= tl.load(rstd + n * G + channel // CPG, mask=valid, other=0.0)
-    m = tl.load(mean + n * G + channel // CPG, mask=valid, other=0.0)
-    z = (z - along_channels(m, AXIS)) * along_channels(a, AXIS) + along_channels(c, AXIS)
+    z = (z - group_row(mean, n, G, channel, valid, CPG, AXIS)) * group_row(rstd, n, G, channel, valid, CPG, AXIS)
+    z = z * along_channels(a, AXIS) + along_channels(c, AXIS)
     tl.store(y + at, silu(z) if SILU else z, mask=mask)
 
 
@@ -189,17 +214,21 @@ def forward(
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(N, num_groups, dtype=torch.float32) for _ in range(2))
     operands = {
-        "x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "y": y, "mean": mean, "rstd": rstd,
-        "flag": flag, "C": C, "HW": pixels, "G": num_groups, "CPG": channels, "SILU": apply_silu,
-        "scale_n": sample_stride(scale), "shift_n": sample_stride(shift),
+        "weight": weight, "bias": bias, "scale": scale, "shift": shift, "mean": mean, "rstd": rstd, "flag": flag,
+        "G": num_groups, "CPG": channels, "SILU": apply_silu, "C": C, "scale_n": sample_stride(scale),
+        "shift_n": sample_stride(shift),
     }  # fmt: skip
-    table = ONE_READ_LAST if last else ONE_READ[x.element_size()]
-    held = None if split else by_group(channels, pixels, num_groups, last, table, TILES)
+    halves = halves_of(channels, pixels, last, x, y)
+    held = None if split else by_group(channels, pixels, num_groups, last, halves, ONE_READ[halves])
     if held is not None:
-        launch(_one_read, (N, num_groups // held.GROUPS), **vars(held), **operands, size=channels * pixels, eps=eps)
+        launch(
+            _one_read, (N, num_groups // held.GROUPS), **vars(held), **operands, x=words_of(x, halves),
+            y=words_of(y, halves), HW=pixels if last else pixels // halves, size=channels * pixels, eps=eps, zero=0,
+            T=NUMBERS[x.dtype],
+        )  # fmt: skip
         return y, mean, rstd
     cut = flat(N, C, pixels, last)
-    shape = {"AXIS": cut.AXIS, "ROWS": cut.ROWS, "COLS": cut.COLS, "num_warps": cut.num_warps}
+    shape = {"AXIS": cut.AXIS, "LANES": cut.LANES, "PIXELS": cut.PIXELS, "num_warps": cut.num_warps}
     part_mean, part_squares = (x.new_empty(N, cut.parts, C, dtype=torch.float32) for _ in range(2))
     launch(
         _moments, (cut.parts, cut.channel_blocks, N), x=x, part_mean=part_mean, part_squares=part_squares, flag=flag,
@@ -211,7 +240,7 @@ def forward(
         C=C, HW=pixels, G=num_groups, size=channels * pixels, parts=cut.parts, part_pixels=cut.PIXELS * cut.steps,
         eps=eps, CPG=channels, WIDTH=width, BLOCK=max(1, min(COMBINE, 2048 // width)),
     )  # fmt: skip
-    launch(_apply, (cut.pixel_blocks, cut.channel_blocks, N), **operands, **shape)
+    launch(_apply, (cut.pixel_blocks, cut.channel_blocks, N), **operands, **shape, x=x, y=y, HW=pixels)
     return y, mean, rstd
 
 
@@ -226,8 +255,8 @@ def _compile(C: int, side: int, dtype: torch.dtype, last: bool, split: bool) -> 
     forward(x, 32, new(C), new(C), 1e-5, None, None, True, last, split=split)
 
 
-# U-Net stages: channels x side of the image.
-SHAPES = ((320, 64), (640, 32), (1280, 16), (1280, 8), (192, 64), (384, 32), (576, 16), (128, 128), (960, 64))
+# U-Net stages: channels x side of the image; the last one is too large for one read.
+SHAPES = ((320, 64), (640, 32), (1280, 16), (1280, 8), (192, 64), (960, 64))
 
 
 def compile_cases(op: str, compile_one):

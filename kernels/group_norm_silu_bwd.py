@@ -7,7 +7,8 @@ the group's means are sums of A and B times weight * (1 + scale); dshift = A, ds
 dweight (dbias) is the sum over the samples of (1 + scale) * B (A). Sums are taken in a fixed order, no atomics.
 
 One read (`_one_read`): grid (N, groups / GROUPS); a program holds x and dy of its groups. 3ns.
-Split (`_sums`, `_combine`, `_apply`): partial A and B [N, parts, C]; combined; x and dy are read again. 5ns.
+Split (`_sums`, `_combine`, `_apply`): partial A and B [N, parts, C]; combined; x and dy are read again. 5ns. For groups
+of more than 40960 16-bit numbers or 20480 in fp32: 164 of the 256 KB of registers hold x and dy.
 `_parameters` ends both. Zero path: where `flag` says that the branch is zero every gradient is 0, nothing is read.
 """
 
@@ -21,115 +22,161 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import cdiv, is_skipped, power_of_2, silu_grad
-from ._images import affine, along_channels, by_group, flat, group_lanes, over_group, tile_at
+from ._images import (
+    NUMBERS,
+    affine,
+    affines,
+    again,
+    along_channels,
+    by_group,
+    channel_row,
+    flat,
+    flat_lanes,
+    group_lanes,
+    group_row,
+    halves_of,
+    item,
+    number,
+    per_group,
+    per_lane,
+    tile_at,
+    word,
+    words_of,
+)
 from ._launch import launch
-from .group_norm_silu import COMBINE, TILES, compile_cases, sample_stride
+from .group_norm_silu import COMBINE, compile_cases, sample_stride
 
-# (most elements of a program, elements of a tile, num_warps), channels-last and contiguous by element size.
-ONE_READ_LAST = ((2048, 2048, 4), (4096, 2048, 4), (8192, 4096, 8))
-ONE_READ = {size: (*ONE_READ_LAST, (most, 4096, 16)) for size, most in ((2, 20480), (4, 16384))}
+# (most words of x in a program, num_warps)
+ONE_READ = ((2048, 4), (20480, 8))
 # Channels of a program of `_parameters`.
 COLUMNS = 64
 
 
 @triton.jit
-def _dz(dy, xhat, a, c, AXIS: tl.constexpr, SILU: tl.constexpr):
+def _terms(x, dy, m, r, a, c, SILU: tl.constexpr):
+    """(xhat, dz)"""
+    xhat = (x - m) * r
     if SILU:
-        dz = dy * silu_grad(xhat * along_channels(a, AXIS) + along_channels(c, AXIS))
+        dy *= silu_grad(xhat * a + c)
+    return xhat, dy
+
+
+@triton.jit
+def _added(totals, i: tl.constexpr, v):
+    """A pair with v added to number i."""
+    if i == 0:
+        return (totals[0] + v, totals[1])
     else:
-        dz = dy
-    return dz
+        return (totals[0], totals[1] + v)
 
 
 @triton.jit
 def _one_read(
-    dy, x, mean, rstd, weight, bias, scale, shift, dx, sum_a, sum_b, flag, C, HW, G, size, scale_n, shift_n,
-    CPG: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr,
-    CHANNEL_BLOCKS: tl.constexpr, PIXEL_BLOCKS: tl.constexpr, SILU: tl.constexpr,
+    dy, x, mean, rstd, weight, bias, scale, shift, dx, sum_a, sum_b, flag, HW, G, size, scale_n, shift_n, zero,
+    C: tl.constexpr, CPG: tl.constexpr, T: tl.constexpr, SILU: tl.constexpr, AXIS: tl.constexpr, HALVES: tl.constexpr,
+    GROUPS: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIXELS: tl.constexpr, COUNTS: tl.constexpr,
+    FIRST: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """dy, x and dx in words, HW of them along the pixels; what is held of x and dy serves two passes."""
     n = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
+    STEP: tl.constexpr = HALVES if AXIS == 1 else 1  # channels of a word
     first_channel = first_group * CPG
-    start = n * C * HW + first_channel.to(tl.int64) * (HW if AXIS == 0 else 1)
+    start = n * (C // STEP) * HW + first_group.to(tl.int64) * (CPG // STEP) * (HW if AXIS == 0 else 1)
     dy += start
     x += start
     dx += start
-    LANES: tl.constexpr = ROWS if AXIS == 0 else COLS
+    sum_a += n * C + first_channel
+    sum_b += n * C + first_channel
     if flag is not None:
         if is_skipped(flag):
-            for i in tl.static_range(CHANNEL_BLOCKS):
-                channel, group, valid = group_lanes(i, CPG, AXIS, ROWS, COLS, GROUPS)
-                for j in tl.static_range(PIXEL_BLOCKS):
-                    at, mask = tile_at(channel, valid, j, C, HW, AXIS, ROWS, COLS)
-                    tl.store(dx + at, tl.zeros([ROWS, COLS], tl.float32), mask=mask)
-                tl.store(sum_a + n * C + first_channel + channel, tl.zeros([LANES], tl.float32), mask=valid)
-                tl.store(sum_b + n * C + first_channel + channel, tl.zeros([LANES], tl.float32), mask=valid)
+            for i in tl.static_range(BLOCKS):
+                lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+                for j in tl.static_range(item(COUNTS, i)):
+                    at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+                    tl.store(dx + at, tl.zeros_like(at), mask=mask)
+                for s in tl.static_range(STEP):
+                    tl.store(sum_a + lane * STEP + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
+                    tl.store(sum_b + lane * STEP + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
             return
-    group_a = tl.zeros([LANES], tl.float32)
-    group_b = tl.zeros([LANES], tl.float32)
+    m = tl.load(mean + n * G + first_group + tl.arange(0, GROUPS))
+    r = tl.load(rstd + n * G + first_group + tl.arange(0, GROUPS))
+    mean_a = tl.zeros([GROUPS], tl.float32)
+    mean_b = tl.zeros([GROUPS], tl.float32)
     xs = ()
     dys = ()
-    for i in tl.static_range(CHANNEL_BLOCKS):
-        channel, group, valid = group_lanes(i, CPG, AXIS, ROWS, COLS, GROUPS)
-        a, c = affine(weight, bias, scale, shift, n, first_channel + channel, valid, scale_n, shift_n)
-        m = tl.load(mean + n * G + first_group + group)
-        r = tl.load(rstd + n * G + first_group + group)
-        lane_a = tl.zeros([LANES], tl.float32)
-        lane_b = tl.zeros([LANES], tl.float32)
-        for j in tl.static_range(PIXEL_BLOCKS):
-            at, mask = tile_at(channel, valid, j, C, HW, AXIS, ROWS, COLS)
-            v = tl.load(x + at, mask=mask, other=0.0)
-            g = tl.load(dy + at, mask=mask, other=0.0)
-            xs = xs + (v,)
-            dys = dys + (g,)
-            xhat = (v.to(tl.float32) - along_channels(m, AXIS)) * along_channels(r, AXIS)
-            dz = _dz(g.to(tl.float32), xhat, a, c, AXIS, SILU)
-            lane_a += tl.sum(dz, 1 - AXIS)
-            lane_b += tl.sum(dz * xhat, 1 - AXIS)
-        tl.store(sum_a + n * C + first_channel + channel, lane_a, mask=valid)
-        tl.store(sum_b + n * C + first_channel + channel, lane_b, mask=valid)
-        group_a += lane_a * a
-        group_b += lane_b * a
-    group_a = over_group(group_a, GROUPS) / size
-    group_b = over_group(group_b, GROUPS) / size
-    for i in tl.static_range(CHANNEL_BLOCKS):
-        channel, group, valid = group_lanes(i, CPG, AXIS, ROWS, COLS, GROUPS)
-        a, c = affine(weight, bias, scale, shift, n, first_channel + channel, valid, scale_n, shift_n)
-        m = tl.load(mean + n * G + first_group + group)
-        r = tl.load(rstd + n * G + first_group + group)
-        for j in tl.static_range(PIXEL_BLOCKS):
-            at, mask = tile_at(channel, valid, j, C, HW, AXIS, ROWS, COLS)
-            xhat = (xs[i * PIXEL_BLOCKS + j].to(tl.float32) - along_channels(m, AXIS)) * along_channels(r, AXIS)
-            g = _dz(dys[i * PIXEL_BLOCKS + j].to(tl.float32), xhat, a, c, AXIS, SILU) * along_channels(a, AXIS)
-            g -= along_channels(group_a, AXIS) + xhat * along_channels(group_b, AXIS)
-            tl.store(dx + at, g * along_channels(r, AXIS), mask=mask)
+    for i in tl.static_range(BLOCKS):
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+        gains, offsets = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, STEP)
+        totals_a = (0.0, 0.0)
+        totals_b = (0.0, 0.0)
+        for j in tl.static_range(item(COUNTS, i)):
+            at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+            x_words = tl.load(x + at, mask=mask, other=0)
+            dy_words = tl.load(dy + at, mask=mask, other=0)
+            xs = xs + (x_words,)
+            dys = dys + (dy_words,)
+            for h in tl.static_range(HALVES):
+                xhat, dz = _terms(
+                    number(x_words, h, HALVES, T), number(dy_words, h, HALVES, T), per_lane(m, WIDTHS[i], AXIS),
+                    per_lane(r, WIDTHS[i], AXIS), along_channels(gains[h % STEP], AXIS),
+                    along_channels(offsets[h % STEP], AXIS), SILU,
+                )  # fmt: skip
+                totals_a = _added(totals_a, h % STEP, dz)
+                totals_b = _added(totals_b, h % STEP, dz * xhat)
+        for s in tl.static_range(STEP):
+            lane_a = tl.sum(totals_a[s], 1 - AXIS)
+            lane_b = tl.sum(totals_b[s], 1 - AXIS)
+            tl.store(sum_a + lane * STEP + s, lane_a, mask=valid)
+            tl.store(sum_b + lane * STEP + s, lane_b, mask=valid)
+            mean_a += per_group(lane_a * gains[s], GROUPS)
+            mean_b += per_group(lane_b * gains[s], GROUPS)
+    mean_a /= size
+    mean_b /= size
+    for i in tl.static_range(BLOCKS):
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+        gains, offsets = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, STEP)
+        for j in tl.static_range(item(COUNTS, i)):
+            at, mask = tile_at(lane, valid, j + zero, C // STEP, HW + zero, AXIS, PIXELS[i])
+            x_words = again(xs[item(FIRST, i) + j], zero)
+            dy_words = again(dys[item(FIRST, i) + j], zero)
+            out = tl.zeros_like(x_words)
+            for h in tl.static_range(HALVES):
+                xhat, dz = _terms(
+                    number(x_words, h, HALVES, T), number(dy_words, h, HALVES, T), per_lane(m, WIDTHS[i], AXIS),
+                    per_lane(r, WIDTHS[i], AXIS), along_channels(gains[h % STEP], AXIS),
+                    along_channels(offsets[h % STEP], AXIS), SILU,
+                )  # fmt: skip
+                g = dz * along_channels(gains[h % STEP], AXIS) - per_lane(mean_a, WIDTHS[i], AXIS)
+                g -= xhat * per_lane(mean_b, WIDTHS[i], AXIS)
+                out |= word(g * per_lane(r, WIDTHS[i], AXIS), h, HALVES, T)
+            tl.store(dx + at, out, mask=mask)
 
 
 @triton.jit
 def _sums(
     dy, x, mean, rstd, weight, bias, scale, shift, part_a, part_b, flag, C, HW, G, steps, scale_n, shift_n,
-    CPG: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
+    CPG: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Partial A and B; grid (parts, channel blocks, N)."""
     if flag is not None:
         if is_skipped(flag):
             return
     n = tl.program_id(2).to(tl.int64)
-    LANES: tl.constexpr = ROWS if AXIS == 0 else COLS
-    channel = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
-    valid = channel < C
+    channel, valid = flat_lanes(C, LANES)
     a, c = affine(weight, bias, scale, shift, n, channel, valid, scale_n, shift_n)
-    r = tl.load(rstd + n * G + channel // CPG, mask=valid, other=0.0)
-    m = tl.load(mean + n * G + channel // CPG, mask=valid, other=0.0)
+    r = group_row(rstd, n, G, channel, valid, CPG, AXIS)
+    m = group_row(mean, n, G, channel, valid, CPG, AXIS)
     lane_a = tl.zeros([LANES], tl.float32)
     lane_b = tl.zeros([LANES], tl.float32)
     for step in range(steps):
         block = tl.program_id(0).to(tl.int64) * steps + step
-        at, mask = tile_at(channel, valid, block, C, HW, AXIS, ROWS, COLS)
+        at, mask = tile_at(channel, valid, block, C, HW, AXIS, PIXELS)
         at += n * C * HW
-        xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - along_channels(m, AXIS)
-        xhat *= along_channels(r, AXIS)
-        dz = _dz(tl.load(dy + at, mask=mask, other=0.0).to(tl.float32), xhat, a, c, AXIS, SILU)
+        xhat, dz = _terms(
+            tl.load(x + at, mask=mask, other=0.0).to(tl.float32), tl.load(dy + at, mask=mask, other=0.0).to(tl.float32),
+            m, r, along_channels(a, AXIS), along_channels(c, AXIS), SILU,
+        )  # fmt: skip
         lane_a += tl.sum(dz, 1 - AXIS)
         lane_b += tl.sum(dz * xhat, 1 - AXIS)
     at = (n * tl.num_programs(0) + tl.program_id(0)) * C + channel
@@ -168,30 +215,27 @@ def _combine(
 @triton.jit
 def _apply(
     dy, x, mean, rstd, weight, bias, scale, shift, dx, group_a, group_b, flag, C, HW, G, scale_n, shift_n,
-    CPG: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SILU: tl.constexpr,
+    CPG: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """dx; grid (pixel blocks, channel blocks, N)."""
     n = tl.program_id(2).to(tl.int64)
-    LANES: tl.constexpr = ROWS if AXIS == 0 else COLS
-    channel = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
-    valid = channel < C
-    at, mask = tile_at(channel, valid, tl.program_id(0).to(tl.int64), C, HW, AXIS, ROWS, COLS)
+    channel, valid = flat_lanes(C, LANES)
+    at, mask = tile_at(channel, valid, tl.program_id(0).to(tl.int64), C, HW, AXIS, PIXELS)
     at += n * C * HW
     if flag is not None:
         if is_skipped(flag):
-            tl.store(dx + at, tl.zeros([ROWS, COLS], tl.float32), mask=mask)
+            tl.store(dx + at, tl.zeros_like(at), mask=mask)
             return
     a, c = affine(weight, bias, scale, shift, n, channel, valid, scale_n, shift_n)
-    group = n * G + channel // CPG
-    r = tl.load(rstd + group, mask=valid, other=0.0)
-    m = tl.load(mean + group, mask=valid, other=0.0)
-    mean_g = tl.load(group_a + group, mask=valid, other=0.0)
-    mean_gx = tl.load(group_b + group, mask=valid, other=0.0)
-    xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - along_channels(m, AXIS)
-    xhat *= along_channels(r, AXIS)
-    g = _dz(tl.load(dy + at, mask=mask, other=0.0).to(tl.float32), xhat, a, c, AXIS, SILU) * along_channels(a, AXIS)
-    g -= along_channels(mean_g, AXIS) + xhat * along_channels(mean_gx, AXIS)
-    tl.store(dx + at, g * along_channels(r, AXIS), mask=mask)
+    a = along_channels(a, AXIS)
+    r = group_row(rstd, n, G, channel, valid, CPG, AXIS)
+    xhat, dz = _terms(
+        tl.load(x + at, mask=mask, other=0.0).to(tl.float32), tl.load(dy + at, mask=mask, other=0.0).to(tl.float32),
+        group_row(mean, n, G, channel, valid, CPG, AXIS), r, a, along_channels(c, AXIS), SILU,
+    )  # fmt: skip
+    g = dz * a - group_row(group_a, n, G, channel, valid, CPG, AXIS)
+    g -= xhat * group_row(group_b, n, G, channel, valid, CPG, AXIS)
+    tl.store(dx + at, g * r, mask=mask)
 
 
 @triton.jit
@@ -201,12 +245,8 @@ def _parameters(
     """From A and B: dscale and dshift of every sample, dweight and dbias summed over the samples in their order."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < C
-    w = tl.where(valid, 1.0, 0.0)
-    b = tl.zeros_like(w)
-    if weight is not None:
-        w = tl.load(weight + channel, mask=valid, other=0.0).to(tl.float32)
-    if bias is not None:
-        b = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
+    w = channel_row(weight, channel, valid, 1.0)
+    b = channel_row(bias, channel, valid, 0.0)
     total_w = tl.zeros_like(w)
     total_b = tl.zeros_like(w)
     for sample in range(N):
@@ -215,7 +255,7 @@ def _parameters(
         lane_b = tl.load(sum_b + n * C + channel, mask=valid, other=0.0)
         gain = tl.where(valid, 1.0, 0.0)
         if scale is not None:
-            gain += tl.load(scale + n * scale_n + channel, mask=valid, other=0.0).to(tl.float32)
+            gain += channel_row(scale + n * scale_n, channel, valid, 0.0)
             tl.store(dscale + n * C + channel, w * lane_b + b * lane_a, mask=valid)
         if dshift is not None:
             tl.store(dshift + n * C + channel, lane_a, mask=valid)
@@ -243,23 +283,21 @@ def backward(
     sum_a, sum_b = (x.new_empty(N, C, dtype=torch.float32) for _ in range(2))
     scale_n, shift_n = sample_stride(scale), sample_stride(shift)
     operands = {
-        "dy": dy, "x": x, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "scale": scale, "shift": shift,
-        "flag": flag, "C": C, "HW": pixels, "G": num_groups, "CPG": channels, "SILU": apply_silu, "scale_n": scale_n,
-        "shift_n": shift_n,
+        "mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "flag": flag,
+        "G": num_groups, "CPG": channels, "SILU": apply_silu, "C": C, "scale_n": scale_n, "shift_n": shift_n,
     }  # fmt: skip
-    held = None
-    if not split:
-        held = by_group(
-            channels, pixels, num_groups, last, ONE_READ_LAST if last else ONE_READ[x.element_size()], TILES
-        )
+    halves = halves_of(channels, pixels, last, x, dy)
+    held = None if split else by_group(channels, pixels, num_groups, last, halves, ONE_READ)
     if held is not None:
+        words = {name: words_of(t, halves) for name, t in (("dy", dy), ("x", x), ("dx", dx))}
         launch(
-            _one_read, (N, num_groups // held.GROUPS), **vars(held), **operands, dx=dx, sum_a=sum_a, sum_b=sum_b,
-            size=channels * pixels,
+            _one_read, (N, num_groups // held.GROUPS), **vars(held), **operands, **words, sum_a=sum_a, sum_b=sum_b,
+            HW=pixels if last else pixels // halves, size=channels * pixels, zero=0, T=NUMBERS[x.dtype],
         )  # fmt: skip
     else:
         cut = flat(N, C, pixels, last)
-        shape = {"AXIS": cut.AXIS, "ROWS": cut.ROWS, "COLS": cut.COLS, "num_warps": cut.num_warps}
+        shape = {"AXIS": cut.AXIS, "LANES": cut.LANES, "PIXELS": cut.PIXELS, "num_warps": cut.num_warps}
+        operands |= {"dy": dy, "x": x, "HW": pixels}
         part_a, part_b = (x.new_empty(N, cut.parts, C, dtype=torch.float32) for _ in range(2))
         launch(
             _sums, (cut.parts, cut.channel_blocks, N), **operands, part_a=part_a, part_b=part_b, steps=cut.steps,

@@ -7,7 +7,7 @@ Backward: with xhat the normalised row, da = dy * (1 + scale), g = da * weight:
 dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) (RMS: without mean(g)). Gradients of what rows share come from the
 column sums over a program's rows of dy and of u * xhat (and u), u = dy, or da for a per-token scale: one partial per
 program, [B, P, D]; `_finish` adds them up in a fixed order and applies weight, bias and scale. No atomics.
-Bytes: forward 2ns, backward 3ns + 8 / rows-per-program of that.
+Bytes: forward 2ns, backward 3ns and, per sum, 8n / rows of a program, written and read again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from ._common import (
     PER_SAMPLE,
     PER_TOKEN,
     cdiv,
+    modulated,
     operand_rows,
     power_of_2,
     row_norm_grad,
     row_statistics,
     sample_row,
+    token_rows,
 )
 from ._launch import launch
 from ._reduce import COLUMNS, LANES, column_sums, sum_partials
@@ -38,8 +40,9 @@ MAX_D = 8192
 # (largest block, elements of a tile, num_warps), forward and backward; a tile has at least one row.
 FORWARD = ((512, 2048, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16))
 BACKWARD = ((512, 1024, 4), (2048, 2048, 8), (4096, 4096, 16), (8192, 8192, 32))
-# Programs that are enough to fill a GPU; fewer rows per program, down to one tile, when there are less.
-PROGRAMS = 1024
+# Programs that are enough to fill a GPU; fewer rows per program, down to one tile, when there are less. Each program of
+# backward writes partial sums, which another kernel reads: fewer programs, of at least LEAST rows.
+PROGRAMS, BACKWARD_PROGRAMS, LEAST = 1024, 512, 8
 
 
 def tile(table: tuple, D: int) -> tuple[int, int, int]:
@@ -49,8 +52,14 @@ def tile(table: tuple, D: int) -> tuple[int, int, int]:
     return max(1, min(32, elements // block)), block, warps
 
 
-def steps_per_program(B: int, T: int, rows: int, most: int) -> int:
-    return max(1, min(most, B * T // (rows * PROGRAMS), cdiv(T, rows)))
+def forward_steps(B: int, T: int, rows: int) -> int:
+    """Tiles of `rows` rows that a program goes through."""
+    return max(1, min(16, B * T // (rows * PROGRAMS), cdiv(T, rows)))
+
+
+def backward_steps(B: int, T: int, rows: int) -> int:
+    wanted = max(LEAST, B * T // BACKWARD_PROGRAMS)
+    return max(1, min(64, wanted // rows, cdiv(T, rows)))
 
 
 def kind_of(v: Tensor | None) -> int:
@@ -72,16 +81,15 @@ def _forward(
     shift_row = sample_row(shift, b, shift_b, d, D, SHIFT)
     scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
     for step in range(steps):
-        t = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
-        mask = (t < T)[:, None] & (d < D)[None, :]
-        at = (b * T + t)[:, None] * D + d[None, :]
+        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         m, r, z = row_statistics(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), mask, D, eps, RMS)
         if weight is not None:
             z *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
             z += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        z *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
-        z += operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
+        z = modulated(
+            z, shift, shift_row, shift_b, shift_t, scale, scale_row, scale_b, scale_t, b, t, d, mask, SHIFT, SCALE
+        )
         tl.store(y + at, z, mask=mask)
         if not RMS:
             tl.store(mean + b * T + t, m, mask=t < T)
@@ -95,7 +103,7 @@ def forward(
     """(y, mean, rstd) of a dense x; shift, scale [B, D] or [B, T, D] with dense rows; mean is None for RMS."""
     B, T, D = x.shape
     rows, block, warps = tile(FORWARD, D)
-    steps = steps_per_program(B, T, rows, 16)
+    steps = forward_steps(B, T, rows)
     y = torch.empty_like(x)
     mean, rstd = (None if absent else x.new_empty(B, T, dtype=torch.float32) for absent in (rms, False))
     assert rstd is not None
@@ -122,9 +130,7 @@ def _backward(
     sum_uxhat = tl.zeros([BLOCK_D], tl.float32)
     sum_u = tl.zeros([BLOCK_D], tl.float32)
     for step in range(steps):
-        t = (tl.program_id(0).to(tl.int64) * steps + step) * ROWS + tl.arange(0, ROWS)
-        mask = (t < T)[:, None] & (d < D)[None, :]
-        at = (b * T + t)[:, None] * D + d[None, :]
+        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + b * T + t, mask=t < T, other=0.0)
@@ -198,7 +204,7 @@ def backward(
     """(dx, dshift, dscale, dweight, dbias), each in the dtype of its operand; a per-token dshift is dy, left out."""
     B, T, D = x.shape
     rows, block, warps = tile(BACKWARD, D)
-    steps = steps_per_program(B, T, rows, 64)
+    steps = backward_steps(B, T, rows)
     programs = cdiv(T, rows * steps)
     kind, scale_rows = kind_of(scale), strides(scale)
     dx = torch.empty_like(x)
@@ -223,7 +229,7 @@ def backward(
         return dx, dshift, dscale, None, None
     dweight, dbias = (None if v is None else x.new_empty(B, D, dtype=torch.float32) for v in (weight, bias))
     launch(
-        _finish, (cdiv(D, COLUMNS), B),
+        _finish, (cdiv(D, COLUMNS), B), num_warps=8,
         part_dy=part_dy, part_uxhat=part_uxhat, part_u=part_u, weight=weight, bias=bias, scale=scale, dshift=dshift,
         dscale=None if per_token else dscale, dweight=dweight, dbias=dbias, P=programs, D=D, scale_b=scale_rows[0],
         BLOCK_P=LANES, BLOCK_D=COLUMNS, SCALE=kind,

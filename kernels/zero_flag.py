@@ -17,7 +17,7 @@ from torch import Tensor
 from ._common import cdiv
 from ._launch import launch
 
-MOST, BLOCK, PROGRAMS, WARPS = 16, 2048, 256, 4
+MOST, BLOCK, PROGRAMS, WARPS = 16, 2048, 256, 8
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 

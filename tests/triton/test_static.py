@@ -61,6 +61,29 @@ def test_gates_fail(change, message):
     assert message in problem
 
 
+def test_only_products_are_judged_by_width_on_amd():
+    amd = GOOD | {"target": "gfx942", "wide": 60}
+    assert static.problems(amd, True, True) == [] and static.problems(amd | {"wide": 0}, True, False) == []
+    assert "only 59 %" in static.problems(amd | {"wide": 59}, True, True)[0]
+
+
+FULLEST = """
+from tests.triton import static
+found = static.launches()
+chosen = {static.configuration(launch): launch for _, launch in static.fullest(found)}
+assert set(chosen) == {static.configuration(launch) for _, launch in found}
+for _, launch in found:
+    assert len(static.parameters(chosen[static.configuration(launch)])) >= len(static.parameters(launch))
+print(len(chosen) < len(found))
+"""
+
+
+def test_fullest_specialisation_stands_for_its_configuration():
+    """One launch of each configuration, the one with the most operands."""
+    done = compiling("-c", FULLEST)
+    assert done.returncode == 0 and done.stdout == "True\n", done.stderr
+
+
 def test_occupancy_is_that_of_the_vendor_calculator():
     """Values of cuda_occupancy.h for the same resources."""
     assert static.occupancy("sm_80", 8, 178, 0) == 1
@@ -91,6 +114,42 @@ PTX = """
 def test_accesses_are_traced_to_their_argument():
     """Through sums, moves and a loop; the stored values are no addresses."""
     assert ptx.accesses(PTX) == {(0, 16): 2, (0, 2): 1, (0, 4): 1, (2, 16): 1}
+
+
+LLVM = """
+define amdgpu_kernel void @k(ptr addrspace(1) inreg %0, i32 inreg %1, ptr addrspace(1) inreg captures(none) %2) {
+  %4 = getelementptr bfloat, ptr addrspace(1) %0, i64 %3
+  %5 = phi ptr addrspace(1) [ %4, %a ], [ %8, %b ]
+  %6 = load <8 x bfloat>, ptr addrspace(1) %5, align 16, !dbg !1
+  %7 = load <4 x float>, ptr addrspace(3) @shared, align 16
+  %8 = getelementptr i8, ptr addrspace(1) %5, i64 64
+  %9 = tail call ptr addrspace(8) @llvm.amdgcn.make.buffer.rsrc.p8.p1(ptr addrspace(1) %2, i16 0, i64 2147483646, i32 1)
+  %10 = tail call <2 x i32> @llvm.amdgcn.raw.ptr.buffer.load.v2i32(ptr addrspace(8) %9, i32 %1, i32 0, i32 0)
+  tail call void @llvm.amdgcn.raw.ptr.buffer.store.i16(i16 %3, ptr addrspace(8) %9, i32 %1, i32 0, i32 0)
+  store <1 x i32> %11, ptr addrspace(1) %2, align 4
+"""
+
+
+def test_accesses_of_amd_kernels_are_traced_to_their_argument():
+    """Through a loop and a buffer; shared memory is not counted."""
+    assert ptx.llvm_accesses(LLVM) == {(0, 16): 1, (2, 8): 1, (2, 2): 1, (2, 4): 1}
+
+
+def test_sample_moves_through_the_table(monkeypatch):
+    class Today:
+        day = 0
+
+        def today(self):
+            return self
+
+        def toordinal(self):
+            return self.day
+
+    today, keys, seen = Today(), [f"{i:02}" for i in range(11)], set()
+    monkeypatch.setattr(static.datetime, "date", today)
+    for today.day in range(4):
+        seen |= set(static.sample(keys, 3))
+    assert seen == set(keys) and len(static.sample(keys, 20)) == 11
 
 
 PLANTED = """

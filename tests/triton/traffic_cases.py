@@ -187,7 +187,8 @@ def _linear(plan: int, splits: int = 1, zero: bool = False) -> Case:
 
 CASES: dict[str, Case] = {}
 for _C, _side, _dtype, _last in (
-    (320, 64, BF16, False), (320, 64, BF16, True), (1280, 8, BF16, False), (1280, 8, BF16, True), (640, 16, F32, False)
+    *((C, side, BF16, last) for C, side in ((320, 64), (640, 32), (1280, 16), (1280, 8)) for last in (False, True)),
+    (640, 16, F32, False),
 ):  # fmt: skip
     _name = f"{_C}x{_side}-{'bf16' if _dtype == BF16 else 'fp32'}-{'nhwc' if _last else 'nchw'}"
     CASES[f"group_norm_silu-{_name}"] = _group_norm(_C, _side, _dtype, _last, False, False)
@@ -259,10 +260,10 @@ def main(parts: list[str]) -> None:
     for i, name in enumerate(chosen, 1):
         rows[name] = row(name)
         print(f"[{i:2d}/{len(chosen)}] {name}: {rows[name]['ratio']}", file=sys.stderr, flush=True)
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[name] for name in CASES)
+        with TABLE.open("w", newline="") as file:  # what is done is kept when the run is interrupted
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows[name] for name in CASES if name in rows)
     print(f"wrote {TABLE}", file=sys.stderr)
 
 
