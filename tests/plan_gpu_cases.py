@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeroblock import _backends, _gpu, _gpu_convs, _gpu_gemms, _library, zero
+import zeroblock as zb
+from zeroblock import _backends, _gpu, _gpu_convs, _gpu_gemms, _library, _plan, zero
 from zeroblock._plan import PlannedOp
 from zeroblock.reference import dropout_keep, is_zero, modulation
+
+from .plan_cases import FakeTimer
 
 STEPS: list[PlannedOp] = [
     *_gpu.STEPS.values(), _gpu.CONV, _gpu.NORM_CONV, _gpu.DGRAD, _gpu.WGRAD, _gpu.LINEAR,
@@ -176,3 +179,25 @@ TAKEN = {
     "linear_gate_residual": ("linear_gate_residual", "gate_residual_bwd"),
 }
 OPTIONS = {op: {"num_groups": 4} if op.startswith("group_norm") else {} for op in OPS}
+
+
+class Timer(FakeTimer):
+    """Seconds by exact name, 1 for the rest."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+
+def run(op, grad=False, dtype=torch.float32, **options):
+    """The result of a call, and of its backward."""
+    given = inputs(op, dtype, grad=grad)
+    y = getattr(zb, op)(**given, **OPTIONS[op], **options)
+    if grad:
+        sum(t.square().sum() for t in (y if isinstance(y, tuple) else (y,))).backward()
+    return y
+
+
+def choices() -> dict[str, str]:
+    """What was chosen by measurement, by step."""
+    return {key.split(maxsplit=1)[0]: entry.choice for key, entry in _plan._open_store().entries.items()}
