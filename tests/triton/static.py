@@ -27,26 +27,18 @@ import tempfile
 from pathlib import Path
 
 from . import ptx
+from .occupancy import LIMITS, TARGETS, occupancy
 
 TABLE = Path(__file__).with_name("static.csv")
 COLUMNS = (
     "case", "kernel", "target", "registers", "spills", "shared", "warps", "blocks", "instructions", "wide", "tensor",
     "hash",
 )  # fmt: skip
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = (
     "_reduce", "activation", "add_bias", "conv_residual", "gate_residual", "gate_residual_layer_norm_modulate",
     "group_norm_silu", "group_norm_silu_bwd", "group_norm_silu_conv_residual", "layer_norm_modulate",
     "linear_gate_residual", "zero_flag",
 )  # fmt: skip
-# Data sheets and the CUDA programming guide: shared memory a block may use and a multiprocessor has, warps, blocks.
-LIMITS = {
-    "sm_80": (166912, 167936, 64, 32),
-    "sm_90": (232448, 233472, 64, 32),
-    "sm_100": (232448, 233472, 64, 32),
-    "sm_120": (101376, 102400, 48, 24),
-    "gfx942": (65536, 65536, 32, 16),
-}
 TENSOR = r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)\w*"
 MISSING = 40
 # Percent; what is left are partial sums, one number per column of a tile. On AMD products alone are judged, whose
@@ -63,17 +55,6 @@ REFERENCE, EVERYWHERE = (
     ),
 )
 SMALL = 1 << 18  # tensors of fewer bytes may be accessed as the kernel likes, and those of 1/16 of the largest
-
-
-def occupancy(target: str, warps: int, registers: int, shared: int) -> int:
-    """Blocks that fit on one multiprocessor (NVIDIA's occupancy calculator; AMD: waves by vector registers)."""
-    _, on_chip, most_warps, most_blocks = LIMITS[target]
-    if target.startswith("gfx"):
-        waves = 4 * min(8, 512 // (-(-max(registers, 1) // 8) * 8))
-        return min(most_blocks, waves // warps, on_chip // shared if shared else most_blocks)
-    by_registers = 65536 // (-(-max(registers, 1) * 32 // 256) * 256) // 4 * 4 // warps
-    by_shared = on_chip // (-(-(shared + 1024) // 128) * 128)
-    return min(most_blocks, most_warps // warps, by_registers, by_shared)
 
 
 def parameters(launch) -> list[object]:
