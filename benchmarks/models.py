@@ -61,6 +61,8 @@ def _dit(quick: bool) -> Built:
     """DiT-S/2 on 32 x 32 latents, half as deep."""
     heads, layers, size = (2, 1, 4) if quick else (6, 6, 32)
     model = diffusers.DiTTransformer2DModel(heads, 8 if quick else 64, 4, num_layers=layers, sample_size=size)
+    for block in model.transformer_blocks:  # both sides shall see the same labels
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
     index = torch.tensor([10, 20])
     return model, (torch.randn(2, 4, size, size),), lambda model, x: model(x, index, index, return_dict=False)[0]
 
@@ -111,6 +113,8 @@ ZERO = {
     "unet": ((".conv2", (0,), 1),),
     "controlnet": (),  # fresh as it is
     "dit": ((".norm1.linear", (2, 5), 6),),
+    "sd3": ((".norm1.linear", (2, 5), 6), (".norm1_context.linear", (2, 5), 6)),
+    "vae_decoder": ((".conv2", (0,), 1),),
     "flux": ((".norm1.linear", (2, 5), 6), (".norm1_context.linear", (2, 5), 6), (".norm.linear", (2,), 3)),
 }
 
@@ -123,7 +127,7 @@ def _fill(model: nn.Module, name: str, zero: bool) -> None:
                 parameter.normal_(std=0.02)
         for suffix, chunks, of in ZERO.get(name, ()) if zero else ():
             for layer in (m for path, m in model.named_modules() if path.endswith(suffix)):
-                for i in chunks:
+                for i in chunks if layer.weight.shape[0] % of == 0 else ():  # SD3's last context has no gates
                     layer.weight.chunk(of)[i].zero_()
                     layer.bias.chunk(of)[i].zero_()
 
@@ -136,6 +140,8 @@ def _build(name: str, quick: bool, zero: bool) -> Callable[[Case], Work]:
         own = copy.deepcopy(model)
         if not zb.accelerate(own).blocks:
             raise RuntimeError(f"no block of {name} was accelerated")
+        with torch.no_grad():  # whole branches are skipped from the second call of a kind on
+            function(own, *inputs)
         for tensor in inputs:
             tensor.requires_grad_(case.mode == "training")
         used = _used(model, inputs, function) if case.mode == "training" else []

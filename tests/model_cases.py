@@ -7,12 +7,14 @@ import fnmatch
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import zeroblock as zb
 from zeroblock import testing
 from zeroblock.convert import Report
+from zeroblock.convert._proof import _tensors as outputs
 
 from .block_cases import Results, assert_within_budget
 
@@ -53,14 +55,6 @@ def prepared(case: Case, phase: str) -> nn.Module:
                     p = p.view(-1) if p.dim() == 0 else p
                     p[round(start * len(p)) : round(stop * len(p))] = -0.0 if i % 2 else 0.0
     return model
-
-
-def outputs(result: Any) -> list[Tensor]:
-    """The floating tensors of a model's result, in order."""
-    if isinstance(result, Tensor):
-        return [result] if result.is_floating_point() else []
-    values = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else ()
-    return [t for value in values for t in outputs(value)]
 
 
 def cast(inputs: Any, dtype: torch.dtype) -> Any:
@@ -158,16 +152,14 @@ def _flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def train(model: nn.Module, case: Case, dtype: torch.dtype) -> Tensor:
-    """Regression to a fixed target from fresh inputs, the same batches in every dtype; the weights at the end."""
-    model.to(dtype)
-    step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=case.lr, momentum=0.9)
-    targets: list[Tensor] = []
+def train(model: nn.Module, call: Callable[[nn.Module, int], Any], lr: float) -> Tensor:
+    """STEPS steps of regression to a fixed target, call(model, i) being the i-th forward; the weights at the end."""
+    step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=0.9)
     for i in range(STEPS):
         torch.manual_seed(i)
-        ys = outputs(model(**drawn(case, i, dtype)))
+        ys = outputs(call(model, i))
         generator = torch.Generator().manual_seed(4)
-        targets = targets or [torch.randn(y.shape, generator=generator).to(dtype) for y in ys]
+        targets = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in ys]
         loss = sum((y - t).square().mean() for y, t in zip(ys, targets, strict=True))
         step.zero_grad()
         loss.backward()
@@ -175,12 +167,44 @@ def train(model: nn.Module, case: Case, dtype: torch.dtype) -> Tensor:
     return _flat(model)
 
 
+def assert_trained_alike(
+    ours: nn.Module, plain: nn.Module, oracle: nn.Module, call: Callable[[nn.Module, int], Any], lr: float
+) -> None:
+    """Ten steps of ours end as close to the oracle's (float64) as those of the untouched model; trains all three."""
+    start = _flat(plain).double()
+    exact = train(oracle, call, lr)
+    assert (exact - start).norm() > 1e-4 * start.norm(), "nothing was trained"
+    testing.assert_error_budget(train(ours, call, lr), train(plain, call, lr), exact)
+
+
 def check_training(case: Case) -> None:
     """Ten optimizer steps from the model's own initialisation end as close to an fp64 run as eager's do."""
     torch.manual_seed(0)
     plain = case.build()
-    start = _flat(plain).double()
     ours, _ = accelerated(plain)
-    exact = train(copy.deepcopy(plain), case, torch.float64)
-    assert (exact - start).norm() > 1e-4 * start.norm(), "nothing was trained"
-    testing.assert_error_budget(train(ours, case, torch.float32), train(plain, case, torch.float32), exact)
+    oracle = copy.deepcopy(plain).double()
+    call = lambda model, i: model(**drawn(case, i, next(model.parameters()).dtype))  # noqa: E731
+    assert_trained_alike(ours, plain, oracle, call, case.lr)
+
+
+def three_tests(
+    cases: dict[str, Case], together: bool = False, slow: bool = False
+) -> tuple[Callable, Callable, Callable]:
+    """test_gradients, test_inference and test_ten_steps of every case, for a test module to hold."""
+    names, phases = pytest.mark.parametrize("name", cases), pytest.mark.parametrize("phase", ["zero", "dense"])
+
+    @phases
+    @names
+    def test_gradients(name, phase):
+        check(cases[name], phase, evaluate, together=together)
+
+    @phases
+    @names
+    def test_inference(name, phase):
+        check(cases[name], phase, infer)
+
+    @names
+    def test_ten_steps(name):
+        check_training(cases[name])
+
+    return test_gradients, test_inference, pytest.mark.slow(test_ten_steps) if slow else test_ten_steps

@@ -8,7 +8,7 @@ import torch
 import zeroblock as zb
 from zeroblock.convert import _proof, _transformer, diffusers_adaln, diffusers_mmdit, diffusers_resnet
 
-from .model_cases import Case, accelerated, check, check_training, drawn, evaluate, infer, normal, prepared, rows
+from .model_cases import Case, accelerated, check, drawn, evaluate, infer, normal, prepared, rows, three_tests
 
 resnet = pytest.importorskip("diffusers.models.resnet", reason="diffusers is not installed")
 attention = pytest.importorskip("diffusers.models.attention", reason="diffusers is not installed")
@@ -140,16 +140,7 @@ BLOCKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_gradients(name, phase):
-    check(BLOCKS[name], phase, evaluate)
-
-
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_inference(name, phase):
-    check(BLOCKS[name], phase, infer)
+test_gradients, test_inference, test_ten_steps = three_tests(BLOCKS)
 
 
 # What half precision rounds once more or less shows in blocks of every kind of op.
@@ -219,11 +210,6 @@ def test_attention_is_not_run(name):
     zb.restore(ours)
     infer(ours, inputs)
     assert all(p.calls == 1 for p in processors)
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_ten_steps(name):
-    check_training(BLOCKS[name])
 
 
 def _swap_scale_and_shift(monkeypatch):

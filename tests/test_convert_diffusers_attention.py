@@ -11,7 +11,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock import testing
 
-from .model_cases import Case, accelerated, check, check_training, drawn, evaluate, infer, normal, prepared, rows
+from .model_cases import Case, accelerated, check, drawn, infer, normal, prepared, rows, three_tests
 from .test_convert_diffusers_models import CONDITIONED, UNET, diffusers
 
 attention = pytest.importorskip("diffusers.models.attention", reason="diffusers is not installed")
@@ -60,22 +60,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", CASES)
-def test_gradients(name, phase):
-    check(CASES[name], phase, evaluate)
+test_gradients, test_inference, test_ten_steps = three_tests(CASES)
 
 
 @pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_inference(name, dtype, phase):
-    check(CASES[name], phase, infer, dtype)
-
-
-@pytest.mark.parametrize("name", ["layer-norm", "residual"])
-def test_ten_steps(name):
-    check_training(CASES[name])
+def test_half_precision(name, phase):
+    check(CASES[name], phase, infer, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,7 @@ import zeroblock as zb
 from zeroblock import testing
 from zeroblock.convert._core import FAMILIES
 
-from .model_cases import Case, accelerated, check, check_training, evaluate, infer, normal, outputs, prepared
+from .model_cases import Case, accelerated, infer, normal, outputs, prepared, three_tests
 from .test_convert_diffusers_models import CONDITIONED, MODELS, UNET, Controlled, conditions, diffusers, flux_inputs
 
 _NET = {**UNET, "down_block_types": CONDITIONED["down_block_types"], "cross_attention_dim": 12}
@@ -97,22 +97,7 @@ NETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", NETS)
-def test_gradients(name, phase):
-    check(NETS[name], phase, evaluate, together=True)
-
-
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", NETS)
-def test_inference(name, phase):
-    check(NETS[name], phase, infer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETS)
-def test_ten_steps(name):
-    check_training(NETS[name])
+test_gradients, test_inference, test_ten_steps = three_tests(NETS, together=True, slow=True)
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["zero layers", "scale 0"])

@@ -10,7 +10,7 @@ import zeroblock as zb
 from zeroblock.convert import _proof, diffusers_adaln
 from zeroblock.convert._core import FAMILIES
 
-from .model_cases import Case, check, check_training, evaluate, infer, normal, rows
+from .model_cases import Case, check, evaluate, normal, rows, three_tests
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -162,22 +162,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients(name, phase):
-    check(MODELS[name], phase, evaluate, together=True)
-
-
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", MODELS)
-def test_inference(name, phase):
-    check(MODELS[name], phase, infer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_ten_steps(name):
-    check_training(MODELS[name])
+test_gradients, test_inference, test_ten_steps = three_tests(MODELS, together=True, slow=True)
 
 
 def test_one_wrong_gradient_is_found(monkeypatch):

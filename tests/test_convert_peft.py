@@ -11,7 +11,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock import testing
 
-from .model_cases import Case, accelerated, check, check_training, evaluate, infer, normal
+from .model_cases import Case, accelerated, infer, normal, three_tests
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -38,21 +38,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", CASES)
-def test_gradients(name, phase):
-    check(CASES[name], phase, evaluate)
-
-
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", CASES)
-def test_inference(name, phase):
-    check(CASES[name], phase, infer)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_ten_steps(name):
-    check_training(CASES[name])
+test_gradients, test_inference, test_ten_steps = three_tests(CASES)
 
 
 def _skips(model, x):
@@ -116,3 +102,22 @@ def test_second_adapter():
     x = torch.randn(2, 3, 5, 4)
     y, counts = _skips(ours, x)
     assert torch.equal(y, model(x)) and counts == (1, 2)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["as any linear layer", "known as quantised"])
+def test_adapter_of_a_quantised_layer(known):
+    """For a model known to be quantised peft has a layer of its own, which is left to peft and reported."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    plain = _Net()
+    packed = bnb.nn.Linear4bit(8, 6, quant_type="nf4", compute_dtype=torch.float32)
+    packed.load_state_dict(plain.linear.state_dict())
+    plain.linear, plain.is_loaded_in_4bit = packed.to("cpu"), known
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["conv", "linear"]), plain)
+    nn.init.normal_(plain.linear.lora_B["default"].weight)
+    ours, report = accelerated(plain)
+    reason = "a LoRA layer with a forward of its own (embedding or quantised)"
+    assert [(b.path, b.reason) for b in report.left_alone] == ([("linear", reason)] if known else [])
+    assert len(report.branches) == 2 - known
+    x = {"x": torch.randn(2, 3, 5, 4)}
+    testing.assert_error_budget(infer(ours, x)["y0"], infer(plain, x)["y0"], infer(plain, x)["y0"].double())

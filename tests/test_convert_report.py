@@ -47,7 +47,7 @@ def test_every_family_is_in_the_readme():
 
 def test_families_have_texts():
     for name, text in zb.convert.families().items():
-        for word in ("Source: ", "Inference", "Training forward", "backward"):
+        for word in ("Source: ", "Use: ", "Inference", "Training forward", "Training backward"):
             assert word in text, (name, word)
 
 

@@ -2,10 +2,6 @@
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,10 @@ import zeroblock as zb
 from zeroblock import models
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters, rounding
 
-from . import convert_oracles_edm as oracles
 from . import test_convert_edm, test_convert_guided, test_convert_others
 from .convert_cases import assert_same_gradients, outputs, randomize_, run
+from .ranks import run_on_two_ranks
+from .system_models import COUNTED, MODELS
 
 ONE_OF_EACH = {
     **{name: test_convert_others.CASES[name] for name in ("fixup-bottleneck", "rezero", "pixart", "controlnet")},
@@ -29,33 +26,6 @@ if importlib.util.find_spec("timm"):
     from . import test_convert_dit
 
     ONE_OF_EACH["timm"] = test_convert_dit.CASES["timm"]
-
-
-class UNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 32, 3, padding=1)
-        self.res = eager.ResBlock(32, 16, 0.0, use_scale_shift_norm=True)
-        self.edm = oracles.UNetBlock(32, 32, 16)
-        self.out = eager.zero_module(nn.Conv2d(32, 3, 3, padding=1))
-
-    def forward(self, x, emb):
-        return self.out(self.edm(self.res(self.first(x), emb), emb))
-
-
-class DiT(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block, self.final_layer = eager.DiTBlock(16, 2), eager.FinalLayer(16, 1, 4)
-
-    def forward(self, x, c):
-        return self.final_layer(self.block(x, c), c)
-
-
-MODELS = {
-    "unet": (UNet, lambda: (torch.randn(2, 3, 4, 4), torch.randn(2, 16))),
-    "dit": (DiT, lambda: (torch.randn(2, 5, 16), torch.randn(2, 16))),
-}
 
 
 def pair(name, randomize=False):
@@ -213,10 +183,14 @@ class Checkpointed(nn.Module):
         return self.by(self.block, *args)
 
 
+def learning(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 CHECKPOINTS = {
     "reentrant": lambda m, *a: checkpoint(m, *a, use_reentrant=True),
     "not reentrant": lambda m, *a: checkpoint(m, *a, use_reentrant=False),
-    "guided-diffusion": lambda m, *a: OpenAICheckpoint.apply(m, len(a), *a, *m.parameters()),
+    "guided-diffusion": lambda m, *a: OpenAICheckpoint.apply(m, len(a), *a, *learning(m)),
 }
 
 
@@ -226,7 +200,7 @@ CHECKPOINTS = {
 def test_checkpointed(name, randomize, kind):
     ours, theirs, inputs = pair(name, randomize)
     for model in (ours, theirs):
-        part = "res" if name == "unet" else "block"
+        part = "res" if hasattr(model, "res") else "block"
         setattr(model, part, Checkpointed(getattr(model, part), CHECKPOINTS[kind]))
     (y,), got = run(ours, leaves(inputs))
     assert_as_good(ours, theirs, inputs, y, got)
@@ -248,7 +222,7 @@ def test_optimizers_with_accumulation(name, kind):
     """Two micro-batches a step: the zero phase lasts four forwards of the blocks, then nothing is skipped."""
     ours, theirs, _ = pair(name)
     exact = copy.deepcopy(theirs).double()
-    counted = "ResBlock" if name == "unet" else "DiTBlock"
+    counted = COUNTED[name]
     finals, plans = [], []
     for model, dtype in ((ours, torch.float32), (theirs, torch.float32), (exact, torch.float64)):
         torch.manual_seed(1)
@@ -288,17 +262,8 @@ def test_data_swap_of_an_ema(name):
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def test_ddp_and_fsdp_on_two_ranks(tmp_path):
-    worker = Path(__file__).with_name("convert_dist_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "2", str(tmp_path / "rendezvous")],
-            env={**os.environ, "PYTHONSAFEPATH": "1"},  # else this folder's triton stands in for a missing package
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+@pytest.mark.parametrize("name, package", [("guided", "torch"), ("dit", "diffusers"), ("lora", "peft")])
+def test_ddp_and_fsdp_on_two_ranks(name, package, tmp_path):
+    if not importlib.util.find_spec(package):
+        pytest.skip(f"{package} is not installed")
+    run_on_two_ranks("convert_dist_worker.py", tmp_path, name)

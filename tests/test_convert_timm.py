@@ -11,7 +11,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock import testing
 
-from .model_cases import Case, check, check_training, evaluate, infer, normal
+from .model_cases import Case, normal, three_tests
 
 
 def _image(g):
@@ -62,21 +62,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_gradients(name, phase):
-    check(BLOCKS[name], phase, evaluate)
-
-
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_inference(name, phase):
-    check(BLOCKS[name], phase, infer)
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_ten_steps(name):
-    check_training(BLOCKS[name])
+test_gradients, test_inference, test_ten_steps = three_tests(BLOCKS)
 
 
 @pytest.mark.parametrize("name", ["torchvision-basic", "timm-basic"])

@@ -1,11 +1,7 @@
 """Rule 9 of the zero contract and the systems around a block: autocast, compile, export, copies, DDP, DTensor."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ import zeroblock as zb
 from zeroblock import zero
 from zeroblock.testing import counters, eager, reset_counters
 
+from .ranks import run_on_two_ranks
 from .zero_cases import CASES, TAILED, assert_gradients, assert_parity, gradients, image, random_like, run, was_skipped
 
 # ---- autocast -------------------------------------------------------------------------------------------------------
@@ -152,19 +149,7 @@ def test_copies_skip_by_their_own_values(name):
 
 def test_ddp_on_two_ranks(tmp_path):
     """In its default mode, where a parameter that autograd does not reach is an error."""
-    worker = Path(__file__).with_name("zero_ddp_worker.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), "2", str(tmp_path / "rendezvous")],
-            env={**os.environ, "PYTHONSAFEPATH": "1"},  # else this folder's triton stands in for a missing package
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_on_two_ranks("zero_ddp_worker.py", tmp_path)
 
 
 @pytest.fixture

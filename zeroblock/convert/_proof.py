@@ -110,13 +110,15 @@ def _random_copy(block: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _unsharded(block: nn.Module) -> Iterator[None]:
-    """Takes the class that fully_shard gave the block away, whose copies are forbidden."""
-    kind = type(block)
-    block.__class__ = next(c for c in kind.__mro__ if all(base.__name__ != "FSDPModule" for base in c.__mro__))
+    """Takes the classes that fully_shard gave the block and its parts away, whose copies are forbidden."""
+    kinds = [(m, type(m)) for m in block.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+    for m, kind in kinds:
+        m.__class__ = next(c for c in kind.__mro__ if all(base.__name__ != "FSDPModule" for base in c.__mro__))
     try:
         yield
     finally:
-        block.__class__ = kind
+        for m, kind in kinds:
+            m.__class__ = kind
 
 
 def _random(t: Tensor, name: str, is_parameter: bool) -> Tensor:

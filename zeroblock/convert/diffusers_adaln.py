@@ -32,8 +32,11 @@ class _AdaLayerNorm(Family):
 class AdaLayerNormZero(_AdaLayerNorm):
     """(norm(x) * (1 + scale_msa) + shift_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp), all six of linear(silu(emb))
 
-    Source: diffusers models/normalization.py. Inference: one pass over x. Training forward: x and two numbers a token
-    are saved for backward. Training backward: one pass. Nothing is skipped here; the block that uses the gates does.
+    Source: diffusers models/normalization.py.
+    Use: zb.accelerate(transformer). Nothing is skipped here; the block that uses the gates does.
+    Inference: one pass over x.
+    Training forward: one pass; x and two numbers a token are saved for backward.
+    Training backward: one pass.
     """
 
     name = "AdaLayerNormZero"
@@ -65,9 +68,11 @@ class AdaLayerNormZero(_AdaLayerNorm):
 class AdaLayerNormZeroSingle(_AdaLayerNorm):
     """(norm(x) * (1 + scale) + shift, gate), all three of linear(silu(emb))
 
-    Source: diffusers models/normalization.py (Flux). Inference: one pass over x. Training forward: x and two numbers a
-    token are saved for backward. Training backward: one pass. Nothing is skipped here; the block that uses the gate
-    does.
+    Source: diffusers models/normalization.py (Flux).
+    Use: zb.accelerate(transformer). Nothing is skipped here; the block that uses the gate does.
+    Inference: one pass over x.
+    Training forward: one pass; x and two numbers a token are saved for backward.
+    Training backward: one pass.
     """
 
     name = "AdaLayerNormZeroSingle"
@@ -82,9 +87,11 @@ class AdaLayerNormZeroSingle(_AdaLayerNorm):
 class SD35AdaLayerNormZeroX(_AdaLayerNorm):
     """AdaLayerNormZero with a second modulation of the same norm, nine vectors of linear(silu(emb))
 
-    Source: diffusers models/normalization.py (Stable Diffusion 3.5). Inference: one pass over x for each modulation.
-    Training forward: x and two numbers a token are saved for backward, for each. Training backward: one pass for each.
-    Nothing is skipped here; the block that uses the gates does.
+    Source: diffusers models/normalization.py (Stable Diffusion 3.5).
+    Use: zb.accelerate(transformer). Nothing is skipped here; the block that uses the gates does.
+    Inference: one pass over x for each modulation.
+    Training forward: one pass for each; x and two numbers a token are saved for backward.
+    Training backward: one pass for each.
     """
 
     name = "SD35AdaLayerNormZeroX"
@@ -102,8 +109,11 @@ class SD35AdaLayerNormZeroX(_AdaLayerNorm):
 class AdaLayerNormContinuous(_AdaLayerNorm):
     """norm(x) * (1 + scale) + shift, (scale, shift) = linear(silu(conditioning)); layer norm or RMS norm
 
-    Source: diffusers models/normalization.py. Inference: one pass over x. Training forward: x and two numbers a token
-    are saved for backward. Training backward: one pass. There is nothing to skip.
+    Source: diffusers models/normalization.py.
+    Use: zb.accelerate(transformer). There is nothing to skip.
+    Inference: one pass over x.
+    Training forward: one pass; x and two numbers a token are saved for backward.
+    Training backward: one pass.
     """
 
     name = "AdaLayerNormContinuous"

@@ -49,6 +49,7 @@ class Attention(_Ungated):
 
     Source: diffusers models/attention_processor.py; attn1 and attn2 of a BasicTransformerBlock with plain norms, the
     attention of UNet2DModel and of the VAE. Left to diffusers while it is not zero.
+    Use: zb.accelerate(model).
     Inference while to_out is zero: nothing but its bias is computed (once for every kind of input the attention runs,
     to be compared).
     Training forward while to_out is zero: to_out is skipped (family ZeroLayer).
@@ -78,6 +79,7 @@ class FeedForward(_Ungated):
 
     Source: diffusers models/attention.py, FeedForward of blocks with plain norms. Left to diffusers while it is not
     zero.
+    Use: zb.accelerate(model).
     Inference while the last linear is zero: nothing but its bias is computed (once for every kind of input it runs, to
     be compared).
     Training forward while the last linear is zero: it is skipped (family ZeroLayer).
@@ -102,6 +104,7 @@ class Transformer2DModel(_Ungated):
 
     Source: diffusers models/transformers/transformer_2d.py, for images. Left to diffusers while it is not zero; the
     branches of its blocks are rows of their own.
+    Use: zb.accelerate(unet).
     Inference while proj_out is zero: nothing but its bias is added (once for every kind of input all runs, to be
     compared).
     Training forward while proj_out is zero: proj_out is skipped (family ZeroLayer).

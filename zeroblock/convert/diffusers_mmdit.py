@@ -26,11 +26,19 @@ from ._transformer import (
 )
 
 
+def _streams(D: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, text and conditioning for a proof."""
+    return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, D)
+
+
 class _TwoStreams(Family):
     """Attention of both streams together, then a feed-forward for each."""
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")
+
+    def example(self, block: Any) -> tuple:
+        return _streams(block.norm1.linear.in_features)
 
     def _attended(
         self, attn: nn.Module, attend: Callable, x: Tensor, context: Tensor, gates: tuple[Tensor, Tensor], *h: Tensor
@@ -72,6 +80,7 @@ class JointTransformerBlock(_TwoStreams):
 
     The block of Stable Diffusion 3 and 3.5 (with a second attention of x alone). Source: diffusers
     models/attention.py.
+    Use: zb.accelerate(transformer); attention processors stay as they are.
     Inference: attention is not run while the gates of both streams are zero, a feed-forward not while its own is.
     Training forward while the gates are zero: attention and feed-forward run once, without a graph.
     Training backward while zero: the gates' gradients alone; the rest are zeros.
@@ -89,10 +98,6 @@ class JointTransformerBlock(_TwoStreams):
             found["attn"] += self._context_rows(block)
             found["ff_context"] = gate_rows(block.norm1_context.linear, 6, 5)
         return found
-
-    def example(self, block: Any) -> tuple:
-        D = block.norm1.linear.in_features
-        return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, D)
 
     def forward(
         self,
@@ -130,6 +135,7 @@ class FluxTransformerBlock(_TwoStreams):
     """x + gate_msa * attn, then x + gate_mlp * ff(modulate(norm2 x)), and the context likewise; one joint attention
 
     The two-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
+    Use: zb.accelerate(transformer); blocks with an image prompt adapter are left to diffusers.
     Inference: attention is not run while the gates of both streams are zero, a feed-forward not while its own is.
     Training forward while the gates are zero: attention and feed-forward run once, without a graph.
     Training backward while zero: the gates' gradients alone; the rest are zeros.
@@ -144,10 +150,6 @@ class FluxTransformerBlock(_TwoStreams):
             "ff": gate_rows(block.norm1.linear, 6, 5),
             "ff_context": gate_rows(block.norm1_context.linear, 6, 5),
         }
-
-    def example(self, block: Any) -> tuple:
-        D = block.norm1.linear.in_features
-        return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, D)
 
     def forward(
         self,
@@ -180,6 +182,7 @@ class FluxSingleTransformerBlock(Family):
     """x + gate * proj_out([attn(h), gelu(proj_mlp h)]), h = modulate(norm x), x the context and the image as one stream
 
     The one-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
+    Use: zb.accelerate(transformer); attention processors stay as they are.
     Inference while the gate or proj_out is zero: attention, MLP and projection are not run; with zero gate rows in
     norm.linear nothing is.
     Training forward while zero: they run once, without a graph.
@@ -196,8 +199,7 @@ class FluxSingleTransformerBlock(Family):
         return {"gate": gate_rows(block.norm.linear, 3, 2), "proj_out": held_by(block.proj_out, block.proj_out.weight)}
 
     def example(self, block: Any) -> tuple:
-        D = block.norm.linear.in_features
-        return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, D)
+        return _streams(block.norm.linear.in_features)
 
     def forward(
         self,

@@ -20,6 +20,7 @@ class TemporalConvLayer(Family):
     """y = x + conv4(conv3(conv2(conv1 x))), each of them GroupNorm, SiLU, dropout and a (3, 1, 1) convolution
 
     The temporal layer of diffusers' video U-Nets, zero at the start. Source: diffusers models/resnet.py.
+    Use: zb.accelerate(unet) after the temporal layers are added; frozen image layers need nothing.
     Inference while the last convolution is zero: nothing but its bias is added.
     Training forward while zero: everything but the last convolution, without a graph.
     Training backward while zero: the last convolution's gradients; the rest are zeros.
@@ -66,6 +67,7 @@ class AnimateDiffTransformer3D(Family):
 
     AnimateDiff's motion module. Source: diffusers models/unets/unet_motion_model.py (guoyww/AnimateDiff starts proj_out
     at zero, diffusers does not).
+    Use: zb.accelerate(unet) after the motion adapter is loaded.
     Inference while proj_out is zero: nothing but its bias is added.
     Training forward while zero: everything but proj_out, without a graph.
     Training backward while zero: proj_out's gradients; the rest are zeros.
@@ -132,6 +134,7 @@ class GatedSelfAttentionDense(Family):
     """x + tanh(alpha_attn) * attn(norm1 [x, linear(objs)]), then x + tanh(alpha_dense) * ff(norm2 x)
 
     GLIGEN's grounding layer; both scalars are zero at the start. Source: diffusers models/attention.py.
+    Use: zb.accelerate(unet) of a GLIGEN model; unet.enable_fuser works as before.
     Inference while a scalar is zero: its half is not run.
     Training forward while zero: it runs once, without a graph.
     Training backward while zero: the scalar's gradient alone; the rest are zeros.

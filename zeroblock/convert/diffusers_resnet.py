@@ -80,6 +80,7 @@ class ResnetBlock2D(_Resnet):
 
     The U-Net and VAE block of diffusers; temb is added to conv1's output ("default") or modulates norm2
     ("scale_shift"). Fused where act is SiLU. Source: diffusers models/resnet.py.
+    Use: zb.accelerate(unet) or zb.accelerate(vae), before torch.compile.
     Inference while conv2 is zero: nothing but shortcut and bias is computed.
     Training forward while zero: everything but conv2, without a graph.
     Training backward while zero: conv2's and the shortcut's gradients; the rest are zeros.
@@ -145,6 +146,7 @@ class ResnetBlockCondNorm2D(_Resnet):
 
     ResnetBlock2D with norms that take temb: AdaGroupNorm, SpatialNorm. Source: diffusers models/resnet.py. Its dense
     forward is left as it is.
+    Use: zb.accelerate(model), before torch.compile.
     Inference while conv2 is zero: nothing but shortcut and bias is computed.
     Training forward while zero: everything but conv2, without a graph.
     Training backward while zero: conv2's and the shortcut's gradients; the rest are zeros.

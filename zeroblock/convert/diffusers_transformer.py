@@ -34,6 +34,7 @@ class BasicTransformerBlock(Family):
 
     The block of DiT (norm_type "ada_norm_zero": six vectors of norm1.linear) and PixArt ("ada_norm_single":
     scale_shift_table + timestep embedding). Source: diffusers models/attention.py.
+    Use: zb.accelerate(transformer). Blocks with plain norms: see Attention and FeedForward.
     Inference: a half whose gate is zero is not run; with zero gate rows in norm1.linear the block is a copy. A cross
     attention whose output layer is zero is not run.
     Training forward while a gate is zero: its half runs once, without a graph.
@@ -137,6 +138,7 @@ class DiTTransformer2DModel(Family):
 
     The output head of diffusers' DiT; the blocks are a family of their own. Source: diffusers
     models/transformers/dit_transformer_2d.py.
+    Use: zb.accelerate(transformer); gradient checkpointing works as before.
     Inference while proj_out_2 is zero: the head is its bias; norm, modulation and projection are not run.
     Training forward while zero: norm and modulation alone.
     Training backward while zero: proj_out_2's gradients; the rest are zeros.

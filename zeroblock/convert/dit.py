@@ -28,8 +28,21 @@ def inactive(dropout: Any) -> bool:
     return isinstance(dropout, nn.Identity) or isinstance(dropout, nn.Dropout) and not (dropout.training and dropout.p)
 
 
+class _Modulated(Family):
+    """What blocks and final layers share: plain norms, and the attributes they are known by."""
+
+    parts: tuple[str, ...]
+
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+        missing = lacks(block, *self.parts)
+        return missing or (None if self._fits(block) else _NOT_PLAIN)
+
+    def _fits(self, block: Any) -> bool:
+        raise NotImplementedError
+
+
 @register
-class DiTBlock(Family):
+class DiTBlock(_Modulated):
     """x = x + gate_msa * attn(modulate(norm1 x)), then x + gate_mlp * mlp(modulate(norm2 x)); adaLN zero at the start.
 
     Source: facebookresearch/DiT `models.DiTBlock`, SiT, fast-DiT; timm's Attention and Mlp.
@@ -42,10 +55,7 @@ class DiTBlock(Family):
 
     name = "DiTBlock"
     classes = ("DiTBlock", "SiTBlock")
-
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
-        missing = lacks(block, "norm1", "attn", "norm2", "mlp", "adaLN_modulation.1")
-        return missing or (None if self._fits(block) else _NOT_PLAIN)
+    parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation.1")
 
     def _fits(self, block: Any) -> bool:
         return plain_norm(block.norm1) and plain_norm(block.norm2) and zero.bypassable((block.norm1, block.norm2))
@@ -115,7 +125,7 @@ def _mlp_parts(mlp: Any) -> tuple | None:
 
 
 @register
-class FinalLayer(Family):
+class FinalLayer(_Modulated):
     """linear(norm_final(x) * (1 + scale) + shift), both linears zero at the start.
 
     Source: facebookresearch/DiT `models.FinalLayer`, SiT, fast-DiT.
@@ -127,10 +137,7 @@ class FinalLayer(Family):
 
     name = "FinalLayer"
     classes = ("FinalLayer",)
-
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
-        missing = lacks(block, "norm_final", "linear", "adaLN_modulation.1")
-        return missing or (None if self._fits(block) else _NOT_PLAIN)
+    parts: tuple[str, ...] = ("norm_final", "linear", "adaLN_modulation.1")
 
     def _fits(self, block: Any) -> bool:
         norm, linear = block.norm_final, block.linear

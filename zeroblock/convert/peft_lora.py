@@ -18,6 +18,7 @@ class LoRA(Family):
 
     B is zero at the start. Source: Hu et al. 2021; peft tuners/lora/layer.py. Variants (DoRA and others), merged and
     disabled adapters, and mixed batches are left to peft.
+    Use: zb.accelerate(model) after the adapters are injected; merging and switching them works as before.
     Inference while B is zero: A and B are not run.
     Training forward while zero: A, without a graph.
     Training backward while zero: B's gradient; A's and the branch's part of x's are zeros.
@@ -27,11 +28,9 @@ class LoRA(Family):
     classes = ("LoraLayer",)
     dense_backend = "eager"
 
-    def knows(self, block: nn.Module) -> bool:
-        names = {c.__name__ for c in type(block).__mro__}
-        return "LoraLayer" in names and bool(names & {"Linear", "Conv1d", "Conv2d", "Conv3d"})
-
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        if not {c.__name__ for c in type(block).__mro__} & {"Linear", "Conv1d", "Conv2d", "Conv3d"}:
+            return "a LoRA layer with a forward of its own (embedding or quantised)"
         missing = lacks(block, "base_layer", "lora_A", "lora_B", "lora_dropout", "scaling")
         if missing is None and (getattr(block, "lora_variant", None) or any(block.use_dora.values())):
             return "it is a variant of LoRA"

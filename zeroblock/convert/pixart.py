@@ -12,8 +12,8 @@ from .. import zero
 from .._compose import bare_residual
 from ..nn import _common
 from ..nn.dit import fused_final
-from ._core import lacks, register
-from .dit import _NOT_PLAIN, DiTBlock, FinalLayer, _mlp_parts
+from ._core import register
+from .dit import DiTBlock, FinalLayer, _mlp_parts
 
 
 @register
@@ -30,10 +30,7 @@ class PixArtBlock(DiTBlock):
 
     name = "PixArtBlock"
     classes = ("PixArtBlock", "PixArtMSBlock")
-
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
-        missing = lacks(block, "norm1", "attn", "cross_attn.proj", "norm2", "mlp", "scale_shift_table")
-        return missing or (None if self._fits(block) else _NOT_PLAIN)
+    parts: tuple[str, ...] = ("norm1", "attn", "cross_attn.proj", "norm2", "mlp", "scale_shift_table")
 
     def claims(self, block: nn.Module) -> Iterable[nn.Module]:
         """All but the projection, which a single layer's family skips in training."""
@@ -83,10 +80,7 @@ class T2IFinalLayer(FinalLayer):
 
     name = "T2IFinalLayer"
     classes = ("T2IFinalLayer",)
-
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
-        missing = lacks(block, "norm_final", "linear", "scale_shift_table")
-        return missing or (None if self._fits(block) else _NOT_PLAIN)
+    parts: tuple[str, ...] = ("norm_final", "linear", "scale_shift_table")
 
     def example(self, block: Any) -> tuple:
         D = block.linear.in_features

@@ -27,8 +27,10 @@ class ResNetBlock(Family):
 
     The last norm's weight is zero at the start (zero_init_residual, zero_init_last). Source: torchvision and timm
     models/resnet.py.
+    Use: zb.accelerate(model), then model.eval() for inference.
     Inference (eval mode, no gradients) while that weight is zero: nothing but its bias is added to the shortcut.
-    Training forward and backward: as ever; batch norms learn their statistics from every batch.
+    Training forward: as ever; batch norms learn their statistics from every batch.
+    Training backward: as ever.
     """
 
     name = "ResNetBlock"

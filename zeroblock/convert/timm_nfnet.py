@@ -18,6 +18,7 @@ class NormFreeBlock(Family):
 
     The scalar skipinit_gain (SkipInit, De & Smith 2020), or conv3's gain, is zero at the start. Source: timm
     models/nfnet.py.
+    Use: zb.accelerate(model).
     Inference while it is zero: nothing of the branch is run (but for conv3's bias where its gain is the zero one).
     Training forward while skipinit_gain is zero: the branch runs once, without a graph; conv3's gain: as ever.
     Training backward while skipinit_gain is zero: its gradient alone; the rest are zeros.
