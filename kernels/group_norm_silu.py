@@ -43,7 +43,7 @@ from ._launch import launch
 
 # (most words of a program, num_warps) by numbers of a word. Twice as many words of two numbers still fit, but take the
 # compiler a minute.
-ONE_READ = {1: ((2048, 4), (40960, 8)), 2: ((2048, 4), (20480, 8))}
+ONE_READ = {1: ((2048, 4), (20480, 8), (40960, 16)), 2: ((2048, 4), (20480, 8))}
 COMBINE = 64
 
 
