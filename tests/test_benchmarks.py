@@ -12,7 +12,7 @@ import pytest
 from .conftest import BENCHMARKS
 
 CASES = {
-    "memory_bound": 28, "zero": 16, "dense": 22, "frozen": 11, "overhead": 26, "saved": 30, "models": 20, "whole": 12,
+    "memory_bound": 28, "zero": 16, "dense": 22, "frozen": 11, "overhead": 26, "saved": 32, "models": 24, "whole": 12,
     "peak": 1,
 }  # fmt: skip
 
