@@ -11,12 +11,23 @@ from zeroblock import _backends, _gpu, _plan, _plan_measure, _plan_store, zero
 from zeroblock.testing import assert_bitwise_equal
 
 from .plan_cases import FakeTimer, never
-from .plan_gpu_cases import OPS, OPTIONS, TAKEN, Timer, choices, inputs, planned_on_the_cpu, run, stand_ins
+from .plan_gpu_cases import (
+    OPS,
+    OPTIONS,
+    TAKEN,
+    TRITON,
+    Timer,
+    choices,
+    inputs,
+    ops,
+    planned_on_the_cpu,
+    run,
+    stand_ins,
+    tails,
+)
 
 if _backends.interprets():
     pytest.skip("stand-ins need a process that does not interpret", allow_module_level=True)
-TRITON = pytest.mark.skipif(not _gpu.LINEAR.candidates.keys() - {"library"}, reason="triton is not installed")
-ops = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.fixture
@@ -54,9 +65,8 @@ def test_a_slower_candidate_is_never_chosen(op, seconds, kept, backends):
     assert by_rule if not kept else choice == "library" or by_rule
 
 
-@TRITON
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("op", OPS[5:])
+@tails
 def test_configurations_of_the_dtype_compete(op, dtype, backends):
     timer = FakeTimer()
     with _plan.use(timer=timer):

@@ -8,11 +8,10 @@ import torch
 import zeroblock as zb
 from zeroblock import _backends, _plan, _plan_measure
 
-from .plan_gpu_cases import OPS, OPTIONS, TAKEN, Timer, inputs, run, stand_ins
+from .plan_gpu_cases import OPTIONS, TAKEN, Timer, inputs, ops, run, stand_ins, tails
 
 if _backends.interprets():
     pytest.skip("stand-ins need a process that does not interpret", allow_module_level=True)
-ops = pytest.mark.parametrize("op", OPS)
 
 
 @pytest.fixture
@@ -23,10 +22,8 @@ def backends():
 
 # ---- the zero path --------------------------------------------------------------------------------------------------
 
-TAILS = pytest.mark.parametrize("op", OPS[5:])
 
-
-@TAILS
+@tails
 def test_a_zero_tail_does_not_decide_the_plan(op, backends):
     """New tails are zero. What is timed runs as if they were not, forward and backward, after a scan of the weight."""
     given = inputs(op, grad=True)
@@ -53,7 +50,7 @@ def test_a_zero_tail_does_not_decide_the_plan(op, backends):
     assert torch.equal(upstream, torch.zeros_like(upstream)) and bool(given["weight"].grad.any())
 
 
-@TAILS
+@tails
 def test_a_plan_of_library_calls_has_no_zero_path(op, backends):
     given = inputs(op)
     given["weight"].zero_()
@@ -64,7 +61,7 @@ def test_a_plan_of_library_calls_has_no_zero_path(op, backends):
     assert "zero path: off: the GEMM is a library call (the plan: the fastest as measured)" in text
 
 
-@TAILS
+@tails
 def test_no_tensor_is_read_on_the_host(op, backends, monkeypatch):
     """Once measured; the stand-ins read flags, the library's way reads none."""
     with _plan.use(timer=Timer({"library": 0.5})):

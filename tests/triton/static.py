@@ -122,14 +122,12 @@ def compile_facts(launch, target: str) -> dict[str, object]:
         registers = count["vgpr_count"]
         spills = sum(count.values()) - registers
         instructions = len(re.findall(r"^\s+[svdgb]\w*_\w+", assembly, re.M))
+        accesses = ptx.llvm_accesses(compiled.asm["llir"])
     else:
         usage, assembly = _disassemble(compiled.asm["cubin"])
         registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
         spills = stack + local
         instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", assembly, re.M))
-    if target.startswith("gfx"):
-        accesses = ptx.llvm_accesses(compiled.asm["llir"])
-    else:
         accesses = ptx.accesses(compiled.asm["ptx"])
     return {
         "registers": registers, "spills": spills, "shared": shared, "warps": warps,
