@@ -261,11 +261,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compile-seconds", default=120.0, type=float, help="a baseline that takes longer is left out (default 120)"
     )
+    parser.add_argument("--prepare", action="store_true", help="only compile the baselines, into the compiler's cache")
+    parser.add_argument("--report", action="store_true", help="only print the tables of the stored results (markdown)")
+    return parse_common(parser, arguments)
+
+
+def parse_common(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """With the options of every script that stores times; the parser has --seconds of its own."""
     parser.add_argument("--allocator", default="pinned", choices=store.ALLOCATORS, help="see README.md")
     parser.add_argument("--out", default=store.RESULTS, type=Path, help="default: benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that everything runs, not how fast")
-    parser.add_argument("--prepare", action="store_true", help="only compile the baselines, into the compiler's cache")
-    parser.add_argument("--report", action="store_true", help="only print the tables of the stored results (markdown)")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seconds = min(options.seconds, 0.02)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from cases import MODES, Side, Work
 from plot import GRID, INK
-from run import use_allocator
+from run import parse_common, use_allocator
 from torch.utils.flop_counter import FlopCounterMode
 
 from zeroblock.testing.timing import measure
@@ -221,15 +221,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help=f"default {','.join(map(str, doubled))}; all but the sweep of threads has the most of them",
     )  # fmt: skip
     parser.add_argument("--seconds", default=1.0, type=float, help="time per point (default 1)")
-    parser.add_argument("--allocator", default="pinned", choices=store.ALLOCATORS, help="see README.md")
-    parser.add_argument("--out", default=store.RESULTS, type=Path, help="default: benchmarks/results")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that everything runs, not how fast")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.seconds = min(options.seconds, 0.02)
-        if options.out == store.RESULTS:
-            parser.error("--quick needs --out: its times must not replace measured ones")
-    return options
+    return parse_common(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,25 @@ void check_dense(const Tensor& t, bool channels_last, const char* what) {
   STD_TORCH_CHECK(ok, "zeroblock: ", what, " must be dense in the layout of x");
 }
 
+// The parameters of a group norm (of either backend) that x decides.
+template <class P>
+P images(const Tensor& x, int64_t groups, bool silu, bool channels_last) {
+  STD_TORCH_CHECK(x.dim() >= 2 && groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0,
+                  "zeroblock: x must be [N, C, *] with C divisible by the groups");
+  check_dense(x, channels_last, "x");
+  P p{};
+  p.dtype = dtype_of(x);
+  p.channels_last = channels_last;
+  p.silu = silu;
+  p.N = x.size(0);
+  p.C = x.size(1);
+  p.G = groups;
+  p.S = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) p.S *= x.size(d);
+  p.x = x.const_data_ptr();
+  return p;
+}
+
 void check_like(const Tensor& t, const Tensor& x, const char* what) {
   STD_TORCH_CHECK(ZB_IS_HERE(t) && t.scalar_type() == x.scalar_type() && t.numel() == x.numel(), "zeroblock: ", what,
                   " must match x in dtype and size");

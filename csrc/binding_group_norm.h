@@ -8,19 +8,7 @@ namespace {
 GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                 const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
                                 bool channels_last, std::vector<Tensor>& keep) {
-  STD_TORCH_CHECK(x.dim() >= 2 && groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0,
-                  "zeroblock: x must be [N, C, *] with C divisible by the groups");
-  check_dense(x, channels_last, "x");
-  GroupNormSilu p{};
-  p.dtype = dtype_of(x);
-  p.channels_last = channels_last;
-  p.silu = silu;
-  p.N = x.size(0);
-  p.C = x.size(1);
-  p.G = groups;
-  p.S = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) p.S *= x.size(d);
-  p.x = x.const_data_ptr();
+  GroupNormSilu p = images<GroupNormSilu>(x, groups, silu, channels_last);
   p.weight = as_f32(weight, p.C, keep, "weight");
   p.bias = as_f32(bias, p.C, keep, "bias");
   p.scale = as_f32(scale, p.N * p.C, keep, "scale");

@@ -10,19 +10,7 @@ namespace {
 cuda::GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                       const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
                                       bool channels_last, const MaybeTensor& zero, std::vector<Tensor>& keep) {
-  STD_TORCH_CHECK(x.dim() >= 2 && groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0,
-                  "zeroblock: x must be [N, C, *] with C divisible by the groups");
-  check_dense(x, channels_last, "x");
-  cuda::GroupNormSilu p{};
-  p.dtype = dtype_of(x);
-  p.channels_last = channels_last;
-  p.silu = silu;
-  p.N = x.size(0);
-  p.C = x.size(1);
-  p.G = groups;
-  p.S = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) p.S *= x.size(d);
-  p.x = x.const_data_ptr();
+  cuda::GroupNormSilu p = images<cuda::GroupNormSilu>(x, groups, silu, channels_last);
   p.weight = as_operand(weight, x, {p.C}, keep, "weight");
   p.bias = as_operand(bias, x, {p.C}, keep, "bias");
   p.scale = as_operand(scale, x, {p.N, p.C}, keep, "scale");

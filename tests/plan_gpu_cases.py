@@ -142,6 +142,12 @@ def stand_ins() -> Iterator[dict[str, Backend]]:
         yield backends
 
 
+@pytest.fixture(name="backends")
+def backends_fixture() -> Iterator[dict[str, Backend]]:
+    with stand_ins() as found:
+        yield found
+
+
 def inputs(op: str, dtype: torch.dtype = torch.float32, kernel: int = 3, grad: bool = False) -> dict[str, Tensor]:
     """Operands of a public function, small; with `grad` as leaves."""
     generator = torch.Generator().manual_seed(0)

@@ -22,18 +22,12 @@ from .plan_gpu_cases import (
     ops,
     planned_on_the_cpu,
     run,
-    stand_ins,
     tails,
 )
+from .plan_gpu_cases import backends_fixture as _backends_fixture  # noqa: F401  (the tests' `backends`)
 
 if _backends.interprets():
     pytest.skip("stand-ins need a process that does not interpret", allow_module_level=True)
-
-
-@pytest.fixture
-def backends():
-    with stand_ins() as found:
-        yield found
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------

@@ -8,16 +8,11 @@ import torch
 import zeroblock as zb
 from zeroblock import _backends, _plan, _plan_measure
 
-from .plan_gpu_cases import OPTIONS, TAKEN, Timer, inputs, ops, run, stand_ins, tails
+from .plan_gpu_cases import OPTIONS, TAKEN, Timer, inputs, ops, run, tails
+from .plan_gpu_cases import backends_fixture as _backends_fixture  # noqa: F401  (the tests' `backends`)
 
 if _backends.interprets():
     pytest.skip("stand-ins need a process that does not interpret", allow_module_level=True)
-
-
-@pytest.fixture
-def backends():
-    with stand_ins() as found:
-        yield found
 
 
 # ---- the zero path --------------------------------------------------------------------------------------------------
