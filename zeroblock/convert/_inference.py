@@ -41,7 +41,7 @@ class InferenceSkip(Family):
     def holders(self, block: Any) -> tuple[Tensor, ...] | None:
         """The tensors that hold the block at zero; None when that cannot be relied on now."""
         layers = self.zero_layers(block)
-        return tuple(layer.weight for layer in layers) if all(map(is_plain_layer, layers)) else None
+        return tuple([layer.weight for layer in layers]) if all(map(is_plain_layer, layers)) else None
 
     def claims(self, block: Any) -> Iterable[nn.Module]:
         return (block,)
@@ -54,11 +54,9 @@ class InferenceSkip(Family):
         if torch.is_grad_enabled():
             return False
         tensors = self.holders(block)
-        if not tensors or not all(map(zero.may_judge, tensors)):
+        if not tensors or not zero.may_skip_branch(self.name, self.zero_skip, tensors[0]):
             return False
-        if not zero.may_skip_branch(self.name, self.zero_skip, tensors[0]):
-            return False
-        found = scaled_away or all(map(zero.is_exactly_zero, tensors))
+        found = all(map(zero.may_judge if scaled_away else zero.is_exactly_zero, tensors))
         if found and (_common.may_draw(block) or not zero.bypassable(block.children())):
             return False
         zero.count(self.name, found)

@@ -20,17 +20,18 @@ class _Ungated(InferenceSkip):
     """What the branches share: known by name in diffusers, dense as they are."""
 
     inner = True
-    last: str  # the layer that holds the branch at zero
+    last: tuple[str, ...]  # the path of the layer that holds the branch at zero
 
     def knows(self, block: nn.Module) -> bool:
         return type(block).__name__ in self.classes and type(block).__module__.startswith("diffusers.")
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
-        return lacks(block, self.last)
+        return lacks(block, ".".join(self.last))
 
     def zero_layers(self, block: Any) -> list[Any]:
-        return [functools.reduce(lambda m, name: m[int(name)] if name.isdigit() else getattr(m, name),
-                                 self.last.split("."), block)]  # fmt: skip
+        for name in self.last:
+            block = block._modules[name]
+        return [block]
 
     def bare(self, block: Any, x: Tensor, residual: bool) -> Tensor:
         """(x +) the bias of the last layer, in eager's dtype."""
@@ -58,7 +59,7 @@ class Attention(_Ungated):
 
     name = "Attention"
     classes = ("Attention",)
-    last = "to_out.0"
+    last = ("to_out", "0")
 
     def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         x, residual = hidden_states, block.residual_connection
@@ -88,7 +89,7 @@ class FeedForward(_Ungated):
 
     name = "FeedForward"
     classes = ("FeedForward",)
-    last = "net.2"
+    last = ("net", "2")
 
     def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         eager = functools.partial(self.eager, block, hidden_states, *args, **kwargs)
@@ -113,7 +114,7 @@ class Transformer2DModel(_Ungated):
 
     name = "Transformer2DModel"
     classes = ("Transformer2DModel",)
-    last = "proj_out"
+    last = ("proj_out",)
 
     def knows(self, block: nn.Module) -> bool:
         return super().knows(block) and getattr(block, "is_input_continuous", False)
