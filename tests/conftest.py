@@ -5,6 +5,7 @@ repairs of triton/interpret.py, and is then the only one that `backend` yields (
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pathlib
@@ -89,17 +90,30 @@ SLOW_EMULATED = (
 ONE_WORKER = ("benchmarks", "benchmarks_gpu", "cuda_build", "cuda_static", "doctor_html", "isa", "packaging")
 
 
+# No line of these depends on the version of torch: left out of the reduced set, as is what is slow. Of the emulated
+# kernels that set keeps the cases of test_unusual_input, which take every op forward and backward through the bindings.
+OF_NO_TORCH = ("cuda_emulator", "cuda_static", "cuda_traffic", "doctor_html")
+
+
+def emulates(item) -> bool:
+    """Whether the test runs the CUDA kernels without a GPU."""
+    backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    return backend == "cuda" and not INTERPRETS and not torch.cuda.is_available()
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups and -m the marks in hooks of the same name
 def pytest_collection_modifyitems(config, items):
     """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        stem = item.path.stem.removeprefix("test_")
+        if stem in ONE_WORKER:
+            item.add_marker(pytest.mark.xdist_group(stem))
+        if stem in OF_NO_TORCH or (emulates(item) and stem != "unusual_input"):
+            item.add_marker(pytest.mark.slow)
 
     def wanted(item):
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
         if not INTERPRETS:
-            emulates = parameters.get("backend") == "cuda" and not torch.cuda.is_available()
-            return not emulates or not (
+            return not emulates(item) or not (
                 item.name.startswith(SLOW_EMULATED) or any(ids in item.name for ids in REPEATED)
             )
         if "triton" in item.path.parent.name or "interpreted" in item.keywords:
@@ -110,3 +124,9 @@ def pytest_collection_modifyitems(config, items):
     rest = [item for item in items if not wanted(item)]
     items[:] = [item for item in items if wanted(item)]
     config.hook.pytest_deselected(items=rest)
+
+
+def pytest_collection_finish(session):
+    """Modules and test items stay to the end: the garbage collector need not walk them again and again."""
+    gc.collect()
+    gc.freeze()
