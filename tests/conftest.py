@@ -95,6 +95,26 @@ SLOW_EMULATED = (
 ONE_WORKER = ("benchmarks", "benchmarks_gpu", "cuda_build", "cuda_static", "doctor_html", "isa", "packaging")
 
 
+def stem(path: str | pathlib.Path) -> str:
+    return pathlib.Path(path).stem.removeprefix("test_")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files of ONE_WORKER go to a worker as a whole and, being the largest, first; other tests one by one.
+
+    The mark xdist_group would say so too, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return path if stem(path) in ONE_WORKER else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") in ("load", "loadgroup") else None
+
+
 # Left out of the reduced set, beside what is slow: the emulator, its tables and the doctor's page hold no line of
 # torch; benchmarks are run with one torch alone. Of the emulated kernels that set keeps the cases of
 # test_unusual_input, which take every op forward and backward through the bindings.
@@ -125,14 +145,11 @@ def repeats(item) -> bool:
     return halves or any(ids in item.name for ids in REPEATED)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups and -m the marks in hooks of the same name
+@pytest.hookimpl(tryfirst=True)  # -m reads the marks in a hook of the same name
 def pytest_collection_modifyitems(config, items):
     """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels."""
     for item in items:
-        stem = item.path.stem.removeprefix("test_")
-        if stem in ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(stem))
-        if stem in ONE_TORCH or (emulates(item) and stem != "unusual_input"):
+        if stem(item.path) in ONE_TORCH or (emulates(item) and stem(item.path) != "unusual_input"):
             item.add_marker(pytest.mark.slow)
 
     def wanted(item):

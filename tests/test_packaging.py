@@ -41,6 +41,10 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(source, tmp_path_factory):
     """What the build printed where there is no nvcc (test_cuda_build.py has the other), and the wheel."""
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # a second worker that builds it too fails: conftest's scheduler did not work
+        (tmp_path_factory.getbasetemp().parent / "built").touch(exist_ok=False)
     out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps", "-w", str(out), ".")
     env = {**os.environ, "ZEROBLOCK_BUILD_CUDA": "auto", "CUDA_HOME": "/nowhere"}
