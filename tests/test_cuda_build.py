@@ -1,6 +1,4 @@
-"""The build with nvcc, and what it refuses. The wheel imports and `zb.info` tells the truth.
-
-test_packaging.py builds the wheel where there is no nvcc."""
+"""The build matrix: with nvcc, without, with a CPU-only torch. Each wheel imports and `zb.info` tells the truth."""
 
 import os
 import shutil
@@ -74,6 +72,15 @@ def test_with_nvcc_the_wheel_holds_the_kernels(tmp_path):
     assert "cuda kernels: built for sm_80" in told and told.endswith("True\n")
     if not torch.cuda.is_available():
         assert "no GPU is visible" in told and "cuda is not used: the tensor is on cpu" in told
+
+
+@pytest.mark.slow
+def test_without_nvcc_the_wheel_says_so(tmp_path):
+    printed, site = _wheel(tmp_path, ZEROBLOCK_BUILD_CUDA="auto", CUDA_HOME=str(tmp_path))
+    assert "no CUDA kernels are built, because" in printed and "nvcc was not found" in printed
+    told = _ask(site, TELL)
+    assert "cuda kernels: the extension was built without CUDA kernels" in told and told.endswith("True\n")
+    assert "cuda is not used: the extension was built without CUDA kernels" in told
 
 
 def test_asking_without_nvcc_names_what_is_missing(tmp_path):

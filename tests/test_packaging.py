@@ -39,23 +39,15 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def built(source, tmp_path_factory):
-    """What the build printed where there is no nvcc (test_cuda_build.py has the other), and the wheel."""
+def wheel(source, tmp_path_factory):
     if (
         "PYTEST_XDIST_WORKER" in os.environ
-    ):  # a second worker that builds it too fails: conftest's scheduler did not work
+    ):  # fails where another worker builds it too: conftest's scheduler did not work
         (tmp_path_factory.getbasetemp().parent / "built").touch(exist_ok=False)
     out = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps", "-w", str(out), ".")
-    env = {**os.environ, "ZEROBLOCK_BUILD_CUDA": "auto", "CUDA_HOME": "/nowhere"}
-    done = subprocess.run(pip, cwd=source, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout, next(out.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def wheel(built):
-    return built[1]
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(out), ".")
+    run(*pip, cwd=source, ZEROBLOCK_BUILD_CUDA="0")  # tests/test_cuda_build.py builds the others
+    return next(out.glob("*.whl"))
 
 
 @pytest.mark.slow
@@ -88,17 +80,13 @@ def test_wheel_beside_hugging_face_kernels(site, tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_runs_with_its_own_native_kernels_and_tells_of_no_cuda(built, site, tmp_path):
-    printed, _ = built
-    assert "no CUDA kernels are built, because" in printed and "nvcc was not found" in printed
+def test_wheel_runs_with_its_own_native_kernels(site, tmp_path):
     code = (
-        "import torch, zeroblock as zb; x = torch.randn(2, 64, 5, 5); why = zb.explain('group_norm_silu', x, 32);"
-        "print(zb.info(), why, why.backend, zb.group_norm_silu(x, 32).isfinite().all().item(), sep='\\n')"
+        "import torch, zeroblock as zb; x = torch.randn(2, 64, 5, 5);"
+        "print(zb.explain('group_norm_silu', x, 32).backend, zb.group_norm_silu(x, 32).isfinite().all().item())"
     )
-    told = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    assert told.splitlines()[-2:] == ["reference" if CPU_MISSING else "cpu", "True"]
-    assert "cuda kernels: the extension was built without CUDA kernels" in told
-    assert "cuda is not used: the extension was built without CUDA kernels" in told
+    backend, finite = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert (backend, finite) == ("reference" if CPU_MISSING else "cpu", "True")
 
 
 @pytest.fixture(scope="module")
