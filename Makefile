@@ -14,11 +14,14 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h c
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock.demo
 
-# Idle OpenMP threads that spin make short tests several times slower on a busy machine. The Triton kernels are
-# interpreted in a process of their own: one process either interprets or compiles.
+# One thread for each process, those that tests start as well; the tests of threads set their own number. Idle OpenMP
+# threads that spin make short tests several times slower on a busy machine. The Triton kernels are interpreted in a
+# process of their own (one process either interprets or compiles), where there is a Triton.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) $(TESTFLAGS)
+NO_TRITON := $(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('triton') is not None)"
 test: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTFLAGS)
-	TRITON_INTERPRET=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadgroup $(TESTFLAGS)
+	$(PYTEST)
+	$(NO_TRITON) || TRITON_INTERPRET=1 $(PYTEST)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --baselines all

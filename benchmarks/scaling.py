@@ -9,6 +9,7 @@ in the forward and again in the backward pass. Writes scaling.csv and a picture 
 
 import argparse
 import csv
+import gc
 import math
 import os
 import sys
@@ -135,6 +136,7 @@ def measured(point: Point, mode: str, seconds: float, limits: tuple[float, float
 
 def run(options: argparse.Namespace) -> list[dict]:
     common = store.provenance()
+    gc.freeze()  # what is loaded by now stays: collections between the points need not walk it
     rates = {}
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ repairs of triton/interpret.py, and is then the only one that `backend` yields (
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pathlib
@@ -18,6 +19,7 @@ os.environ["ZEROBLOCK_PLAN"] = "fixed"
 os.environ["ZEROBLOCK_CACHE_DIR"] = ""
 
 from zeroblock.testing import BACKENDS, use_backend  # noqa: E402
+from zeroblock.testing.cases import CASES  # noqa: E402
 from zeroblock.testing.parity import device_of  # noqa: E402
 
 # `python -m pytest` puts the source tree on the path, where transformers takes kernels/ for a package of that name.
@@ -72,12 +74,16 @@ def device(backend):
     return device_of(backend)
 
 
-# Too much work for the interpreter, beside the cases that are large by name: kernels do not see which gradients are
-# wanted in most ops, and the arithmetic of the dtypes does not depend on the strides.
-SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
+# Too much work for interpreted and for emulated kernels: the arithmetic of the dtypes does not depend on the strides
+# (fp32 runs dense, nhwc and strided, bf16 dense and nhwc, fp16 dense), and kernels tell fp16 from bf16 in loads, stores
+# and the operands of products alone: the first case of each op shows that.
 REPEATED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
-# And for the emulated CUDA kernels: every dtype stays dense, fp32 and bf16 also nhwc, fp32 also strided. The group norm
-# computes all gradients whichever are wanted; its dense loop over chunks is that of the case "large".
+FIRST = {case.op: str(case) for case in reversed(CASES) if not case.large}.values()
+# For the interpreter also the cases that are large by name, and what differs in the gradients that are wanted: in most
+# ops kernels do not see which.
+SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
+# For the emulator the group norm's: it computes all gradients whichever are wanted, and its dense loop over chunks is
+# that of the case "large".
 SLOW_EMULATED = (
     "test_group_of_a_million_elements[cuda-dense]",
     "test_gradient_of_one_input_alone[cuda-group_norm_silu",
@@ -89,24 +95,77 @@ SLOW_EMULATED = (
 ONE_WORKER = ("benchmarks", "benchmarks_gpu", "cuda_build", "cuda_static", "doctor_html", "isa", "packaging")
 
 
+def stem(path: str | pathlib.Path) -> str:
+    return pathlib.Path(path).stem.removeprefix("test_")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files of ONE_WORKER go to a worker as a whole and, being the largest, first; other tests one by one.
+
+    The mark xdist_group would say so too, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return path if stem(path) in ONE_WORKER else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") in ("load", "loadgroup") else None
+
+
+# Left out of the reduced set, beside what is slow: the emulator, its tables and the doctor's page hold no line of
+# torch; benchmarks are run with one torch alone. Of the emulated kernels that set keeps the cases of
+# test_unusual_input, which take every op forward and backward through the bindings.
+ONE_TORCH = (
+    "benchmarks",
+    "benchmarks_gpu",
+    "benchmarks_run",
+    "cuda_emulator",
+    "cuda_static",
+    "cuda_traffic",
+    "doctor_html",
+)
+
+
+def parameters(item) -> dict:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def emulates(item) -> bool:
+    """Whether the test runs the CUDA kernels without a GPU."""
+    return parameters(item).get("backend") == "cuda" and not INTERPRETS and not torch.cuda.is_available()
+
+
+def repeats(item) -> bool:
+    """Whether another test shows the same of interpreted or emulated kernels."""
+    case = parameters(item).get("case")
+    halves = case is not None and item.name.endswith("dense-float16]") and str(case) not in FIRST
+    return halves or any(ids in item.name for ids in REPEATED)
+
+
+@pytest.hookimpl(tryfirst=True)  # -m reads the marks in a hook of the same name
 def pytest_collection_modifyitems(config, items):
     """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if stem(item.path) in ONE_TORCH or (emulates(item) and stem(item.path) != "unusual_input"):
+            item.add_marker(pytest.mark.slow)
 
     def wanted(item):
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
         if not INTERPRETS:
-            emulates = parameters.get("backend") == "cuda" and not torch.cuda.is_available()
-            return not emulates or not (
-                item.name.startswith(SLOW_EMULATED) or any(ids in item.name for ids in REPEATED)
-            )
+            return not emulates(item) or not (item.name.startswith(SLOW_EMULATED) or repeats(item))
         if "triton" in item.path.parent.name or "interpreted" in item.keywords:
             return True
         quick = item.originalname not in SLOW_INTERPRETED and "large" not in item.name
-        return "backend" in item.fixturenames and quick and not any(ids in item.name for ids in REPEATED)
+        return "backend" in item.fixturenames and quick and not repeats(item)
 
     rest = [item for item in items if not wanted(item)]
     items[:] = [item for item in items if wanted(item)]
     config.hook.pytest_deselected(items=rest)
+
+
+def pytest_collection_finish(session):
+    """Modules and test items stay to the end: the garbage collector need not walk them again and again."""
+    gc.collect()
+    gc.freeze()

@@ -1,7 +1,7 @@
 """One rank of the distributed tests of accelerate(), a process of its own: exits 0 when everything is as without it.
 
-Arguments: rank, world size, rendezvous file, model. Every wrapping trains an accelerated and an untouched model side by
-side.
+Arguments: rank, world size, rendezvous file, models. Every wrapping trains an accelerated and an untouched model side
+by side.
 """
 
 import copy
@@ -154,18 +154,20 @@ def fsdp(model, rank, mesh, first, half):
     compare(got, train(theirs, model.size, rank), f"FSDP, {first} first")
 
 
-def main(rank: int, world: int, rendezvous: str, name: str) -> None:
+def main(rank: int, world: int, rendezvous: str, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    model = MODELS[name]
-    for mode in DDP_MODES:
-        ddp(model, rank, mode)
     mesh = init_device_mesh("cpu", (world,))
-    for first in ("accelerate", "shard"):
-        for half in (False, True) if model.half else (False,):
-            fsdp(model, rank, mesh, first, half)
+    for name in names:
+        print(name, flush=True)
+        model = MODELS[name]
+        for mode in DDP_MODES:
+            ddp(model, rank, mode)
+        for first in ("accelerate", "shard"):
+            for half in (False, True) if model.half else (False,):
+                fsdp(model, rank, mesh, first, half)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -42,7 +42,8 @@ def report(benchmark_path):
 def quick_run(tmp_path_factory):
     """One quick run of all groups: (its output, group -> rows)."""
     out = tmp_path_factory.mktemp("benchmarks")
-    command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--threads", "1", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--threads", "1", "--sample-ms", "0.1",
+               "--out", str(out)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     tables = {path.stem: list(csv.DictReader(path.open(newline=""))) for path in out.glob("*/*.csv")}

@@ -1,12 +1,10 @@
-"""The command: through main(), as `python -m zeroblock`, and as the entry point that an installed wheel puts on the
-path."""
+"""The command, through main() and as `python -m zeroblock`; test_packaging.py has the installed script."""
 
 import json
 import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,6 @@ from torch import nn
 import zeroblock as zb
 from zeroblock import _bench, cli
 from zeroblock.doctor import random_target_loss, text
-
-ROOT = Path(__file__).parent.parent
 
 FACTORIES = """
 import torch
@@ -235,55 +231,8 @@ def test_bench_measures_the_models_it_is_given():
     assert not worse.equal
 
 
-EVERY_HELP = """
-from importlib.metadata import entry_points
-(point,) = entry_points(group="console_scripts", name="zeroblock")
-main = point.load()
-for command in ([], ["doctor"], ["bench"], ["info"], ["demo"]):
-    try:
-        main([*command, "--help"])
-    except SystemExit as stop:
-        assert stop.code == 0
-    print("<<<", end="")
-assert main(["info"]) == 0
-"""
-
-
-def run(*command, cwd, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_python_m(folder):
-    result = run(sys.executable, "-m", "zeroblock", "info", cwd=folder)
+    command = [sys.executable, "-m", "zeroblock", "info"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and result.stdout.strip() == zb.info()
-
-
-@pytest.mark.slow
-def test_installed_entry_point(folder):
-    """The wheel (pure Python: no compiler is used) in a folder of its own: the script, every --help, the report."""
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
-    if not names:
-        pytest.skip("needs a git checkout")
-    for name in names:
-        if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target")
-    result = run(*pip, str(folder / "site"), str(folder / "source"), cwd=folder, CXX="no-such-compiler")
-    assert result.returncode == 0, result.stderr
-    script, path = str(folder / "site" / "bin" / "zeroblock"), {"PYTHONPATH": str(folder / "site")}
-
-    result = run(script, "doctor", "factories:dead", "--html", "page.html", cwd=folder, **path)
-    assert result.returncode == 1 and "never move" in result.stdout, result.stderr
-    assert "First motion by layer" in (folder / "page.html").read_text()
-    # The same entry point, once for each --help, in one process: importing torch takes seconds.
-    result = run(sys.executable, "-c", EVERY_HELP, cwd=folder, **path)
-    assert result.returncode == 0, result.stderr
-    found = result.stdout.split("<<<")
-    for printed, word in zip(
-        found, ("{doctor,bench,info,demo}", "--html", "--seconds", "family", "--quick", "was not built"), strict=True
-    ):
-        assert word in printed, printed

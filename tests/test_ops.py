@@ -69,7 +69,7 @@ def test_opcheck_schema_and_fakes(op, dtype, layout):
         _check(op, calls, _REGISTRATION, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])  # fp16 is traced as bf16; its fakes are tested above
 @pytest.mark.parametrize("op", FORWARD)
 def test_opcheck_compiled(op, dtype):
     _check(op, _calls(op, DTYPES[dtype], "contiguous"), ("test_aot_dispatch_dynamic",), True)

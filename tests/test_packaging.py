@@ -16,6 +16,7 @@ from zeroblock.testing import CPU_MISSING
 
 ROOT = Path(__file__).parent.parent
 HF_KERNELS = "def get_kernel(name):\n    return name\n"
+INSTALL = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target")
 
 
 def run(*command, cwd, **env):
@@ -39,6 +40,10 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # fails where another worker builds it too: conftest's scheduler did not work
+        (tmp_path_factory.getbasetemp().parent / "built").touch(exist_ok=False)
     out = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(out), ".")
     run(*pip, cwd=source, ZEROBLOCK_BUILD_CUDA="0")  # tests/test_cuda_build.py builds the others
@@ -55,13 +60,19 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(re.fullmatch(r"zeroblock/_C.*\.so", name) for name in names) == (CPU_MISSING is None)
 
 
-@pytest.mark.slow
-def test_wheel_beside_hugging_face_kernels(wheel, tmp_path):
-    """Installed next to a top-level package `kernels`, both import, and neither touches the other's files."""
-    site = tmp_path / "site"
-    (site / "kernels").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """The wheel installed next to another top-level package `kernels`."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text(HF_KERNELS)
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
+    run(*INSTALL, str(site), str(wheel), cwd=site)
+    return site
+
+
+@pytest.mark.slow
+def test_wheel_beside_hugging_face_kernels(site, tmp_path):
+    """Both import, and neither touches the other's files."""
     assert (site / "kernels" / "__init__.py").read_text() == HF_KERNELS
     code = "import kernels, zeroblock, zeroblock.kernels; print(kernels.get_kernel('x'), zeroblock.__file__)"
     printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
@@ -69,9 +80,7 @@ def test_wheel_beside_hugging_face_kernels(wheel, tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_runs_with_its_own_native_kernels(wheel, tmp_path):
-    site = tmp_path / "site"
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
+def test_wheel_runs_with_its_own_native_kernels(site, tmp_path):
     code = (
         "import torch, zeroblock as zb; x = torch.randn(2, 64, 5, 5);"
         "print(zb.explain('group_norm_silu', x, 32).backend, zb.group_norm_silu(x, 32).isfinite().all().item())"
@@ -80,30 +89,59 @@ def test_wheel_runs_with_its_own_native_kernels(wheel, tmp_path):
     assert (backend, finite) == ("reference" if CPU_MISSING else "cpu", "True")
 
 
+@pytest.fixture(scope="module")
+def pure_site(source, tmp_path_factory):
+    """Installed from the source where there is no compiler."""
+    clean, site = (tmp_path_factory.mktemp(name) for name in ("clean", "pure"))
+    shutil.copytree(source, clean / "s", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    run(*INSTALL, str(site), str(clean / "s"), cwd=clean, CXX="no-such-compiler", ZEROBLOCK_BUILD_CUDA="0")
+    return site
+
+
 @pytest.mark.slow
-def test_build_without_a_compiler_leaves_a_working_reference(source, tmp_path):
-    clean = tmp_path / "clean"
-    shutil.copytree(source, clean, ignore=shutil.ignore_patterns("build", "*.egg-info"))
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        str(tmp_path),
-        ".",
-    )
-    run(*pip, cwd=clean, CXX="no-such-compiler", ZEROBLOCK_BUILD_CUDA="0")
-    wheel = next(tmp_path.glob("*.whl"))
-    names = zipfile.ZipFile(wheel).namelist()
-    assert not any(name.endswith(".so") for name in names)
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+def test_build_without_a_compiler_leaves_a_working_reference(pure_site, tmp_path):
+    assert not list(pure_site.rglob("*.so"))
     code = "import torch, zeroblock as zb; print(zb.explain('group_norm_silu', torch.randn(2, 64, 5, 5), 32))"
-    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(pure_site))
     assert "backend reference" in printed and "was not built" in printed
+
+
+FACTORY = """
+from torch import nn, randn
+def dead():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    for p in (*model[0].parameters(), *model[2].parameters()):
+        nn.init.zeros_(p)
+    return model, randn(4, 8)
+"""
+EVERY_HELP = """
+from importlib.metadata import entry_points
+(point,) = entry_points(group="console_scripts", name="zeroblock")
+main = point.load()
+for command in ([], ["doctor"], ["bench"], ["info"], ["demo"]):
+    try:
+        main([*command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+    print("<<<", end="")
+assert main(["info"]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_installed_entry_point(pure_site, tmp_path):
+    """The script that the installation puts on the path: every --help, the report."""
+    (tmp_path / "factories.py").write_text(FACTORY)
+    environment = {**os.environ, "PYTHONPATH": str(pure_site)}
+    command = [pure_site / "bin" / "zeroblock", "doctor", "factories:dead", "--html", "page.html"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "never move" in done.stdout, done.stderr
+    assert "First motion by layer" in (tmp_path / "page.html").read_text()
+    # The same entry point, once for each --help, in one process: importing torch takes seconds.
+    found = run(sys.executable, "-c", EVERY_HELP, cwd=tmp_path, PYTHONPATH=str(pure_site)).split("<<<")
+    words = ("{doctor,bench,info,demo}", "--html", "--seconds", "family", "--quick", "was not built")
+    for printed, word in zip(found, words, strict=True):
+        assert word in printed, printed
 
 
 @pytest.mark.parametrize("value, message", [("1", "ZEROBLOCK_BUILD_CUDA=1, but"), ("maybe", "must be auto, 1 or 0")])
@@ -158,8 +196,10 @@ def test_importing_pulls_in_no_test_or_demo_package():
 def test_readme_example_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks, "README.md has no python example"
-    for block in blocks:
-        run(sys.executable, "-c", block, cwd=tmp_path)
+    for i, block in enumerate(blocks):
+        (tmp_path / f"example{i}.py").write_text(block)
+    code = f"import runpy; [runpy.run_path(f'example{{i}}.py', run_name='__main__') for i in range({len(blocks)})]"
+    run(sys.executable, "-c", code, cwd=tmp_path)
 
 
 def test_every_variable_the_code_reads_is_documented():

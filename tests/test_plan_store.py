@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -99,37 +100,60 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+WRITERS = """
+import os, sys
+from pathlib import Path
+from zeroblock._plan_store import Entry, Store
+
+def write(n):
+    for i in range(20):
+        Store(Path(sys.argv[1]), {'format': 0}).add(f'{n}-{i}', Entry('library', {'library': 1.0}))
+
+for n in range(3):
+    if os.fork() == 0:
+        write(n)
+        os._exit(0)
+assert [os.wait()[1] for _ in range(3)] == [0, 0, 0]
+"""
+
+
 def test_processes_write_at_the_same_time(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from zeroblock._plan_store import Entry, Store\n"
-        "for i in range(20):\n"
-        "    Store(Path(sys.argv[1]), {'format': 0}).add(f'{sys.argv[2]}-{i}', Entry('library', {'library': 1.0}))\n"
-    )
-    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(n)]) for n in range(3)]
-    assert [p.wait(120) for p in processes] == [0, 0, 0]
+    """Three processes, forked where torch is imported once and no thread runs yet."""
+    command = [sys.executable, "-W", "error", "-c", WRITERS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     entries = Store(tmp_path, {"format": 0}).entries
     assert set(entries) == {f"{n}-{i}" for n in range(3) for i in range(20)}
 
 
-def test_where_the_cache_is(tmp_path):
-    code = "from zeroblock import _plan_store; print(_plan_store.DIRECTORY)"
-    clean = {k: v for k, v in os.environ.items() if k not in ("ZEROBLOCK_CACHE_DIR", "XDG_CACHE_HOME")}
+def imported_again(module, monkeypatch):
+    """A second copy of the module: what it reads once, at import, it reads from the environment of now."""
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_again", module.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)
+    spec.loader.exec_module(again)
+    return again
 
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
     def directory(**variables):
-        return subprocess.check_output([sys.executable, "-c", code], env={**clean, **variables}, text=True).strip()
+        with monkeypatch.context() as environment:
+            for name in ("ZEROBLOCK_CACHE_DIR", "XDG_CACHE_HOME"):
+                environment.delenv(name, raising=False)
+            for name, value in variables.items():
+                environment.setenv(name, value)
+            return imported_again(_plan_store, environment).DIRECTORY
 
-    assert directory(ZEROBLOCK_CACHE_DIR=str(tmp_path)) == str(tmp_path)
-    assert directory(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "zeroblock")
-    assert directory(ZEROBLOCK_CACHE_DIR="") == "None"
+    assert directory(ZEROBLOCK_CACHE_DIR=str(tmp_path)) == tmp_path
+    assert directory(XDG_CACHE_HOME=str(tmp_path)) == tmp_path / "zeroblock"
+    assert directory(HOME=str(tmp_path)) == tmp_path / ".cache" / "zeroblock"
+    assert directory(ZEROBLOCK_CACHE_DIR="") is None
 
 
-def test_an_unknown_policy_is_refused():
-    result = subprocess.run(
-        [sys.executable, "-c", "import zeroblock"],
-        env={**os.environ, "ZEROBLOCK_PLAN": "guess"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert "ZEROBLOCK_PLAN must be one of measure, fixed, got 'guess'" in result.stderr
+def test_an_unknown_policy_is_refused(monkeypatch):
+    monkeypatch.setenv("ZEROBLOCK_PLAN", "guess")
+    with pytest.raises(ValueError, match="ZEROBLOCK_PLAN must be one of measure, fixed, got 'guess'"):
+        imported_again(_plan, monkeypatch)
 
 
 def test_a_measured_call_reads_no_environment(op, monkeypatch):

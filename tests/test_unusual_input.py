@@ -1,5 +1,7 @@
 """Unusual inputs that work: empty, smallest, expanded, and beyond 2^31 elements."""
 
+import mmap
+
 import pytest
 import torch
 
@@ -118,19 +120,18 @@ def test_shapes_beyond_2_to_the_31(op, sizes):
         assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype)
 
 
-def _sparse(path, elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in a sparse file mapped into memory: as much to read as there is, next to nothing to store."""
-    with path.open("wb") as file:
-        file.truncate(elements * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
+def _sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that are one page of the system's, mapped everywhere: as much to read as there is, nothing to store."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # known to Python since 3.13
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
 
 
 @pytest.mark.slow
-def test_more_than_2_to_the_31_elements(tmp_path):
+def test_more_than_2_to_the_31_elements():
     """What reads a huge tensor and writes a small one, by the kernels: is_zero and the gradient of a gate."""
     if CPU_MISSING is not None:
         pytest.skip(f"the cpu backend cannot run, and the reference would need several such tensors: {CPU_MISSING}")
-    t = _sparse(tmp_path / "zeros", HUGE, torch.bfloat16)
+    t = _sparse(HUGE, torch.bfloat16)
     t[-1] = 3.0
     assert zb.is_zero(t, t[:-1]).tolist() == [False, True]
     tokens = t.view(2, -1, 32)
@@ -142,12 +143,12 @@ def test_more_than_2_to_the_31_elements(tmp_path):
 
 
 @pytest.mark.parametrize("op", ("layer_norm_modulate", "rms_norm_modulate"))
-def test_strides_beyond_2_to_the_31(backend, device, op, tmp_path):
-    """Modulation whose second sample lies 2^31 elements after the first, in a sparse file: two pages of it are real."""
+def test_strides_beyond_2_to_the_31(backend, device, op):
+    """Modulation whose second sample lies 2^31 elements after the first, in sparse memory: two pages of it are real."""
     if device != "cpu":
-        pytest.skip("the file is mapped into host memory")
+        pytest.skip("the memory is the host's")
     B, T, D = 2, 3, 40
-    storage = _sparse(tmp_path / "vectors", HUGE + 4096, torch.float32)
+    storage = _sparse(HUGE + 4096, torch.float32)
 
     class Distant(type(CASE[op])):
         def inputs(self, draw):
