@@ -134,12 +134,13 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           scale.template tile<kTokenScale>(b, t),
           Affine{},
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          streamed};
       modulate_bwd_tile<false>(
           tile, inputs,
           [&](int64_t i) ZB_BODY {
-            if (p.dgate != nullptr) prefetch(tile, branch, i);
-            if (dx_new != nullptr) prefetch(tile, dx_new, i);
+            if (streamed && p.dgate != nullptr) prefetch(tile, branch, i);
+            if (streamed && dx_new != nullptr) prefetch(tile, dx_new, i);
           },
           [&](int64_t i, auto grad, auto lanes) ZB_BODY {
             const auto d = dx_new != nullptr ? grad + tile.load(dx_new + i, lanes) : grad;

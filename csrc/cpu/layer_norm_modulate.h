@@ -113,6 +113,7 @@ struct ModulateTile {
   Affine affine;
   ModulateSums sums;
   T* dscale;  // per-token only, or null
+  bool far;   // the arrays are beyond the caches: only there does a prefetch pay
 };
 
 // Adds to the sums, then calls emit(i, dx, lanes) for every column step. `ahead` is called in the first walk, for what
@@ -147,8 +148,10 @@ ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S
   V shared = zero();
   if (a.mean != nullptr) shared = row_mean(sum_g, D) * rstd;
   each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-    prefetch(tile, a.x + rows_of(tile) * D, i);
-    prefetch(tile, a.dy + rows_of(tile) * D, i);
+    if (a.far) {
+      prefetch(tile, a.x + rows_of(tile) * D, i);
+      prefetch(tile, a.dy + rows_of(tile) * D, i);
+    }
     const V modulated = tile.load(a.dy + i, lanes) * (one + a.scale.at(tile, i, lanes));
     const V g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
     emit(i, fnmadd(tile.load(a.x + i, lanes) - mean, slope, fmsub(g, rstd, shared)), lanes);
@@ -236,7 +239,8 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
           scale.template tile<kTokenScale>(b, t),
           affine,
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          streamed};
       modulate_bwd_tile<kAffine>(
           tile, inputs, [](int64_t) {},
           [&](int64_t i, auto grad, auto lanes) ZB_BODY { put_rows(tile, dx + start + i, grad, lanes, streamed); });
