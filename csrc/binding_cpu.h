@@ -35,6 +35,14 @@ Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& keep, c
   return {as_f32(t, one_row ? D : B * D, keep, what), false, one_row ? 0 : D, 0};
 }
 
+// A finished fp32 gradient in the dtype of its operand.
+Tensor as_gradient(const Tensor& grad, const Tensor& operand) {
+  return grad.scalar_type() == operand.scalar_type() ? grad : torch::stable::to(grad, operand.scalar_type());
+}
+Tensor as_gradient(const Tensor& grad, const MaybeTensor& operand) {
+  return operand && grad.defined() ? as_gradient(grad, *operand) : grad;
+}
+
 // Scratch memory of one call, not initialised.
 struct Workspace {
   explicit Workspace(int64_t floats) : data(floats > 0 ? new float[floats] : nullptr) {}

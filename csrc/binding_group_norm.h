@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
   const Workspace workspace(kernels().group_norm_silu_bwd_workspace(p));
   p.workspace = workspace.data.get();
   kernels().group_norm_silu_bwd(p, parallel_for);
-  return {dx, dweight, dbias, dscale, dshift};
+  return {dx, as_gradient(dweight, weight), as_gradient(dbias, bias), as_gradient(dscale, scale),
+          as_gradient(dshift, shift)};
 }
 
 }  // namespace

@@ -74,7 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
   const Workspace workspace(kernels().layer_norm_modulate_bwd_workspace(p));
   p.workspace = workspace.data.get();
   kernels().layer_norm_modulate_bwd(p, parallel_for);
-  return {dx, dshift, dscale, dweight, dbias};
+  return {dx, as_gradient(dshift, shift), as_gradient(dscale, scale), as_gradient(dweight, weight),
+          as_gradient(dbias, bias)};
 }
 
 // ---- gate_residual --------------------------------------------------------------------------------------------------
@@ -102,6 +103,11 @@ Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch) {
   return y;
 }
 
+// The gradient of a [D] or [1] gate is summed further by the caller, in fp32.
+Tensor as_gate_gradient(const Tensor& dgate, const Tensor& gate) {
+  return gate.dim() > 1 ? as_gradient(dgate, gate) : dgate;
+}
+
 Tensor gate_gradient(const Tensor& branch, bool scalar, bool per_token) {
   if (scalar) return f32(branch, {1});
   return per_token ? torch::stable::empty_like(branch) : f32(branch, {branch.size(0), branch.size(2)});
@@ -121,7 +127,7 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor bran
   const Workspace workspace(kernels().gate_residual_bwd_workspace(p));
   p.workspace = workspace.data.get();
   kernels().gate_residual_bwd(p, parallel_for);
-  return {dgate, dbranch};
+  return {need_dgate ? as_gate_gradient(dgate, gate) : dgate, dbranch};
 }
 
 // ---- gate_residual_layer_norm_modulate ------------------------------------------------------------------------------
@@ -181,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modu
   const Workspace workspace(kernels().gate_residual_layer_norm_modulate_bwd_workspace(p));
   p.workspace = workspace.data.get();
   kernels().gate_residual_layer_norm_modulate_bwd(p, parallel_for);
-  return {dresidual, dgate, dbranch, dshift, dscale};
+  return {dresidual, as_gate_gradient(dgate, gate), dbranch, p.shift.per_token ? dshift : as_gradient(dshift, shift),
+          as_gradient(dscale, scale)};
 }
 
 }  // namespace

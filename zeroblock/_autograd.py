@@ -42,6 +42,11 @@ def _through(reference: Callable) -> Callable:
     return lambda inputs, needed, grads, extra: reference_grads(reference, inputs, needed, grads)
 
 
+def _is_tensor(type_: torch.JitType) -> bool:
+    """Of an argument in a schema: Tensor or Tensor?."""
+    return str(type_) in ("Tensor", "Optional[Tensor]")
+
+
 def _register(
     name: str,
     differentiable: int,
@@ -57,40 +62,50 @@ def _register(
     the other outputs. Input number `residual` is merely added: it is not saved (both functions see its dtype
     instead), and its gradient is dy unless they say otherwise.
     """
+    op = getattr(ops, name)
+    is_tensor = [_is_tensor(a.type) for a in op._schema.arguments]
+    count = len(is_tensor)
+    saved_at = [i for i in range(count) if is_tensor[i] and i != residual]
+    kept_at = [i for i in range(count) if not is_tensor[i]]
+    first_extra = len(saved_at)
+
+    def remember(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.kept = [inputs[i] for i in kept_at]
+        ctx.residual_dtype = None if residual is None or inputs[residual] is None else inputs[residual].dtype
+        extra = output[differentiable:] if save is None else save(output)
+        ctx.save_for_backward(*[inputs[i] for i in saved_at], *extra)
 
     def setup_context(ctx, inputs, output):
         output = output if isinstance(output, tuple) else (output,)
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[differentiable:])
-        ctx.arguments = [None if isinstance(v, Tensor) else v for v in inputs]
-        if residual is not None and inputs[residual] is not None:
-            ctx.arguments[residual] = inputs[residual].dtype
-        ctx.positions = [i for i, v in enumerate(inputs) if isinstance(v, Tensor) and i != residual]
-        extra = output[differentiable:] if save is None else save(output)
-        ctx.save_for_backward(*(inputs[i] for i in ctx.positions), *extra)
+        remember(ctx, inputs, output)
 
     def run_backward(ctx, *grads):
-        count = len(ctx.positions)
         saved, grads = ctx.saved_tensors, grads[:differentiable]
-        inputs = list(ctx.arguments)
         if all(g is None for g in grads):
-            return (None,) * len(inputs)
-        for i, t in zip(ctx.positions, saved[:count], strict=True):
+            return (None,) * count
+        inputs = [None] * count
+        for i, t in zip(saved_at, saved, strict=False):
             inputs[i] = t
-        needed = [bool(n) for n in ctx.needs_input_grad[: len(inputs)]]
+        for i, v in zip(kept_at, ctx.kept, strict=True):
+            inputs[i] = v
+        if residual is not None:
+            inputs[residual] = ctx.residual_dtype
+        needed = list(ctx.needs_input_grad[:count])
         if torch.is_grad_enabled():
             tensors = [n and i != residual for i, n in enumerate(needed)]
-            results = higher(inputs, tensors, grads, saved[count:])
+            results = higher(inputs, tensors, grads, saved[first_extra:])
         else:
-            results = backward(inputs, needed, *grads, *saved[count:])
+            results = backward(inputs, needed, *grads, *saved[first_extra:])
         if residual is not None and needed[residual] and results[residual] is None:
             results = (*results[:residual], grads[0].to(inputs[residual]), *results[residual + 1 :])
-        return tuple(r if n else None for r, n in zip(results, needed, strict=True))
+        return tuple([r if n else None for r, n in zip(results, needed, strict=True)])
 
     torch.library.register_autograd(
         f"{ops.NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=ops._library
     )
-    _lane.add_function(getattr(ops, name), setup_context, run_backward)
+    _lane.add_function(op, differentiable, remember, run_backward)
 
 
 # ---- group_norm_silu ------------------------------------------------------------------------------------------------

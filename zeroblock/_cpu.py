@@ -97,8 +97,7 @@ def gate_residual(residual, gate, branch):
 
 def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch):
     if gate.dim() == 2 and dy.dtype == branch.dtype == gate.dtype and dy.is_contiguous() and branch.is_contiguous():
-        dgate, dbranch = _gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch)
-        return dgate if dgate is None else dgate.to(gate.dtype), dbranch
+        return _gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch)
     layout, single = channels_last_format(branch), is_single(gate)
     flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
     dgate, dbranch = _gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch)

@@ -26,22 +26,27 @@ def add_run(op: Any, run: Callable) -> None:
     _runs[op] = run
 
 
-def add_function(op: Any, setup_context: Callable, backward: Callable) -> None:
-    """Makes the differentiable form of `op` from the functions registered as its autograd."""
+def add_function(op: Any, differentiable: int, remember: Callable, backward: Callable) -> None:
+    """Makes the differentiable form of `op` from what its registered autograd is made of. It returns the first
+    `differentiable` outputs alone: the others are only saved."""
     run = _runs[op]
 
     class Lane(torch.autograd.Function):
         # One method: a separate setup_context would bind the signature anew at every call.
         @staticmethod
         def forward(ctx, *inputs):
-            before, state.training = state.training, True
+            mode = state.mode
+            state.mode = mode | state.TRAINING
             try:
                 output = run(*inputs)
             finally:
-                state.training = before
-            setup_context(ctx, inputs, output)
+                state.mode = mode
             ctx.reduced = state.reduced
-            return output
+            if not isinstance(output, tuple):
+                remember(ctx, inputs, (output,))
+                return output
+            remember(ctx, inputs, output)
+            return output[:differentiable]
 
         @staticmethod
         def backward(ctx, *grads):
@@ -57,7 +62,8 @@ def add_function(op: Any, setup_context: Callable, backward: Callable) -> None:
 
 
 def call(op: Any, *args: Any) -> Any:
-    """op(*args), by the shorter way where it is the same."""
+    """op(*args), by the shorter way where it is the same. Only differentiable results may be asked for while gradients
+    are recorded: the shorter way has no others then."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return op(*args)
     needs_grad = False

@@ -216,8 +216,9 @@ def gate_residual_layer_norm_modulate(
     _checks.eps_value(op, eps)
     if zero.transforms_active():
         return ref.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
-    dtype = ref.promoted(residual, gate, branch)
-    residual, branch = residual.to(dtype), branch.to(dtype)
+    if not residual.dtype == branch.dtype == gate.dtype:
+        dtype = ref.promoted(residual, gate, branch)
+        residual, branch = residual.to(dtype), branch.to(dtype)
     return call(ops.gate_residual_layer_norm_modulate, residual, gate, branch, shift, scale, eps)[:2]
 
 

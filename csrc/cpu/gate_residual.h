@@ -1,6 +1,7 @@
 // gate_residual: y = residual + gate * branch; backward dbranch = gate * dy, dgate = sum over T of dy * branch.
 // [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32, y rounded once. One piece of work is a chunk of tokens; dgate is
-// summed per chunk in the workspace, then over the chunks in order: deterministic for any number of threads.
+// summed over four rows, per chunk in the workspace, then over the chunks in order: deterministic for any number of
+// threads.
 #pragma once
 
 #include "rows_bf16.h"
@@ -61,6 +62,11 @@ inline void finish_dgate(float* dgate, const Partials& partials, int64_t slot, i
   });
 }
 
+ZB_INLINE void add_products(Sum64& sum, Vec a, Vec b) { sum.add_product(a, b); }
+ZB_INLINE void add_products(Sum64& sum, Wide a, Wide b) {
+  for (int k = 0; k < 4; ++k) sum.add_product(a.v[k], b.v[k]);
+}
+
 // dgate is elementwise for a per-token gate, [B, D] for a per-sample one and a single number for a scalar one. The last
 // is a sum of B T D terms that may cancel, so it is taken in fp64, where the products are exact.
 enum class GateForm { kSample, kToken, kScalar };
@@ -78,21 +84,22 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   const Partials partials = {wants_dgate && kForm == GateForm::kSample ? p.workspace : nullptr, 1, p.T, D};
   double* const exact = reinterpret_cast<double*>(p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
-    float* const dgate_sum = partials.running(chunk, 0);
+    float* const dgate_sum = partials.sums(chunk, 0);
     Sum64 sum;
-    partials.each_row(chunk, t_begin, t_end, [&](int64_t t) ZB_BODY {
-      const int64_t row = (b * p.T + t) * D;
-      const T* const dy = static_cast<const T*>(p.dy) + row;
-      const T* const branch = static_cast<const T*>(p.branch) + row;
-      const OperandRow<M> g = gate.row(b, t);
+    partials.clear(chunk);
+    for_row_tiles(t_end - t_begin, D, [&](int64_t r, auto tile) ZB_BODY {
+      const int64_t t = t_begin + r, start = (b * p.T + t) * D;
+      const T* const dy = static_cast<const T*>(p.dy) + start;
+      const T* const branch = static_cast<const T*>(p.branch) + start;
+      const auto g = gate.template tile<kForm == GateForm::kToken>(b, t);
       each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-        const Vec d = load(dy + i, lanes);
-        if (dbranch != nullptr) put(dbranch + row + i, g.at(i, lanes) * d, lanes, streamed);
+        const auto d = tile.load(dy + i, lanes);
+        if (dbranch != nullptr) put_rows(tile, dbranch + start + i, d * g.at(tile, i, lanes), lanes, streamed);
         if (!wants_dgate) return;
-        const Vec h = load(branch + i, lanes);
-        if (kForm == GateForm::kToken) put(dgate + row + i, d * h, lanes, streamed);
-        if (kForm == GateForm::kSample) accumulate(dgate_sum, i, d, h, lanes);
-        if (kForm == GateForm::kScalar) sum.add_product(d, h);
+        const auto h = tile.load(branch + i, lanes);
+        if (kForm == GateForm::kToken) put_rows(tile, dgate + start + i, d * h, lanes, streamed);
+        if (kForm == GateForm::kSample) accumulate(dgate_sum, i, total_product(d, h), lanes);
+        if (kForm == GateForm::kScalar) add_products(sum, d, h);
       });
     });
     if (wants_dgate && kForm == GateForm::kScalar) exact[chunk] = sum.total();

@@ -98,7 +98,7 @@ ZB_INLINE Partials gated_partials(const GateResidualLayerNormModulate& p, float*
   return {wanted ? workspace : nullptr, wanted ? 3 : 0, p.T, p.D};
 }
 
-template <bool kTokenScale, class T, class S, class G>
+template <bool kTokenScale, bool kTokenGate, class T, class S, class G>
 void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
   const ConstantRow one(1.0f);
@@ -109,46 +109,47 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
   const bool wants_dy = kTokenScale && p.dshift != nullptr;
   T* const dresidual = static_cast<T*>(p.dresidual);
   T* const dbranch = static_cast<T*>(p.dbranch);
-  T* const token_dgate = is_per_token(p.gate) ? static_cast<T*>(p.dgate) : nullptr;
-  const bool wants_gate = p.dgate != nullptr && token_dgate == nullptr;
+  T* const token_dgate = kTokenGate ? static_cast<T*>(p.dgate) : nullptr;
+  const bool wants_gate = p.dgate != nullptr && !kTokenGate;
   const int64_t bytes = 6 * p.B * p.T * D * static_cast<int64_t>(sizeof(T));
   const bool streamed = streams(dresidual, D, bytes) && streams(dbranch, D, bytes) && streams(token_dgate, D, bytes);
   const Partials partials = gated_partials(p, p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
-    float* const gate_sum = wants_gate ? partials.running(chunk, kSumExtra) : nullptr;
-    const ModulateSums sums = {wants_un ? partials.running(chunk, kSumUN) : nullptr,
-                               wants_u ? partials.running(chunk, kSumU) : nullptr,
-                               wants_dy ? partials.running(chunk, kSumU) : nullptr};
-    partials.each_row(chunk, t_begin, t_end, [&](int64_t t) ZB_BODY {
-      const int64_t row = b * p.T + t, start = row * D;
+    float* const gate_sum = wants_gate ? partials.sums(chunk, kSumExtra) : nullptr;
+    const ModulateSums sums = {wants_un ? partials.sums(chunk, kSumUN) : nullptr,
+                               wants_u ? partials.sums(chunk, kSumU) : nullptr,
+                               wants_dy ? partials.sums(chunk, kSumU) : nullptr};
+    partials.clear(chunk);
+    for_row_tiles(t_end - t_begin, D, [&](int64_t r, auto tile) ZB_BODY {
+      const int64_t t = t_begin + r, row = b * p.T + t, start = row * D;
       const T* const branch = static_cast<const T*>(p.branch) + start;
       const T* const dx_new = p.dx_new != nullptr ? static_cast<const T*>(p.dx_new) + start : nullptr;
-      const OperandRow<G> g = gate.row(b, t);
-      const ModulateRow<T, S> inputs = {
+      const auto g = gate.template tile<kTokenGate>(b, t);
+      const ModulateTile<kTokenScale, T, S> inputs = {
           D,
           static_cast<const T*>(p.x_new) + start,
           static_cast<const T*>(p.dy) + start,
-          p.mean[row],
-          p.rstd[row],
-          false,
-          scale.row(b, t),
+          p.mean + row,
+          p.rstd + row,
+          scale.template tile<kTokenScale>(b, t),
           Affine{},
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
-      modulate_bwd_row<false, kTokenScale>(
-          inputs,
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          streamed};
+      modulate_bwd_tile<false>(
+          tile, inputs,
           [&](int64_t i) ZB_BODY {
-            if (p.dgate != nullptr) prefetch(branch, i);
-            if (dx_new != nullptr) prefetch(dx_new, i);
+            if (streamed && p.dgate != nullptr) prefetch(tile, branch, i);
+            if (streamed && dx_new != nullptr) prefetch(tile, dx_new, i);
           },
-          [&](int64_t i, Vec grad, auto lanes) ZB_BODY {
-            const Vec d = dx_new != nullptr ? grad + load(dx_new + i, lanes) : grad;
-            put(dresidual + start + i, d, lanes, streamed);
-            if (dbranch != nullptr) put(dbranch + start + i, g.at(i, lanes) * d, lanes, streamed);
+          [&](int64_t i, auto grad, auto lanes) ZB_BODY {
+            const auto d = dx_new != nullptr ? grad + tile.load(dx_new + i, lanes) : grad;
+            put_rows(tile, dresidual + start + i, d, lanes, streamed);
+            if (dbranch != nullptr) put_rows(tile, dbranch + start + i, d * g.at(tile, i, lanes), lanes, streamed);
             if (p.dgate == nullptr) return;
-            const Vec h = load(branch + i, lanes);
-            if (token_dgate != nullptr) put(token_dgate + start + i, d * h, lanes, streamed);
-            accumulate(gate_sum, i, d, h, lanes);
+            const auto h = tile.load(branch + i, lanes);
+            if (kTokenGate) put_rows(tile, token_dgate + start + i, d * h, lanes, streamed);
+            if (gate_sum != nullptr) accumulate(gate_sum, i, total_product(d, h), lanes);
           });
     });
   });
@@ -172,11 +173,13 @@ inline void gate_residual_layer_norm_modulate_fwd(const GateResidualLayerNormMod
 inline void gate_residual_layer_norm_modulate_bwd(const GateResidualLayerNormModulate& p, ParallelFor run) {
   with_type(p.dtype, [&](auto* t) {
     with_operand_type(t, p.gate, [&](auto* g) {
-      if (is_per_token(p.scale)) {
-        gate_residual_layer_norm_modulate_bwd_of<true>(t, t, g, p, run);
-      } else {
-        gate_residual_layer_norm_modulate_bwd_of<false>(t, static_cast<float*>(nullptr), g, p, run);
-      }
+      with_bool(is_per_token(p.gate), [&](auto token_gate) {
+        if (is_per_token(p.scale)) {
+          gate_residual_layer_norm_modulate_bwd_of<true, token_gate.value>(t, t, g, p, run);
+        } else {
+          gate_residual_layer_norm_modulate_bwd_of<false, token_gate.value>(t, static_cast<float*>(nullptr), g, p, run);
+        }
+      });
     });
   });
 }

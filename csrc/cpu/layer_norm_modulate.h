@@ -1,8 +1,8 @@
 // layer_norm_modulate: y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: mean = 0.
 // [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output);
 // backward twice (sums, then dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and
-// g = dy * (1 + scale) [* weight]). Gradients of the modulation are summed per chunk of tokens in the workspace, then
-// over the chunks in order: deterministic for any number of threads.
+// g = dy * (1 + scale) [* weight]), four rows at a time. Gradients of the modulation are summed over those, per chunk
+// of tokens in the workspace, then over the chunks in order: deterministic for any number of threads.
 #pragma once
 
 #include "rows_bf16.h"
@@ -16,7 +16,7 @@ ZB_INLINE RowStats row_stats(const T* x, int64_t D, float row_sum, bool rms, flo
   const float mean = rms ? 0.0f : row_sum / static_cast<float>(D);
   const Vec m = set1(mean);
   const float squares = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
-    const Vec d = keep(load(x + i, lanes) - m, lanes);
+    const Vec d = keep_first(load(x + i, lanes) - m, lanes);
     return fmadd(d, d, acc);
   });
   return {mean, inverse_root(squares / static_cast<double>(D) + eps)};
@@ -101,52 +101,60 @@ struct ModulateSums {
   float *un, *u, *dy;
 };
 
-// What backward of one row reads.
-template <class T, class S>
-struct ModulateRow {
+// What backward of a tile of rows reads.
+template <bool kTokenScale, class T, class S>
+struct ModulateTile {
   int64_t D;
   const T* x;
   const T* dy;
-  float mean;  // 0 for rms
-  float rstd;
-  bool rms;
-  OperandRow<S> scale;
+  const float* mean;  // of the first row; null for rms
+  const float* rstd;
+  OperandTile<kTokenScale, S> scale;
   Affine affine;
   ModulateSums sums;
   T* dscale;  // per-token only, or null
+  bool far;   // the arrays are beyond the caches: only there does a prefetch pay
 };
 
 // Adds to the sums, then calls emit(i, dx, lanes) for every column step. `ahead` is called in the first walk, for what
 // the second one will need.
-template <bool kAffine, bool kTokenScale, class T, class S, class Ahead, class Emit>
-ZB_INLINE void modulate_bwd_row(const ModulateRow<T, S>& a, const Ahead& ahead, const Emit& emit) {
+template <bool kAffine, bool kTokenScale, class Tile, class T, class S, class Ahead, class Emit>
+ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S>& a, const Ahead& ahead,
+                                 const Emit& emit) {
   const int64_t D = a.D;
-  const Vec one = set1(1.0f), mean = set1(a.mean), rstd = set1(a.rstd);
-  Vec sum_g = zero(), sum_gn = zero();
+  const Vec one = set1(1.0f);
+  const auto rstd = per_row(tile, a.rstd);
+  using V = decltype(per_row(tile, a.rstd));
+  V mean = zero(), sum_g = zero(), sum_gn = zero();
+  if (a.mean != nullptr) mean = per_row(tile, a.mean);
   each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
     ahead(i);
-    const Vec d = load(a.dy + i, lanes), n = (load(a.x + i, lanes) - mean) * rstd;
-    const Vec modulated = d * (one + a.scale.at(i, lanes));
-    const Vec g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
-    sum_g += g;
+    const V d = tile.load(a.dy + i, lanes), n = (tile.load(a.x + i, lanes) - mean) * rstd;
+    const V modulated = d * (one + a.scale.at(tile, i, lanes));
+    const V g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
+    sum_g = sum_g + g;
     sum_gn = fmadd(g, n, sum_gn);
-    const Vec u = kTokenScale ? modulated : d;
-    accumulate(a.sums.un, i, u, n, lanes);
-    accumulate(a.sums.u, i, u, lanes);
+    const V u = kTokenScale ? modulated : d;
+    if (a.sums.un != nullptr) accumulate(a.sums.un, i, total_product(u, n), lanes);
+    if (a.sums.u != nullptr) accumulate(a.sums.u, i, total(u), lanes);
     if (kTokenScale) {
-      accumulate(a.sums.dy, i, d, lanes);
-      const Vec xhat = kAffine ? fmadd(n, a.affine.weight.at(i, lanes), a.affine.bias.at(i, lanes)) : n;
-      if (a.dscale != nullptr) store(a.dscale + i, d * xhat, lanes);
+      if (a.sums.dy != nullptr) accumulate(a.sums.dy, i, total(d), lanes);
+      const V xhat = kAffine ? fmadd(n, a.affine.weight.at(i, lanes), a.affine.bias.at(i, lanes)) : n;
+      if (a.dscale != nullptr) tile.store(a.dscale + i, d * xhat, lanes);
     }
   });
-  const Vec mean_g = set1(a.rms ? 0.0f : sum(sum_g) / static_cast<float>(D));
-  const Vec slope = set1(sum(sum_gn) / static_cast<float>(D) * a.rstd);
+  // dx = rstd * (g - mean(g) - n * mean(g * n))
+  const V slope = row_mean(sum_gn, D) * rstd * rstd;
+  V shared = zero();
+  if (a.mean != nullptr) shared = row_mean(sum_g, D) * rstd;
   each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-    prefetch(a.x + D, i);
-    prefetch(a.dy + D, i);
-    const Vec modulated = load(a.dy + i, lanes) * (one + a.scale.at(i, lanes));
-    const Vec g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
-    emit(i, rstd * fnmadd(load(a.x + i, lanes) - mean, slope, g - mean_g), lanes);
+    if (a.far) {
+      prefetch(tile, a.x + rows_of(tile) * D, i);
+      prefetch(tile, a.dy + rows_of(tile) * D, i);
+    }
+    const V modulated = tile.load(a.dy + i, lanes) * (one + a.scale.at(tile, i, lanes));
+    const V g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
+    emit(i, fnmadd(tile.load(a.x + i, lanes) - mean, slope, fmsub(g, rstd, shared)), lanes);
   });
 }
 
@@ -180,8 +188,8 @@ inline void finish_modulate(const ModulateGrads& out, const Rows& scale_rows, co
       }
       if (affine && chunks > 0) {
         const Vec factor = set1(1.0f) + scale.row(b, 0).at(i, lanes);
-        store(partials.total(b * chunks, kSumUN) + i, un * factor, lanes);
-        store(partials.total(b * chunks, kSumU) + i, u * factor, lanes);
+        store(partials.sums(b * chunks, kSumUN) + i, un * factor, lanes);
+        store(partials.sums(b * chunks, kSumU) + i, u * factor, lanes);
       }
     });
   });
@@ -216,25 +224,26 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
   const bool streamed = streams(dx, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
   const Partials partials = modulate_partials(p, p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
-    const ModulateSums sums = {wants_un ? partials.running(chunk, kSumUN) : nullptr,
-                               wants_u ? partials.running(chunk, kSumU) : nullptr,
-                               wants_dy ? partials.running(chunk, kSumExtra) : nullptr};
-    partials.each_row(chunk, t_begin, t_end, [&](int64_t t) ZB_BODY {
-      const int64_t row = b * p.T + t, start = row * D;
-      const ModulateRow<T, S> inputs = {
+    const ModulateSums sums = {wants_un ? partials.sums(chunk, kSumUN) : nullptr,
+                               wants_u ? partials.sums(chunk, kSumU) : nullptr,
+                               wants_dy ? partials.sums(chunk, kSumExtra) : nullptr};
+    partials.clear(chunk);
+    for_row_tiles(t_end - t_begin, D, [&](int64_t r, auto tile) ZB_BODY {
+      const int64_t t = t_begin + r, row = b * p.T + t, start = row * D;
+      const ModulateTile<kTokenScale, T, S> inputs = {
           D,
           static_cast<const T*>(p.x) + start,
           static_cast<const T*>(p.dy) + start,
-          p.rms ? 0.0f : p.mean[row],
-          p.rstd[row],
-          p.rms,
-          scale.row(b, t),
+          p.rms ? nullptr : p.mean + row,
+          p.rstd + row,
+          scale.template tile<kTokenScale>(b, t),
           affine,
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
-      modulate_bwd_row<kAffine, kTokenScale>(
-          inputs, [](int64_t) {},
-          [&](int64_t i, Vec grad, auto lanes) ZB_BODY { put(dx + start + i, grad, lanes, streamed); });
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          streamed};
+      modulate_bwd_tile<kAffine>(
+          tile, inputs, [](int64_t) {},
+          [&](int64_t i, auto grad, auto lanes) ZB_BODY { put_rows(tile, dx + start + i, grad, lanes, streamed); });
     });
   });
   const ModulateGrads grads = {p.dshift,    kTokenScale ? nullptr : static_cast<float*>(p.dscale),

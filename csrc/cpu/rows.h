@@ -2,7 +2,7 @@
 // and the second stage of every reduction over tokens.
 #pragma once
 
-#include "vec.h"
+#include "wide.h"
 
 // A lambda in an inner loop: inlined before arrays are split into registers.
 #define ZB_BODY __attribute__((always_inline))
@@ -34,30 +34,9 @@ ZB_INLINE void with_bool(bool b, const F& f) {
   }
 }
 
-// How many lanes a column step uses: all of them, or the first n of the tail.
-struct Full {};
-struct Part {
-  int n;
-};
-
+// Stores one step of a row, past the caches when streamed; the tail of a row is stored the ordinary way.
 template <class T>
-ZB_INLINE Vec load(const T* p, Full) {
-  return load(p);
-}
-template <class T>
-ZB_INLINE Vec load(const T* p, Part part) {
-  return load(p, part.n);
-}
-template <class T>
-ZB_INLINE void store(T* p, Vec a, Full) {
-  store(p, a);
-}
-template <class T>
-ZB_INLINE void store(T* p, Vec a, Part part) {
-  store(p, a, part.n);
-}
-template <class T>
-ZB_INLINE void put(T* p, Vec a, Full, bool streamed) {
+ZB_INLINE void put(T* p, Vec a, All, bool streamed) {
   if (streamed) {
     stream(p, a);
   } else {
@@ -65,26 +44,16 @@ ZB_INLINE void put(T* p, Vec a, Full, bool streamed) {
   }
 }
 template <class T>
-ZB_INLINE void put(T* p, Vec a, Part part, bool) {
-  store(p, a, part.n);
-}
-
-// Zero in the lanes beyond the tail.
-ZB_INLINE Vec keep(Vec a, Full) { return a; }
-ZB_INLINE Vec keep(Vec a, Part part) {
-#if defined(__AVX512F__)
-  return {_mm512_maskz_mov_ps(tail_mask(part.n), a.v)};
-#else
-  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(tail_mask(part.n)))};
-#endif
+ZB_INLINE void put(T* p, Vec a, int lanes, bool) {
+  store(p, a, lanes);
 }
 
 // f(i, lanes) for the columns begin .. end.
 template <class F>
 ZB_INLINE void each_column(int64_t begin, int64_t end, const F& f) {
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) f(i, Full{});
-  if (i < end) f(i, Part{static_cast<int>(end - i)});
+  for (; i + kLanes <= end; i += kLanes) f(i, All{});
+  if (i < end) f(i, static_cast<int>(end - i));
 }
 
 // The sum over D columns of what acc = f(acc, i, lanes) adds; four chains hide the latency of the addition.
@@ -93,10 +62,10 @@ ZB_INLINE float sum_columns(int64_t D, const F& f) {
   Vec a = zero(), b = zero(), c = zero(), d = zero();
   int64_t i = 0;
   for (; i + 4 * kLanes <= D; i += 4 * kLanes) {
-    a = f(a, i, Full{});
-    b = f(b, i + kLanes, Full{});
-    c = f(c, i + 2 * kLanes, Full{});
-    d = f(d, i + 3 * kLanes, Full{});
+    a = f(a, i, All{});
+    b = f(b, i + kLanes, All{});
+    c = f(c, i + 2 * kLanes, All{});
+    d = f(d, i + 3 * kLanes, All{});
   }
   each_column(i, D, [&](int64_t j, auto lanes) ZB_BODY { a = f(a, j, lanes); });
   return sum((a + b) + (c + d));
@@ -140,11 +109,30 @@ struct OperandRow {
   }
 };
 
+// The same for a tile of rows: one row for all of them, or (kToken) one for each.
+template <bool kToken, class M>
+struct OperandTile {
+  const M* p;
+  int64_t stride_t, mask;
+  template <class Tile, class Lanes>
+  ZB_INLINE auto at(Tile tile, int64_t i, Lanes lanes) const {
+    if constexpr (kToken) {
+      return with_stride(tile, stride_t).load(p + i, lanes);
+    } else {
+      return load(p + (i & mask), lanes);
+    }
+  }
+};
+
 template <class M>
 struct Operand {
   const M* p;
   int64_t stride_b, stride_t, mask;
   ZB_INLINE OperandRow<M> row(int64_t b, int64_t t) const { return {p + b * stride_b + t * stride_t, mask}; }
+  template <bool kToken>
+  ZB_INLINE OperandTile<kToken, M> tile(int64_t b, int64_t t) const {
+    return {p + b * stride_b + t * stride_t, stride_t, mask};
+  }
 };
 
 constexpr int kConstant = 4 * kLanes;  // as long as the longest step (wide.h)
@@ -196,11 +184,36 @@ ZB_INLINE void each_chunk(ParallelFor run, int64_t B, int64_t T, int64_t D, cons
   });
 }
 
-// Starts loading the line of column i of a later row: the hardware follows one forward walk per array, but loses it
+// Starts loading the lines of column i of later rows: the hardware follows one forward walk per array, but loses it
 // when a row is walked twice.
 template <class T>
-ZB_INLINE void prefetch(const T* row, int64_t i) {
+ZB_INLINE void prefetch(OneRow, const T* row, int64_t i) {
   _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
+}
+template <class T>
+ZB_INLINE void prefetch(FourRows tile, const T* row, int64_t i) {
+  for (int k = 0; k < 4; ++k) prefetch(OneRow{}, row + k * tile.stride, i);
+}
+
+// One number for each row of a tile.
+ZB_INLINE Wide per_row(FourRows, const float* p) {
+  return each([&](int k) { return set1(p[k]); });
+}
+ZB_INLINE Vec per_row(OneRow, const float* p) { return set1(*p); }
+
+// The mean of each row from its lanes' sums.
+ZB_INLINE Vec row_mean(Vec sums, int64_t D) { return set1(sum(sums) / static_cast<float>(D)); }
+ZB_INLINE Wide row_mean(Wide sums, int64_t D) {
+  return each([&](int k) { return row_mean(sums.v[k], D); });
+}
+
+template <class T, class Lanes>
+ZB_INLINE void put_rows(OneRow, T* p, Vec a, Lanes lanes, bool streamed) {
+  put(p, a, lanes, streamed);
+}
+template <class T, class Lanes>
+ZB_INLINE void put_rows(FourRows tile, T* p, Wide a, Lanes lanes, bool streamed) {
+  for (int k = 0; k < 4; ++k) put(p + k * tile.stride, a.v[k], lanes, streamed);
 }
 
 // Streaming needs every row of the output to start on the boundary of a whole vector register.
@@ -223,46 +236,31 @@ ZB_INLINE Vec sum_partials(const float* p, int64_t count, int64_t stride, Lanes 
   return total;
 }
 
-// The workspace of a reduction over tokens: for every chunk `slots` rows of D running sums and, behind them, as many
-// rows of sums put aside, which hold the chunk's totals in the end.
+// The workspace of a reduction over tokens: for every chunk `slots` rows of D sums. Tiles add up four rows before they
+// touch them, so that a chunk is no more than kCascade addends.
 struct Partials {
   float* workspace;  // null: nothing is wanted
   int64_t slots, T, D;
+  static_assert(kChunkRows <= 4 * kCascade, "the sums of a chunk would be too long");
 
-  ZB_INLINE int64_t chunk_size() const { return 2 * slots * D; }
+  ZB_INLINE int64_t chunk_size() const { return slots * D; }
   ZB_INLINE int64_t size(int64_t B) const { return B * chunks_per_sample(T) * chunk_size(); }
-  ZB_INLINE float* running(int64_t chunk, int64_t slot) const { return workspace + chunk * chunk_size() + slot * D; }
-  ZB_INLINE float* total(int64_t chunk, int64_t slot) const { return running(chunk, slots + slot); }
-
-  // row(t) adds to the running sums of the chunk, for t_begin .. t_end.
-  template <class Row>
-  ZB_INLINE void each_row(int64_t chunk, int64_t t_begin, int64_t t_end, const Row& row) const {
-    if (workspace != nullptr) {
-      std::memset(running(chunk, 0), 0, static_cast<size_t>(chunk_size()) * sizeof(float));
-    }
-    for (int64_t t = t_begin; t < t_end; ++t) {
-      row(t);
-      if (workspace == nullptr || ((t + 1 - t_begin) % kCascade != 0 && t + 1 != t_end)) continue;
-      float* const sums = running(chunk, 0);
-      float* const aside = total(chunk, 0);
-      each_column(0, slots * D, [&](int64_t i, auto lanes) ZB_BODY {
-        store(aside + i, load(aside + i, lanes) + load(sums + i, lanes), lanes);
-        store(sums + i, zero(), lanes);
-      });
-    }
+  ZB_INLINE float* sums(int64_t chunk, int64_t slot) const { return workspace + chunk * chunk_size() + slot * D; }
+  ZB_INLINE void clear(int64_t chunk) const {
+    if (workspace != nullptr) std::memset(sums(chunk, 0), 0, static_cast<size_t>(chunk_size()) * sizeof(float));
   }
 
   // Over the chunks of sample b.
   template <class Lanes>
   ZB_INLINE Vec sample_sum(int64_t b, int64_t slot, int64_t i, Lanes lanes) const {
     const int64_t chunks = chunks_per_sample(T);
-    return sum_partials(total(b * chunks, slot) + i, chunks, chunk_size(), lanes);
+    return sum_partials(sums(b * chunks, slot) + i, chunks, chunk_size(), lanes);
   }
   // Over the samples, once the totals of each have been written over those of its first chunk.
   template <class Lanes>
   ZB_INLINE Vec batch_sum(int64_t B, int64_t slot, int64_t i, Lanes lanes) const {
     const int64_t chunks = chunks_per_sample(T);
-    return sum_partials(total(0, slot) + i, chunks > 0 ? B : 0, chunks * chunk_size(), lanes);
+    return sum_partials(sums(0, slot) + i, chunks > 0 ? B : 0, chunks * chunk_size(), lanes);
   }
 };
 
@@ -280,11 +278,7 @@ ZB_INLINE void each_column_block(ParallelFor run, int64_t B, int64_t D, int64_t 
   });
 }
 
-// Adds a * b to a row of accumulators; a null row is a sum that nobody asked for.
-template <class Lanes>
-ZB_INLINE void accumulate(float* acc, int64_t i, Vec a, Vec b, Lanes lanes) {
-  if (acc != nullptr) store(acc + i, fmadd(a, b, load(acc + i, lanes)), lanes);
-}
+// Adds to a row of accumulators; a null row is a sum that nobody asked for.
 template <class Lanes>
 ZB_INLINE void accumulate(float* acc, int64_t i, Vec a, Lanes lanes) {
   if (acc != nullptr) store(acc + i, load(acc + i, lanes) + a, lanes);

@@ -24,9 +24,6 @@ ZB_INLINE void put(bf16* p, Wide a, Four, bool streamed) {
     store(p, a, Four{});
   }
 }
-// What is left of a row.
-ZB_INLINE void put(bf16* p, Vec a, All lanes, bool) { store(p, a, lanes); }
-ZB_INLINE void put(bf16* p, Vec a, int lanes, bool) { store(p, a, lanes); }
 
 struct RowStats {
   float mean, rstd;

@@ -199,6 +199,12 @@ struct OneRow {
   }
 };
 
+// The same rows of an operand whose rows are `stride` apart.
+ZB_INLINE FourRows with_stride(FourRows, int64_t stride) { return {stride}; }
+ZB_INLINE OneRow with_stride(OneRow, int64_t) { return {}; }
+ZB_INLINE int64_t rows_of(FourRows) { return 4; }
+ZB_INLINE int64_t rows_of(OneRow) { return 1; }
+
 // body(row, FourRows or OneRow) over [0, rows), in order.
 template <class Body>
 ZB_INLINE void for_row_tiles(int64_t rows, int64_t stride, const Body& body) {
