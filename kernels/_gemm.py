@@ -32,7 +32,7 @@ class Config(NamedTuple):
 
 # From the most reuse per byte to the most programs. fp32 tiles are half as deep, for the same bytes per stage.
 HALF = (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3))
-FULL = (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3))
+FULL = (Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3))
 
 
 def configs(dtype: torch.dtype) -> tuple[Config, ...]:

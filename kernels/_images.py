@@ -150,7 +150,7 @@ def word(v, i: tl.constexpr, HALVES: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def again(v, zero):
     """v, as a value the compiler takes for another one: it would keep the fp32 numbers it once computed from v, as it
-    would the offsets of tiles, in registers that the words need. `zero` is 0 at run time."""
+    would the offsets and masks of tiles, in registers that the words need. `zero` is 0 at run time."""
     return v + zero.to(v.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,17 @@ _POINTERS = {
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
+WARP = 32  # threads of the warps that launches are counted in, NVIDIA's
+
+
+@functools.lru_cache
+def threads_of_warp(device: torch.device) -> int:
+    """64 on AMD's Instinct GPUs."""
+    if torch.version.hip is None or device.type != "cuda":
+        return WARP
+    return torch.cuda.get_device_properties(device).warp_size
+
+
 @dataclasses.dataclass
 class Launch:
     """One start of a kernel."""
@@ -25,12 +37,19 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int]
 
+    def options_for(self, warp: int) -> dict[str, int]:
+        """The options where a warp has `warp` threads: as many threads, whose accesses then are as wide. Products keep
+        their warps, since each drives a matrix core."""
+        if warp == WARP or "PRECISION" in self.arguments:
+            return self.options
+        return self.options | {"num_warps": max(1, self.options["num_warps"] * WARP // warp)}
+
     def run(self) -> None:
         device = next(v.device for v in self.arguments.values() if isinstance(v, torch.Tensor))
         # Triton starts kernels on the current device.
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, **self.options)
+            self.kernel[self.grid](**self.arguments, **self.options_for(threads_of_warp(device)))
 
     def source(self):
         """The kernel as the JIT compiler specialises it for these arguments (not in an interpreting process)."""
@@ -74,7 +93,7 @@ def recording(run: bool = True) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 1, **arguments: Any) -> None:
-    """kernel[grid](**arguments) on the device of its tensors; an empty grid starts nothing."""
+    """kernel[grid](**arguments) on the device of its tensors, num_warps of 32 threads; an empty grid starts nothing."""
     if 0 in grid:
         return
     start = Launch(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})

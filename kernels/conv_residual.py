@@ -21,6 +21,8 @@ taken; formats other than channels-last are copied first. The bias gradient is t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -212,7 +214,14 @@ def conv_dgrad(
     ]
 
 
-def conv_wgrad(dy: Tensor, h: Tensor, weight_size: torch.Size, padding: list[int]) -> Tensor:
+def wgrad_configs(dtype: torch.dtype) -> tuple[Config, ...]:
+    """The largest tiles and the smallest: between them four warps have too few registers on sm_100."""
+    return () if dtype == torch.float32 else (_gemm.configs(dtype)[0], _gemm.configs(dtype)[-1])
+
+
+def conv_wgrad(
+    dy: Tensor, h: Tensor, weight_size: torch.Size, padding: list[int], config: Config | None = None
+) -> Tensor:
     """The gradient of conv(h) by its weight, channels-last, in half precision; pixel ranges are added in order.
 
     fp32 is the library's: pixels run along the rows of neither operand, and tf32 tensor cores take only rows, so that
@@ -223,7 +232,7 @@ def conv_wgrad(dy: Tensor, h: Tensor, weight_size: torch.Size, padding: list[int
     (COUT, CIN, KH, KW), (images, _, H, W), (P, Q) = weight_size, h.shape, dy.shape[2:]
     _gemm.check_rows("conv_wgrad", max(images * P * Q, images * H * W))
     dy, h = dy.contiguous(memory_format=NHWC), h.contiguous(memory_format=NHWC)
-    config = _gemm.configs(dy.dtype)[-1]
+    config = wgrad_configs(dy.dtype)[-1] if config is None else config
     tiles = cdiv(COUT, config.BM) * cdiv(CIN, config.BN)
     pixels = images * P * Q
     splits = max(1, min(_gemm.sms(dy.device) * 2 // (tiles * KH * KW), cdiv(pixels, 8 * config.BK), 32))
@@ -266,11 +275,12 @@ def _compile_cases():
         if dtype == torch.float32:
             continue
 
-        def wgrad(dtype=dtype):
+        def wgrad(dtype, config):
             x, dy = (torch.empty(2, c, 32, 32, dtype=dtype, device="meta") for c in (320, 640))
-            return conv_wgrad(dy, x, torch.Size((640, 320, 3, 3)), [1, 1])
+            return conv_wgrad(dy, x, torch.Size((640, 320, 3, 3)), [1, 1], config)
 
-        yield f"conv_residual-wgrad-{name}", wgrad
+        for config in wgrad_configs(dtype):
+            yield f"conv_residual-wgrad-{config.BM}x{config.BN}-{name}", partial(wgrad, dtype, config)
 
 
 COMPILE_CASES = dict(_compile_cases())

@@ -25,7 +25,9 @@ from ._reduce import sum_partials
 # One gate for everything: the gate is a scalar, its gradient the sum over the whole tile.
 SINGLE = 3
 # A tile: COLUMNS (or fewer) x enough rows for ELEMENTS; programs of backward sum up to STEPS tiles.
-COLUMNS, ELEMENTS, WARPS, STEPS, PROGRAMS = 128, 4096, 4, 16, 1024
+COLUMNS, ELEMENTS, STEPS, PROGRAMS = 128, 4096, 16, 1024
+# Numbers of a tile that each thread holds: the launchers' own choice, and what a plan may choose as well.
+PER_THREAD = (32, 16)
 
 
 def tile(D: int, kind: int) -> tuple[int, int]:
@@ -102,7 +104,7 @@ def gate_strides(gate: Tensor) -> tuple[int, int]:
 
 def forward(
     residual: Tensor, gate: Tensor, branch: Tensor, dtype: torch.dtype, flag: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | None = None, per_thread: int = PER_THREAD[0],
 ) -> Tensor:  # fmt: skip
     """y in `dtype`, like residual; residual and branch dense in one order, the gate with dense rows."""
     B, T, D, kind = sizes(branch, gate)
@@ -110,7 +112,7 @@ def forward(
     y = torch.empty_like(residual, dtype=dtype)
     gate_b, gate_t = gate_strides(gate)
     launch(
-        _forward, (cdiv(T, rows), cdiv(D, columns), B), num_warps=WARPS,
+        _forward, (cdiv(T, rows), cdiv(D, columns), B), num_warps=ELEMENTS // (32 * per_thread),
         residual=residual, gate=gate, branch=branch, bias=bias, y=y, flag=flag, T=T, D=D,
         gate_b=gate_b, gate_t=gate_t, ROWS=rows, COLS=columns, GATE=kind,
     )  # fmt: skip
@@ -118,7 +120,7 @@ def forward(
 
 
 def backward(
-    dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool
+    dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool, per_thread: int = PER_THREAD[0]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dgate like the gate, dbranch like the branch); dy and branch dense in one order."""
     B, T, D, kind = sizes(branch, gate)
@@ -135,7 +137,7 @@ def backward(
         part = branch.new_empty(size, dtype=torch.float32)
     gate_b, gate_t = gate_strides(gate)
     launch(
-        _backward, (programs, blocks, B), num_warps=WARPS,
+        _backward, (programs, blocks, B), num_warps=ELEMENTS // (32 * per_thread),
         dy=dy, gate=gate, branch=branch, dbranch=dbranch, dgate=dgate, part_dgate=part, T=T, D=D, steps=steps,
         gate_b=gate_b, gate_t=gate_t, ROWS=rows, COLS=columns, GATE=kind,
     )  # fmt: skip
@@ -151,11 +153,12 @@ def _compile(D: int, dtype: torch.dtype, kind: str) -> None:
     B, T = 8, 256
     x = new(B, T, D)
     gate = {"sample": new(B, 6 * D)[:, :D], "token": x, "channel": new(D), "single": new(1)}[kind]
-    forward(x, gate, x, dtype)
-    if kind == "sample":
-        forward(x, gate, x, dtype, torch.empty(1, dtype=torch.int32, device="meta"), new(D))
-    for needs in ((True, True), (True, False), (False, True)):
-        backward(x, gate, x, *needs)
+    for per_thread in PER_THREAD:
+        forward(x, gate, x, dtype, per_thread=per_thread)
+        if kind == "sample":
+            forward(x, gate, x, dtype, torch.empty(1, dtype=torch.int32, device="meta"), new(D), per_thread)
+        for needs in ((True, True), (True, False), (False, True)):
+            backward(x, gate, x, *needs, per_thread)
 
 
 COMPILE_CASES = {

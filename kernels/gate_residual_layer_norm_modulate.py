@@ -30,7 +30,17 @@ from ._common import (
 )
 from ._launch import launch
 from ._reduce import sum_partials
-from .layer_norm_modulate import BACKWARD, FORWARD, backward_steps, forward_steps, kind_of, strides, tile
+from .layer_norm_modulate import (
+    BACKWARD,
+    CHOICE,
+    FORWARD,
+    backward_steps,
+    forward_steps,
+    kind_of,
+    strides,
+    tile,
+    why_not_tile,
+)
 
 
 @triton.jit
@@ -61,11 +71,12 @@ def _forward(
 
 
 def forward(
-    residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float,
+    per_thread: int = FORWARD[0],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(x_new, y, mean, rstd); dense residual and branch; gate, shift, scale [B, D] or [B, T, D] with dense rows."""
     B, T, D = branch.shape
-    rows, block, warps = tile(FORWARD, D)
+    rows, block, warps = tile(D, per_thread)
     steps = forward_steps(B, T, rows)
     x_new, y = torch.empty_like(branch), torch.empty_like(branch)
     mean, rstd = (branch.new_empty(B, T, dtype=torch.float32) for _ in range(2))
@@ -89,7 +100,7 @@ def _backward(
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     # Long rows leave no registers for what is read once per program: it is read again for every row.
-    AGAIN: tl.constexpr = BLOCK_D > 4096
+    AGAIN: tl.constexpr = BLOCK_D > 4096  # CHOICE
     held_gate = sample_row(gate, b, gate_b, d, D, 0 if AGAIN else GATE)
     held_scale = sample_row(scale, b, scale_b, d, D, 0 if AGAIN else SCALE)
     sum_dgate = tl.zeros([BLOCK_D], tl.float32)
@@ -132,14 +143,15 @@ def _backward(
 
 def backward(
     dx_new: Tensor | None, dy: Tensor, x_new: Tensor, mean: Tensor, rstd: Tensor, gate: Tensor, branch: Tensor,
-    shift: Tensor, scale: Tensor,
+    shift: Tensor, scale: Tensor, per_thread: int = BACKWARD[0],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(dresidual, dgate, dbranch, dshift, dscale) like their operands; a per-token dshift is dy, left out. Everything
     [B, T, D] is dense."""
     B, T, D = branch.shape
-    rows, block, warps = tile(BACKWARD, D)
-    if block > 4096 and branch.dtype == torch.float32:
+    long = D > CHOICE
+    if long and branch.dtype == torch.float32:
         return _backward_in_two(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale)
+    rows, block, warps = tile(D, BACKWARD[1] if long else per_thread)  # half as many addresses in registers
     steps = backward_steps(B, T, rows)
     programs = cdiv(T, rows * steps)
     dresidual, dbranch = torch.empty_like(branch), torch.empty_like(branch)
@@ -183,9 +195,11 @@ def _compile(D: int, dtype: torch.dtype, per_token: bool) -> None:
     x = torch.empty(B, T, D, dtype=dtype, device="meta")
     stat = torch.empty(B, T, device="meta")
     v = x if per_token else torch.empty(B, 6 * D, dtype=dtype, device="meta")[:, :D]
-    forward(x, v, x, v, v, 1e-6)
-    backward(x, x, x, stat, stat, v, x, v, v)
-    backward(None, x, x, stat, stat, v, x, v, v)
+    for per_thread in FORWARD[: 1 if why_not_tile(D) else None]:
+        forward(x, v, x, v, v, 1e-6, per_thread)
+    for per_thread in BACKWARD[: 1 if why_not_tile(D) else None]:
+        backward(x, x, x, stat, stat, v, x, v, v, per_thread)
+        backward(None, x, x, stat, stat, v, x, v, v, per_thread)
 
 
 COMPILE_CASES = {

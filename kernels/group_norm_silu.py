@@ -43,7 +43,7 @@ from ._launch import launch
 
 # (most words of a program, num_warps) by numbers of a word. Twice as many words of two numbers still fit, but take the
 # compiler a minute.
-ONE_READ = {1: ((2048, 4), (20480, 8), (40960, 16)), 2: ((2048, 4), (20480, 8))}
+ONE_READ = {1: ((2048, 4), (40960, 8)), 2: ((2048, 4), (20480, 8))}
 COMBINE = 64
 
 
@@ -54,7 +54,8 @@ def _one_read(
     GROUPS: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIXELS: tl.constexpr, COUNTS: tl.constexpr,
     FIRST: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """x and y in words, HW of them along the pixels; the first pass loads, two more work on what is held."""
+    """x and y in words, HW of them along the pixels; the first pass loads, two more work on what is held, each with
+    offsets and masks of its own (`again`)."""
     n = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
     groups = n * G + first_group + tl.arange(0, GROUPS)
@@ -89,7 +90,7 @@ def _one_read(
         total = 0.0
         square = 0.0
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j + zero, C // STEP, HW + zero, AXIS, PIXELS[i])
             words = again(tiles[item(FIRST, i) + j], zero)
             held = held + (words,)
             for h in tl.static_range(HALVES):
@@ -106,7 +107,7 @@ def _one_read(
         lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
         gains, offsets = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, STEP)
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j + zero, C // STEP, HW + zero, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j + zero + zero, C // STEP, HW + zero + zero, AXIS, PIXELS[i])
             words = again(held[item(FIRST, i) + j], zero)
             out = tl.zeros_like(words)
             for h in tl.static_range(HALVES):

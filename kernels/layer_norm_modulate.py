@@ -37,19 +37,23 @@ from ._reduce import COLUMNS, LANES, column_sums, sum_partials
 
 # Longer rows do not stay in registers in backward.
 MAX_D = 8192
-# (largest block, elements of a tile, num_warps), forward and backward; a tile has at least one row.
-FORWARD = ((512, 2048, 4), (2048, 2048, 4), (4096, 4096, 8), (8192, 8192, 16))
-BACKWARD = ((512, 1024, 4), (2048, 2048, 8), (4096, 4096, 16), (8192, 8192, 32))
+# Numbers of a tile that each thread holds, of all row norms: the launchers' own choice, and what a plan may choose as
+# well for rows up to CHOICE. Longer ones leave the registers of a program no choice.
+FORWARD, BACKWARD, CHOICE = (16, 8, 32), (8, 16), 4096
 # Programs that are enough to fill a GPU; fewer rows per program, down to one tile, when there are less. Each program of
 # backward writes partial sums, which another kernel reads: fewer programs, of at least LEAST rows.
 PROGRAMS, BACKWARD_PROGRAMS, LEAST = 1024, 512, 8
 
 
-def tile(table: tuple, D: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK_D, num_warps)"""
+def tile(D: int, per_thread: int) -> tuple[int, int, int]:
+    """(ROWS, BLOCK_D, num_warps): rows enough for four warps, two of up to 1024, and for a row the warps it takes."""
     block = power_of_2(D)
-    elements, warps = next((e, w) for largest, e, w in table if block <= largest)
-    return max(1, min(32, elements // block)), block, warps
+    elements = max(block, 128 * per_thread, min(2 * block, 2048))
+    return min(32, elements // block), block, elements // (32 * per_thread)
+
+
+def why_not_tile(D: int) -> str | None:
+    return f"rows of {D} numbers leave no choice of tiles" if power_of_2(D) > CHOICE else None
 
 
 def forward_steps(B: int, T: int, rows: int) -> int:
@@ -98,11 +102,11 @@ def _forward(
 
 def forward(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
-    rms: bool,
+    rms: bool, per_thread: int = FORWARD[0],
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """(y, mean, rstd) of a dense x; shift, scale [B, D] or [B, T, D] with dense rows; mean is None for RMS."""
     B, T, D = x.shape
-    rows, block, warps = tile(FORWARD, D)
+    rows, block, warps = tile(D, per_thread)
     steps = forward_steps(B, T, rows)
     y = torch.empty_like(x)
     mean, rstd = (None if absent else x.new_empty(B, T, dtype=torch.float32) for absent in (rms, False))
@@ -199,11 +203,11 @@ def _finish(
 
 def backward(
     dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, shift: Tensor | None, scale: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, rms: bool,
+    weight: Tensor | None, bias: Tensor | None, rms: bool, per_thread: int = BACKWARD[0],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dx, dshift, dscale, dweight, dbias), each in the dtype of its operand; a per-token dshift is dy, left out."""
     B, T, D = x.shape
-    rows, block, warps = tile(BACKWARD, D)
+    rows, block, warps = tile(D, per_thread)
     steps = backward_steps(B, T, rows)
     programs = cdiv(T, rows * steps)
     kind, scale_rows = kind_of(scale), strides(scale)
@@ -249,8 +253,10 @@ def _compile(D: int, dtype: torch.dtype, modulation: str, affine: bool, rms: boo
     x, row, stat = new(B, T, D), new(D), new(B, T, of=torch.float32)
     operand = {"none": None, "sample": new(B, 6 * D)[:, :D], "token": new(B, T, D)}[modulation]
     weight, bias = (row, None if rms else row) if affine else (None, None)
-    forward(x, operand, operand, weight, bias, 1e-6, rms)
-    backward(x, x, None if rms else stat, stat, operand, operand, weight, bias, rms)
+    for per_thread in FORWARD[: 1 if why_not_tile(D) else None]:
+        forward(x, operand, operand, weight, bias, 1e-6, rms, per_thread)
+    for per_thread in BACKWARD[: 1 if why_not_tile(D) else None]:
+        backward(x, x, None if rms else stat, stat, operand, operand, weight, bias, rms, per_thread)
 
 
 def _cases():

@@ -70,7 +70,7 @@ class Backend:
         if name.startswith("_") or not hasattr(_library, name):
             raise AttributeError(name)
 
-        def primitive(*args, split=False, **kwargs):
+        def primitive(*args, split=False, per_thread=None, **kwargs):
             self.calls.append(name)
             return getattr(_library, name)(*args, **kwargs)
 
@@ -111,7 +111,7 @@ class Backend:
         dh = F.conv_transpose2d(dy, weight, padding=padding)
         return self._own(dh, torch.zeros_like(dh), flag)
 
-    def conv_wgrad(self, dy, h, weight, padding):
+    def conv_wgrad(self, dy, h, weight, padding, config=None):
         return torch.nn.grad.conv2d_weight(h, weight.shape, dy, padding=padding)
 
     def linear_gate_residual(self, h, weight, bias, gate, residual, flag, save_branch, config=None):

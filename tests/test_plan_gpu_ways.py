@@ -2,6 +2,7 @@
 ordinary process, Triton's in an interpreting one; and that what a plan may choose is compiled ahead of time."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -41,7 +42,10 @@ if INTERPRETS:
     WAYS["triton"] = NORMS
     WAYS["triton split"] = NORMS[:1]
     WAYS["triton folded"] = CONVS[3:]
-    WAYS |= {f"triton {config}": (*CONVS, *LINEARS) for config in _gpu_gemms.CONFIGS}
+    # 3x3 only with the smallest tiles: the interpreter takes long, and test_gemm_kernels.py has them with all.
+    WAYS |= {f"triton {config}": (CONVS[1], CONVS[3], *LINEARS) for config in _gpu_gemms.CONFIGS}
+    WAYS |= {config: (*CONVS, *LINEARS) for config in ("triton 64x64x64", "triton 64x64x32")}
+    WAYS |= {f"triton x{n}": NORMS[1:] if n == 16 else (*NORMS[1:3], NORMS[4]) for n in (8, 16, 32)}
 else:
     WAYS |= {"cuda": (*NORMS, CONVS[0], CONVS[2], *map(str, POINTS)), "cuda fused": (CONVS[2], str(POINTS[1]))}
 
@@ -49,7 +53,7 @@ else:
 def _dtypes(way: str, case) -> list[tuple[torch.dtype, str]]:
     nhwc = "nhwc" if "conv" in case.op or "nhwc" in case.layouts else "dense"
     both = [(torch.float32, nhwc), (torch.bfloat16, nhwc)]
-    if "x" in way:  # a GEMM's configuration is for one width of elements
+    if way.count("x") == 2:  # a GEMM's configuration is for one width of elements
         return both[:1] if way.endswith("x32") else both[1:]
     return both[1:] if way.startswith("cuda") and "conv" in case.op else both
 
@@ -113,7 +117,7 @@ def _facts(launch) -> tuple:
 def test_what_a_plan_may_choose_is_compiled_ahead_of_time():
     from zeroblock.kernels import _launch, conv_residual, group_norm_silu_conv_residual, linear_gate_residual
 
-    kernels = ("_conv_residual", "_linear_gate_residual")
+    kernels = ("_conv_residual", "_conv_wgrad", "_linear_gate_residual")
 
     def recorded(calls) -> set[tuple]:
         with _launch.recording(run=False) as launches:
@@ -131,6 +135,8 @@ def test_what_a_plan_may_choose_is_compiled_ahead_of_time():
                 x, w = new(2, channels, side, side, dtype=dtype), new(channels, channels, kernel, kernel, dtype=dtype)
                 yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.conv(x, w, None, None, p, None, config)
                 yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.conv_dgrad(x, w, p, None, config)
+                if config in TRITON.WGRADS:
+                    yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.conv_wgrad(x, x, w, p, config)
             h, w = new(2, side * side, channels, dtype=dtype), new(640, channels, dtype=dtype)
             yield lambda h=h, w=w: TRITON.linear_gate_residual(h, w, None, None, None, None, False, config)
         if config in TRITON.FOLDS:
@@ -143,3 +149,42 @@ def test_what_a_plan_may_choose_is_compiled_ahead_of_time():
             if TRITON.has_gemm(config, dtype):
                 missing = recorded(calls(config, dtype)) - compiled
                 assert not missing, (config, dtype, missing)
+
+
+def _tile(launch) -> tuple:
+    a = launch.arguments
+    return launch.kernel.__module__, launch.kernel.__name__, a["ROWS"], a.get("BLOCK_D", a.get("COLS")), *sorted(
+        launch.options.items()
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(TRITON is None or INTERPRETS, reason="needs triton, not interpreting")
+def test_tiles_of_norms_and_gates_are_compiled_ahead_of_time():
+    """Every number per thread, at rows of the lengths that the kernels' cases have."""
+    from zeroblock.kernels import _launch, gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+
+    def recorded(calls) -> set[tuple]:
+        with _launch.recording(run=False) as launches:
+            for call in calls:
+                call()
+        return {_tile(launch) for launch in launches if launch.kernel.__name__ in ("_forward", "_backward")}
+
+    modules = (gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate)
+    compiled = recorded(case for module in modules for case in module.COMPILE_CASES.values())
+    for D in (128, 384, 1152, 3072, 6144):
+        x, row = (torch.empty(*size, D, dtype=torch.bfloat16, device="meta") for size in ((2, 64), (2,)))
+        stat = torch.empty(2, 64, device="meta")
+        arguments = {
+            "layer_norm_modulate": (x, row, row, None, None, 1e-6, False),
+            "layer_norm_modulate_bwd": (x, x, stat, stat, row, row, None, None, False),
+            "gate_residual": (x, row, x),
+            "gate_residual_bwd": (x, row, x, True, True),
+            "gate_residual_layer_norm_modulate": (x, row, x, row, row, 1e-6),
+            "gate_residual_layer_norm_modulate_bwd": (x, x, x, stat, stat, row, x, row, row),
+        }
+        for op, (own, *others) in TRITON.PER_THREAD.items():
+            run = functools.partial(getattr(TRITON, op), *arguments[op])
+            assert recorded([run]) == recorded([functools.partial(run, per_thread=own)])
+            for per_thread in others if TRITON.why_not_tile(op, x) is None else ():
+                found = recorded([functools.partial(run, per_thread=per_thread)])
+                assert found <= compiled and found != recorded([run]), (op, D, per_thread)

@@ -3,7 +3,8 @@ configurations, the CUDA kernels. `_backends.select` gives this module for GPU t
 
 Where nothing is measured (capture, torch.compile, deterministic algorithms, ZEROBLOCK_PLAN=fixed, tensors of less than
 WORTH bytes) the rule is: Triton with the configuration that its launcher picks by size, else the CUDA kernel, else the
-library. Convolutions and linears: `_gpu_convs.py`, `_gpu_linear.py`; their candidates and rule: `_gpu_gemms.py`.
+library. "triton x16" is Triton's kernel with 16 numbers of a tile per thread, instead of the launcher's own choice.
+Convolutions and linears: `_gpu_convs.py`, `_gpu_linear.py`; their candidates and rule: `_gpu_gemms.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _backends, _library
 from . import reference as ref
+from ._gpu_gemms import TRITON
 from ._library import add_bias as _library_add_bias
 from ._plan import PlannedOp
 from ._plan_measure import describe_images, describe_rows, dtype_name
@@ -52,7 +54,11 @@ def _own(backend: str, name: str, lead: int, options: dict[str, Any]) -> tuple[C
     def run(*args):
         return getattr(_backends._load(backend), name)(*args, **options)
 
-    return run, lambda *args: _backends.why_not(backend, name, args[lead])
+    def refuses(*args):
+        reason = _backends.why_not(backend, name, args[lead])
+        return TRITON.why_not_tile(name, args[lead]) if reason is None and "per_thread" in options else reason
+
+    return run, refuses
 
 
 def _step(name: str, lead: int = 0, backends: tuple[str, ...] = ("triton", "cuda"), split: bool = False) -> PlannedOp:
@@ -75,6 +81,8 @@ def _step(name: str, lead: int = 0, backends: tuple[str, ...] = ("triton", "cuda
         step.add(backend, *_own(backend, name, lead, {}))
     if split:  # a group in two passes over more programs, also where one program holds it
         step.add("triton split", *_own("triton", name, lead, {"split": True}))
+    for per_thread in () if TRITON is None else TRITON.PER_THREAD.get(name, ())[1:]:
+        step.add(f"triton x{per_thread}", *_own("triton", name, lead, {"per_thread": per_thread}))
     STEPS[name] = step
     return step
 

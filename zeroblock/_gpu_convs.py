@@ -12,7 +12,19 @@ from torch import Tensor
 from . import _backends, _conv, zero
 from ._compose import conv_size
 from ._conv import unit_geometry
-from ._gpu_gemms import CANDIDATES, FOLDS, TRITON, describe_flag, judge, rule, settings, settled, verdict, why_not
+from ._gpu_gemms import (
+    CANDIDATES,
+    FOLDS,
+    TRITON,
+    WGRADS,
+    describe_flag,
+    judge,
+    rule,
+    settings,
+    settled,
+    verdict,
+    why_not,
+)
 from ._norm_conv import hidden
 from ._plan import PlannedOp
 from ._plan_measure import dtype_name
@@ -210,16 +222,18 @@ def _add_dgrad(name: str, backend: str, options: dict[str, str]) -> None:
     DGRAD.add(name, run, refuses)
 
 
-def _triton_wgrad(P, dy, h, weight, has_bias, padding, mask):
-    return TRITON.conv_wgrad(dy, h, weight, padding), dy.sum((0, 2, 3)) if mask[1] and has_bias else None
+def _add_wgrad(config: str) -> None:
+    def run(P, dy, h, weight, has_bias, padding, mask):
+        return TRITON.conv_wgrad(dy, h, weight, padding, config), dy.sum((0, 2, 3)) if mask[1] and has_bias else None
 
+    def refuses(P, dy, h, weight, has_bias, padding, mask):
+        if not mask[0]:
+            return "the weight needs no gradient"
+        if weight.dtype == torch.float32:
+            return "the kernel is for half precision"
+        return why_not("triton", _OP, {"config": config}, h, weight, None, None, padding)
 
-def _why_not_triton_wgrad(P, dy, h, weight, has_bias, padding, mask):
-    if not mask[0]:
-        return "the weight needs no gradient"
-    if weight.dtype == torch.float32:
-        return "the kernel is for half precision"
-    return why_not("triton", _OP, {}, h, weight, None, None, padding)
+    WGRAD.add(f"triton {config}", run, refuses)
 
 
 for _candidate in CANDIDATES:
@@ -228,6 +242,6 @@ for _candidate in CANDIDATES:
     _add_dgrad(*_candidate)
 for _config in FOLDS:
     _add_folded(_config)
-if TRITON is not None:
-    WGRAD.add("triton", _triton_wgrad, _why_not_triton_wgrad)
+for _config in WGRADS:
+    _add_wgrad(_config)
 NORM_CONV.add("cuda fused", _cuda_fused, _why_not_cuda_fused)

@@ -21,6 +21,7 @@ from ._plan_measure import dtype_name
 TRITON: Any = _backends._load("triton")
 CONFIGS: tuple[str, ...] = () if TRITON is None else tuple(TRITON.GEMMS)
 FOLDS: tuple[str, ...] = () if TRITON is None else tuple(TRITON.FOLDS)
+WGRADS: tuple[str, ...] = () if TRITON is None else tuple(TRITON.WGRADS)
 # (candidate, backend, options of its launcher)
 CANDIDATES: list[tuple[str, str, dict[str, str]]] = [
     *((f"triton {config}", "triton", {"config": config}) for config in CONFIGS), ("cuda", "cuda", {})

@@ -78,9 +78,23 @@ def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_group
     )
 
 
-def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms):
+# Numbers that a thread holds, by op: the launcher's own choice, then what a plan may choose as well (`per_thread`).
+PER_THREAD: dict[str, tuple[int, ...]] = {
+    "layer_norm_modulate": _layer_norm.FORWARD, "layer_norm_modulate_bwd": _layer_norm.BACKWARD,
+    "gate_residual": _gate_residual.PER_THREAD, "gate_residual_bwd": _gate_residual.PER_THREAD,
+    "gate_residual_layer_norm_modulate": _layer_norm.FORWARD,
+    "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD,
+}  # fmt: skip
+
+
+def why_not_tile(op: str, x: Tensor) -> str | None:
+    """Why a call of a norm or gate has one choice of `per_thread`, else None."""
+    return _layer_norm.why_not_tile(x.shape[-1]) if "layer_norm" in op else None
+
+
+def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms, **tile):
     shift, scale, weight, bias = (_rows(v) for v in (shift, scale, weight, bias))
-    return _layer_norm.forward(x.contiguous(), shift, scale, weight, bias, eps, rms)
+    return _layer_norm.forward(x.contiguous(), shift, scale, weight, bias, eps, rms, **tile)
 
 
 def _per_token_shift_grad(dy: Tensor, shift: Tensor | None, dshift: Tensor | None) -> Tensor | None:
@@ -90,10 +104,10 @@ def _per_token_shift_grad(dy: Tensor, shift: Tensor | None, dshift: Tensor | Non
     return dy.to(shift.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
+def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms, **tile):
     x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
     scale, weight, bias = (_rows(v) for v in (scale, weight, bias))
-    dx, dshift, *grads = _layer_norm.backward(dy, x, mean, rstd, shift, scale, weight, bias, rms)
+    dx, dshift, *grads = _layer_norm.backward(dy, x, mean, rstd, shift, scale, weight, bias, rms, **tile)
     return dx, _per_token_shift_grad(dy, shift, dshift), *grads
 
 
@@ -105,19 +119,19 @@ def _gate_layout(gate: Tensor, x: Tensor) -> torch.memory_format | None:
     return channels_last_format(x) if gate.dim() == 1 and gate.numel() == 1 else None
 
 
-def gate_residual(residual, gate, branch, flag=None, bias=None):
+def gate_residual(residual, gate, branch, flag=None, bias=None, **tile):
     dtype = promoted(residual, gate, branch)
     if dtype == torch.float64:
         return _plain.gate_residual(residual, gate, branch)
     layout = _gate_layout(gate, residual)
     residual, branch = as_layout(residual, layout), as_layout(branch, layout)
-    return _gate_residual.forward(residual, _rows(gate), branch, dtype, flag, _rows(bias))
+    return _gate_residual.forward(residual, _rows(gate), branch, dtype, flag, _rows(bias), **tile)
 
 
-def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch):
+def gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch, **tile):
     layout = _gate_layout(gate, branch)
     branch = as_layout(branch, layout)
-    return _gate_residual.backward(as_layout(dy, layout), _rows(gate), branch, need_dgate, need_dbranch)
+    return _gate_residual.backward(as_layout(dy, layout), _rows(gate), branch, need_dgate, need_dbranch, **tile)
 
 
 def _gate_rows(gate: Tensor, x: Tensor) -> Tensor:
@@ -134,16 +148,16 @@ def _gate_gradient(dgate: Tensor, gate: Tensor) -> Tensor:
     return (dgate.sum(0) if gate.numel() > 1 else dgate.sum()).to(gate.dtype).view(gate.shape)
 
 
-def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps):
+def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps, **tile):
     branch, residual = branch.contiguous(), residual.contiguous()
-    return _gate_norm.forward(residual, _gate_rows(gate, branch), branch, _rows(shift), _rows(scale), eps)
+    return _gate_norm.forward(residual, _gate_rows(gate, branch), branch, _rows(shift), _rows(scale), eps, **tile)
 
 
-def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale):
+def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale, **tile):
     dy = dy.contiguous()
     dx_new = None if dx_new is None else dx_new.contiguous()
     dresidual, dgate, dbranch, dshift, dscale = _gate_norm.backward(
-        dx_new, dy, x_new, mean, rstd, _gate_rows(gate, branch), branch.contiguous(), shift, _rows(scale)
+        dx_new, dy, x_new, mean, rstd, _gate_rows(gate, branch), branch.contiguous(), shift, _rows(scale), **tile
     )
     return dresidual, _gate_gradient(dgate, gate), dbranch, _per_token_shift_grad(dy, shift, dshift), dscale
 
@@ -232,8 +246,11 @@ def conv_dgrad(dy, weight, padding, flag, config=None):
     return _conv.conv_dgrad(dy, weight, padding, flag, plan)
 
 
-def conv_wgrad(dy, h, weight, padding):
-    return _conv.conv_wgrad(dy, h, weight.shape, padding)
+WGRADS = [name for name, c in GEMMS.items() if any(c in _conv.wgrad_configs(d) for d in _gemm.DTYPES)]
+
+
+def conv_wgrad(dy, h, weight, padding, config=None):
+    return _conv.conv_wgrad(dy, h, weight.shape, padding, None if config is None else GEMMS[config])
 
 
 def why_not_folded(x: Tensor, weight: Tensor, residual: Tensor | None, keep: Tensor | None) -> str | None:

@@ -11,6 +11,12 @@ LIMITS = {
     "sm_120": (101376, 102400, 48, 24),
     "gfx942": (65536, 65536, 32, 16),
 }
+MOST_THREADS = 1024
+
+
+def warp(target: str) -> int:
+    """Threads of a warp."""
+    return 64 if target.startswith("gfx") else 32
 
 
 def occupancy(target: str, warps: int, registers: int, shared: int) -> int:

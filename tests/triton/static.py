@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 
 from . import ptx
-from .occupancy import LIMITS, TARGETS, occupancy
+from .occupancy import LIMITS, MOST_THREADS, TARGETS, occupancy, warp
 
 TABLE = Path(__file__).with_name("static.csv")
 COLUMNS = (
@@ -41,21 +41,9 @@ KERNELS = (
 )  # fmt: skip
 TENSOR = r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)\w*"
 MISSING = 40
-# Percent; what is left are partial sums, one number per column of a tile. On AMD products alone are judged, whose
-# matrix cores leave 8 bytes of a column in a thread for the epilogue: elementwise tiles are made for warps of 32
-# threads, and waves of 64 often have 8 bytes of them per thread. The table says which.
+# Percent; what is left are partial sums, one number per column of a tile. AMD's matrix cores leave 8 bytes of a column
+# in a thread for the epilogue.
 WIDE, WIDE_AMD_PRODUCT = 95, 60
-# Bytes a thread may spill where the compiler of one target needs a register more than there are, by case and target.
-SPILLS = {
-    ("gate_residual_layer_norm_modulate-6144-bfloat16-sample", "sm_100"): 24,
-    ("gate_residual_layer_norm_modulate-6144-bfloat16-sample", "sm_120"): 32,
-    ("group_norm_silu-320x64-bfloat16-nhwc-unaligned", "gfx942"): 12,
-    ("group_norm_silu-320x64-float16-nhwc-unaligned", "gfx942"): 12,
-    ("group_norm_silu-320x64-float32-nhwc-unaligned", "sm_100"): 48,
-    ("group_norm_silu-320x64-float32-nhwc-unaligned", "sm_120"): 8,
-    ("linear_gate_residual-128x64-fp32", "sm_100"): 8,
-    ("zero_flag-16", "gfx942"): 8,
-}
 SMALL = 1 << 18  # tensors of fewer bytes may be accessed as the kernel likes, and those of 1/16 of the largest
 
 
@@ -99,7 +87,9 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def _target(name: str):
     from triton.backends.compiler import GPUTarget
 
-    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, warp(name))
+    return GPUTarget("cuda", int(name[3:]), warp(name))
 
 
 def digest(source, options: dict[str, int], target: str) -> str:
@@ -113,8 +103,9 @@ def compile_facts(launch, target: str) -> dict[str, object]:
     """Compiles one launch for one target and reads the result."""
     import triton
 
-    compiled = triton.compile(launch.source(), target=_target(target), options=launch.options)
-    warps, shared = launch.options["num_warps"], compiled.metadata.shared
+    options = launch.options_for(warp(target))
+    compiled = triton.compile(launch.source(), target=_target(target), options=options)
+    warps, shared = options["num_warps"], compiled.metadata.shared
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
         count = {key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1]) for key in (
@@ -183,13 +174,15 @@ def is_product(launch) -> bool:
 def problems(row: dict[str, object], must_be_wide: bool, must_be_tensor: bool) -> list[str]:
     """What is wrong with a row: spills, too much shared memory, narrow global accesses, no tensor cores."""
     found = []
-    if int(row["spills"]) > SPILLS.get((row["case"], row["target"]), 0):
+    if int(row["spills"]):
         found.append(f"{row['spills']} bytes spilled")
     if int(row["shared"]) > LIMITS[row["target"]][0]:
         found.append(f"{row['shared']} bytes of shared memory, a block may have {LIMITS[row['target']][0]}")
+    if int(row["warps"]) * warp(row["target"]) > MOST_THREADS:
+        found.append(f"{int(row['warps']) * warp(row['target'])} threads, a block may have {MOST_THREADS}")
     if not int(row["blocks"]):
         found.append("not one block fits")
-    least = WIDE if row["target"].startswith("sm_") else WIDE_AMD_PRODUCT if must_be_tensor else 0
+    least = WIDE_AMD_PRODUCT if must_be_tensor and row["target"].startswith("gfx") else WIDE
     if must_be_wide and int(row["wide"]) < least:
         found.append(f"only {row['wide']} % of the streamed bytes in 16-byte accesses")
     if must_be_tensor and not int(row["tensor"]):
@@ -217,7 +210,7 @@ def plan(everything: bool = False) -> dict[str, tuple[str, object, str]]:
     for name, launch in launches() if everything else fullest(launches()):
         source = launch.source()
         for target in TARGETS:
-            found.setdefault(digest(source, launch.options, target), (name, launch, target))
+            found.setdefault(digest(source, launch.options_for(warp(target)), target), (name, launch, target))
     return found
 
 

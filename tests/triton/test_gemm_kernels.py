@@ -22,12 +22,20 @@ from zeroblock.testing.draw import Draw  # noqa: E402
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # N, Cin, H, W, Cout, kernel, padding: primes, channels that fill no tile, an image smaller than a tile, one much wider.
 CONVS = ((2, 24, 7, 5, 40, (3, 3), (1, 1)), (1, 67, 3, 53, 37, (1, 1), (0, 0)), (3, 16, 11, 2, 130, (3, 1), (2, 0)))
-PLANS = ("chosen", "largest", "split")
+PLANS = ("chosen", "largest", "middle", "split")
+# Layouts are settled before a kernel is launched, whatever its plan.
+LAYOUTS = [*(("nhwc", plan) for plan in PLANS), ("dense", "chosen"), ("strided", "chosen")]
 ZERO = torch.ones(1, dtype=torch.bool)
 
 
 def plan_of(name, dtype, shipped=_gemm.configs):
-    return {"chosen": None, "largest": (shipped(dtype)[0], 1), "split": (shipped(dtype)[-1], 3)}[name]
+    configs = shipped(dtype)
+    return {
+        "chosen": None,
+        "largest": (configs[0], 1),
+        "middle": (configs[len(configs) // 2], 1),
+        "split": (configs[-1], 3),
+    }[name]
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +51,7 @@ def conv_inputs(case, dtype, layout):
     return x, weight, draw.vector(O), draw.tensor(N, O, P, Q), list(padding)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("layout", ("nhwc", "dense", "strided"))
+@pytest.mark.parametrize(("layout", "plan"), LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CONVS)
 def test_conv_residual(case, dtype, layout, plan):
@@ -68,9 +75,9 @@ def test_conv_residual(case, dtype, layout, plan):
     assert_bitwise_equal(bare, torch.zeros_like(bare))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "config"), [(dtype, c) for dtype in DTYPES for c in _gemm.configs(dtype)])
 @pytest.mark.parametrize("case", CONVS)
-def test_conv_gradients(case, dtype):
+def test_conv_gradients(case, dtype, config):
     x, weight, _, dy, padding = conv_inputs(case, dtype, "nhwc")
 
     def eager(dy, x, weight):
@@ -79,9 +86,9 @@ def test_conv_gradients(case, dtype):
         )
 
     with poison_empty(), interpret.program_order(1):
-        own = [conv.conv_dgrad(dy, weight, padding)]
+        own = [conv.conv_dgrad(dy, weight, padding, plan=(config, 1))]
         if dtype != torch.float32:
-            own.append(conv.conv_wgrad(dy, x, weight.shape, padding))
+            own.append(conv.conv_wgrad(dy, x, weight.shape, padding, config))
     exact = eager(dy.double(), x.double(), weight.double())
     for name, got, expected, reference in zip(("dx", "dweight"), own, eager(dy, x, weight), exact, strict=False):
         assert_error_budget(got, expected, reference, name)
@@ -136,9 +143,8 @@ def test_epilogue_statistics_are_those_of_the_next_norm(dtype):
     torch.testing.assert_close(rstd.double(), (grouped.var(-1, correction=0) + 1e-5).rsqrt(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("layout", "plan"), [("dense", plan) for plan in PLANS] + [("strided", "chosen")])
 @pytest.mark.parametrize("gate", ("bd", "btd", "d", "one", None))
-@pytest.mark.parametrize("layout", ("dense", "strided"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_gate_residual(dtype, layout, gate, plan):
     B, T, K, D = 2, 37, 150, 70

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 from . import ptx, static  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
-GOOD = {"case": "c", "kernel": "k", "target": "sm_90", "registers": 64, "spills": 0, "shared": 1024, "blocks": 4,
-        "wide": 100, "tensor": 8}  # fmt: skip
+GOOD = {"case": "c", "kernel": "k", "target": "sm_90", "registers": 64, "spills": 0, "shared": 1024, "warps": 8,
+        "blocks": 4, "wide": 100, "tensor": 8}  # fmt: skip
 
 
 def compiling(*arguments: str) -> subprocess.CompletedProcess:
@@ -55,6 +55,8 @@ def test_table_has_every_target_and_kernel():
         ({"shared": 232449}, "bytes of shared memory"),
         ({"target": "sm_120", "shared": 102400}, "a block may have 101376"),
         ({"blocks": 0}, "not one block fits"),
+        ({"warps": 33}, "1056 threads, a block may have 1024"),
+        ({"target": "gfx942", "warps": 17}, "1088 threads"),
         ({"wide": 94}, "only 94 % of the streamed bytes"),
         ({"tensor": 0}, "no tensor-core instruction"),
     ],
@@ -65,20 +67,22 @@ def test_gates_fail(change, message):
     assert message in problem
 
 
-def test_spills_are_allowed_where_the_table_has_them_and_no_further():
-    spilled = {
-        (row["case"], row["target"]): int(row["spills"]) for row in static.read().values() if row["spills"] != "0"
-    }
-    assert spilled == static.SPILLS
-    (case, target), most = next(iter(static.SPILLS.items()))
-    assert static.problems(GOOD | {"case": case, "target": target, "spills": most}, True, True) == []
-    assert static.problems(GOOD | {"case": case, "target": target, "spills": most + 1}, True, True)
-
-
-def test_only_products_are_judged_by_width_on_amd():
+def test_products_may_be_narrower_on_amd():
     amd = GOOD | {"target": "gfx942", "wide": 60}
-    assert static.problems(amd, True, True) == [] and static.problems(amd | {"wide": 0}, True, False) == []
+    assert static.problems(amd, True, True) == []
     assert "only 59 %" in static.problems(amd | {"wide": 59}, True, True)[0]
+    assert "only 60 %" in static.problems(amd, True, False)[0]
+
+
+def test_warps_of_64_threads_are_half_as_many():
+    """But those of products, where each drives a matrix core."""
+    from zeroblock.kernels._launch import Launch
+
+    options = {"num_warps": 8, "num_stages": 1}
+    plain, product = Launch(None, (1,), {}, options), Launch(None, (1,), {"PRECISION": "ieee"}, options)
+    assert plain.options_for(32) == product.options_for(64) == options
+    assert plain.options_for(64) == options | {"num_warps": 4}
+    assert Launch(None, (1,), {}, options | {"num_warps": 1}).options_for(64)["num_warps"] == 1
 
 
 FULLEST = """

@@ -69,34 +69,40 @@ class Launch:
     def access(self, kind: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int, program: int) -> np.ndarray:
         """Counts one operation; returns the mask without the lanes that are out of bounds."""
         pointers, mask = np.broadcast_arrays(pointers, mask.astype(bool))
-        allowed = np.zeros(mask.shape, bool)
+        lanes = pointers[mask]
+        known = np.zeros(lanes.size, bool)
         for region in self.regions.values():
-            if region.itemsize != itemsize:
+            if region.itemsize != itemsize or not lanes.size:
                 continue
-            offset = (pointers - np.uint64(region.base)).view(np.int64)
+            offset = (lanes - np.uint64(region.base)).view(np.int64)
+            if offset.max() < 0 or offset.min() >= region.size * itemsize:
+                continue
             index = offset // itemsize
-            inside = mask & (index >= 0) & (index < region.size) & (offset % itemsize == 0)
+            inside = (index >= 0) & (index < region.size) & (offset % itemsize == 0)
             inside[inside] = region.owner[index[inside]] != NOBODY
             if inside.any():
-                allowed |= inside
-                self._count(region, kind, index[inside], program)
-        lost = mask & ~allowed
-        if lost.any():
-            self.problems.append(f"{self.kernel}: program {program}: {kind} out of bounds by {int(lost.sum())} lanes")
+                known |= inside
+                self._count(region, kind, index if inside.all() else index[inside], program)
+        if not known.all():
+            lost = known.size - np.count_nonzero(known)
+            self.problems.append(f"{self.kernel}: program {program}: {kind} out of bounds by {lost} lanes")
+        allowed = np.zeros(mask.shape, bool)
+        allowed[mask] = known
         return allowed
 
     def _count(self, region: Region, kind: str, index: np.ndarray, program: int) -> None:
-        distinct = np.unique(index)
+        ascending = bool((index[1:] > index[:-1]).all())  # as tiles mostly are; sorting is what would take long
+        distinct = index if ascending else np.unique(index)
         owners = region.owner[distinct]
         lanes = np.bincount(region.owner[index], minlength=len(self.names))
-        for number in np.unique(owners):
+        for number in np.flatnonzero(lanes):
             mine = distinct[owners == number]
             count = self.counts[self.names[number], kind]
             count.operations += 1
             count.lanes += int(lanes[number]) * region.itemsize
             count.requested += mine.size * region.itemsize
-            address = region.base + mine * region.itemsize
-            count.sectors += np.unique(address // SECTOR).size * SECTOR
+            sector = (region.base + mine * region.itemsize) // SECTOR
+            count.sectors += (1 + np.count_nonzero(sector[1:] != sector[:-1])) * SECTOR
             count.footprint += int((~region.touched[kind][mine]).sum()) * region.itemsize
         region.touched[kind][distinct] = True
         if kind == "atomic":
@@ -106,13 +112,12 @@ class Launch:
         writer = region.writer[distinct]
         if ((writer != NOBODY) & (writer != program)).any():
             self._problem(program, f"{kind} of elements that another program stored")
+        reader = region.reader[distinct]
         if kind == "store":
-            reader = region.reader[distinct]
             if ((reader != NOBODY) & (reader != program)).any():
                 self._problem(program, "store of elements that another program loaded")
             region.writer[distinct] = program
         else:
-            reader = region.reader[distinct]
             region.reader[distinct] = np.where((reader == NOBODY) | (reader == program), program, SEVERAL)
 
     def _problem(self, program: int, what: str) -> None:
