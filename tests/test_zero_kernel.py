@@ -49,7 +49,7 @@ def test_sums_with_a_bias_in_both_layouts(shape, dtype, threads):
     try:
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(shape).to(dtype).to(memory_format=layout)
-            x.view(-1)[::3] = -0.0 if layout is torch.contiguous_format else x.view(-1)[::3]
+            x[..., ::3] = -0.0
             for bias in (torch.randn(shape[1]), torch.zeros(shape[1]), -torch.zeros(shape[1]), None):
                 bias = None if bias is None else bias.to(dtype)
                 expected = x + 0.0 if bias is None else x + (bias + 0.0)[:, None, None]
