@@ -182,6 +182,13 @@ def test_autocast_entered_later(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_compiled_later(name):
+    _, ours, theirs, inputs = skipped_once(name)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), theirs(*inputs))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_another_policy(name):
     case, ours, _, inputs = skipped_once(name)
     ours.zero_skip = "never"

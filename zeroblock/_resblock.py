@@ -74,7 +74,8 @@ def bare(
 ) -> Any:
     """The inference of a block whose shortcut is the identity, when nothing else has to be computed: y where conv2's
     weight is exactly zero, None where it is not, NotImplemented where `forward` has to find out. Test and copy are one
-    pass over memory. For layers as in `forward`; `bypassed` are further modules that a skip leaves uncalled."""
+    pass over memory. For layers that are `fusable`; `bypassed`: what a skip leaves uncalled and nobody has looked at
+    yet, which None tells is `zero.bypassable`."""
     if (
         torch.is_grad_enabled()
         or type(shortcut) is not nn.Identity

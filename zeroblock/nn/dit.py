@@ -85,7 +85,7 @@ class DiTBlock(nn.Module):
     def _bare(self, x: Tensor) -> Tensor | None:
         """Without gradients, zero gate rows of the modulation's weight and bias decide before anything is computed: a
         copy of x, or None."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         modulation = self._modules["adaLN_modulation"]
         if type(modulation).forward is not nn.Sequential.forward:  # type: ignore[comparison-overlap]

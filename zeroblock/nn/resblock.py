@@ -98,30 +98,29 @@ class ResBlock(nn.Module):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm1, _, conv1 = self._modules["in_layers"]._modules.values()
         norm2, _, dropout, conv2 = self._modules["out_layers"]._modules.values()
-        if not self._fusable(norm1, conv1, norm2, conv2):
+        if not self._is_own(norm1, conv1, norm2, conv2):
             return self._unfused(x, emb)
         policy, shortcut = self.zero_skip, self._modules["skip_connection"]
+        layers, y = (self._modules["in_layers"], self._modules["out_layers"]), NotImplemented
         if not self.updown and not torch.is_grad_enabled():
-            y = _resblock.bare("ResBlock", policy, conv2, dropout, shortcut, (self._modules["emb_layers"],), x)
-            if y is None:
-                policy = "never"  # judged already
-            elif y is not NotImplemented:
-                return y
+            bypassed = (*layers, self._modules["emb_layers"])
+            y = _resblock.bare("ResBlock", policy, conv2, dropout, shortcut, bypassed, x)
+        if y is None:
+            policy = "never"  # judged already, and nothing watches the layers
+        elif y is not NotImplemented:
+            return y
+        elif not zero.bypassable(layers):
+            return self._unfused(x, emb)
         resample = (self.h_upd, self.x_upd) if self.updown else (None, None)
-        layers = _resblock.Layers(
+        parts = _resblock.Layers(
             "ResBlock", policy, norm1, conv1, norm2, conv2, dropout, self._embedding, (self.emb_layers,),
             shortcut, *resample,
         )  # fmt: skip
-        return _resblock.forward(layers, x, emb)
+        return _resblock.forward(parts, x, emb)
 
-    def _fusable(self, norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
-        """The layers are the ones this class made, and nothing watches or replaces their calls."""
-        return (
-            type(norm1) is GroupNorm32
-            and type(norm2) is GroupNorm32
-            and _resblock.fusable(norm1, conv1, norm2, conv2)
-            and zero.bypassable((self._modules["in_layers"], self._modules["out_layers"]))
-        )
+    def _is_own(self, norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
+        """The layers are the ones this class made."""
+        return type(norm1) is type(norm2) is GroupNorm32 and _resblock.fusable(norm1, conv1, norm2, conv2)
 
     def _unfused(self, x: Tensor, emb: Tensor) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
