@@ -31,7 +31,7 @@ _activation_bwd = _lib._activation_bwd.default
 _add_bias = _lib._add_bias.default
 _add_bias_ = _lib._add_bias_.default
 _is_zero = _lib._is_zero.default
-# Called by _branch.py, which settles its arguments.
+# Called by _bare.py, which settles its arguments.
 residual_if_zero = _lib._residual_if_zero.default
 # Called by _winograd.py, which settles their arguments.
 group_norm_statistics = _lib._group_norm_statistics.default

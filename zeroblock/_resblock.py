@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from . import functional, zero
 from ._autocast import autocast_dtype
-from ._branch import Branch, Tail, bare_branch, residual_if_zero, skipped_branch
+from ._bare import residual_if_zero
+from ._branch import Branch, Tail, bare_branch, skipped_branch
 from ._layout import channels_last_format
 from .nn import _common
 from .reference import draw_keep, dropout_keep

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _packed, functional, zero
-from .._branch import Branch, Tail, residual_if_zero, skipped_branch
+from .._bare import residual_if_zero
+from .._branch import Branch, Tail, skipped_branch
 from .._compose import bare_residual
 from ..reference import apply_activation
 from . import _common

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, zero
-from .._branch import Branch, Tail, residual_if_zero, skipped_branch
+from .._bare import residual_if_zero
+from .._branch import Branch, Tail, skipped_branch
 from . import _common
 
 
