@@ -7,6 +7,7 @@
 #include "binding_group_norm.h"
 #include "binding_tokens.h"
 #include "binding_winograd.h"
+#include "binding_zero.h"
 
 namespace {
 
@@ -42,37 +43,6 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor x, int64_t act, bool
   return {dx, y};
 }
 
-// x + bias; bias runs along the innermost dimension in memory (last) or along dimension 1 of a contiguous x.
-Tensor add_bias(Tensor x, MaybeTensor bias, bool last) {
-  std::vector<Tensor> keep;
-  AddBias p{};
-  p.dtype = dtype_of(x);
-  p.C = bias ? bias->numel() : 1;
-  p.S = 1;
-  if (!bias) {
-    p.S = x.numel();
-  } else if (!last) {
-    for (int64_t d = 2; d < x.dim(); ++d) p.S *= x.size(d);
-  }
-  p.R = p.C * p.S > 0 ? x.numel() / (p.C * p.S) : 0;
-  STD_TORCH_CHECK(x.is_cpu() && p.R * p.C * p.S == x.numel(), "zeroblock: bias does not fit x");
-  p.bias = as_f32(bias, p.C, keep, "bias");
-  Tensor y = torch::stable::empty_like(x);
-  p.x = x.const_data_ptr();
-  p.y = y.mutable_data_ptr();
-  kernels().add_bias(p, parallel_for);
-  return y;
-}
-
-// True when every element of a dense float32, float64, bfloat16 or float16 tensor is +0 or -0, judged by its bits.
-bool is_zero(Tensor t) {
-  STD_TORCH_CHECK(t.is_cpu(), "zeroblock: is_zero reads CPU memory");
-  const ScalarType type = t.scalar_type();
-  const int size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-  STD_TORCH_CHECK(size != 2 || type == ScalarType::BFloat16 || type == ScalarType::Half, "zeroblock: is_zero dtype");
-  return kernels().is_zero(t.const_data_ptr(), t.numel() * size, size, parallel_for);
-}
-
 std::string isa() { return cpu_kernels() ? cpu_kernels()->isa : ""; }
 
 }  // namespace
@@ -80,16 +50,12 @@ std::string isa() { return cpu_kernels() ? cpu_kernels()->isa : ""; }
 STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
   m.def("_activation(Tensor x, int act) -> Tensor");
   m.def("_activation_bwd(Tensor dy, Tensor x, int act, bool need_y) -> (Tensor, Tensor)");
-  m.def("_add_bias(Tensor x, Tensor? bias, bool last) -> Tensor");
-  m.def("_is_zero(Tensor t) -> bool");
   m.def("_cpu_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
   m.impl("_activation", TORCH_BOX(&activation));
   m.impl("_activation_bwd", TORCH_BOX(&activation_bwd));
-  m.impl("_add_bias", TORCH_BOX(&add_bias));
-  m.impl("_is_zero", TORCH_BOX(&is_zero));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zeroblock, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", TORCH_BOX(&isa)); }

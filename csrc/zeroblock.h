@@ -131,13 +131,19 @@ struct Activation {
   void* dx;
 };
 
-// y = x + bias for a dense x seen as [R, C, S], bias along C; what is left of a zero branch.
+// y = x + bias for a dense x seen as [R, C, S], bias along C; what is left of a zero branch. y may be x.
 struct AddBias {
   DType dtype;
   int64_t R, C, S;
   const void* x;
   const float* bias;  // [C] or null (0)
   void* y;
+};
+
+// Memory that has to hold nothing but +0 and -0.
+struct ZeroBytes {
+  const void* data;
+  int64_t bytes;
 };
 
 // A 3x3 weight seen as [K, C, 9]: element (k, c, tap) at data[k * out + c * in + tap * tap_stride], with the stride of
@@ -193,6 +199,8 @@ struct CpuKernels {
   int64_t (*winograd_packed_size)(const Winograd&);
   // True when every one of the `bytes` bytes, read as elements of `element_size` (2, 4 or 8) bytes, is +0 or -0.
   bool (*is_zero)(const void* data, int64_t bytes, int element_size, ParallelFor);
+  // Whether all of `tests` are zero by is_zero's rule; if so y has been written as add_bias writes it.
+  bool (*residual_if_zero)(const ZeroBytes* tests, int count, int element_size, const AddBias&, ParallelFor);
 };
 
 // The table for this processor, or null when it has neither AVX2+FMA+F16C nor AVX-512 (F, BW, DQ, VL).

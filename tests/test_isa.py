@@ -20,6 +20,7 @@ from zeroblock.testing.cases import CASES, DTYPES
 from zeroblock.testing.parity import assert_deterministic, assert_parity
 
 from . import test_winograd as winograd
+from . import test_zero_kernel as zero_kernel
 
 CSRC = Path(__file__).parent.parent / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
@@ -148,3 +149,11 @@ def test_avx2_is_zero(avx2, dtype):
         t[position] = torch.finfo(dtype).tiny
         assert not avx2.is_zero(t)
         t[position] = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_avx2_residual_if_zero(avx2, dtype):
+    zero_kernel.test_residual_if_zero_is_test_and_sum(dtype, flush=False)
+    zero_kernel.test_sums_with_a_bias_in_both_layouts((2, 64, 33, 31), dtype, threads=2)
+    zero_kernel.test_residual_if_zero_reads_the_parts_it_is_asked_for()

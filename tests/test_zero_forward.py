@@ -8,7 +8,7 @@ import zeroblock as zb
 from zeroblock import reference as ref
 from zeroblock.testing import assert_bitwise_equal, counters, reset_counters
 
-from .zero_cases import CASES, TAILED, assert_parity, conv_body, image, matmuls, run, same, was_skipped, zeroed
+from .zero_cases import CASES, TAILED, assert_parity, conv_branch, image, matmuls, run, same, was_skipped, zeroed
 
 # The matmuls left in a zero phase. Training: the body once, for the gradient of the tail or the gate, and that.
 INFERENCE = dict.fromkeys(CASES, {}) | {
@@ -29,11 +29,6 @@ TRAINING = {
     "ZeroLinear": {"gemm": 1},
     "FixupBasicBlock": {"conv": 1, "conv backward": 1},
 }
-
-
-def conv_branch():
-    torch.manual_seed(0)
-    return zb.nn.ResidualBranch(conv_body(), zeroed(nn.Conv2d(32, 32, 3, padding=1)))
 
 
 # ---- rule 10: nothing ran -------------------------------------------------------------------------------------------

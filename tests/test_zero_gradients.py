@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import zeroblock as zb
 from zeroblock import reference as ref
@@ -15,19 +14,12 @@ from .zero_cases import (
     TAILED,
     assert_gradients,
     assert_parity,
-    conv_body,
+    conv_branch,
     image,
     random_like,
     run,
     was_skipped,
-    zeroed,
 )
-
-
-def conv_branch(ns=zb.nn, **kwargs):
-    torch.manual_seed(0)
-    return ns.ResidualBranch(conv_body(), zeroed(nn.Conv2d(32, 32, 3, padding=1)), **kwargs)
-
 
 # ---- rule 5: equal to eager's ---------------------------------------------------------------------------------------
 

@@ -9,16 +9,11 @@ import zeroblock as zb
 from zeroblock import zero
 from zeroblock.testing import CPU_MISSING, counters, eager, reset_counters, use_backend
 
-from .zero_cases import CASES, TAILED, assert_parity, conv_body, image, run, was_skipped
+from .zero_cases import CASES, TAILED, assert_parity, conv_branch, image, run, was_skipped
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 needs_cpu_kernels = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_cpu_kernels)]
-
-
-def conv_branch(**kwargs):
-    torch.manual_seed(0)
-    return zb.nn.ResidualBranch(conv_body(), eager.zero_module(nn.Conv2d(32, 32, 3, padding=1)), **kwargs)
 
 
 def skips(module, *inputs):

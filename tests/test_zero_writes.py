@@ -4,17 +4,11 @@ import multiprocessing
 
 import pytest
 import torch
-from torch import nn
 
 import zeroblock as zb
-from zeroblock.testing import counters, eager, reset_counters
+from zeroblock.testing import counters, reset_counters
 
-from .zero_cases import CASES, TAILED, conv_body, image, random_like, run, was_skipped
-
-
-def conv_branch():
-    torch.manual_seed(0)
-    return zb.nn.ResidualBranch(conv_body(), eager.zero_module(nn.Conv2d(32, 32, 3, padding=1)))
+from .zero_cases import CASES, TAILED, conv_branch, image, random_like, run, was_skipped
 
 
 def skips(module, *inputs):

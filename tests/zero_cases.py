@@ -56,6 +56,11 @@ def zeroed(layer):
     return eager.zero_module(layer)
 
 
+def conv_branch(ns=zb.nn, **kwargs):
+    torch.manual_seed(0)
+    return ns.ResidualBranch(conv_body(), zeroed(nn.Conv2d(32, 32, 3, padding=1)), **kwargs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """make(ns) builds the block from `zb.nn` or `eager`; `tail` names the weight that is zero."""

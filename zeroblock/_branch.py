@@ -163,16 +163,22 @@ def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None 
 
 
 def bare_branch(
-    tail: Tail, residual: Tensor | None, example: Tensor, gate: Tensor | None = None, zero_gate: bool = False
+    tail: Tail,
+    residual: Tensor | None,
+    example: Tensor,
+    gate: Tensor | None = None,
+    zero_gate: bool = False,
+    owned: bool = False,
 ) -> Tensor:
-    """The value of a skipped branch, for arguments as in `Branch`."""
+    """The value of a skipped branch, for arguments as in `Branch`; written into the residual where it is `owned`."""
     dtype = tail.dtype or example.dtype
     bias = None if zero_gate else tail.bias
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if gate is not None:
         dtype, gate = torch.promote_types(dtype, gate.dtype), tail.broadcast(gate, example.dim())
-    return bare_residual(residual, bias, gate, 1 if tail.is_conv else -1, dtype, lambda: tail.empty_output(example))
+    empty = lambda: tail.empty_output(example)  # noqa: E731
+    return bare_residual(residual, bias, gate, 1 if tail.is_conv else -1, dtype, empty, owned)
 
 
 class _SkippedBranch(torch.autograd.Function):

@@ -54,8 +54,10 @@ def bare_residual(
     dim: int,
     dtype: torch.dtype,
     empty: Callable[[], Tensor] | None,
+    owned: bool = False,
 ) -> Tensor:
-    """residual + gate * bias, what is left of a branch that is zero; always a fresh tensor.
+    """residual + gate * bias, what is left of a branch that is zero; always a fresh tensor, or the residual itself
+    where it is `owned`: fresh, and nobody else's.
 
     bias, in the layer's dtype, runs along dimension `dim` (1 for a convolution, -1 for a linear); gate broadcasts
     against the output; `dtype` is that of gate * layer; empty() allocates the output where there is no residual.
@@ -65,7 +67,9 @@ def bare_residual(
             residual = residual.to(torch.promote_types(residual.dtype, dtype))
         dense = residual.is_contiguous() or channels_last_format(residual) is not None
         if dense and (gate is None or bias is None):
-            return _backends.select("add_bias", residual).add_bias(residual, bias, dim)
+            P = _backends.select("add_bias", residual)
+            add = P.add_bias_ if owned and P.NAME == "cpu" else P.add_bias
+            return add(residual, bias, dim)
         branch = residual.new_empty(residual.shape, dtype=dtype)
     else:
         assert empty is not None

@@ -29,7 +29,10 @@ _gate_norm_bwd = _lib._gate_residual_layer_norm_modulate_bwd.default
 _activation = _lib._activation.default
 _activation_bwd = _lib._activation_bwd.default
 _add_bias = _lib._add_bias.default
+_add_bias_ = _lib._add_bias_.default
 _is_zero = _lib._is_zero.default
+# Called by _bare.py, which settles its arguments.
+residual_if_zero = _lib._residual_if_zero.default
 # Called by _winograd.py, which settles their arguments.
 group_norm_statistics = _lib._group_norm_statistics.default
 group_norm_affine = _lib._group_norm_affine.default
@@ -139,6 +142,12 @@ def _row(gate: Tensor, x: Tensor) -> Tensor | None:
 def add_bias(x, bias, dim):
     """x + (bias + 0) along `dim` (1 or -1), x dense in one of the two layouts; a bias of None adds 0."""
     return _add_bias(x, bias, dim == -1 or channels_last_format(x) is not None)
+
+
+def add_bias_(x, bias, dim):
+    """add_bias in place, and x."""
+    _add_bias_(x, bias, dim == -1 or channels_last_format(x) is not None)
+    return x
 
 
 _this = sys.modules[__name__]

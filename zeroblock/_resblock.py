@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import functional, zero
 from ._autocast import autocast_dtype
+from ._bare import residual_if_zero
 from ._branch import Branch, Tail, bare_branch, skipped_branch
 from ._layout import channels_last_format
 from .nn import _common
@@ -61,12 +62,44 @@ def is_norm(norm: Any) -> bool:
 
 
 def _same_size(conv: Any) -> bool:
-    return _common.fits_fused(conv) and all(k == 2 * p + 1 for k, p in zip(conv.kernel_size, conv.padding, strict=True))
+    if not _common.fits_fused(conv):
+        return False
+    for k, p in zip(conv.kernel_size, conv.padding, strict=True):
+        if k != 2 * p + 1:
+            return False
+    return True
+
+
+def bare(
+    name: str, policy: str, conv2: Any, dropout: Any, shortcut: Any, bypassed: tuple[nn.Module, ...], x: Tensor
+) -> Any:
+    """The inference of a block whose shortcut is the identity, when nothing else has to be computed: y where conv2's
+    weight is exactly zero, None where it is not, NotImplemented where `forward` has to find out. Test and copy are one
+    pass over memory. For layers that are `fusable`; `bypassed`: what a skip leaves uncalled and nobody has looked at
+    yet, which None tells is `zero.bypassable`."""
+    if (
+        torch.is_grad_enabled()
+        or type(shortcut) is not nn.Identity
+        or (dropout is not None and dropout.training and dropout.p != 0.0)
+        or not zero.may_skip_branch(name, policy, conv2._parameters["weight"])
+        or not zero.bypassable((*bypassed, shortcut))
+    ):
+        return NotImplemented
+    y = residual_if_zero(conv2, x)
+    if y is not NotImplemented:
+        zero.count(name, y is not None)
+    return y
 
 
 def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
     """y of a block whose layers are `fusable` and `zero.bypassable`."""
     conv2 = layers.conv2
+    if layers.resample_x is None and not torch.is_grad_enabled():
+        y = bare(layers.name, layers.zero_skip, conv2, layers.dropout, layers.shortcut, layers.others, x)
+        if y is None:
+            layers = layers._replace(zero_skip="never")  # judged already
+        elif y is not NotImplemented:
+            return y
     resampled = x if layers.resample_x is None else layers.resample_x(x)
     size = (x.shape[0], layers.conv1.out_channels, *resampled.shape[2:])
     tail_skip = layers.zero_skip
@@ -131,9 +164,12 @@ def _draw_keep(layers: Layers, x: Tensor, size: tuple[int, ...]) -> Tensor | Non
 def _skipped(layers: Layers, x: Tensor, emb: Any, resampled: Tensor, size: tuple[int, ...], tail: Tail) -> Tensor:
     norm = layers.norm2
     keep = _draw_keep(layers, x, size)
-    residual = layers.shortcut(resampled)
+    shortcut = layers.shortcut
+    residual = shortcut(resampled)
     if not torch.is_grad_enabled():
-        return bare_branch(tail, residual, residual)
+        # A plain convolution's result is nobody else's.
+        owned = isinstance(shortcut, nn.Module) and _common.is_plain_conv(shortcut) and zero.bypassable((shortcut,))
+        return bare_branch(tail, residual, residual, owned=owned)
 
     def hidden(h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         a = functional.group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift)

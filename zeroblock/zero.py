@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
@@ -92,7 +93,7 @@ def reference_only() -> Iterator[None]:
 def transforms_active() -> bool:
     """torch.func transforms or forward-mode AD (or `reference_only`): the reference handles them, and nothing is
     skipped (rule 8)."""
-    return _reference_only > 0 or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _reference_only > 0 or _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def test_of(op: str, policy: str, weight: Tensor) -> int:
@@ -119,24 +120,33 @@ def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
 
 def runs_eagerly() -> bool:
     """No compilation, no dispatch mode, no transform: plain calls."""
-    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack() and not transforms_active()
+    return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack() and not transforms_active()
 
 
-def bypassable(modules: Iterable[nn.Module]) -> bool:
+def bypassable(modules: Iterable[nn.Module | None]) -> bool:
     """Whether these submodules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn."""
     if _nn_module._has_any_global_hook():
         return False
     waiting = list(modules)
     for m in waiting:  # grows by the children of each
+        if m is None:
+            continue
+        own = m.__dict__  # read directly: looking attributes up on a module costs as much as all the rest
+        if "training" not in own:  # a ScriptModule keeps it elsewhere
+            own = {**own, **{name: getattr(m, name) for name in _READ}}
         if (
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in m.__dict__  # offloading and casting hooks replace it on the instance
-            or (m.training and isinstance(m, nn.modules.batchnorm._NormBase))  # updates running statistics
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own  # offloading and casting hooks replace it on the instance
+            or (own["training"] and isinstance(m, nn.modules.batchnorm._NormBase))  # updates running statistics
         ):
             return False
-        if m._modules:
-            waiting.extend([child for child in m._modules.values() if child is not None])
+        children = own["_modules"]
+        if children:
+            waiting.extend(children.values())
     return True
+
+
+_READ = ("training", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

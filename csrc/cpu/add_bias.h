@@ -1,42 +1,169 @@
 // add_bias: y = x + (bias + 0), bias along one dimension, or y = x + 0: what is left of a zero branch. Its products are
 // +0, so that a bias of -0 and an x of -0 without a bias come out as +0. x is [R, C, S]: NCHW has R = N, channels-last
-// and token layouts have S = 1. fp32, bf16 or fp16, bias fp32, one rounding. One piece of work is a run of rows.
+// and token layouts have S = 1. fp32, bf16 or fp16, bias fp32, one rounding. y may be x itself.
+// Without a bias elements are copied as words, -0 replaced; in place only vectors that hold a -0 are written. Where the
+// caller's thread flushes denormals the addition is carried out, which flushes them as eager's does.
+// residual_if_zero: the test of a branch's weights (is_zero.h) and, where they are zero, add_bias, in one parallel
+// region: a thread reads its share of the weights and then forms its share of y. y is garbage when the result is false.
 #pragma once
 
+#include "is_zero.h"
 #include "rows.h"
 
 namespace zeroblock {
 namespace {
 
-template <class T>
-void add_bias_of(T*, const AddBias& p, ParallelFor run) {
-  const T* const x = static_cast<const T*>(p.x);
-  T* const y = static_cast<T*>(p.y);
-  const bool by_column = p.S == 1;
-  const int64_t rows = by_column ? p.R : p.R * p.C, width = by_column ? p.C : p.S;
-  const Vec zero = set1(0.0f);
-  const bool streamed = streams(y, width, 2 * rows * width * static_cast<int64_t>(sizeof(T)));
-  parallel(run, 0, rows, kGrainElements / (width + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const T* const in = x + r * width;
-      T* const out = y + r * width;
-      if (by_column && p.bias != nullptr) {
-        each_column(0, width, [&](int64_t i, auto lanes) ZB_BODY {
-          put(out + i, load(in + i, lanes) + (load(p.bias + i, lanes) + zero), lanes, streamed);
-        });
-      } else {
-        const Vec b = set1(p.bias != nullptr ? p.bias[r % p.C] + 0.0f : 0.0f);
-        each_column(0, width,
-                    [&](int64_t i, auto lanes) ZB_BODY { put(out + i, load(in + i, lanes) + b, lanes, streamed); });
-      }
-    }
-    _mm_sfence();
-  });
+// Work is shared in pieces of this many bytes read or written, some of them at least for each thread.
+constexpr int64_t kPieceBytes = int64_t{32} << 10;
+constexpr int64_t kLeastPieces = 6;
+constexpr int64_t kMostPieces = 4096;
+
+// Where piece k of `pieces` begins among n elements; between first and last in whole units.
+ZB_INLINE int64_t piece_begin(int64_t n, int64_t k, int64_t pieces, int64_t unit) {
+  return k == pieces ? n : n * k / pieces / unit * unit;
 }
 
-inline void add_bias(const AddBias& p, ParallelFor run) {
-  with_type(p.dtype, [&](auto* t) { add_bias_of(t, p, run); });
+// Whether this thread's arithmetic treats denormals as zero (bit 6) or flushes them (bit 15).
+ZB_INLINE bool flushes_denormals() { return (_mm_getcsr() & 0x8040u) != 0; }
+
+#if defined(__AVX512F__)
+template <int size>
+ZB_INLINE ZeroVec without_minus_zero(ZeroVec a, bool* changed) {
+  if constexpr (size == 2) {
+    const __mmask32 found = _mm512_cmpeq_epi16_mask(a, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+    *changed = found != 0;
+    return _mm512_maskz_mov_epi16(~found, a);
+  } else {
+    const __mmask16 found = _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(static_cast<int32_t>(0x80000000u)));
+    *changed = found != 0;
+    return _mm512_maskz_mov_epi32(static_cast<__mmask16>(~found), a);
+  }
 }
+ZB_INLINE void zero_store(char* p, ZeroVec a) { _mm512_storeu_si512(p, a); }
+ZB_INLINE void zero_stream(char* p, ZeroVec a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a); }
+#else
+template <int size>
+ZB_INLINE ZeroVec without_minus_zero(ZeroVec a, bool* changed) {
+  const ZeroVec found = size == 2 ? _mm256_cmpeq_epi16(a, _mm256_set1_epi16(static_cast<int16_t>(0x8000)))
+                                  : _mm256_cmpeq_epi32(a, _mm256_set1_epi32(static_cast<int32_t>(0x80000000u)));
+  *changed = _mm256_testz_si256(found, found) == 0;
+  return _mm256_andnot_si256(found, a);
+}
+ZB_INLINE void zero_store(char* p, ZeroVec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+ZB_INLINE void zero_stream(char* p, ZeroVec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a); }
+#endif
+
+// y = x + 0 for `bytes` bytes of elements of `size` bytes.
+template <int size>
+ZB_LOOPS void copy_plus_zero(const char* x, char* y, int64_t bytes, bool streamed) {
+  constexpr int64_t step = sizeof(ZeroVec);
+  int64_t k = 0;
+  bool changed;
+  if (x == y) {
+    for (; k + step <= bytes; k += step) {
+      const ZeroVec a = without_minus_zero<size>(zero_load(x + k), &changed);
+      if (changed) zero_store(y + k, a);
+    }
+  } else if (streamed) {
+    for (; k + step <= bytes; k += step) zero_stream(y + k, without_minus_zero<size>(zero_load(x + k), &changed));
+  } else {
+    for (; k + step <= bytes; k += step) zero_store(y + k, without_minus_zero<size>(zero_load(x + k), &changed));
+  }
+  for (; k < bytes; k += size) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, x + k, size);
+    if (bits == (size == 2 ? 0x8000u : 0x80000000u)) bits = 0;
+    std::memcpy(y + k, &bits, size);
+  }
+}
+
+struct AddBiasPlan {
+  bool words, streamed, by_column;
+  int64_t rows, width;
+};
+
+template <class T>
+ZB_INLINE AddBiasPlan add_bias_plan(const T* y, const AddBias& p) {
+  AddBiasPlan plan{};
+  const int64_t n = p.R * p.C * p.S, total_bytes = 2 * n * static_cast<int64_t>(sizeof(T));
+  plan.words = p.bias == nullptr && !flushes_denormals();
+  plan.by_column = p.bias != nullptr && p.S == 1;
+  plan.rows = p.bias == nullptr ? 1 : plan.by_column ? p.R : p.R * p.C;
+  plan.width = p.bias == nullptr ? n : plan.by_column ? p.C : p.S;
+  plan.streamed = streams(y, p.bias == nullptr ? 0 : plan.width, total_bytes);  // pieces of one long row are aligned
+  return plan;
+}
+
+// Pieces k .. last of y.
+template <class T>
+ZB_LOOPS void add_bias_pieces(const AddBias& p, AddBiasPlan plan, int64_t k, int64_t last, int64_t pieces) {
+  const T* const x = static_cast<const T*>(p.x);
+  T* const y = static_cast<T*>(p.y);
+  const bool streamed = plan.streamed;
+  const Vec zero = set1(0.0f);
+  if (p.bias == nullptr) {
+    constexpr int64_t unit = 64;
+    const int64_t begin = piece_begin(plan.width, k, pieces, unit), end = piece_begin(plan.width, last, pieces, unit);
+    if (plan.words) {
+      copy_plus_zero<sizeof(T)>(reinterpret_cast<const char*>(x + begin), reinterpret_cast<char*>(y + begin),
+                                (end - begin) * static_cast<int64_t>(sizeof(T)), streamed);
+    } else {
+      each_column(begin, end,
+                  [&](int64_t i, auto lanes) ZB_BODY { put(y + i, load(x + i, lanes) + zero, lanes, streamed); });
+    }
+    return;
+  }
+  const int64_t width = plan.width, end = piece_begin(plan.rows, last, pieces, 1);
+  for (int64_t r = piece_begin(plan.rows, k, pieces, 1); r < end; ++r) {
+    const T* const in = x + r * width;
+    T* const out = y + r * width;
+    if (plan.by_column) {
+      each_column(0, width, [&](int64_t i, auto lanes) ZB_BODY {
+        put(out + i, load(in + i, lanes) + (load(p.bias + i, lanes) + zero), lanes, streamed);
+      });
+    } else {
+      const Vec b = set1(p.bias[r % p.C] + 0.0f);
+      each_column(0, width,
+                  [&](int64_t i, auto lanes) ZB_BODY { put(out + i, load(in + i, lanes) + b, lanes, streamed); });
+    }
+  }
+}
+
+template <class T>
+bool residual_if_zero_of(T*, const ZeroBytes* tests, int count, int element_size, const AddBias& p, ParallelFor run) {
+  const AddBiasPlan plan = add_bias_plan(static_cast<const T*>(p.y), p);
+  int64_t cost = 2 * p.R * p.C * p.S * static_cast<int64_t>(sizeof(T));
+  for (int t = 0; t < count; ++t) cost += tests[t].bytes;
+  const int64_t wanted = cost / kPieceBytes + 1, pieces = wanted < kMostPieces ? wanted : kMostPieces;
+  const uint64_t mask = magnitude_bits(element_size);
+  int found = 0;  // set by any thread that meets a non-zero; the others stop at their next chunk
+  parallel(run, 0, pieces, kLeastPieces, [&](int64_t begin, int64_t end) {
+    for (int t = 0; t < count; ++t) {
+      const int64_t last = piece_begin(tests[t].bytes, end, pieces, 64);
+      int64_t left = 0;
+      for (int64_t k = piece_begin(tests[t].bytes, begin, pieces, 64); k < last; k += left) {
+        left = last - k < kZeroChunkBytes ? last - k : kZeroChunkBytes;
+        if (__atomic_load_n(&found, __ATOMIC_RELAXED) != 0) return;
+        if (!is_zero_range(static_cast<const char*>(tests[t].data) + k, left, mask)) {
+          __atomic_store_n(&found, 1, __ATOMIC_RELAXED);
+          return;
+        }
+      }
+    }
+    if (__atomic_load_n(&found, __ATOMIC_RELAXED) != 0) return;
+    add_bias_pieces<T>(p, plan, begin, end, pieces);
+    _mm_sfence();
+  });
+  return __atomic_load_n(&found, __ATOMIC_RELAXED) == 0;
+}
+
+inline bool residual_if_zero(const ZeroBytes* tests, int count, int element_size, const AddBias& p, ParallelFor run) {
+  bool zero = false;
+  with_type(p.dtype, [&](auto* t) { zero = residual_if_zero_of(t, tests, count, element_size, p, run); });
+  return zero;
+}
+
+inline void add_bias(const AddBias& p, ParallelFor run) { residual_if_zero(nullptr, 0, 4, p, run); }
 
 }  // namespace
 }  // namespace zeroblock

@@ -37,6 +37,7 @@ const CpuKernels ZB_TABLE = {
     winograd_pack,
     winograd_packed_size,
     is_zero,
+    residual_if_zero,
 };
 
 }  // namespace zeroblock

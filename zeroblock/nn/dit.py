@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _packed, functional, zero
+from .._bare import residual_if_zero
 from .._branch import Branch, Tail, skipped_branch
 from .._compose import bare_residual
 from ..reference import apply_activation
@@ -70,9 +71,10 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        if self._gates_stay_zero(x):
+        y = self._bare(x)
+        if y is not None:
             zero.count("DiTBlock", True)
-            return bare_residual(x, None, None, -1, x.dtype, None)
+            return y
         fused = self._fusable()
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)
         if fused and self._plain_inference(modulation):
@@ -81,16 +83,28 @@ class DiTBlock(nn.Module):
         x = self._half(x, shift_msa, scale_msa, gate_msa, self.norm1, self.attn, fused)
         return self._half(x, shift_mlp, scale_mlp, gate_mlp, self.norm2, self.mlp, fused)
 
-    def _gates_stay_zero(self, x: Tensor) -> bool:
-        """Without gradients, zero gate rows of the modulation's weight and bias decide before anything is computed."""
-        linear = self.adaLN_modulation[-1]
-        if torch.is_grad_enabled() or not _common.is_plain_linear(linear) or linear.bias is None:
-            return False
-        if not zero.may_skip_branch("DiTBlock", self.zero_skip, linear.weight) or not zero.bypassable(self.children()):
-            return False
-        weight, bias, D = linear.weight.detach(), linear.bias.detach(), linear.in_features
-        rows = (t[i * D : (i + 1) * D] for i in (2, 5) for t in (weight, bias))
-        return _packed.verdict("gate rows", (linear.weight, linear.bias), lambda: all(map(zero.is_exactly_zero, rows)))
+    def _bare(self, x: Tensor) -> Tensor | None:
+        """Without gradients, zero gate rows of the modulation's weight and bias decide before anything is computed: a
+        copy of x, or None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        modulation = self._modules["adaLN_modulation"]
+        if type(modulation).forward is not nn.Sequential.forward:  # type: ignore[comparison-overlap]
+            return None
+        *_, linear = modulation._modules.values()  # type: ignore[union-attr]
+        if not _common.is_plain_linear(linear) or linear._parameters.get("bias") is None:
+            return None
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        if weight.shape[0] % 6:
+            return None
+        if not zero.may_skip_branch("DiTBlock", self.zero_skip, weight) or not zero.bypassable(self._modules.values()):
+            return None
+        y = residual_if_zero(linear, x, 6, 1 << 2 | 1 << 5)
+        if y is not NotImplemented:
+            return y
+        rows = (t.detach().unflatten(0, (6, -1))[i] for i in (2, 5) for t in (weight, bias))
+        zeros = _packed.verdict("gate rows", (weight, bias), lambda: all(map(zero.is_exactly_zero, rows)))
+        return bare_residual(x, None, None, -1, x.dtype, None) if zeros else None
 
     def _plain_inference(self, modulation: tuple[Tensor, ...]) -> bool:
         """No gradients, no autocast, nothing that watches the dispatcher, and no half that is zero."""

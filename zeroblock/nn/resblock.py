@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,27 +96,31 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if not self._fusable():
+        norm1, _, conv1 = self._modules["in_layers"]._modules.values()
+        norm2, _, dropout, conv2 = self._modules["out_layers"]._modules.values()
+        if not self._is_own(norm1, conv1, norm2, conv2):
             return self._unfused(x, emb)
-        norm1, _, conv1 = self.in_layers
-        norm2, _, dropout, conv2 = self.out_layers
+        policy, shortcut = self.zero_skip, self._modules["skip_connection"]
+        layers, y = (self._modules["in_layers"], self._modules["out_layers"]), NotImplemented
+        if not self.updown and not torch.is_grad_enabled():
+            bypassed = (*layers, self._modules["emb_layers"])
+            y = _resblock.bare("ResBlock", policy, conv2, dropout, shortcut, bypassed, x)
+        if y is None:
+            policy = "never"  # judged already, and nothing watches the layers
+        elif y is not NotImplemented:
+            return y
+        elif not zero.bypassable(layers):
+            return self._unfused(x, emb)
         resample = (self.h_upd, self.x_upd) if self.updown else (None, None)
-        layers = _resblock.Layers(
-            "ResBlock", self.zero_skip, norm1, conv1, norm2, conv2, dropout, self._embedding, (self.emb_layers,),
-            self.skip_connection, *resample,
+        parts = _resblock.Layers(
+            "ResBlock", policy, norm1, conv1, norm2, conv2, dropout, self._embedding, (self.emb_layers,),
+            shortcut, *resample,
         )  # fmt: skip
-        return _resblock.forward(layers, x, emb)
+        return _resblock.forward(parts, x, emb)
 
-    def _fusable(self) -> bool:
-        """The layers are the ones this class made, and nothing watches or replaces their calls."""
-        norm1, _, conv1 = self.in_layers
-        norm2, _, _, conv2 = self.out_layers
-        return (
-            type(norm1) is GroupNorm32
-            and type(norm2) is GroupNorm32
-            and _resblock.fusable(norm1, conv1, norm2, conv2)
-            and zero.bypassable((self.in_layers, self.out_layers))
-        )
+    def _is_own(self, norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
+        """The layers are the ones this class made."""
+        return type(norm1) is type(norm2) is GroupNorm32 and _resblock.fusable(norm1, conv1, norm2, conv2)
 
     def _unfused(self, x: Tensor, emb: Tensor) -> Tensor:
         """The same block through its submodules, so that their hooks run."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, zero
+from .._bare import residual_if_zero
 from .._branch import Branch, Tail, skipped_branch
 from . import _common
 
@@ -38,6 +39,13 @@ def residual_branch(
     bypassed = modules if tail is None else (*modules, tail)
     if not zero.bypassable(bypassed):
         return None
+    if gate is None and tail is not None and not torch.is_grad_enabled():
+        y = residual_if_zero(tail, residual)
+        if y is not None and random is None:
+            random = any(map(_common.may_draw, modules))
+        if y is None or not (random or y is NotImplemented):
+            zero.count(name, y is not None)
+            return y
     description = Tail(tail)
     if tail is not None and residual.shape[1 if description.is_conv else -1] != tail.weight.shape[0]:
         return None  # eager broadcasts or raises
