@@ -35,9 +35,16 @@ def _source(target):
     return target
 
 
-def _wheel(tmp_path, **env):
-    """What the build printed, and where its wheel is unpacked."""
-    source, site = _source(tmp_path / "source"), tmp_path / "site"
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the sources. Builds one after another keep the objects that they have in common."""
+    return _source(tmp_path_factory.mktemp("source"))
+
+
+def _wheel(source, tmp_path, **env):
+    """What the build printed, and where its wheel is unpacked. What is built matters here, not how fast it runs."""
+    site = tmp_path / "site"
+    env = {"CXXFLAGS": "-O1", "NVCC_APPEND_FLAGS": "-Xcicc -O1 -Xptxas -O1", **env}
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps", "-w",
                str(tmp_path), "."]  # fmt: skip
     done = subprocess.run(command, cwd=source, env={**os.environ, **env}, capture_output=True, text=True)
@@ -62,8 +69,8 @@ TELL = (
 
 @pytest.mark.slow
 @needs_nvcc
-def test_with_nvcc_the_wheel_holds_the_kernels(tmp_path):
-    _, site = _wheel(tmp_path, ZEROBLOCK_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0")
+def test_with_nvcc_the_wheel_holds_the_kernels(source, tmp_path):
+    _, site = _wheel(source, tmp_path, ZEROBLOCK_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0")
     told = _ask(site, TELL)
     library = next((site / "zeroblock").glob("_C*.so"))
     listed = subprocess.run([static.disassembler(), "-lelf", library], capture_output=True, text=True).stdout
@@ -75,18 +82,18 @@ def test_with_nvcc_the_wheel_holds_the_kernels(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_nvcc_the_wheel_says_so(tmp_path):
-    printed, site = _wheel(tmp_path, ZEROBLOCK_BUILD_CUDA="auto", CUDA_HOME=str(tmp_path))
+def test_without_nvcc_the_wheel_says_so(source, tmp_path):
+    printed, site = _wheel(source, tmp_path, ZEROBLOCK_BUILD_CUDA="auto", CUDA_HOME=str(tmp_path))
     assert "no CUDA kernels are built, because" in printed and "nvcc was not found" in printed
     told = _ask(site, TELL)
     assert "cuda kernels: the extension was built without CUDA kernels" in told and told.endswith("True\n")
     assert "cuda is not used: the extension was built without CUDA kernels" in told
 
 
-def test_asking_without_nvcc_names_what_is_missing(tmp_path):
+def test_asking_without_nvcc_names_what_is_missing(source, tmp_path):
     env = {**os.environ, "ZEROBLOCK_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=_source(tmp_path / "s"), env=env,
+        [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=source, env=env,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0 and "ZEROBLOCK_BUILD_CUDA=1, but" in done.stderr and "nvcc was not found" in done.stderr
@@ -95,10 +102,10 @@ def test_asking_without_nvcc_names_what_is_missing(tmp_path):
 
 @needs_nvcc
 @pytest.mark.parametrize(("archs", "message"), [("7.5", "8.0 or later"), ("hopper", "such as 8.0")])
-def test_an_architecture_that_cannot_be_is_refused(tmp_path, archs, message):
+def test_an_architecture_that_cannot_be_is_refused(source, archs, message):
     env = {**os.environ, "ZEROBLOCK_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": archs}
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=_source(tmp_path / "s"), env=env,
+        [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=source, env=env,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0 and message in done.stderr

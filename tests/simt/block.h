@@ -40,8 +40,8 @@ inline void end_block(Block& block, char* order) {
   }
 }
 
-// The first function of every fiber.
-inline void fiber_main() {
+// The first function of every fiber; it never returns, and ThreadSanitizer must not count it among the calls.
+SIMT_NO_TSAN inline void fiber_main() {
   Machine& m = machine();
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &m.bottom, &m.size);

@@ -1,6 +1,7 @@
 // Calls of every launcher of csrc/cuda on heap blocks of exact size, for drive.cpp and traffic.cpp.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -97,17 +98,17 @@ class Call {
 };
 
 // Two tensors of n and n + more elements, all zero or not.
-inline void drive_zero_flag(int64_t n, int64_t more, bool zero) {
+inline void drive_zero_flag(int64_t n, int64_t more, bool zero, int size = 2) {
   Call call("zero_flag", DType::kBF16);
   std::vector<uint8_t> flags(2, 77);
   ZeroFlag p{};
   p.count = 2;
   for (int i = 0; i < 2; i++) {
-    p.bytes[i] = (n + i * more) * 2;
-    void* data = call.input(n + i * more);
+    p.bytes[i] = (n + i * more) * size;
+    void* data = call.input((n + i * more) * size / 2);
     if (zero) memset(data, 0, p.bytes[i]);
     p.data[i] = data;
-    p.element_size[i] = 2;
+    p.element_size[i] = size;
   }
   p.flags = flags.data();
   call.launched(zero_flag(p, nullptr));
@@ -116,7 +117,7 @@ inline void drive_zero_flag(int64_t n, int64_t more, bool zero) {
 
 // A GPU with so much shared memory for a block of the forward and of the backward kernel.
 struct Gpu {
-  size_t shared[2] = {163 * 1024, 163 * 1024};
+  std::array<size_t, 2> shared = {163 * 1024, 163 * 1024};
   unsigned cluster = 1;
 };
 
@@ -149,7 +150,7 @@ inline void drive_group_norm_silu(DType dtype, bool channels_last, int64_t N, in
 
 struct RowOptions {
   bool gated = false, rms = false, affine = false;
-  bool shift_per_token = false, scale_per_token = false;
+  bool shift_per_token = false, scale_per_token = false, gate_per_token = false;
 };
 
 inline void drive_row_norm(DType dtype, RowOptions o, int64_t B, int64_t T, int64_t D) {
@@ -163,7 +164,7 @@ inline void drive_row_norm(DType dtype, RowOptions o, int64_t B, int64_t T, int6
   p.scale = call.modulation(o.scale_per_token, B, T, D), p.shift = call.modulation(o.shift_per_token, B, T, D);
   if (o.gated) {
     p.branch = call.input(n);
-    p.gate = call.modulation(false, B, T, D);
+    p.gate = call.modulation(o.gate_per_token, B, T, D);
     p.x_new = call.output(n);
   }
   if (o.affine) p.weight = call.operand(D), p.bias = call.operand(D);
@@ -184,7 +185,11 @@ inline void drive_row_norm(DType dtype, RowOptions o, int64_t B, int64_t T, int6
   if (o.gated) {
     p.dx_new = call.input(n);
     p.dbranch = call.output(n);
-    p.dgate = call.grad(B * D);
+    if (o.gate_per_token) {
+      p.dgate_token = call.output(n);
+    } else {
+      p.dgate = call.grad(B * D);
+    }
   }
   if (o.affine) p.dweight = call.grad(D), p.dbias = call.grad(D);
   p.workspace = call.scratch(row_norm_bwd_workspace(p));

@@ -1,79 +1,93 @@
-// Every launcher of csrc/cuda once over shapes that reach its variants, on heap blocks of exact size: what the
-// sanitizer builds run. Values are the parity suite's business; here an unwritten (NaN) output is an error, and so is
-// any report. drive [seed]. With ZB_DRIVE_ONLY=<op> defined only that op is compiled in, and only its source need be
-// linked.
+// Every kernel of csrc/cuda in every dtype and layout over shapes that reach its variants, on heap blocks of exact
+// size: what the sanitizer builds run. Values are the parity suite's business; here an unwritten (NaN) output is an
+// error, and so is any report. Few blocks show a race as well as many, and ThreadSanitizer pays for every thread.
+//
+// drive [seed [op [bug]]]: op is one of those in main, or "all"; bug the number of a mistake that a test has planted
+// into a kernel beside the right code.
 #include "calls.h"
 
-#define ZB_OP_ALL 0
-#define ZB_OP_zero_flag 1
-#define ZB_OP_group_norm_silu 2
-#define ZB_OP_row_norm 3
-#define ZB_OP_gate_residual 4
-#define ZB_OP_conv_residual 5
-#define ZB_OP_clusters 6
-#ifndef ZB_DRIVE_ONLY
-#define ZB_DRIVE_ONLY ZB_OP_ALL
-#endif
-#define ZB_DRIVES(op) (ZB_DRIVE_ONLY == ZB_OP_ALL || ZB_DRIVE_ONLY == op)
+int planted_bug = 0;
 
 namespace {
 
-#ifdef __SANITIZE_THREAD__
-constexpr DType kTypes[] = {DType::kBF16};  // slow, and barriers do not depend on the type
-#else
-constexpr DType kTypes[] = {DType::kBF16, DType::kF32};
-#endif
+void drive_zero_flags() {
+  for (int size : {2, 4, 8}) {
+    for (int64_t n : {0, 1, 7, 8, 9, 5003}) drive_zero_flag(n, 1, n % 2 == 0, size);
+  }
+  drive_zero_flag(8200, 1, true);  // several blocks
+}
 
-void drive() {
-#if ZB_DRIVES(ZB_OP_zero_flag)
-  for (int64_t n : {0, 1, 7, 8, 9, 4096, 5003}) drive_zero_flag(n, 1, n % 2 == 0);
-#endif
-  for (DType dtype : kTypes) {
-    (void)dtype;
-#if ZB_DRIVES(ZB_OP_group_norm_silu)
-    for (bool last : {false, true}) {
-      drive_group_norm_silu(dtype, last, 2, 16, 4, 24);   // on chip
-      drive_group_norm_silu(dtype, last, 1, 12, 3, 35);   // one element at a time
-      drive_group_norm_silu(dtype, last, 1, 8, 1, 8192);  // several chunks
-    }
-#endif
-#if ZB_DRIVES(ZB_OP_row_norm)
-    for (const bool gated : {false, true}) {
-      const RowOptions o{gated, false, !gated, true};
-      drive_row_norm(dtype, o, 2, 9, 48);    // teams share a block
-      drive_row_norm(dtype, o, 1, 3, 37);    // one element at a time
-      drive_row_norm(dtype, o, 2, 2, 4160);  // a team of all warps, and columns beyond its registers
-    }
-    drive_row_norm(dtype, {false, true, true}, 2, 3, 4160);
-#endif
-#if ZB_DRIVES(ZB_OP_gate_residual)
-    drive_gate_residual(dtype, GateKind::kSample, 2, 70, 48);
-    drive_gate_residual(dtype, GateKind::kSample, 1, 9, 37);
-    drive_gate_residual(dtype, GateKind::kToken, 1, 9, 40);
-    drive_gate_residual(dtype, GateKind::kScalar, 1, 1, 5000);
-    drive_gate_residual(dtype, GateKind::kScalar, 1, 1, 37);
-#endif
+// Of the forward and of the backward kernel: enough for half of the groups below, not for a whole one.
+std::array<size_t, 2> little_shared(bool channels_last) {
+  if (channels_last) return {44 * 1024, 52 * 1024};
+  return {8 * 1024, 12 * 1024};
+}
+
+void drive_group_norms(DType dtype) {
+  for (bool last : {false, true}) {
+    drive_group_norm_silu(dtype, last, 2, 16, 2, 24);                             // on chip
+    drive_group_norm_silu(dtype, last, 1, 12, 2, 35);                             // one element at a time
+    drive_group_norm_silu(dtype, last, 1, 8, 1, 1100, {little_shared(last), 1});  // chunks, the last one shorter
   }
-#if ZB_DRIVES(ZB_OP_clusters)
-  // Clusters of two blocks, the second chunk shorter; forward and backward.
-  drive_group_norm_silu(DType::kBF16, false, 1, 8, 2, 1000, {{8 * 1024, 12 * 1024}, 2});
-  drive_group_norm_silu(DType::kBF16, true, 1, 8, 2, 1000, {{44 * 1024, 52 * 1024}, 2});
-  if (simt::machine().stats.clusters != 6) failures++;
-#endif
-#if ZB_DRIVES(ZB_OP_conv_residual)
+}
+
+// Clusters of two blocks, the second chunk shorter; forward and backward.
+void drive_clusters(DType dtype) {
+  const uint64_t before = simt::machine().stats.clusters;
+  drive_group_norm_silu(dtype, false, 1, 8, 2, dtype == DType::kF32 ? 500 : 1000, {little_shared(false), 2});
+  drive_group_norm_silu(dtype, true, 1, 8, 2, 1000, {little_shared(true), 2});
+  if (simt::machine().stats.clusters != before + 6) failures++;
+}
+
+void drive_row_norms(DType dtype) {
+  for (const bool gated : {false, true}) {
+    const RowOptions o{gated, false, !gated, true};
+    drive_row_norm(dtype, o, 2, 9, 48);  // teams share a block
+    drive_row_norm(dtype, o, 1, 3, 37);  // one element at a time
+    // A team of all warps, and columns beyond its registers: those of the backward kernel, then of both.
+    const RowOptions per_token{gated, false, false, true, true, true};
+    drive_row_norm(dtype, per_token, 1, 2, dtype == DType::kF32 ? 2056 : 4104);
+    drive_row_norm(dtype, per_token, 1, 2, 2051);
+  }
+  drive_row_norm(dtype, {false, true, true}, 2, 3, 520);
+}
+
+void drive_gate_residuals(DType dtype) {
+  drive_gate_residual(dtype, GateKind::kSample, 1, 340, 48);  // several chunks
+  drive_gate_residual(dtype, GateKind::kChannel, 2, 9, 37);
+  drive_gate_residual(dtype, GateKind::kToken, 1, 9, 40);
+  drive_gate_residual(dtype, GateKind::kScalar, 1, 1, 2600);
+  drive_gate_residual(dtype, GateKind::kScalar, 1, 1, 37);
+}
+
+void drive_convolutions(DType dtype) {
+  if (dtype == DType::kF32) return;  // tensor cores take half precision
   for (bool norm : {false, true}) {
-    drive_conv_residual(DType::kBF16, {3, norm}, 1, 9, 17, 40, 24);
-    drive_conv_residual(DType::kF16, {1, norm}, 1, 3, 5, 160, 136);
+    drive_conv_residual(dtype, {3, norm}, 1, 9, 17, 40, 24);
+    drive_conv_residual(dtype, {1, norm}, 1, 3, 5, 168, 128);  // wide tiles, more blocks of channels than stages
+    drive_conv_residual(dtype, {3, norm, true, true}, 1, 3, 5, 8, 8);
   }
-#endif
+}
+
+void drive(const std::string& op) {
+  auto wanted = [&](const char* name) { return op == "all" || op == name; };
+  if (wanted("zero_flag")) drive_zero_flags();
+  for (DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+    if (wanted("group_norm_silu")) drive_group_norms(dtype);
+    if (wanted("clusters")) drive_clusters(dtype);
+    if (wanted("row_norm")) drive_row_norms(dtype);
+    if (wanted("gate_residual")) drive_gate_residuals(dtype);
+    if (wanted("conv_residual")) drive_convolutions(dtype);
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   simt::machine().seed = argc > 1 ? strtoull(argv[1], nullptr, 10) : 1;
+  planted_bug = argc > 3 ? atoi(argv[3]) : 0;
   try {
-    drive();
+    drive(argc > 2 ? argv[2] : "all");
   } catch (const simt::error& e) {
     printf("simt::error: %s\n", e.what());
     return 1;

@@ -1,12 +1,13 @@
 """Builds the CUDA kernels for the emulator and lends them to `zeroblock._cuda` on CPU tensors.
 
-One object per source, cached under build/simt by a hash of everything that goes into it.
+Objects, programs and the library are cached under build/simt by a hash of everything that goes into them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -26,8 +27,9 @@ NAMESPACE = "zeroblock_simt"
 COMMON = ["-std=c++17", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DZB_SIMT"]
 BUILDS = {
     "plain": ["-O2"],
-    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+    # Unoptimised: compiling takes longer than running. Line numbers are all that a report needs.
+    "asan": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "tsan": ["-O1", "-g1", "-fsanitize=thread"],
 }
 # traffic.cpp takes the place of ThreadSanitizer.
 COUNTING = ["-O2", "-fsanitize=thread", "-U__SANITIZE_THREAD__"]
@@ -65,31 +67,55 @@ def run(*command: str, env: dict[str, str] | None = None) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=600)
 
 
-def _hash(*parts: str) -> str:
+def jobs() -> int:
+    """Compilers at a time: the processors, shared between the workers of pytest-xdist."""
+    shared = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT") or 1)
+    return int(os.environ.get("MAX_JOBS") or max(1, (os.cpu_count() or 1) // shared))
+
+
+def _hash(*parts: str | Path) -> str:
     digest = hashlib.sha256()
-    headers = [*CSRC.glob("*.h"), *BINDINGS]
-    for path in sorted([*headers, *(CSRC / "cuda").iterdir(), *SIMT.glob("*.h"), *SIMT.glob("*.cpp")]):
-        digest.update(path.read_bytes())
-    digest.update("\0".join(parts).encode())
+    for part in parts:
+        digest.update((part.read_bytes() if isinstance(part, Path) else part.encode()) + b"\0")
     return digest.hexdigest()[:16]
 
 
-def compile_all(sources: Sequence[Path], flags: Sequence[str], folder: Path) -> list[str]:
-    """The objects of the sources, compiled side by side into the folder; those that exist are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _made(target: Path, make: Callable[[Path], None], wait: bool = True) -> bool:
+    """Makes a file once, whichever process comes first. Without `wait`, False where another is at it."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Path(f"{target}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return False
+            if not target.exists():
+                temporary = target.with_name(f"making-{target.name}")
+                make(temporary)
+                temporary.replace(target)
+    return True
 
-    def compile_one(source: Path) -> str:
-        target = folder / f"{source.stem}.o"
-        if not target.exists():
-            temporary = target.with_suffix(f".{os.getpid()}.o")
-            command = [*CXX, *flags, f"-I{SIMT}", f"-I{CSRC}", f"-I{CSRC}/cuda", f"-isystem{cuda_include()}"]
-            done = run(*command, "-x", "c++", "-c", str(source), "-o", str(temporary))
-            assert done.returncode == 0, done.stderr[-4000:]
-            temporary.replace(target)
-        return str(target)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_one, sources))
+def _compiler(*arguments: str) -> None:
+    done = run(*CXX, *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def objects(sources: Sequence[Path], flags: Sequence[str]) -> list[Path]:
+    """The objects of the sources; side by side, and shared with other processes that want the same ones."""
+    folders = [f"-I{SIMT}", f"-I{CSRC}", f"-I{CSRC}/cuda", f"-isystem{cuda_include()}"]
+    headers = sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h"), *SIMT.glob("*.h")])
+    common = _hash(*CXX, *flags, *headers)
+    targets = [CACHE / f"objects/{source.stem}-{_hash(common, source)}.o" for source in sources]
+
+    def compile_one(source: Path, target: Path, wait: bool) -> None:
+        command = [*flags, *folders, "-x", "c++", "-c", str(source), "-o"]
+        _made(target, lambda temporary: _compiler(*command, str(temporary)), wait)
+
+    with ThreadPoolExecutor(jobs()) as pool:
+        for wait in (False, True):  # what another process compiles is waited for last
+            list(pool.map(compile_one, sources, targets, [wait] * len(targets)))
+    return targets
 
 
 def kernels() -> list[Path]:
@@ -101,31 +127,24 @@ def library() -> Path:
     import torch
     from torch.utils import cpp_extension
 
-    folder = CACHE / f"library-{_hash(torch.__version__, *CXX, *COMMON)}"
-    target = folder / "zeroblock_simt.so"
-    if not target.exists():
-        objects = compile_all([*kernels(), SIMT / "settings.cpp"], [*COMMON, *BUILDS["plain"]], folder)
-        headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        macros = [f"-DZB_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
-        objects += compile_all(BINDINGS, [*COMMON, "-std=c++20", "-O0", *macros, *headers], folder)
-        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-        temporary = target.with_suffix(f".{os.getpid()}.so")
-        done = run(*CXX, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(temporary))
-        assert done.returncode == 0, done.stderr[-4000:]
-        temporary.replace(target)
+    headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    # The version only tells apart what other headers made.
+    macros = [f"-DZB_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    macros += [f"-DZB_TORCH={torch.__version__}"]
+    parts = objects([*kernels(), SIMT / "settings.cpp"], [*COMMON, *BUILDS["plain"]])
+    parts += objects(BINDINGS, [*COMMON, "-std=c++20", "-O0", *macros, *headers])
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    target = CACHE / f"library-{_hash(*map(str, parts))}.so"
+    command = ["-shared", *map(str, parts), *libraries, "-ltorch", "-ltorch_cpu", "-lc10", "-o"]
+    _made(target, lambda temporary: _compiler(*command, str(temporary)))
     return target
 
 
-def program(source: str, build: str, macros: Sequence[str] = (), kernels: Sequence[Path] = (), plant: str = "") -> Path:
-    """An executable of tests/simt/<source> and some kernels in one of BUILDS; `plant` tells changed kernels apart."""
-    flags = [*COMMON, *{**BUILDS, "counting": COUNTING}[build], *macros]
-    folder = CACHE / f"{Path(source).stem}-{build}-{_hash(*flags, *CXX, *(k.name for k in kernels), plant)}"
-    target = folder / "program"
-    if not target.exists():
-        sources = [SIMT / source, *kernels]
-        objects = compile_all(sources, flags, folder)
-        done = run(*CXX, *LINKING[build], *objects, "-o", str(target))
-        assert done.returncode == 0, done.stderr[-4000:]
+def program(source: str, build: str, kernels: Sequence[Path] = ()) -> Path:
+    """An executable of tests/simt/<source> and some kernels in one of BUILDS."""
+    parts = objects([SIMT / source, *kernels], [*COMMON, *{**BUILDS, "counting": COUNTING}[build]])
+    target = CACHE / f"{Path(source).stem}-{build}-{_hash(*map(str, parts))}"
+    _made(target, lambda temporary: _compiler(*LINKING[build], *map(str, parts), "-o", str(temporary)))
     return target
 
 

@@ -5,6 +5,8 @@
 
 namespace simt {
 
+// To ThreadSanitizer every thread of a launch is a thread with a stack of its own: a shared one would order what two
+// blocks do. Between launches all is ordered, so the next one takes the same again; making them is what takes long.
 inline void prepare_fiber(Fiber& f, Block& block, unsigned i) {
   Machine& m = machine();
   f.block = &block;
@@ -12,16 +14,20 @@ inline void prepare_fiber(Fiber& f, Block& block, unsigned i) {
   f.index = {i % m.block.x, i / m.block.x % m.block.y, i / (m.block.x * m.block.y)};
   f.lane = i & 31;
   f.warp = &block.warps[i >> 5];
-  f.stack = m.stacks + size_t(&f - m.fibers.data()) * kStackBytes;
+#if defined(__SANITIZE_THREAD__)
+  const uint64_t number = m.started++;
+  if (number == m.tsan_fibers.size()) m.tsan_fibers.push_back(__tsan_create_fiber(0));
+  f.tsan = m.tsan_fibers[number];
+#else
+  const uint64_t number = &f - m.fibers.data();
+#endif
+  f.stack = m.stacks + number * kStackBytes;
   f.barriers = 0;
   f.where = "the start";
   f.copies.clear();
   f.group = 0;
   f.arrived = false;
   f.phase = 0;
-#if defined(__SANITIZE_THREAD__)
-  f.tsan = __tsan_create_fiber(0);
-#endif
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(f.stack, kStackBytes);
   f.fake_stack = nullptr;
@@ -71,17 +77,6 @@ inline void run_fibers() {
   }
 }
 
-#if defined(__SANITIZE_THREAD__)
-// The fibers live on while the next cluster runs. ThreadSanitizer gives the number of a fiber that has ended to a new
-// one, and a barrier that orders the threads of a block would then order what the number did in the block before.
-inline void end_tsan_fibers() {
-  Machine& m = machine();
-  for (void* fiber : m.ended) __tsan_destroy_fiber(fiber);
-  m.ended.clear();
-  for (Fiber& f : m.fibers) m.ended.push_back(f.tsan);
-}
-#endif
-
 // Runs the blocks first, first + 1, ... of the grid, one cluster.
 inline void run_cluster(uint64_t first) {
   Machine& m = machine();
@@ -92,10 +87,6 @@ inline void run_cluster(uint64_t first) {
   m.stats.blocks += count;
   m.stats.clusters += count > 1;
   m.stats.threads += m.alive;
-#if defined(__SANITIZE_THREAD__)
-  mmap(m.stacks, m.fibers.size() * kStackBytes, PROT_READ | PROT_WRITE,
-       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);  // stacks without a history
-#endif
   {
     Quiet quiet;
     for (unsigned rank = 0; rank < count; rank++) {
@@ -117,9 +108,6 @@ inline void run_cluster(uint64_t first) {
   {
     Quiet quiet;
     run_fibers();
-#if defined(__SANITIZE_THREAD__)
-    end_tsan_fibers();
-#endif
     for (unsigned rank = 0; rank < count; rank++) {
       Block& block = m.blocks[rank];
       for (Warp& w : block.warps) {  // left over only after a failure
@@ -162,7 +150,7 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<voi
   m.body = std::move(body);
   m.failure.clear();
   if (!m.stacks) {
-    m.stacks = static_cast<char*>(mmap(nullptr, size_t(kMaxThreads) * kMaxCluster * kStackBytes, PROT_READ | PROT_WRITE,
+    m.stacks = static_cast<char*>(mmap(nullptr, size_t(kStacks) * kStackBytes, PROT_READ | PROT_WRITE,
                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (m.stacks == MAP_FAILED) abort();
   }
@@ -170,7 +158,11 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<voi
   m.cluster = cluster;
   m.random.seed(m.seed + m.stats.launches++);  // each launch its own order
 #if defined(__SANITIZE_THREAD__)
+  if (blocks * m.threads > kStacks) {
+    throw error("launch: " + std::to_string(blocks * m.threads) + " threads are too many for ThreadSanitizer here");
+  }
   m.tsan = __tsan_get_current_fiber();
+  m.started = 0;
 #endif
   std::vector<uint64_t> order(blocks / cluster);
   for (uint64_t i = 0; i < order.size(); i++) order[i] = i * cluster;

@@ -31,6 +31,11 @@ struct error : std::runtime_error {
 };
 
 constexpr unsigned kMaxThreads = 1024, kMaxCluster = 8;
+#if defined(__SANITIZE_THREAD__)
+constexpr unsigned kStacks = 4352;  // every thread of a launch has its own, see prepare_fiber
+#else
+constexpr unsigned kStacks = kMaxThreads * kMaxCluster;
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStackBytes = 256 * 1024;
 #else
@@ -150,6 +155,7 @@ struct Machine {
   char* stacks = nullptr;
   void* scheduler_sp = nullptr;
   Orders orders[kOrders] = {};
+  uint64_t started = 0;  // threads of this launch
   char launch_order = 0, end_order = 0;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -158,7 +164,7 @@ struct Machine {
 #endif
 #if defined(__SANITIZE_THREAD__)
   void* tsan = nullptr;
-  std::vector<void*> ended;  // fibers of the last cluster
+  std::vector<void*> tsan_fibers;  // of the threads of a launch
 #endif
 };
 

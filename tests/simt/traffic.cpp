@@ -19,6 +19,8 @@ struct Counted {
 };
 Counted buffers[kBuffers];
 int count = 0;
+Counted* last = nullptr;                           // where the last access fell
+const char *lowest = nullptr, *highest = nullptr;  // of all buffers
 uint64_t launch_number = 0;
 const char* current_case = "";
 
@@ -37,31 +39,42 @@ QUIET void print_launch() {
   simt::machine().stats.products = 0;
 }
 
+QUIET Counted* buffer_at(const char* p) {
+  if (last && p >= last->begin && p < last->end) return last;
+  if (p < lowest || p >= highest) return nullptr;
+  for (int i = 0; i < count; i++) {
+    if (p >= buffers[i].begin && p < buffers[i].end) return last = &buffers[i];
+  }
+  return nullptr;
+}
+
 QUIET void access(const void* address, size_t bytes, bool write) {
-  const simt::Machine& m = simt::machine();
+  const simt::Machine& m = simt::the_machine;
   if (m.current == nullptr) return;  // the host
   const char* p = static_cast<const char*>(address);
-  for (int i = 0; i < count; i++) {
-    Counted& b = buffers[i];
-    if (p < b.begin || p >= b.end) continue;
-    if (m.stats.launches != launch_number) {
-      print_launch();
-      launch_number = m.stats.launches;
-    }
-    (write ? b.written : b.read) += bytes;
-    for (size_t k = 0; k < bytes; k++) {
-      unsigned char& seen = b.seen[p + k - b.begin];
-      if (seen >> write & 1) continue;
-      seen |= 1 << write;
-      (write ? b.written_once : b.read_once)++;
-    }
-    return;
+  Counted* found = buffer_at(p);
+  if (found == nullptr) return;
+  if (m.stats.launches != launch_number) {
+    print_launch();
+    launch_number = m.stats.launches;
   }
+  Counted& b = *found;
+  (write ? b.written : b.read) += bytes;
+  const unsigned char bit = 1 << write;
+  unsigned char* seen = b.seen + (p - b.begin);
+  int64_t fresh = 0;
+  for (size_t k = 0; k < bytes; k++) {
+    fresh += (seen[k] & bit) == 0;
+    seen[k] |= bit;
+  }
+  (write ? b.written_once : b.read_once) += fresh;
 }
 
 QUIET void add_buffer(void* data, size_t bytes, Role role) {
   if (count == kBuffers) abort();
   char* p = static_cast<char*>(data);
+  lowest = count == 0 || p < lowest ? p : lowest;
+  highest = count == 0 || p + bytes > highest ? p + bytes : highest;
   buffers[count++] = {p, p + bytes, role, 0, 0, 0, 0, static_cast<unsigned char*>(calloc(bytes + 1, 1))};
 }
 
@@ -72,6 +85,7 @@ void run(const char* name, Drive drive) {
   drive();
   for (int i = 0; i < count; i++) free(buffers[i].seen);
   count = 0;
+  last = nullptr;
 }
 
 constexpr Gpu kSm90{{227 * 1024, 227 * 1024}, 8};

@@ -91,7 +91,7 @@ def parse(printed: str) -> list[dict[str, str]]:
 
 def count() -> list[dict[str, str]]:
     """Runs the kernels."""
-    done = emulated.run(str(emulated.program("traffic.cpp", "counting", kernels=emulated.kernels())))
+    done = emulated.run(str(emulated.program("traffic.cpp", "counting", emulated.kernels())))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return parse(done.stdout)
 
