@@ -117,6 +117,7 @@ class Backend:
     def linear_gate_residual(self, h, weight, bias, gate, residual, flag, save_branch, config=None):
         branch = F.linear(h, weight, bias)
         gated = [t if gate is None else modulation(gate) * t for t in (branch, torch.zeros_like(branch) + bias)]
+        residual = 0 if residual is None else residual
         return self._own(*(residual + t for t in gated), flag), branch if save_branch else None
 
     def group_moments(self, x, groups, eps, flag=None):
@@ -161,6 +162,7 @@ def inputs(op: str, dtype: torch.dtype = torch.float32, kernel: int = 3, grad: b
         "group_norm_silu": {"x": nhwc(*image), "weight": draw(8), "bias": draw(8), **modulated},
         "layer_norm_modulate": {"x": draw(*tokens), **modulated},
         "rms_norm_modulate": {"x": draw(*tokens), **modulated, "weight": draw(8)},
+        "layer_norm_modulate_linear": {"x": draw(*tokens), **modulated, "weight": draw(5, 8), "bias": draw(5)},
         "gate_residual": gated,
         "gate_residual_layer_norm_modulate": {**gated, **modulated},
         "conv_residual": {"h": nhwc(*image), **tail},
@@ -173,17 +175,18 @@ def inputs(op: str, dtype: torch.dtype = torch.float32, kernel: int = 3, grad: b
 
 
 OPS = (
-    "group_norm_silu", "layer_norm_modulate", "rms_norm_modulate", "gate_residual",
+    "group_norm_silu", "layer_norm_modulate", "rms_norm_modulate", "layer_norm_modulate_linear", "gate_residual",
     "gate_residual_layer_norm_modulate", "conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual",
 )  # fmt: skip
-# Without triton the GEMMs of OPS[5:] have no ways of their own to choose among.
+# Without triton the GEMMs of OPS[6:] have no ways of their own to choose among.
 TRITON = pytest.mark.skipif(not _gpu.LINEAR.candidates.keys() - {"library"}, reason="triton is not installed")
-_TAILS = [pytest.param(op, marks=TRITON) for op in OPS[5:]]
-ops, tails = (pytest.mark.parametrize("op", found) for found in ([*OPS[:5], *_TAILS], _TAILS))
+_TAILS = [pytest.param(op, marks=TRITON) for op in OPS[6:]]
+ops, tails = (pytest.mark.parametrize("op", found) for found in ([*OPS[:6], *_TAILS], _TAILS))
 # The planned steps that a call and its backward take, the op's own first.
 TAKEN = {
-    **{op: (op, f"{op}_bwd") for op in OPS[:5]},
+    **{op: (op, f"{op}_bwd") for op in OPS[:6]},
     "rms_norm_modulate": ("layer_norm_modulate", "layer_norm_modulate_bwd"),
+    "layer_norm_modulate_linear": ("layer_norm_modulate", "layer_norm_modulate_bwd"),
     "conv_residual": ("conv_residual", "conv_dgrad", "conv_wgrad"),
     "group_norm_silu_conv_residual": ("group_norm_silu_conv_residual", "conv_dgrad", "conv_wgrad"),
     "linear_gate_residual": ("linear_gate_residual", "gate_residual_bwd"),

@@ -34,7 +34,10 @@ POINTS = (
         {"padding": 0, "num_groups": 4},
     ),
 )  # fmt: skip
-LINEARS = tuple(str(c) for c in CASES if c.op == "linear_gate_residual" and not c.large)[:2]
+LINEARS = (
+    *[str(c) for c in CASES if c.op == "linear_gate_residual" and not c.large][:2],
+    next(str(c) for c in CASES if c.op == "layer_norm_modulate_linear"),
+)
 BY_NAME = {str(case): case for case in (*CASES, *POINTS)}
 # way: the cases that it takes; the rest of a case's steps are the library's.
 WAYS: dict[str, tuple[str, ...]] = {"library": (*NORMS, *CONVS, *LINEARS)}

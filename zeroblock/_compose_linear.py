@@ -21,7 +21,10 @@ def linear_grads(P, dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, mask:
 
 def layer_norm_modulate_linear(P, x, shift, scale, weight, bias, eps):
     h, mean, rstd = P.layer_norm_modulate(x, shift, scale, None, None, eps, False)
-    return P.linear(h.to(weight.dtype), weight, bias), mean, rstd
+    h = h.to(weight.dtype)
+    if planned(P):
+        return P.LINEAR(P, h, weight, bias, None, None, None, zero.NEVER, False)[0], mean, rstd
+    return P.linear(h, weight, bias), mean, rstd
 
 
 def layer_norm_modulate_linear_bwd(P, dy, x, mean, rstd, shift, scale, weight, eps, has_bias, mask):

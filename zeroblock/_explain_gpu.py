@@ -51,6 +51,9 @@ def _steps(op: str, P: Any, a: dict[str, Any], training: bool) -> Iterator[tuple
         weight, bias = (None, None) if linear else (a["weight"], a.get("bias"))
         operands, stat = (a["shift"], a["scale"], weight, bias), _statistics(x, *x.shape[:2])
         yield P.layer_norm_modulate, (x, *operands, a["eps"], rms)
+        if linear:
+            h = torch.empty_like(x, dtype=a["weight"].dtype)
+            yield P.LINEAR, (P, h, a["weight"], a["bias"], None, None, None, zero.NEVER, False)
         if training:
             yield P.layer_norm_modulate_bwd, (x, x, None if rms else stat, stat, *operands, rms)
     elif op == "gate_residual":
