@@ -54,9 +54,11 @@ class InferenceSkip(Family):
         if torch.is_grad_enabled():
             return False
         tensors = self.holders(block)
-        if not tensors or not zero.may_skip_branch(self.name, self.zero_skip, tensors[0]):
+        if not tensors or not all(map(zero.may_judge, tensors)):
             return False
-        found = all(map(zero.may_judge if scaled_away else zero.is_exactly_zero, tensors))
+        if not zero.may_skip_branch(self.name, self.zero_skip, tensors[0]):
+            return False
+        found = scaled_away or all(map(zero.is_exactly_zero, tensors))
         if found and (_common.may_draw(block) or not zero.bypassable(block.children())):
             return False
         zero.count(self.name, found)
