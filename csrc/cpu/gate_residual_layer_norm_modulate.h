@@ -134,13 +134,14 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           scale.template tile<kTokenScale>(b, t),
           Affine{},
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
-          streamed};
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
       modulate_bwd_tile<false>(
           tile, inputs,
           [&](int64_t i) ZB_BODY {
-            if (streamed && p.dgate != nullptr) prefetch(tile, branch, i);
-            if (streamed && dx_new != nullptr) prefetch(tile, dx_new, i);
+            if (p.dgate != nullptr) prefetch(tile, branch, i);
+            if (dx_new != nullptr) prefetch(tile, dx_new, i);
+            if (!streamed) prefetch(tile, dresidual + start, i);
+            if (!streamed && dbranch != nullptr) prefetch(tile, dbranch + start, i);
           },
           [&](int64_t i, auto grad, auto lanes) ZB_BODY {
             const auto d = dx_new != nullptr ? grad + tile.load(dx_new + i, lanes) : grad;
