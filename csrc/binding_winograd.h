@@ -63,6 +63,7 @@ Winograd winograd_params(const Tensor& x, const MaybeTensor& affine, int64_t out
   p.channels_last = channels_last;
   p.N = x.size(0), p.C = x.size(1), p.H = x.size(2), p.W = x.size(3), p.K = out_channels, p.padding = padding;
   p.OH = p.H + 2 * padding - 2, p.OW = p.W + 2 * padding - 2;
+  p.threads = torch::stable::get_num_threads();
   STD_TORCH_CHECK(p.N > 0 && p.C > 0 && p.K > 0 && p.OH > 0 && p.OW > 0, "zeroblock: an empty convolution");
   p.x = image(x, channels_last, {p.N, p.C, p.H, p.W}, "x");
   if (affine) {

@@ -161,6 +161,7 @@ struct Winograd {
   int tile;
   bool channels_last;
   int64_t N, C, K, H, W, OH, OW, padding;
+  int64_t threads;  // that ParallelFor may run: decides who shares what, not the result
   const float* x;
   const float* affine;    // [N, 3, C]: mean, a, b; or null
   WinogradWeight weight;  // fwd and pack: read; wgrad: the gradient, written

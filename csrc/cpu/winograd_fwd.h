@@ -162,25 +162,25 @@ int64_t packed_panel(int64_t C) {
 // Tiles of a chunk: V should stay near the processor, but a transformed weight should also serve many tiles.
 constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
 
+// The strips [first, last), a chunk after the other; V is scratch memory of the calling thread.
 template <class F>
-void winograd_fwd_of(const Winograd& p, ParallelFor run) {
+void winograd_fwd_strips(const Winograd& p, const Tiling<F>& tiling, int64_t first, int64_t last, ParallelFor run) {
   constexpr int points = F::n * F::n;
   const int64_t blocks = ceil_div(p.C, kL), panels = ceil_div(p.K, kPanel), size = packed_panel<F>(p.C);
-  const Tiling<F> tiling(p, larger(kChunkTiles, kChunkFloats / (points * blocks * kL)));
   const int64_t tiles = tiling.tiles(), point = point_stride(blocks, tiles);
   float* const v = winograd_tiles.at_least(points * point);
   const Source source = {p.x, p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
-  for (int64_t begin = 0; begin < tiling.strips; begin += tiling.chunk) {
-    const int64_t end = smaller(begin + tiling.chunk, tiling.strips), count = (end - begin) * tiling.width;
+  for (int64_t begin = first; begin < last; begin += tiling.chunk) {
+    const int64_t end = smaller(begin + tiling.chunk, last), count = (end - begin) * tiling.width;
     parallel(run, 0, blocks, group_norm_grain(count * 16), [&](int64_t b0, int64_t b1) {
       for (int64_t b = b0; b < b1; ++b) {
         transform_block<F, true>(source, tiling, begin, end, b, v + b * tiles * kL, point, kL);
       }
     });
     const int64_t groups = ceil_div(count, kGroupTiles);
-    parallel(run, 0, panels * groups, 1, [&](int64_t item, int64_t last) {
+    parallel(run, 0, panels * groups, 1, [&](int64_t item, int64_t stop) {
       float* const scratch = winograd_panels.at_least(size + points * kGroupTiles * kPanel);
-      for (int64_t ready = -1; item < last; ++item) {
+      for (int64_t ready = -1; item < stop; ++item) {
         const int64_t k = item / groups, g = item % groups;
         if (p.packed == nullptr && ready != k) weight_panel<F>(p.weight, k, scratch);
         ready = k;
@@ -190,6 +190,23 @@ void winograd_fwd_of(const Winograd& p, ParallelFor run) {
     });
   }
   winograd_tiles.trim();
+}
+
+// Where every thread can have chunks of its own, what it multiplies is what it transformed itself, and no V travels
+// from core to core: between cores without a common L3 that cost a third of a convolution. Else the threads share each
+// chunk: its channels are cut for the transform, its output channels for the products.
+template <class F>
+void winograd_fwd_of(const Winograd& p, ParallelFor run) {
+  const int64_t tile_floats = F::n * F::n * ceil_div(p.C, kL) * kL;
+  const Tiling<F> tiling(p, larger(kChunkTiles, kChunkFloats / tile_floats));
+  if (p.threads == 1 || tiling.strips < p.threads * tiling.chunk) {
+    return winograd_fwd_strips(p, tiling, 0, tiling.strips, run);
+  }
+  const ParallelFor alone = [](int64_t begin, int64_t end, int64_t, ParallelBody body, void* ctx) {
+    body(ctx, begin, end);
+  };
+  parallel(run, 0, tiling.strips, tiling.chunk,
+           [&](int64_t first, int64_t last) { winograd_fwd_strips(p, tiling, first, last, alone); });
 }
 
 template <class F>
