@@ -184,8 +184,8 @@ struct Scratch {
     if (size > kKept) free(data), data = nullptr, size = 0;
   }
 };
-thread_local Scratch winograd_tiles;   // of the thread that calls: V, and dM and dU for the weight gradient
-thread_local Scratch winograd_panels;  // of each worker: the transformed weights of a panel, and M
+thread_local Scratch winograd_tiles;   // of the thread that transforms: V, and dU for the weight gradient
+thread_local Scratch winograd_panels;  // of each worker: the transformed weights of a panel and M, or dM and dU
 
 // How the tiles of the outputs [N, OH, OW] are cut. A strip is a row of up to kMaxStrip tiles; strips are numbered down
 // the image first, so that those of a chunk share the rows of input between them.

@@ -43,9 +43,11 @@ ZB_LOOPS void gemm_channels(const float* v, const float* dm, int64_t tiles, floa
   }
 }
 
-// A chunk of V and dM: the same trade as in winograd_fwd.h, with dU in the place of the weight.
+// A chunk of V: the same trade as in winograd_fwd.h, with dU in the place of the weight.
 constexpr int64_t kGradChunkFloats = int64_t{1} << 20, kGradChunkTiles = 64;
 
+// V of a chunk is shared by the threads; dM of a panel belongs to the thread that multiplies it, and is still in its
+// cache then.
 template <class F>
 void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
   constexpr int points = F::n * F::n;
@@ -55,35 +57,31 @@ void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
   const Tiling<F> chunked(p, larger(kGradChunkTiles, kGradChunkFloats / tile_floats));
   const Tiling<F> whole(p, panels * size / 2 / tile_floats);
   const Tiling<F>& tiling = whole.chunk == whole.strips ? whole : chunked;
-  const int64_t tiles = tiling.tiles(), point = point_stride(blocks, tiles), dpoint = point_stride(2 * panels, tiles);
+  const int64_t tiles = tiling.tiles(), point = point_stride(blocks, tiles), dpoint = point_stride(2, tiles);
   const bool single = tiling.chunk == tiling.strips;  // dU of a panel is complete at once and need not be kept
-  float* const v = winograd_tiles.at_least(points * (point + dpoint) + (single ? 0 : panels * size));
-  float* const dm = v + points * point;
-  float* const du = dm + points * dpoint;
+  float* const v = winograd_tiles.at_least(points * point + (single ? 0 : panels * size));
+  float* const du = v + points * point;
   const Source source = {p.x, p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
   const Source gradient = {p.dy, nullptr, p.channels_last, p.K, p.OH, p.OW, 0};
   for (int64_t begin = 0; begin < tiling.strips; begin += tiling.chunk) {
     const int64_t end = smaller(begin + tiling.chunk, tiling.strips), count = (end - begin) * tiling.width;
-    parallel(run, 0, blocks + 2 * panels, group_norm_grain(count * 16), [&](int64_t b0, int64_t b1) {
+    parallel(run, 0, blocks, group_norm_grain(count * 16), [&](int64_t b0, int64_t b1) {
       for (int64_t b = b0; b < b1; ++b) {
-        if (b < blocks) {
-          transform_block<F, true>(source, tiling, begin, end, b, v + b * tiles * kL, point, kL);
-        } else {
-          const int64_t k = b - blocks;
-          float* const to = dm + k / 2 * tiles * kPanel + k % 2 * kL;
-          transform_block<F, false>(gradient, tiling, begin, end, k, to, dpoint, kPanel);
-        }
+        transform_block<F, true>(source, tiling, begin, end, b, v + b * tiles * kL, point, kL);
       }
     });
     parallel(run, 0, panels, 1, [&](int64_t k, int64_t last) {
-      float* const scratch = single ? winograd_panels.at_least(size) : nullptr;
+      float* const dm = winograd_panels.at_least(points * dpoint + (single ? size : 0));
       for (; k < last; ++k) {
-        float* const panel = single ? scratch : du + k * size;
+        for (int half = 0; half < 2; ++half) {
+          transform_block<F, false>(gradient, tiling, begin, end, 2 * k + half, dm + half * kL, dpoint, kPanel);
+        }
+        float* const panel = single ? dm + points * dpoint : du + k * size;
         for (int q = 0; q < points; ++q) {
           for (int64_t c = 0; c < blocks * kL; c += kChannelRows) {
             const float* const from = v + q * point + c / kL * tiles * kL + c % kL;
-            const float* const with = dm + q * dpoint + k * tiles * kPanel;
             float* const to = panel + q * panel_point(p.C) + c * kPanel;
+            const float* const with = dm + q * dpoint;
             begin == 0 ? gemm_channels<false>(from, with, count, to) : gemm_channels<true>(from, with, count, to);
           }
         }
