@@ -192,20 +192,25 @@ void winograd_fwd_strips(const Winograd& p, const Tiling<F>& tiling, int64_t fir
   winograd_tiles.trim();
 }
 
-// Where every thread can have chunks of its own, what it multiplies is what it transformed itself, and no V travels
-// from core to core: between cores without a common L3 that cost a third of a convolution. Else the threads share each
-// chunk: its channels are cut for the transform, its output channels for the products.
+// Tiles of a thread from which it pays that every thread transforms the weights for itself.
+constexpr int64_t kOwnTiles = 64;
+
+// Where every thread has tiles enough, it multiplies what it transformed itself, and no V travels from core to core:
+// between cores without a common L3 that cost up to half of a convolution. Else the threads share each chunk: its
+// channels are cut for the transform, its output channels for the products.
 template <class F>
 void winograd_fwd_of(const Winograd& p, ParallelFor run) {
   const int64_t tile_floats = F::n * F::n * ceil_div(p.C, kL) * kL;
-  const Tiling<F> tiling(p, larger(kChunkTiles, kChunkFloats / tile_floats));
-  if (p.threads == 1 || tiling.strips < p.threads * tiling.chunk) {
+  Tiling<F> tiling(p, larger(kChunkTiles, kChunkFloats / tile_floats));
+  const int64_t share = ceil_div(tiling.strips, p.threads);
+  if (p.threads == 1 || share * tiling.width < kOwnTiles) {
     return winograd_fwd_strips(p, tiling, 0, tiling.strips, run);
   }
+  tiling.chunk = ceil_div(share, ceil_div(share, tiling.chunk));  // chunks of equal size
   const ParallelFor alone = [](int64_t begin, int64_t end, int64_t, ParallelBody body, void* ctx) {
     body(ctx, begin, end);
   };
-  parallel(run, 0, tiling.strips, tiling.chunk,
+  parallel(run, 0, tiling.strips, share,
            [&](int64_t first, int64_t last) { winograd_fwd_strips(p, tiling, first, last, alone); });
 }
 
