@@ -71,7 +71,8 @@ def _commit() -> str:
     revision = git("rev-parse", "--short", "HEAD")
     if not revision:
         return "none"
-    return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", "..") else "")
+    code = ("..", ":(exclude)results")  # the rows of this run are no change of what it measures
+    return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
 
 
 def provenance() -> dict[str, str]:

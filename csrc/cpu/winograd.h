@@ -8,6 +8,8 @@
 //   of a vector; then, per panel of 2 L output channels, the GEMMs of a few tiles leave their products M in the cache,
 //   and the transform back adds bias and residual as it stores. Every output is one fixed chain of operations, so no
 //   result depends on the chunks or on the number of threads.
+//   Threads share no V where each can have its own: a line that another core has written costs several times as much as
+//   one's own where the cores have no common L3, as the processors of a virtual machine often have not.
 //
 //   Two things were weighed and left. The data gradient transforms the weight again, though for m = 2 its U is that of
 //   the forward with points 0 and infinity swapped and channels transposed: the transform reads 9 floats of weight for

@@ -192,6 +192,9 @@ void winograd_fwd_strips(const Winograd& p, const Tiling<F>& tiling, int64_t fir
   winograd_tiles.trim();
 }
 
+// A ParallelFor of the calling thread.
+inline void alone(int64_t begin, int64_t end, int64_t, ParallelBody body, void* ctx) { body(ctx, begin, end); }
+
 // Tiles of a thread from which it pays that every thread transforms the weights for itself.
 constexpr int64_t kOwnTiles = 64;
 
@@ -207,9 +210,6 @@ void winograd_fwd_of(const Winograd& p, ParallelFor run) {
     return winograd_fwd_strips(p, tiling, 0, tiling.strips, run);
   }
   tiling.chunk = ceil_div(share, ceil_div(share, tiling.chunk));  // chunks of equal size
-  const ParallelFor alone = [](int64_t begin, int64_t end, int64_t, ParallelBody body, void* ctx) {
-    body(ctx, begin, end);
-  };
   parallel(run, 0, tiling.strips, share,
            [&](int64_t first, int64_t last) { winograd_fwd_strips(p, tiling, first, last, alone); });
 }

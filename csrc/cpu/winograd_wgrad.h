@@ -46,20 +46,15 @@ ZB_LOOPS void gemm_channels(const float* v, const float* dm, int64_t tiles, floa
 // A chunk of V: the same trade as in winograd_fwd.h, with dU in the place of the weight.
 constexpr int64_t kGradChunkFloats = int64_t{1} << 20, kGradChunkTiles = 64;
 
-// V of a chunk is shared by the threads; dM of a panel belongs to the thread that multiplies it, and is still in its
-// cache then.
+// The output channels of the panels [first, last). V is scratch memory of the calling thread; dM of a panel belongs to
+// the thread that multiplies it, and is still in its cache then.
 template <class F>
-void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
+void winograd_wgrad_panels(const Winograd& p, const Tiling<F>& tiling, int64_t first, int64_t last, ParallelFor run) {
   constexpr int points = F::n * F::n;
-  const int64_t blocks = ceil_div(p.C, kL), panels = ceil_div(p.K, kPanel), size = packed_panel<F>(p.C);
-  const int64_t tile_floats = points * (blocks * kL + panels * kPanel);
-  // All tiles at once where their V and dM are small against the dU that chunks would need.
-  const Tiling<F> chunked(p, larger(kGradChunkTiles, kGradChunkFloats / tile_floats));
-  const Tiling<F> whole(p, panels * size / 2 / tile_floats);
-  const Tiling<F>& tiling = whole.chunk == whole.strips ? whole : chunked;
+  const int64_t blocks = ceil_div(p.C, kL), size = packed_panel<F>(p.C);
   const int64_t tiles = tiling.tiles(), point = point_stride(blocks, tiles), dpoint = point_stride(2, tiles);
   const bool single = tiling.chunk == tiling.strips;  // dU of a panel is complete at once and need not be kept
-  float* const v = winograd_tiles.at_least(points * point + (single ? 0 : panels * size));
+  float* const v = winograd_tiles.at_least(points * point + (single ? 0 : (last - first) * size));
   float* const du = v + points * point;
   const Source source = {p.x, p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
   const Source gradient = {p.dy, nullptr, p.channels_last, p.K, p.OH, p.OW, 0};
@@ -70,13 +65,13 @@ void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
         transform_block<F, true>(source, tiling, begin, end, b, v + b * tiles * kL, point, kL);
       }
     });
-    parallel(run, 0, panels, 1, [&](int64_t k, int64_t last) {
+    parallel(run, first, last, 1, [&](int64_t k, int64_t stop) {
       float* const dm = winograd_panels.at_least(points * dpoint + (single ? size : 0));
-      for (; k < last; ++k) {
+      for (; k < stop; ++k) {
         for (int half = 0; half < 2; ++half) {
           transform_block<F, false>(gradient, tiling, begin, end, 2 * k + half, dm + half * kL, dpoint, kPanel);
         }
-        float* const panel = single ? dm + points * dpoint : du + k * size;
+        float* const panel = single ? dm + points * dpoint : du + (k - first) * size;
         for (int q = 0; q < points; ++q) {
           for (int64_t c = 0; c < blocks * kL; c += kChannelRows) {
             const float* const from = v + q * point + c / kL * tiles * kL + c % kL;
@@ -90,6 +85,28 @@ void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
     });
   }
   winograd_tiles.trim();
+}
+
+// Floats that the threads' copies of V may take together.
+constexpr int64_t kOwnFloats = int64_t{1} << 22;
+
+// Every thread transforms all inputs for itself, where it has a panel to multiply and the copies are small: what it
+// would read of another's V costs more between cores without a common L3 (up to half of the time), and no less
+// elsewhere.
+template <class F>
+void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
+  const int64_t blocks = ceil_div(p.C, kL), panels = ceil_div(p.K, kPanel);
+  const int64_t tile_floats = F::n * F::n * (blocks * kL + panels * kPanel);
+  // All tiles at once where their V and dM are small against the dU that chunks would need.
+  const Tiling<F> chunked(p, larger(kGradChunkTiles, kGradChunkFloats / tile_floats));
+  const Tiling<F> whole(p, panels * packed_panel<F>(p.C) / 2 / tile_floats);
+  const Tiling<F>& tiling = whole.chunk == whole.strips ? whole : chunked;
+  const int64_t copies = p.threads * F::n * F::n * point_stride(blocks, tiling.tiles());
+  if (p.threads == 1 || panels < p.threads || copies > kOwnFloats) {
+    return winograd_wgrad_panels(p, tiling, 0, panels, run);
+  }
+  parallel(run, 0, panels, ceil_div(panels, p.threads),
+           [&](int64_t first, int64_t last) { winograd_wgrad_panels(p, tiling, first, last, alone); });
 }
 
 void winograd_wgrad(const Winograd& p, ParallelFor run) {
