@@ -47,9 +47,10 @@ def eps_value(op: str, eps: Any) -> None:
         raise fail(op, "eps", "be finite and >= 0", eps)
 
 
-def shape(op: str, arg: str, t: Tensor | None, size: tuple, notation: str) -> None:
-    if t is not None and tuple(t.shape) != size:
-        raise fail(op, arg, f"have shape {notation} = {list(size)}", list(t.shape))
+def shapes(op: str, size: tuple, notation: str, **tensors: Tensor | None) -> None:
+    for arg, t in tensors.items():
+        if t is not None and tuple(t.shape) != size:
+            raise fail(op, arg, f"have shape {notation} = {list(size)}", list(t.shape))
 
 
 def images(op: str, x: Tensor, num_groups: Any, scale, shift, **affine: Tensor | None) -> None:
@@ -63,10 +64,8 @@ def images(op: str, x: Tensor, num_groups: Any, scale, shift, **affine: Tensor |
         raise fail(op, "x", "have at least one channel in [N, C, *S]", list(x.shape))
     if num_groups <= 0 or C % num_groups != 0:
         raise fail(op, "num_groups", f"be positive and divide C = {C}", num_groups)
-    for arg, t in affine.items():
-        shape(op, arg, t, (C,), "[C]")
-    shape(op, "scale", scale, (N, C), "[N, C]")
-    shape(op, "shift", shift, (N, C), "[N, C]")
+    shapes(op, (C,), "[C]", **affine)
+    shapes(op, (N, C), "[N, C]", scale=scale, shift=shift)
 
 
 def tokens(op: str, arg: str, t: Tensor) -> None:
@@ -118,16 +117,21 @@ def convolution(op: str, channels: int, h: Tensor, weight: Tensor, bias, residua
         )
     if weight.shape[1] != channels:
         raise fail(op, "weight", f"take {channels} input channels (groups are not supported)", list(weight.shape))
-    shape(op, "bias", bias, (weight.shape[0],), "[Cout]")
-    pad = [padding] * dims if isinstance(padding, int) else padding
-    if not isinstance(pad, (list, tuple)) or not all(isinstance(p, (int, torch.SymInt)) for p in pad):
+    shapes(op, (weight.shape[0],), "[Cout]", bias=bias)
+    if not isinstance(padding, (int, list, tuple)):
         raise TypeError(f"{op}: padding must be an int or {dims} of them, got {padding!r}")
-    pad = list(pad)
-    if len(pad) != dims or any(p < 0 for p in pad):
+    pad = [padding] * dims if isinstance(padding, int) else list(padding)
+    size, fits = list(h.shape[2:]), len(pad) == dims
+    for p in pad:
+        if not isinstance(p, (int, torch.SymInt)):
+            raise TypeError(f"{op}: padding must be an int or {dims} of them, got {padding!r}")
+        fits = fits and p >= 0
+    if not fits:
         raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
-    size = [n + 2 * p - k + 1 for n, p, k in zip(h.shape[2:], pad, weight.shape[2:], strict=True)]
-    if any(n <= 0 for n in size):
-        raise fail(op, "weight", f"fit into the padded input {list(h.shape)}", list(weight.shape))
+    for i, p in enumerate(pad):
+        size[i] += 2 * p - weight.shape[2 + i] + 1
+        if size[i] <= 0:
+            raise fail(op, "weight", f"fit into the padded input {list(h.shape)}", list(weight.shape))
     if residual is not None:
         same_shape(op, "residual", residual, "the convolution's output", (h.shape[0], weight.shape[0], *size))
     return pad
@@ -136,16 +140,17 @@ def convolution(op: str, channels: int, h: Tensor, weight: Tensor, bias, residua
 def linear(op: str, features: int, weight: Tensor, bias) -> None:
     if weight.dim() != 2 or weight.shape[1] != features:
         raise fail(op, "weight", f"have shape [out, {features}]", list(weight.shape))
-    shape(op, "bias", bias, (weight.shape[0],), "[out]")
+    shapes(op, (weight.shape[0],), "[out]", bias=bias)
 
 
 def same_dtype(op: str, **tensors: Tensor | None) -> None:
     """Convolutions and GEMMs take operands of one dtype."""
-    given = {arg: t.dtype for arg, t in tensors.items() if t is not None}
-    if len(set(given.values())) > 1:
-        raise TypeError(
-            f"{op}: {', '.join(given)} must have one dtype, got {', '.join(str(d) for d in given.values())}"
-        )
+    dtype = None
+    for t in tensors.values():
+        if t is not None and t.dtype != (dtype or t.dtype):
+            given = {arg: str(t.dtype) for arg, t in tensors.items() if t is not None}
+            raise TypeError(f"{op}: {', '.join(given)} must have one dtype, got {', '.join(given.values())}")
+        dtype = dtype if t is None else t.dtype
 
 
 def choice(op: str, arg: str, value: Any, allowed: tuple) -> None:

@@ -154,8 +154,7 @@ def layer_norm_modulate(
     _checks.required(op, x=x)
     _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
     _checks.modulated(op, x, shift, scale, eps)
-    _checks.shape(op, "weight", weight, (x.shape[2],), "[D]")
-    _checks.shape(op, "bias", bias, (x.shape[2],), "[D]")
+    _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias)
     return call(ops.layer_norm_modulate, x, shift, scale, weight, bias, eps)[0]
@@ -173,7 +172,7 @@ def rms_norm_modulate(
     _checks.required(op, x=x)
     _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight)
     _checks.modulated(op, x, shift, scale, eps)
-    _checks.shape(op, "weight", weight, (x.shape[2],), "[D]")
+    _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
     if zero.transforms_active():
         return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight)
     return call(ops.rms_norm_modulate, x, shift, scale, weight, eps)[0]
