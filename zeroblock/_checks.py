@@ -121,13 +121,12 @@ def convolution(op: str, channels: int, h: Tensor, weight: Tensor, bias, residua
     if not isinstance(padding, (int, list, tuple)):
         raise TypeError(f"{op}: padding must be an int or {dims} of them, got {padding!r}")
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
-    size, fits = list(h.shape[2:]), len(pad) == dims
     for p in pad:
         if not isinstance(p, (int, torch.SymInt)):
             raise TypeError(f"{op}: padding must be an int or {dims} of them, got {padding!r}")
-        fits = fits and p >= 0
-    if not fits:
+    if len(pad) != dims or min(pad) < 0:
         raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
+    size = list(h.shape[2:])
     for i, p in enumerate(pad):
         size[i] += 2 * p - weight.shape[2 + i] + 1
         if size[i] <= 0:
