@@ -79,6 +79,9 @@ void check_like(const Tensor& t, const Tensor& x, const char* what) {
                   " must match x in dtype and size");
 }
 
+// A dense fp32 copy; each backend has its own.
+Tensor to_f32(const Tensor& t);
+
 // Small vectors are handed to the kernels as dense fp32; keep holds a converted copy for the duration of the call.
 const float* as_f32(const MaybeTensor& t, int64_t numel, std::vector<Tensor>& keep, const char* what) {
   if (!t.has_value()) return nullptr;
@@ -86,7 +89,7 @@ const float* as_f32(const MaybeTensor& t, int64_t numel, std::vector<Tensor>& ke
                   " elements on the " ZB_HERE);
   if (t->scalar_type() == ScalarType::Float && t->is_contiguous())
     return static_cast<const float*>(t->const_data_ptr());
-  keep.push_back(torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float)));
+  keep.push_back(to_f32(*t));
   return static_cast<const float*>(keep.back().const_data_ptr());
 }
 
@@ -95,8 +98,38 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-Tensor f32(const Tensor& like, std::vector<int64_t> size) {
-  return torch::stable::new_empty(like, size, ScalarType::Float);
+// Memory for a result, on the device of `like`. By its C entry point: the operators of torch::stable are looked up by
+// name at every call, which costs as much as a small kernel.
+Tensor allocate(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* stride, int32_t dtype) {
+  int32_t device = 0, index = 0;
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, stride, dtype, device, index, &result));
+  return Tensor(result);
+}
+
+// With the size and strides of t, which is dense.
+Tensor dense_like(const Tensor& t, int32_t dtype) {
+  int64_t *size = nullptr, *stride = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &size));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &stride));
+  return allocate(t, t.dim(), size, stride, dtype);
+}
+int32_t dtype_id(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+Tensor dense_like(const Tensor& t) { return dense_like(t, dtype_id(t)); }
+
+// Contiguous fp32.
+Tensor f32(const Tensor& like, const std::vector<int64_t>& size) {
+  const int64_t dims = static_cast<int64_t>(size.size());
+  std::vector<int64_t> stride(size.size());
+  int64_t next = 1;
+  for (int64_t d = dims - 1; d >= 0; next *= size[d] > 0 ? size[d] : 1, --d) stride[d] = next;
+  return allocate(like, dims, size.data(), stride.data(), aoti_torch_dtype_float32());
 }
 
 // A result that was not asked for: an undefined tensor, None in Python.

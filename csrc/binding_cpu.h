@@ -17,6 +17,18 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, 
   torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(ctx, b, e); });
 }
 
+bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half; }
+
+Tensor to_f32(const Tensor& t) {
+  const int64_t dims = t.dim(), columns = dims > 0 ? t.size(dims - 1) : 1, rows = dims == 2 ? t.size(0) : 1;
+  if (!is_half(t) || dims < 1 || dims > 2 || (columns > 1 && t.stride(dims - 1) != 1)) {
+    return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+  }
+  Tensor wide = dims == 2 ? f32(t, {rows, columns}) : f32(t, {columns});
+  kernels().widen(dtype_of(t), t.const_data_ptr(), rows, columns, dims == 2 ? t.stride(0) : 0, data<float>(wide));
+  return wide;
+}
+
 // A [B, D] operand (or one broadcast row, [D]) becomes fp32 rows; a [B, T, D] operand keeps its strides.
 Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& keep, const char* what) {
   if (!t.has_value()) return {nullptr, false, 0, 0};
@@ -37,7 +49,11 @@ Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& keep, c
 
 // A finished fp32 gradient in the dtype of its operand.
 Tensor as_gradient(const Tensor& grad, const Tensor& operand) {
-  return grad.scalar_type() == operand.scalar_type() ? grad : torch::stable::to(grad, operand.scalar_type());
+  if (grad.scalar_type() == operand.scalar_type()) return grad;
+  if (!is_half(operand)) return torch::stable::to(grad, operand.scalar_type());
+  Tensor narrowed = dense_like(grad, dtype_id(operand));
+  kernels().narrow(dtype_of(operand), data<float>(grad), grad.numel(), narrowed.mutable_data_ptr());
+  return narrowed;
 }
 Tensor as_gradient(const Tensor& grad, const MaybeTensor& operand) {
   return operand && grad.defined() ? as_gradient(grad, *operand) : grad;

@@ -49,6 +49,8 @@ void check_launch(const char* op, int status) {
 
 Tensor workspace(const Tensor& like, int64_t floats) { return f32(like, {floats}); }
 
+Tensor to_f32(const Tensor& t) { return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float)); }
+
 // A small operand in its own dtype when that is fp32 or x's and its last dimension is contiguous, else an fp32 copy.
 // [D], [B, D] or [B, T, D]; the first broadcasts over samples.
 Operand as_operand(const MaybeTensor& t, const Tensor& x, std::vector<int64_t> size, std::vector<Tensor>& keep,

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight,
                                                    bool channels_last) {
   std::vector<Tensor> keep;
   GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
-  Tensor y = torch::stable::empty_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
+  Tensor y = dense_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
   const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
   p.y = y.mutable_data_ptr();
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
   check_dense(dy, channels_last, "dy");
   p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = dense_like(x);
   Tensor dweight = weight ? f32(x, {p.C}) : absent(), dbias = bias ? f32(x, {p.C}) : absent();
   Tensor dscale = scale ? f32(x, {p.N, p.C}) : absent(), dshift = shift ? f32(x, {p.N, p.C}) : absent();
   p.dy = dy.const_data_ptr();

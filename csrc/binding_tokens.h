@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(Tensor x, MaybeTensor shi
                                                        MaybeTensor weight, MaybeTensor bias, double eps, bool rms) {
   std::vector<Tensor> keep;
   LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, keep);
-  Tensor y = torch::stable::empty_like(x), mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
+  Tensor y = dense_like(x), mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
   p.eps = static_cast<float>(eps);
   p.y = y.mutable_data_ptr();
   p.mean = rms ? nullptr : data<float>(mean);
@@ -62,10 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
   p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, keep, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
   p.dy = dy.const_data_ptr();
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = dense_like(x);
   p.dx = dx.mutable_data_ptr();
   Tensor dshift = shift && !p.shift.per_token ? f32(x, {p.B, p.D}) : absent();
-  Tensor dscale = !scale ? absent() : p.scale.per_token ? torch::stable::empty_like(x) : f32(x, {p.B, p.D});
+  Tensor dscale = !scale ? absent() : p.scale.per_token ? dense_like(x) : f32(x, {p.B, p.D});
   Tensor dweight = weight ? f32(x, {p.D}) : absent(), dbias = bias ? f32(x, {p.D}) : absent();
   if (shift && !p.shift.per_token) p.dshift = data<float>(dshift);
   if (scale) p.dscale = dscale.mutable_data_ptr();
@@ -96,7 +96,7 @@ Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch) {
   GateResidual p = gate_params(branch, gate, keep);
   check_like(residual, branch, "residual");
   check_tokens(residual, "residual");
-  Tensor y = torch::stable::empty_like(branch);
+  Tensor y = dense_like(branch);
   p.residual = residual.const_data_ptr();
   p.y = y.mutable_data_ptr();
   kernels().gate_residual_fwd(p, parallel_for);
@@ -110,7 +110,7 @@ Tensor as_gate_gradient(const Tensor& dgate, const Tensor& gate) {
 
 Tensor gate_gradient(const Tensor& branch, bool scalar, bool per_token) {
   if (scalar) return f32(branch, {1});
-  return per_token ? torch::stable::empty_like(branch) : f32(branch, {branch.size(0), branch.size(2)});
+  return per_token ? dense_like(branch) : f32(branch, {branch.size(0), branch.size(2)});
 }
 
 std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate,
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor bran
   check_tokens(dy, "dy");
   p.dy = dy.const_data_ptr();
   Tensor dgate = need_dgate ? gate_gradient(branch, p.scalar_gate, p.gate.per_token) : absent();
-  Tensor dbranch = need_dbranch ? torch::stable::empty_like(branch) : absent();
+  Tensor dbranch = need_dbranch ? dense_like(branch) : absent();
   if (need_dgate) p.dgate = dgate.mutable_data_ptr();
   if (need_dbranch) p.dbranch = dbranch.mutable_data_ptr();
   const Workspace workspace(kernels().gate_residual_bwd_workspace(p));
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modulate(Ten
   GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, keep);
   check_like(residual, branch, "residual");
   check_tokens(residual, "residual");
-  Tensor x_new = torch::stable::empty_like(branch), y = torch::stable::empty_like(branch);
+  Tensor x_new = dense_like(branch), y = dense_like(branch);
   Tensor mean = f32(branch, {p.B, p.T}), rstd = f32(branch, {p.B, p.T});
   p.eps = static_cast<float>(eps);
   p.residual = residual.const_data_ptr();
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modu
   p.x_new = x_new.mutable_data_ptr();
   p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, keep, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
-  Tensor dresidual = torch::stable::empty_like(branch), dbranch = torch::stable::empty_like(branch);
+  Tensor dresidual = dense_like(branch), dbranch = dense_like(branch);
   Tensor dgate = gate_gradient(branch, false, p.gate.per_token);
   Tensor dshift = p.shift.per_token ? absent() : f32(branch, {p.B, p.D});
   Tensor dscale = gate_gradient(branch, false, p.scale.per_token);

@@ -117,7 +117,7 @@ Tensor winograd_weight_grad(Tensor dy, Tensor x, MaybeTensor affine, Tensor weig
                             bool channels_last) {
   STD_TORCH_CHECK(dy.dim() == 4, "zeroblock: dy must be [N, K, H, W]");
   Winograd p = winograd_params(x, affine, dy.size(1), padding, tile, channels_last);
-  Tensor dweight = torch::stable::empty_like(weight);
+  Tensor dweight = dense_like(weight);
   p.weight = winograd_weight(dweight, false);
   STD_TORCH_CHECK(p.weight.K == p.K && p.weight.C == p.C, "zeroblock: x, dy and weight must agree in channels");
   p.dy = image(dy, channels_last, {p.N, p.K, p.OH, p.OW}, "dy");

@@ -60,7 +60,7 @@ AddBias add_bias_params(const Tensor& x, const MaybeTensor& bias, bool last, std
 Tensor add_bias(Tensor x, MaybeTensor bias, bool last) {
   std::vector<Tensor> keep;
   AddBias p = add_bias_params(x, bias, last, keep);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = dense_like(x);
   p.y = y.mutable_data_ptr();
   kernels().add_bias(p, parallel_for);
   return y;
@@ -101,7 +101,7 @@ Tensor residual_if_zero(Tensor weight, MaybeTensor also, int64_t parts, int64_t 
   }
   std::vector<Tensor> keep;
   AddBias p = add_bias_params(x, bias, last, keep);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = dense_like(x);
   p.y = y.mutable_data_ptr();
   return kernels().residual_if_zero(tests, count, size, p, parallel_for) ? y : absent();
 }

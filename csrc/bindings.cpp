@@ -24,7 +24,7 @@ Activation activation_params(const Tensor& x, int64_t act) {
 
 Tensor activation(Tensor x, int64_t act) {
   Activation p = activation_params(x, act);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = dense_like(x);
   p.y = y.mutable_data_ptr();
   kernels().activation_fwd(p, parallel_for);
   return y;
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor x, int64_t act, bool
   Activation p = activation_params(x, act);
   check_like(dy, x, "dy");
   STD_TORCH_CHECK(dy.is_contiguous(), "zeroblock: dy must be dense");
-  Tensor dx = torch::stable::empty_like(x), y = need_y ? torch::stable::empty_like(x) : absent();
+  Tensor dx = dense_like(x), y = need_y ? dense_like(x) : absent();
   p.dy = dy.const_data_ptr();
   p.dx = dx.mutable_data_ptr();
   p.y = need_y ? y.mutable_data_ptr() : nullptr;

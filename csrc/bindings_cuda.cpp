@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight,
   const Here here(x);
   std::vector<Tensor> keep;
   auto p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, zero, keep);
-  Tensor y = torch::stable::empty_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
+  Tensor y = dense_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
   Tensor scratch = workspace(x, cuda::group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
   p.y = y.mutable_data_ptr();
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
   check_dense(dy, channels_last, "dy");
   p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = dense_like(x);
   Tensor dweight = grad_of(p.weight, x, {p.C}, p.dweight), dbias = grad_of(p.bias, x, {p.C}, p.dbias);
   Tensor dscale = grad_of(p.scale, x, {p.N, p.C}, p.dscale), dshift = grad_of(p.shift, x, {p.N, p.C}, p.dshift);
   Tensor scratch = workspace(x, cuda::group_norm_silu_bwd_workspace(p));
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm(Tensor x, MaybeTensor branch
   const Here here(x);
   std::vector<Tensor> keep;
   auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, zero, keep);
-  Tensor x_new = branch ? torch::stable::empty_like(x) : absent(), y = torch::stable::empty_like(x);
+  Tensor x_new = branch ? dense_like(x) : absent(), y = dense_like(x);
   Tensor mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
   p.eps = static_cast<float>(eps);
   p.x_new = branch ? x_new.mutable_data_ptr() : nullptr;
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
   p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
   p.dy = dy.const_data_ptr();
   auto like_x = [&](void*& target) {
-    Tensor t = torch::stable::empty_like(x);
+    Tensor t = dense_like(x);
     target = t.mutable_data_ptr();
     return t;
   };
@@ -173,7 +173,7 @@ Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch, MaybeTensor ze
   auto p = gate_params(branch, gate, zero, keep);
   check_like(residual, branch, "residual");
   check_tokens(residual, "residual");
-  Tensor y = torch::stable::empty_like(branch);
+  Tensor y = dense_like(branch);
   p.residual = residual.const_data_ptr();
   p.y = y.mutable_data_ptr();
   check_launch("gate_residual", cuda::gate_residual_fwd(p, here.stream));
@@ -188,10 +188,10 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor bran
   check_like(dy, branch, "dy");
   check_tokens(dy, "dy");
   p.dy = dy.const_data_ptr();
-  Tensor dgate = absent(), dbranch = need_dbranch ? torch::stable::empty_like(branch) : absent();
+  Tensor dgate = absent(), dbranch = need_dbranch ? dense_like(branch) : absent();
   if (need_dbranch) p.dbranch = dbranch.mutable_data_ptr();
   if (need_dgate && p.gate.per_token) {
-    dgate = torch::stable::empty_like(branch);
+    dgate = dense_like(branch);
     p.dgate_token = dgate.mutable_data_ptr();
   } else if (need_dgate) {
     dgate = grad_of(p.gate, branch, p.scalar_gate ? std::vector<int64_t>{1} : std::vector<int64_t>{p.B, p.D}, p.dgate);

@@ -202,6 +202,9 @@ struct CpuKernels {
   bool (*is_zero)(const void* data, int64_t bytes, int element_size, ParallelFor);
   // Whether all of `tests` are zero by is_zero's rule; if so y has been written as add_bias writes it.
   bool (*residual_if_zero)(const ZeroBytes* tests, int count, int element_size, const AddBias&, ParallelFor);
+  // Rows of a small operand, `stride` apart, to dense fp32; a small fp32 gradient to its operand's type.
+  void (*widen)(DType, const void* from, int64_t rows, int64_t columns, int64_t stride, float* to);
+  void (*narrow)(DType, const float* from, int64_t n, void* to);
 };
 
 // The table for this processor, or null when it has neither AVX2+FMA+F16C nor AVX-512 (F, BW, DQ, VL).

@@ -7,6 +7,7 @@ order.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,6 +48,13 @@ def _is_tensor(type_: torch.JitType) -> bool:
     return str(type_) in ("Tensor", "Optional[Tensor]")
 
 
+def _picker(positions: list[int]) -> Callable[[tuple], tuple]:
+    """The items at these positions."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda items: tuple([items[i] for i in positions])
+
+
 def _register(
     name: str,
     differentiable: int,
@@ -66,15 +74,18 @@ def _register(
     is_tensor = [_is_tensor(a.type) for a in op._schema.arguments]
     count = len(is_tensor)
     saved_at = [i for i in range(count) if is_tensor[i] and i != residual]
-    kept_at = [i for i in range(count) if not is_tensor[i]]
+    kept_at = [i for i in range(count) if not is_tensor[i] or i == residual]
     first_extra = len(saved_at)
+    # Both run at every step: taken apart and put together again without a loop.
+    pick_saved, pick_kept = _picker(saved_at), _picker(kept_at)
+    in_order = _picker([(saved_at + kept_at).index(i) for i in range(count)])
 
     def remember(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.kept = [inputs[i] for i in kept_at]
-        ctx.residual_dtype = None if residual is None or inputs[residual] is None else inputs[residual].dtype
-        extra = output[differentiable:] if save is None else save(output)
-        ctx.save_for_backward(*[inputs[i] for i in saved_at], *extra)
+        if residual is not None and inputs[residual] is not None:
+            inputs = (*inputs[:residual], inputs[residual].dtype, *inputs[residual + 1 :])
+        ctx.kept = pick_kept(inputs)
+        ctx.save_for_backward(*pick_saved(inputs), *(output[differentiable:] if save is None else save(output)))
 
     def setup_context(ctx, inputs, output):
         output = output if isinstance(output, tuple) else (output,)
@@ -82,17 +93,11 @@ def _register(
         remember(ctx, inputs, output)
 
     def run_backward(ctx, *grads):
-        saved, grads = ctx.saved_tensors, grads[:differentiable]
-        if all(g is None for g in grads):
+        grads = grads[:differentiable]
+        if grads[0] is None and grads[-1] is None:  # one or two
             return (None,) * count
-        inputs = [None] * count
-        for i, t in zip(saved_at, saved, strict=False):
-            inputs[i] = t
-        for i, v in zip(kept_at, ctx.kept, strict=True):
-            inputs[i] = v
-        if residual is not None:
-            inputs[residual] = ctx.residual_dtype
-        needed = list(ctx.needs_input_grad[:count])
+        saved = ctx.saved_tensors
+        inputs, needed = in_order(saved[:first_extra] + ctx.kept), list(ctx.needs_input_grad[:count])
         if torch.is_grad_enabled():
             tensors = [n and i != residual for i, n in enumerate(needed)]
             results = higher(inputs, tensors, grads, saved[first_extra:])
@@ -100,6 +105,7 @@ def _register(
             results = backward(inputs, needed, *grads, *saved[first_extra:])
         if residual is not None and needed[residual] and results[residual] is None:
             results = (*results[:residual], grads[0].to(inputs[residual]), *results[residual + 1 :])
+        # Through the dispatcher what is absent comes back as an empty tensor.
         return tuple([r if n else None for r, n in zip(results, needed, strict=True)])
 
     torch.library.register_autograd(

@@ -128,14 +128,13 @@ def why_not(name: str, op: str, x: Tensor) -> str | None:
 def select(op: str, x: Tensor) -> ModuleType:
     """The primitives module for a call of `op` with leading tensor x. On a GPU the plan (`_gpu.py`) chooses between
     the backends, unless one is forced; the reference takes what no kernel takes."""
-    device = x.device.type
-    if device == "cpu" and _forced not in ("triton", "cuda"):
+    if x.is_cpu and _forced not in ("triton", "cuda"):
         if _cpu is not None and _forced != "reference" and (x.dtype in DTYPES or op == "is_zero"):
             return _cpu
         return _plain
     module = None
     if _forced in ("triton", "cuda"):
         module = _load(_forced) if why_not(_forced, op, x) is None else None
-    elif _forced == "auto" and device == "cuda" and (x.dtype in DTYPES or op == "is_zero"):
+    elif _forced == "auto" and x.device.type == "cuda" and (x.dtype in DTYPES or op == "is_zero"):
         module = _load("gpu")
     return _plain if module is None else module

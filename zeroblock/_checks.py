@@ -5,6 +5,7 @@ TypeError for the wrong kind of thing, ValueError for a wrong value. The checks 
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ def fail(op: str, arg: str, requirement: str, got: Any) -> ValueError:
     return ValueError(f"{op}: {arg} must {requirement}, got {got}")
 
 
-def floating(op: str, **tensors: Any) -> None:
-    """Tensors of a floating dtype, all on one device; None is let through."""
+def floating(op: str, required: int, **tensors: Any) -> None:
+    """Tensors of a floating dtype, all on one device; None is let through after the first `required`."""
     device = None
     for arg, t in tensors.items():
-        if t is None:
+        required -= 1
+        if t is None and required < 0:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {arg} must be a Tensor, got {type(t).__name__}")
@@ -34,16 +36,11 @@ def floating(op: str, **tensors: Any) -> None:
             raise fail(op, arg, f"be on the device of {first} ({device})", t.device)
 
 
-def required(op: str, **tensors: Any) -> None:
-    for arg, t in tensors.items():
-        if t is None:
-            raise TypeError(f"{op}: {arg} must be a Tensor, got NoneType")
-
-
 def eps_value(op: str, eps: Any) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not 0.0 <= eps < float("inf"):
+    if type(eps) is not float:
+        if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
+    if not 0.0 <= eps < inf:
         raise fail(op, "eps", "be finite and >= 0", eps)
 
 

@@ -51,11 +51,8 @@ def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu):
 
 def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu):
     layout = channels_last_format(x)
-    x, dy = as_layout(x, layout), as_layout(dy.to(x.dtype), layout)
-    dx, dweight, dbias, dscale, dshift = _group_norm_silu_bwd(
-        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None
-    )
-    return dx, like(dweight, weight), like(dbias, bias), like(dscale, scale), like(dshift, shift)
+    x, dy = as_layout(x, layout), as_layout(dy if dy.dtype is x.dtype else dy.to(x.dtype), layout)
+    return _group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, layout is not None)
 
 
 def _operand(v: Tensor | None, x: Tensor) -> Tensor | None:
@@ -73,14 +70,13 @@ def layer_norm_modulate(x, shift, scale, weight, bias, eps, rms):
 
 
 def layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms):
-    x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
+    x, dy = x.contiguous(), (dy if dy.dtype is x.dtype else dy.to(x.dtype)).contiguous()
     shift_op = shift if shift is None or shift.dim() == 2 else None
-    dx, dshift, dscale, dweight, dbias = _layer_norm_modulate_bwd(
-        dy, x, mean, rstd, shift_op, _operand(scale, x), weight, bias, rms
-    )
-    if shift is not None and shift.dim() == 3:
-        dshift = dy.clone()
-    return dx, like(dshift, shift), like(dscale, scale), like(dweight, weight), like(dbias, bias)
+    grads = _layer_norm_modulate_bwd(dy, x, mean, rstd, shift_op, _operand(scale, x), weight, bias, rms)
+    if shift_op is shift and (scale is None or grads[2].dtype is scale.dtype):
+        return grads
+    dx, dshift, dscale, dweight, dbias = grads
+    return dx, dshift if shift_op is shift else like(dy.clone(), shift), like(dscale, scale), dweight, dbias
 
 
 def gate_residual(residual, gate, branch):

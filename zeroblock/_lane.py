@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from ._plan import state
 
-_PLAIN = (Tensor, nn.Parameter)
 _runs: dict[Any, Callable] = {}
 _functions: dict[Any, type[torch.autograd.Function]] = {}
 
@@ -64,14 +66,16 @@ def add_function(op: Any, differentiable: int, remember: Callable, backward: Cal
 def call(op: Any, *args: Any) -> Any:
     """op(*args), by the shorter way where it is the same. Only differentiable results may be asked for while gradients
     are recorded: the shorter way has no others then."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if is_compiling() or _len_torch_dispatch_stack() or _len_torch_function_stack():
         return op(*args)
     needs_grad = False
     for a in args:
-        if isinstance(a, Tensor):
-            if type(a) not in _PLAIN:
-                return op(*args)
-            needs_grad = needs_grad or a.requires_grad
-    if needs_grad and torch.is_grad_enabled() and op in _functions:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
+            if a.requires_grad:
+                needs_grad = True
+        elif isinstance(a, Tensor):
+            return op(*args)
+    if needs_grad and is_grad_enabled() and op in _functions:
         return _functions[op].apply(*args)
     return _runs[op](*args)

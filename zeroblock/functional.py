@@ -39,8 +39,7 @@ def group_norm_silu(
     >>> y = group_norm_silu(torch.randn(2, 64, 8, 8), 32)
     """
     op = "group_norm_silu"
-    _checks.required(op, x=x)
-    _checks.floating(op, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
     _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
     _checks.eps_value(op, eps)
     _checks.choice(op, "activation", activation, ("silu", None))
@@ -77,10 +76,9 @@ def group_norm_silu_conv_residual(
     Source: openai/guided-diffusion `ResBlock.in_layers`, `out_layers`.
     """
     op = "group_norm_silu_conv_residual"
-    _checks.required(op, x=x, weight=weight)
     _checks.floating(
-        op, x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias, residual=residual, scale=scale,
-        shift=shift,
+        op, 2, x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, residual=residual,
+        scale=scale, shift=shift,
     )  # fmt: skip
     _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
     _checks.eps_value(op, eps)
@@ -121,8 +119,7 @@ def conv_residual(
     Source: `zero_module` convolutions of openai/guided-diffusion and lllyasviel/ControlNet.
     """
     op = "conv_residual"
-    _checks.required(op, h=h, weight=weight)
-    _checks.floating(op, h=h, weight=weight, bias=bias, residual=residual)
+    _checks.floating(op, 2, h=h, weight=weight, bias=bias, residual=residual)
     if h.dim() < 3:
         raise _checks.fail(op, "h", "have shape [N, Cin, *S]", list(h.shape))
     pad = _checks.convolution(op, h.shape[1], h, weight, bias, residual, padding)
@@ -151,8 +148,7 @@ def layer_norm_modulate(
     >>> y = layer_norm_modulate(torch.randn(2, 16, 64), torch.randn(2, 64), torch.randn(2, 64))
     """
     op = "layer_norm_modulate"
-    _checks.required(op, x=x)
-    _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+    _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
     _checks.modulated(op, x, shift, scale, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
     if zero.transforms_active():
@@ -169,8 +165,7 @@ def rms_norm_modulate(
     Source: Zhang & Sennrich 2019.
     """
     op = "rms_norm_modulate"
-    _checks.required(op, x=x)
-    _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight)
+    _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
     _checks.modulated(op, x, shift, scale, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
     if zero.transforms_active():
@@ -187,8 +182,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     Saved for backward: gate and branch. Source: facebookresearch/DiT `DiTBlock`; ReZero, Bachlechner et al. 2021.
     """
     op = "gate_residual"
-    _checks.required(op, residual=residual, gate=gate, branch=branch)
-    _checks.floating(op, residual=residual, gate=gate, branch=branch)
+    _checks.floating(op, 3, residual=residual, gate=gate, branch=branch)
     _checks.same_shape(op, "branch", branch, "residual", residual.shape)
     _checks.gate(op, gate, branch)
     if zero.transforms_active():
@@ -206,8 +200,7 @@ def gate_residual_layer_norm_modulate(
     Source: the seam between attention and MLP in facebookresearch/DiT `DiTBlock`.
     """
     op = "gate_residual_layer_norm_modulate"
-    _checks.required(op, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
-    _checks.floating(op, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
+    _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
     _checks.tokens(op, "branch", branch)
     _checks.same_shape(op, "residual", residual, "branch", branch.shape)
     _checks.gate(op, gate, branch)
@@ -236,8 +229,7 @@ def layer_norm_modulate_linear(
     weight. Raises ValueError or TypeError. Source: facebookresearch/DiT `DiTBlock` (qkv, fc1).
     """
     op = "layer_norm_modulate_linear"
-    _checks.required(op, x=x, weight=weight)
-    _checks.floating(op, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+    _checks.floating(op, 2, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
     _checks.modulated(op, x, shift, scale, eps)
     _checks.linear(op, x.shape[2], weight, bias)
     weight, bias = autocast(weight, bias)
@@ -265,8 +257,7 @@ def linear_gate_residual(
     wants a gradient. Source: facebookresearch/DiT `DiTBlock` (proj, fc2).
     """
     op = "linear_gate_residual"
-    _checks.required(op, h=h, weight=weight)
-    _checks.floating(op, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
+    _checks.floating(op, 2, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
     _checks.tokens(op, "h", h)
     _checks.linear(op, h.shape[2], weight, bias)
     _checks.choice(op, "activation", activation, _checks.ACTIVATIONS)
@@ -294,6 +285,5 @@ def is_zero(*tensors: Tensor) -> Tensor:
     [True, False]
     """
     named = {f"tensors[{i}]": t for i, t in enumerate(tensors)}
-    _checks.required("is_zero", **named)
-    _checks.floating("is_zero", **named)
+    _checks.floating("is_zero", len(tensors), **named)
     return call(ops.is_zero, list(tensors))

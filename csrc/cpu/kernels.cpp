@@ -2,6 +2,7 @@
 // ZB_TABLE naming the table and the compiler flags choosing the vector width of vec.h.
 #include "activation.h"
 #include "add_bias.h"
+#include "convert.h"
 #include "gate_residual.h"
 #include "gate_residual_layer_norm_modulate.h"
 #include "group_norm_silu.h"
@@ -38,6 +39,8 @@ const CpuKernels ZB_TABLE = {
     winograd_packed_size,
     is_zero,
     residual_if_zero,
+    widen,
+    narrow,
 };
 
 }  // namespace zeroblock
