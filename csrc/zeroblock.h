@@ -149,28 +149,29 @@ struct ZeroBytes {
 // A 3x3 weight seen as [K, C, 9]: element (k, c, tap) at data[k * out + c * in + tap * tap_stride], with the stride of
 // the taps or of one of the channels 1. flip: taps in reverse (the data gradient, which also swaps K and C).
 struct WinogradWeight {
-  float* data;
+  void* data;
   int64_t K, C, out, in, tap;
   bool flip;
 };
 
-// y = conv(x, weight) [+ bias] [+ residual], fp32, 3x3, stride 1, by Winograd's F(tile x tile, 3x3), tile 2 or 4; with
-// affine, x is first normalised and activated: silu((x - mean) * a + b). x, y, dy, residual: [N, C | K, H, W] or, with
-// channels_last, [N, H, W, C | K], dense. OH = H + 2 padding - 2, OW likewise.
+// y = conv(x, weight) [+ bias] [+ residual], 3x3, stride 1, in fp32 by Winograd's F(tile x tile, 3x3), tile 2 or 4;
+// with affine, x is first normalised and activated: silu((x - mean) * a + b). x, y, dy, residual, of type dtype as the
+// weight is: [N, C | K, H, W] or, with channels_last, [N, H, W, C | K], dense. OH = H + 2 padding - 2, OW likewise.
 struct Winograd {
+  DType dtype;
   int tile;
   bool channels_last;
   int64_t N, C, K, H, W, OH, OW, padding;
   int64_t threads;  // that ParallelFor may run: decides who shares what, not the result
-  const float* x;
+  const void* x;
   const float* affine;    // [N, 3, C]: mean, a, b; or null
   WinogradWeight weight;  // fwd and pack: read; wgrad: the gradient, written
   const float* packed;    // fwd: what pack wrote, or null: the weight is transformed on the way
   const float* bias;      // [K] or null
-  const float* residual;  // or null
-  float* y;               // fwd only
+  const void* residual;   // or null
+  void* y;                // fwd only
   float* u;               // pack only, winograd_packed_size floats
-  const float* dy;        // wgrad only
+  const void* dy;         // wgrad only
 };
 
 // The kernels of one instruction set. Every *_workspace returns a number of floats.

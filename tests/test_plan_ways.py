@@ -43,8 +43,8 @@ def test_every_way_of_a_convolution_is_right(layout, weight_layout, dtype, with_
     expected = {"library", "other layout"}
     if layout == "nhwc" and with_residual and _conv.ONEDNN:
         expected.add("oneDNN residual")
-    if dtype == "fp32" and primitives().NAME == "cpu":
-        expected.add("winograd 2x2")
+    if primitives().NAME == "cpu":
+        expected.add("winograd 2x2" if dtype == "fp32" else "winograd 4x4")
     assert set(takers) == expected
     for name, candidate in takers.items():
         got = candidate.run(*args)
@@ -132,8 +132,9 @@ def test_measured_plans_of_a_whole_step_are_right(dtype, layout):
     exact = grads(reference.group_norm_silu_conv_residual, torch.float64)
     choices = {key.split()[0]: e.choice for key, e in entries.items()}
     expected = {"conv": "other layout", "conv_bwd": "other layout"}
-    if dtype == "fp32" and primitives().NAME == "cpu":
-        expected = {"norm_conv": "library", "conv": "other layout", "norm_conv_bwd": "library", "conv_bwd": "library"}
+    if primitives().NAME == "cpu":
+        expected |= {"norm_conv": "library", "norm_conv_bwd": "library"}
+        expected["conv_bwd"] = "library" if dtype == "fp32" else "other layout"
     assert choices == expected and any("training" in key for key in entries)
     names = ("y", "dx", "dnorm_weight", "dnorm_bias", "dweight", "dbias", "dresidual")
     for name, a, e, x in zip(names, got, eager, exact, strict=True):

@@ -20,6 +20,7 @@ else:
 FORMATS = (torch.contiguous_format, torch.channels_last)
 layouts = pytest.mark.parametrize("layout", FORMATS, ids=("nchw", "nhwc"))
 tiles = pytest.mark.parametrize("tile", (2, 4))
+halves = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
 CONV, FUSED = "conv_residual", "group_norm_silu_conv_residual"
 
 
@@ -71,6 +72,17 @@ def called(monkeypatch):
 
 
 @pytest.fixture
+def half(monkeypatch):
+    """Winograd by rule in half precision too, where only a measurement chooses it."""
+    rule = _winograd.choose
+
+    def choose(P, x, weight, padding):
+        return 4 if _winograd.is_half(x) and _winograd.usable(P, x, weight, padding) else rule(P, x, weight, padding)
+
+    monkeypatch.setattr(_winograd, "choose", choose)
+
+
+@pytest.fixture
 def fast():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -87,6 +99,13 @@ def test_ops_keep_the_error_budget(called, case, layout):
     assert called and set(called) == {2}
 
 
+@cases
+@halves
+def test_ops_keep_the_error_budget_in_half_precision(called, half, dtype, case, layout):
+    assert_parity(case, dtype, layout)
+    assert called and set(called) == {4}
+
+
 def test_the_budget_catches_the_larger_tile(called, fast):
     with pytest.raises(AssertionError, match="exceeds the budget"):
         assert_parity(CASES[0], torch.float32)
@@ -94,8 +113,9 @@ def test_the_budget_catches_the_larger_tile(called, fast):
 
 
 @cases
-def test_same_bits_for_any_number_of_threads(called, case, layout):
-    assert_deterministic(case, torch.float32, layout, (1, 2, 3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def test_same_bits_for_any_number_of_threads(called, half, dtype, case, layout):
+    assert_deterministic(case, dtype, layout, (1, 2, 3))
     assert called
 
 
@@ -165,6 +185,32 @@ def test_large_tile_is_as_exact_as_documented(layout, C, K, H, W):
         error = float((a - b).norm() / b.norm())
         assert error < LARGE_TILE_ERROR, f"{name}: {error:.3g}"
         assert error > 1e-7, "suspiciously good: was this tile 4?"
+
+
+@layouts
+@halves
+@pytest.mark.parametrize("weight_layout", FORMATS, ids=("oihw", "ohwi"))
+def test_half_precision_is_float32_rounded_once(layout, weight_layout, dtype):
+    """Images and weights of 16 bits are widened exactly, and only results are rounded: bit for bit, tails included."""
+    for (H, W), (C, K) in itertools.product(SIZES, CHANNELS):
+        g = torch.Generator().manual_seed(5)
+        out = FORMATS[layout is not weight_layout or layout is FORMATS[1]]  # a residual of another is added afterwards
+        x, dy, residual = (
+            torch.randn(2, n, H, W, generator=g).to(dtype).to(memory_format=to)
+            for n, to in ((C, layout), (K, layout), (K, out))
+        )
+        weight = torch.randn(K, C, 3, 3, generator=g).to(dtype).to(memory_format=weight_layout)
+        bias = torch.randn(K, generator=g).to(dtype)
+
+        def run(to):
+            i, r, d, w, b = (t.to(to) for t in (x, residual, dy, weight, bias))
+            with poison_empty():
+                y = _winograd.conv(P, i, w, b, r, (1, 1), tile=4)
+                return y, *_winograd.conv_grads(P, d, i, w, True, (1, 1), (True, True, False), tile=4)[:2]
+
+        for name, got, want in zip(("y", "dx", "dweight"), run(dtype), run(torch.float32), strict=True):
+            assert_bitwise_equal(got, want.to(dtype), f"{name} {C, K, H, W}")
+            assert got.stride() == want.stride()
 
 
 @tiles

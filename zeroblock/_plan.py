@@ -17,9 +17,9 @@ A measurement runs the candidates on the call's own tensors. What a flag on the 
 (`state.measuring`): a branch that is zero at its first call will not stay so.
 
 Candidates round differently, so that a first measurement may decide last bits as cudnn.benchmark does; the disk cache
-keeps the decision for later processes. A candidate marked `reduced` enters only where the user allowed reduced float32
-precision (torch.set_float32_matmul_precision, or `allow_reduced`). Candidates must be pure: same arguments, fresh
-results, no random numbers.
+keeps the decision for later processes. What a candidate computes in `reduced` float32 precision it is given only where
+the user allowed that (torch.set_float32_matmul_precision, or `allow_reduced`). Candidates must be pure: same
+arguments, fresh results, no random numbers.
 """
 
 from __future__ import annotations
@@ -131,14 +131,26 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _takes_all(*args: Any) -> None:
+    return None
+
+
+def _never(*args: Any) -> bool:
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way. why_not(*args) is the reason it does not take them, or None; it reads metadata only."""
+    """One way. why_not(*args) is the reason it does not take them, or None, and reduced(*args) whether it takes them in
+    reduced float32 precision; both read metadata only."""
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
-    reduced: bool = False
+    reduced: Callable[..., bool] = _never
+
+    def usable(self, args: tuple) -> bool:
+        return self.why_not(*args) is None and (not self.reduced(*args) or reduced_allowed())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +194,7 @@ class PlannedOp:
     ):
         self.name, self.signature, self.describe, self.work, self.rule = name, signature, describe, work, rule
         self.lead, self.worth = lead, worth
-        self.library = Candidate("library", library, lambda *args: None)
+        self.library = Candidate("library", library, _takes_all, _never)
         self.candidates = {"library": self.library}
         self._memory: dict[tuple, Callable[..., Any]] = {}
         OPS[name] = self
@@ -191,9 +203,8 @@ class PlannedOp:
         self,
         name: str,
         run: Callable[..., Any],
-        why_not: Callable[..., str | None] = lambda *args: None,
-        *,
-        reduced: bool = False,
+        why_not: Callable[..., str | None] = _takes_all,
+        reduced: Callable[..., bool] = _never,
     ) -> None:
         """Registers another way."""
         self.candidates[name] = Candidate(name, run, why_not, reduced)
@@ -212,17 +223,11 @@ class PlannedOp:
         return run(*args)
 
     def _takers(self, args: tuple) -> dict[str, Candidate]:
-        reduced = reduced_allowed()
-        return {
-            name: c
-            for name, c in self.candidates.items()
-            if (reduced or not c.reduced) and c.why_not(*args) is None
-        }  # fmt: skip
+        return {name: c for name, c in self.candidates.items() if c.usable(args)}
 
     def _fixed(self, args: tuple) -> Candidate:
         candidate = self.candidates.get(self.rule(*args), self.library)
-        usable = (reduced_allowed() or not candidate.reduced) and candidate.why_not(*args) is None
-        return candidate if usable else self.library
+        return candidate if candidate.usable(args) else self.library
 
     def _resolve(self, key: tuple, args: tuple) -> Callable[..., Any]:
         fixed, device = self._fixed(args), args[self.lead].device

@@ -1,11 +1,12 @@
 """3x3 convolutions by Winograd's minimal filtering (csrc/cpu/winograd.h): what can take them, and which tile.
 
-    y = conv(act(norm(x)), weight) + bias + residual        fp32, 2-D, stride 1, padding 0 or 1, groups 1, on the CPU
+    y = conv(act(norm(x)), weight) + bias + residual        2-D, stride 1, padding 0 or 1, groups 1, on the CPU
 
 Tile 2, F(2x2, 3x3), saves a factor of 2.25 of the products and keeps the error budget (at most twice the library's
 error plus one rounding). Tile 4, F(4x4, 3x3), saves a factor of 4; its relative error is 1e-6 to 5e-6, about ten times
 the library's and a hundredth of TF32's, so it needs the user's word: `precision="fast"` or
-torch.set_float32_matmul_precision("high"). Results do not depend on the number of threads. A value that is not finite
+torch.set_float32_matmul_precision("high"). Images and weights of 16 bits take tile 4: computed in float32 and rounded
+once, they are as exact as the library's. Results do not depend on the number of threads. A value that is not finite
 reaches every output of the tiles that read it, as NaN.
 
 P is the primitives module, `_cpu`. Nothing is remembered between calls but scratch memory, at most 48 MB for the
@@ -39,6 +40,10 @@ class Norm(NamedTuple):
     shift: Tensor | None
 
 
+def is_half(t: Tensor) -> bool:
+    return t.dtype is torch.bfloat16 or t.dtype is torch.float16
+
+
 def tile_for(precision: str | None = None) -> int:
     """The tile for a precision: 2 for "strict", 4 for "fast"; None: what the user allowed."""
     if precision is None:
@@ -58,7 +63,8 @@ def usable(P: Any, x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
         and weight.dim() == 4
         and tuple(weight.shape[2:]) == (3, 3)
         and tuple(padding) in ((0, 0), (1, 1))
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
+        and (x.dtype is torch.float32 or is_half(x))
         and x.device.type == weight.device.type == "cpu"
         and x.shape[1] == weight.shape[1]
         and (weight.is_contiguous() or channels_last_format(weight) is not None)
@@ -76,8 +82,9 @@ def worthwhile(batch: int, in_channels: int, out_channels: int, height: int, wid
 
 
 def choose(P: Any, x: Tensor, weight: Tensor, padding: Sequence[int]) -> int:
-    """The tile by the fixed rule; 0 where the library's convolution is to be taken."""
-    if not usable(P, x, weight, padding):
+    """The tile by the fixed rule; 0 where the library's convolution is to be taken. In half precision that is always
+    so: how fast processors are there differs by an order of magnitude, which only a measurement shows."""
+    if x.dtype != torch.float32 or not usable(P, x, weight, padding):
         return 0
     height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True))
     tile = tile_for()

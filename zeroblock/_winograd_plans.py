@@ -1,10 +1,11 @@
 """Winograd's ways (`_winograd.py`) as candidates of the planned convolutions, and its packed weights for `freeze`.
 
-Tile 2 competes everywhere, tile 4 where the user allowed reduced float32 precision.
+Tile 2 competes in float32, tile 4 in half precision and, where the user allowed reduced precision, in float32.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import _backends, _packed, _winograd
@@ -20,10 +21,10 @@ def _padding(geometry: Geometry) -> tuple[int, ...] | None:
     return padding if geometry == unit_geometry(list(padding)) else None
 
 
-def _why_not(P, h: Tensor, weight: Tensor, padding: tuple[int, ...] | None) -> str | None:
-    if padding is not None and _winograd.usable(P, h, weight, padding):
-        return None
-    return "3x3 float32 convolutions of stride 1 on the CPU only"
+def _why_not(P, h: Tensor, weight: Tensor, padding: tuple[int, ...] | None, tile: int) -> str | None:
+    if padding is None or not _winograd.usable(P, h, weight, padding):
+        return "3x3 convolutions of stride 1 on the CPU only"
+    return "half precision takes tile 4" if tile == 2 and _winograd.is_half(h) else None
 
 
 def _frozen(P, weight: Tensor, geometry: Geometry, tile: int) -> Tensor | None:
@@ -33,8 +34,11 @@ def _frozen(P, weight: Tensor, geometry: Geometry, tile: int) -> Tensor | None:
 
 def _packer(tile: int):
     def pack(weight: Tensor, geometry: Geometry) -> Tensor | None:
-        """For weights that some map would give to Winograd, tile 4 only with the user's permission."""
-        if weight.dim() != 4 or (tile == 4 and not reduced_allowed()) or min(weight.shape[:2]) < _winograd.FEW_CHANNELS:
+        """For weights that some map would give to Winograd, tile 4 only with the user's permission. Not in half
+        precision, of which a copy would take eight times the memory."""
+        if weight.dim() != 4 or weight.dtype != torch.float32 or (tile == 4 and not reduced_allowed()):
+            return None
+        if min(weight.shape[:2]) < _winograd.FEW_CHANNELS:
             return None
         P, map_ = _backends.select("conv_residual", weight), weight.new_empty(1, weight.shape[1], 4, 4)
         padding = _padding(geometry)
@@ -46,7 +50,10 @@ def _packer(tile: int):
 
 
 def _register(tile: int) -> None:
-    name, reduced = _winograd.plan_name(tile), tile == 4
+    name = _winograd.plan_name(tile)
+
+    def reduced(P, h: Tensor, *args) -> bool:
+        return tile == 4 and h.dtype is torch.float32
 
     def conv(P, h, weight, bias, residual, geometry):
         packed = _frozen(P, weight, geometry, tile)
@@ -75,10 +82,10 @@ def _register(tile: int) -> None:
             h, _, _ = hidden(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight.dtype)
         return _winograd.conv_grads(P, dy, h, weight, has_bias, padding, mask, tile=tile, norm=norm)
 
-    CONV.add(name, conv, lambda P, h, w, b, r, g: _why_not(P, h, w, _padding(g)), reduced=reduced)
-    NORM_CONV.add(name, norm_conv, lambda P, x, *a: _why_not(P, x, a[8], _padding(a[11])), reduced=reduced)
-    CONV_BWD.add(name, conv_bwd, lambda P, dy, h, w, *a: _why_not(P, h, w, tuple(a[1])), reduced=reduced)
-    NORM_CONV_BWD.add(name, norm_conv_bwd, lambda P, dy, x, *a: _why_not(P, x, a[-4], tuple(a[-2])), reduced=reduced)
+    CONV.add(name, conv, lambda P, h, w, b, r, g: _why_not(P, h, w, _padding(g), tile), reduced)
+    NORM_CONV.add(name, norm_conv, lambda P, x, *a: _why_not(P, x, a[8], _padding(a[11]), tile), reduced)
+    CONV_BWD.add(name, conv_bwd, lambda P, dy, h, w, *a: _why_not(P, h, w, tuple(a[1]), tile), reduced)
+    NORM_CONV_BWD.add(name, norm_conv_bwd, lambda P, dy, x, *a: _why_not(P, x, a[-4], tuple(a[-2]), tile), reduced)
     _packed.CONV_PACKERS[name] = _packer(tile)
 
 

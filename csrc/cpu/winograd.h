@@ -1,5 +1,5 @@
-// 3x3 convolutions of stride 1 in fp32 by Winograd's minimal filtering (Lavin and Gray, arXiv:1509.09308): the shared
-// part.
+// 3x3 convolutions of stride 1 by Winograd's minimal filtering (Lavin and Gray, arXiv:1509.09308): the shared part.
+// Arithmetic is fp32 throughout; 16-bit images and weights are widened as they are read, and rounded once at the end.
 //
 //   y = A^T [ (G w G^T) * (B^T d B) ] A for a tile of m x m outputs and its patch d of (m+2) x (m+2) inputs, "*" summed
 //   over input channels: (m+2)^2 GEMMs [tiles, C] x [C, K] in the place of one with 9 C products. m = 2 saves a factor
@@ -157,7 +157,8 @@ ZB_INLINE void transpose(Vec* v) {
 
 // The transpose of a [rows, cols] corner of at most L x L, row r at src + r * stride, into out[0..L): column j becomes
 // out[j], lanes from `rows` on are 0.
-ZB_INLINE void load_transposed(const float* src, int64_t stride, int rows, int cols, Vec* out) {
+template <class T>
+ZB_INLINE void load_transposed(const T* src, int64_t stride, int rows, int cols, Vec* out) {
   if (rows == kL && cols == kL) {
 #pragma GCC unroll 16
     for (int i = 0; i < kL; ++i) out[i] = load(src + i * stride);
@@ -210,8 +211,9 @@ struct Tiling {
 ZB_INLINE int64_t point_stride(int64_t blocks, int64_t tiles) { return blocks * tiles * kL + 5 * kL; }
 
 // One operand of the transforms: an image [N, C, H, W] and how tiles are taken from it.
+template <class T>
 struct Source {
-  const float* x;
+  const T* x;
   const float* affine;  // [N, 3, C] (mean, a, b of ChannelAffine), or null: x as it is
   bool channels_last;
   int64_t C, H, W;
@@ -220,8 +222,8 @@ struct Source {
 
 // Pixels [first, first + count) of row `row` of block `block` of channels of sample n, L channels each, activated, to
 // out [count, L]; what is outside the image is 0, as are channels from C on.
-ZB_LOOPS inline void load_row(Source s, int64_t n, int64_t row, int64_t first, int64_t count, int64_t block,
-                              float* out) {
+template <class T>
+ZB_LOOPS void load_row(Source<T> s, int64_t n, int64_t row, int64_t first, int64_t count, int64_t block, float* out) {
   const int64_t begin = row < 0 || row >= s.H ? count : smaller(count, larger(0, -first));
   const int64_t end = larger(begin, smaller(count, s.W - first)), c = block * kL;
   for (int64_t i = 0; i < begin; ++i) store(out + i * kL, zero());
@@ -232,12 +234,12 @@ ZB_LOOPS inline void load_row(Source s, int64_t n, int64_t row, int64_t first, i
     const float* affine = s.affine + n * 3 * s.C + c;
     mean = load(affine, lanes), a = load(affine + s.C, lanes), b = load(affine + 2 * s.C, lanes);
   }
-  const float* type = nullptr;
+  const T* type = nullptr;
   const auto act = [&](auto v) {  // a = b = 0 in the lanes that do not exist: silu(0) = 0
     return s.affine == nullptr ? v : activate<true>(fmadd(v - mean, a, b), type);
   };
   if (s.channels_last) {
-    const float* x = s.x + ((n * s.H + row) * s.W + first) * s.C + c;
+    const T* x = s.x + ((n * s.H + row) * s.W + first) * s.C + c;
     int64_t i = begin;
     for (; i + 4 <= end; i += 4) {
       const FourRows from{s.C}, to{kL};
@@ -250,7 +252,7 @@ ZB_LOOPS inline void load_row(Source s, int64_t n, int64_t row, int64_t first, i
     for (; i < end; ++i) store(out + i * kL, act(load(x + i * s.C, lanes)));
     return;
   }
-  const float* x = s.x + ((n * s.C + c) * s.H + row) * s.W + first;
+  const T* x = s.x + ((n * s.C + c) * s.H + row) * s.W + first;
   for (int64_t i = begin; i < end; i += kL) {
     const int pixels = static_cast<int>(smaller(kL, end - i));
     Vec v[kL];
@@ -264,8 +266,8 @@ ZB_LOOPS inline void load_row(Source s, int64_t n, int64_t row, int64_t first, i
 
 // Transforms block `block` of channels of the tiles of strips [begin, end): point q of tile t goes to
 // out + q * point + t * step. kPatch: B^T d B of overlapping input patches; else A d A^T of the outputs' tiles.
-template <class F, bool kPatch>
-ZB_LOOPS void transform_block(Source s, Tiling<F> tiling, int64_t begin, int64_t end, int64_t block, float* out,
+template <class F, bool kPatch, class T>
+ZB_LOOPS void transform_block(Source<T> s, Tiling<F> tiling, int64_t begin, int64_t end, int64_t block, float* out,
                               int64_t point, int64_t step) {
   constexpr int in = kPatch ? F::n : F::m, halo = in - F::m;
   const int64_t pixels = tiling.width * F::m + halo;

@@ -81,8 +81,10 @@ ZB_INLINE void transform_back(const float* m, Write write) {
 
 // The channels of one panel, from k on; m: [points, kGroupTiles, 2 L]. y[..] = A^T M A + bias + residual for `count`
 // neighbouring tiles, channels_last.
-template <class F>
+template <class F, class T>
 ZB_LOOPS void store_tiles_rows(const Winograd& p, Target at, int count, int64_t k, const float* m) {
+  T* const y = static_cast<T*>(p.y);
+  const T* const residual = static_cast<const T*>(p.residual);
   each_half(p, k, m, [&](int64_t channel, int lanes, Vec bias, const float* products) {
     for (int t = 0; t < count; ++t) {
       const int64_t column = at.column + t * F::m;
@@ -91,9 +93,9 @@ ZB_LOOPS void store_tiles_rows(const Winograd& p, Target at, int count, int64_t 
         const int64_t to = ((at.n * p.OH + at.row + i) * p.OW + column + j) * p.K + channel;
         v = v + bias;
         if (lanes == kL) {
-          store(p.y + to, p.residual ? v + load(p.residual + to) : v);
+          store(y + to, residual ? v + load(residual + to) : v);
         } else {
-          store(p.y + to, p.residual ? v + load(p.residual + to, lanes) : v, lanes);
+          store(y + to, residual ? v + load(residual + to, lanes) : v, lanes);
         }
       });
     }
@@ -101,8 +103,10 @@ ZB_LOOPS void store_tiles_rows(const Winograd& p, Target at, int count, int64_t 
 }
 
 // The same for [N, K, OH, OW]: the outputs of a row of tiles go through a buffer and are transposed.
-template <class F>
+template <class F, class T>
 ZB_LOOPS void store_tiles_planes(const Winograd& p, Target at, int count, int64_t k, const float* m) {
+  T* const y = static_cast<T*>(p.y);
+  const T* const residual = static_cast<const T*>(p.residual);
   alignas(64) float buffer[F::m][kGroupTiles * F::m + kL][kL];
   const int pixels = static_cast<int>(smaller(count * F::m, p.OW - at.column)), plane_rows = F::m;
   each_half(p, k, m, [&](int64_t channel, int lanes, Vec bias, const float* products) {
@@ -119,9 +123,9 @@ ZB_LOOPS void store_tiles_planes(const Winograd& p, Target at, int count, int64_
         for (int l = 0; l < lanes; ++l) {
           const int64_t place = to + l * p.OH * p.OW + j;
           if (columns == kL) {
-            store(p.y + place, p.residual ? v[l] + load(p.residual + place) : v[l]);
+            store(y + place, residual ? v[l] + load(residual + place) : v[l]);
           } else {
-            store(p.y + place, p.residual ? v[l] + load(p.residual + place, columns) : v[l], columns);
+            store(y + place, residual ? v[l] + load(residual + place, columns) : v[l], columns);
           }
         }
       }
@@ -130,7 +134,7 @@ ZB_LOOPS void store_tiles_planes(const Winograd& p, Target at, int count, int64_
 }
 
 // Products and outputs of tiles [begin, end) of a chunk, at most kGroupTiles, for one panel of output channels.
-template <class F>
+template <class F, class T>
 ZB_INLINE void finish_tiles(const Winograd& p, const Tiling<F>& tiling, int64_t first_strip, int64_t begin, int64_t end,
                             int64_t panel, const float* v, const float* u, float* m) {
   const int64_t blocks = ceil_div(p.C, kL), tiles = tiling.tiles(), point = point_stride(blocks, tiles);
@@ -147,7 +151,7 @@ ZB_INLINE void finish_tiles(const Winograd& p, const Tiling<F>& tiling, int64_t 
     const Target at = {strip / tiling.rows / tiling.segments, strip % tiling.rows * F::m,
                        (strip / tiling.rows % tiling.segments * tiling.width + tx) * F::m};
     if (at.column < p.OW) {
-      const auto store_tiles = p.channels_last ? store_tiles_rows<F> : store_tiles_planes<F>;
+      const auto store_tiles = p.channels_last ? store_tiles_rows<F, T> : store_tiles_planes<F, T>;
       store_tiles(p, at, static_cast<int>(count), panel * kPanel, m + (t - begin) * kPanel);
     }
     t += count;
@@ -163,13 +167,13 @@ int64_t packed_panel(int64_t C) {
 constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
 
 // The strips [first, last), a chunk after the other; V is scratch memory of the calling thread.
-template <class F>
+template <class F, class T>
 void winograd_fwd_strips(const Winograd& p, const Tiling<F>& tiling, int64_t first, int64_t last, ParallelFor run) {
   constexpr int points = F::n * F::n;
   const int64_t blocks = ceil_div(p.C, kL), panels = ceil_div(p.K, kPanel), size = packed_panel<F>(p.C);
   const int64_t tiles = tiling.tiles(), point = point_stride(blocks, tiles);
   float* const v = winograd_tiles.at_least(points * point);
-  const Source source = {p.x, p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
+  const Source<T> source = {static_cast<const T*>(p.x), p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
   for (int64_t begin = first; begin < last; begin += tiling.chunk) {
     const int64_t end = smaller(begin + tiling.chunk, last), count = (end - begin) * tiling.width;
     parallel(run, 0, blocks, group_norm_grain(count * 16), [&](int64_t b0, int64_t b1) {
@@ -182,10 +186,10 @@ void winograd_fwd_strips(const Winograd& p, const Tiling<F>& tiling, int64_t fir
       float* const scratch = winograd_panels.at_least(size + points * kGroupTiles * kPanel);
       for (int64_t ready = -1; item < stop; ++item) {
         const int64_t k = item / groups, g = item % groups;
-        if (p.packed == nullptr && ready != k) weight_panel<F>(p.weight, k, scratch);
+        if (p.packed == nullptr && ready != k) weight_panel<F, T>(p.weight, k, scratch);
         ready = k;
-        finish_tiles<F>(p, tiling, begin, count * g / groups, count * (g + 1) / groups, k, v,
-                        p.packed ? p.packed + k * size : scratch, scratch + size);
+        finish_tiles<F, T>(p, tiling, begin, count * g / groups, count * (g + 1) / groups, k, v,
+                           p.packed ? p.packed + k * size : scratch, scratch + size);
       }
     });
   }
@@ -201,29 +205,35 @@ constexpr int64_t kOwnTiles = 64;
 // Where every thread has tiles enough, it multiplies what it transformed itself, and no V travels from core to core:
 // between cores without a common L3 that cost up to half of a convolution. Else the threads share each chunk: its
 // channels are cut for the transform, its output channels for the products.
-template <class F>
-void winograd_fwd_of(const Winograd& p, ParallelFor run) {
+template <class F, class T>
+void winograd_fwd_of(F, T*, const Winograd& p, ParallelFor run) {
   const int64_t tile_floats = F::n * F::n * ceil_div(p.C, kL) * kL;
   Tiling<F> tiling(p, larger(kChunkTiles, kChunkFloats / tile_floats));
   const int64_t share = ceil_div(tiling.strips, p.threads);
   if (p.threads == 1 || share * tiling.width < kOwnTiles) {
-    return winograd_fwd_strips(p, tiling, 0, tiling.strips, run);
+    return winograd_fwd_strips<F, T>(p, tiling, 0, tiling.strips, run);
   }
   tiling.chunk = ceil_div(share, ceil_div(share, tiling.chunk));  // chunks of equal size
   parallel(run, 0, tiling.strips, share,
-           [&](int64_t first, int64_t last) { winograd_fwd_strips(p, tiling, first, last, alone); });
+           [&](int64_t first, int64_t last) { winograd_fwd_strips<F, T>(p, tiling, first, last, alone); });
 }
 
-template <class F>
-void winograd_pack_of(const Winograd& p, ParallelFor run) {
+template <class F, class T>
+void winograd_pack_of(F, T*, const Winograd& p, ParallelFor run) {
   const int64_t size = packed_panel<F>(p.C);
   parallel(run, 0, ceil_div(p.K, kPanel), 1, [&](int64_t k0, int64_t k1) {
-    for (int64_t k = k0; k < k1; ++k) weight_panel<F>(p.weight, k, p.u + k * size);
+    for (int64_t k = k0; k < k1; ++k) weight_panel<F, T>(p.weight, k, p.u + k * size);
   });
 }
 
+// f(F, T*) with the transforms of p's tile and the type of its images and weight.
+template <class Body>
+ZB_INLINE void with_form(const Winograd& p, const Body& f) {
+  with_type(p.dtype, [&](auto* type) { p.tile == 2 ? f(F2{}, type) : f(F4{}, type); });
+}
+
 void winograd_fwd(const Winograd& p, ParallelFor run) {
-  p.tile == 2 ? winograd_fwd_of<F2>(p, run) : winograd_fwd_of<F4>(p, run);
+  with_form(p, [&](auto form, auto* type) { winograd_fwd_of(form, type, p, run); });
 }
 
 int64_t winograd_packed_size(const Winograd& p) {
@@ -232,7 +242,7 @@ int64_t winograd_packed_size(const Winograd& p) {
 
 // G w G^T of every panel to p.u, winograd_packed_size floats.
 void winograd_pack(const Winograd& p, ParallelFor run) {
-  p.tile == 2 ? winograd_pack_of<F2>(p, run) : winograd_pack_of<F4>(p, run);
+  with_form(p, [&](auto form, auto* type) { winograd_pack_of(form, type, p, run); });
 }
 
 }  // namespace

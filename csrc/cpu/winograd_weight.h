@@ -12,10 +12,10 @@ namespace {
 
 // Moves L output channels (the rows, `rows` of them exist) of L input channels (`cols` exist) between a weight and
 // taps[c * 9 + tap], a vector over the output channels each. kStore: towards the weight.
-template <bool kStore>
+template <bool kStore, class T>
 ZB_INLINE void move_taps(WinogradWeight w, int64_t k, int64_t c, int rows, int cols, Vec* taps) {
-  float* const base = w.data + k * w.out + c * w.in;
-  const auto block = [&](float* p, int count, Vec* at, int step) {
+  T* const base = static_cast<T*>(w.data) + k * w.out + c * w.in;
+  const auto block = [&](T* p, int count, Vec* at, int step) {
     Vec v[kL];
     if constexpr (kStore) {
       for (int i = 0; i < kL; ++i) v[i] = i < count ? at[i * step] : zero();
@@ -42,7 +42,7 @@ ZB_INLINE void move_taps(WinogradWeight w, int64_t k, int64_t c, int rows, int c
   } else if (w.out == 1) {
     for (int i = 0; i < cols; ++i) {
       for (int t = 0; t < 9; ++t) {
-        float* p = base + i * w.in + t * w.tap;
+        T* p = base + i * w.in + t * w.tap;
         if constexpr (kStore) {
           store(p, taps[i * 9 + t], rows);
         } else {
@@ -60,7 +60,7 @@ ZB_INLINE void move_taps(WinogradWeight w, int64_t k, int64_t c, int rows, int c
 ZB_INLINE int64_t panel_point(int64_t C) { return (ceil_div(C, kL) * kL + 3) * kPanel; }
 
 // Panel `panel` of the transformed weight to u [points, C, 2 L]; channels that do not exist are 0.
-template <class F>
+template <class F, class T>
 ZB_LOOPS void weight_panel(WinogradWeight w, int64_t panel, float* u) {
   const int64_t padded = ceil_div(w.C, kL) * kL, point = panel_point(w.C);
   for (int64_t c = 0; c < padded; c += kL) {
@@ -72,7 +72,7 @@ ZB_LOOPS void weight_panel(WinogradWeight w, int64_t panel, float* u) {
       if (rows < kL || cols < kL) {
         for (int i = 0; i < 9 * kL; ++i) taps[i] = zero();
       }
-      if (rows > 0) move_taps<false>(w, k, c, rows, cols, taps);
+      if (rows > 0) move_taps<false, T>(w, k, c, rows, cols, taps);
       float* const to = u + c * kPanel + half * kL;
       const auto transform = [&](auto tap) {
         for (int i = 0; i < kL; ++i) {
@@ -88,7 +88,7 @@ ZB_LOOPS void weight_panel(WinogradWeight w, int64_t panel, float* u) {
 }
 
 // The weight gradient of one panel from du, laid out as a panel of u.
-template <class F>
+template <class F, class T>
 ZB_LOOPS void weight_grad_panel(WinogradWeight w, int64_t panel, const float* du) {
   const int64_t padded = ceil_div(w.C, kL) * kL, point = panel_point(w.C);
   for (int half = 0; half < 2; ++half) {
@@ -102,7 +102,7 @@ ZB_LOOPS void weight_grad_panel(WinogradWeight w, int64_t panel, const float* du
                            [&](int r, int s) { return load(from + (r * F::n + s) * point); },
                            [&](int r, int s, Vec v) { taps[i * 9 + r * 3 + s] = v; });
       }
-      move_taps<true>(w, k, c, rows, static_cast<int>(smaller(kL, w.C - c)), taps);
+      move_taps<true, T>(w, k, c, rows, static_cast<int>(smaller(kL, w.C - c)), taps);
     }
   }
 }

@@ -48,7 +48,7 @@ constexpr int64_t kGradChunkFloats = int64_t{1} << 20, kGradChunkTiles = 64;
 
 // The output channels of the panels [first, last). V is scratch memory of the calling thread; dM of a panel belongs to
 // the thread that multiplies it, and is still in its cache then.
-template <class F>
+template <class F, class T>
 void winograd_wgrad_panels(const Winograd& p, const Tiling<F>& tiling, int64_t first, int64_t last, ParallelFor run) {
   constexpr int points = F::n * F::n;
   const int64_t blocks = ceil_div(p.C, kL), size = packed_panel<F>(p.C);
@@ -56,8 +56,8 @@ void winograd_wgrad_panels(const Winograd& p, const Tiling<F>& tiling, int64_t f
   const bool single = tiling.chunk == tiling.strips;  // dU of a panel is complete at once and need not be kept
   float* const v = winograd_tiles.at_least(points * point + (single ? 0 : (last - first) * size));
   float* const du = v + points * point;
-  const Source source = {p.x, p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
-  const Source gradient = {p.dy, nullptr, p.channels_last, p.K, p.OH, p.OW, 0};
+  const Source<T> source = {static_cast<const T*>(p.x), p.affine, p.channels_last, p.C, p.H, p.W, p.padding};
+  const Source<T> gradient = {static_cast<const T*>(p.dy), nullptr, p.channels_last, p.K, p.OH, p.OW, 0};
   for (int64_t begin = 0; begin < tiling.strips; begin += tiling.chunk) {
     const int64_t end = smaller(begin + tiling.chunk, tiling.strips), count = (end - begin) * tiling.width;
     parallel(run, 0, blocks, group_norm_grain(count * 16), [&](int64_t b0, int64_t b1) {
@@ -80,7 +80,7 @@ void winograd_wgrad_panels(const Winograd& p, const Tiling<F>& tiling, int64_t f
             begin == 0 ? gemm_channels<false>(from, with, count, to) : gemm_channels<true>(from, with, count, to);
           }
         }
-        if (end == tiling.strips) weight_grad_panel<F>(p.weight, k, panel);
+        if (end == tiling.strips) weight_grad_panel<F, T>(p.weight, k, panel);
       }
     });
   }
@@ -93,8 +93,8 @@ constexpr int64_t kOwnFloats = int64_t{1} << 22;
 // Every thread transforms all inputs for itself, where it has a panel to multiply and the copies are small: what it
 // would read of another's V costs more between cores without a common L3 (up to half of the time), and no less
 // elsewhere.
-template <class F>
-void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
+template <class F, class T>
+void winograd_wgrad_of(F, T*, const Winograd& p, ParallelFor run) {
   const int64_t blocks = ceil_div(p.C, kL), panels = ceil_div(p.K, kPanel);
   const int64_t tile_floats = F::n * F::n * (blocks * kL + panels * kPanel);
   // All tiles at once where their V and dM are small against the dU that chunks would need.
@@ -103,14 +103,14 @@ void winograd_wgrad_of(const Winograd& p, ParallelFor run) {
   const Tiling<F>& tiling = whole.chunk == whole.strips ? whole : chunked;
   const int64_t copies = p.threads * F::n * F::n * point_stride(blocks, tiling.tiles());
   if (p.threads == 1 || panels < p.threads || copies > kOwnFloats) {
-    return winograd_wgrad_panels(p, tiling, 0, panels, run);
+    return winograd_wgrad_panels<F, T>(p, tiling, 0, panels, run);
   }
   parallel(run, 0, panels, ceil_div(panels, p.threads),
-           [&](int64_t first, int64_t last) { winograd_wgrad_panels(p, tiling, first, last, alone); });
+           [&](int64_t first, int64_t last) { winograd_wgrad_panels<F, T>(p, tiling, first, last, alone); });
 }
 
 void winograd_wgrad(const Winograd& p, ParallelFor run) {
-  p.tile == 2 ? winograd_wgrad_of<F2>(p, run) : winograd_wgrad_of<F4>(p, run);
+  with_form(p, [&](auto form, auto* type) { winograd_wgrad_of(form, type, p, run); });
 }
 
 // What the norm does to every channel: affine [N, 3, C] for z = (x - mean) a + b.
