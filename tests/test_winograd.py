@@ -187,28 +187,25 @@ def test_large_tile_is_as_exact_as_documented(layout, C, K, H, W):
         assert error > 1e-7, "suspiciously good: was this tile 4?"
 
 
+def _step(x, weight, bias, residual, dy):
+    with poison_empty():
+        y = _winograd.conv(P, x, weight, bias, residual, (1, 1), tile=4)
+        return y, *_winograd.conv_grads(P, dy, x, weight, True, (1, 1), (True, True, False), tile=4)[:2]
+
+
 @layouts
 @halves
 @pytest.mark.parametrize("weight_layout", FORMATS, ids=("oihw", "ohwi"))
 def test_half_precision_is_float32_rounded_once(layout, weight_layout, dtype):
     """Images and weights of 16 bits are widened exactly, and only results are rounded: bit for bit, tails included."""
+    out = FORMATS[torch.channels_last in (layout, weight_layout)]  # a residual of another layout is added afterwards
     for (H, W), (C, K) in itertools.product(SIZES, CHANNELS):
         g = torch.Generator().manual_seed(5)
-        out = FORMATS[layout is not weight_layout or layout is FORMATS[1]]  # a residual of another is added afterwards
-        x, dy, residual = (
-            torch.randn(2, n, H, W, generator=g).to(dtype).to(memory_format=to)
-            for n, to in ((C, layout), (K, layout), (K, out))
-        )
-        weight = torch.randn(K, C, 3, 3, generator=g).to(dtype).to(memory_format=weight_layout)
-        bias = torch.randn(K, generator=g).to(dtype)
-
-        def run(to):
-            i, r, d, w, b = (t.to(to) for t in (x, residual, dy, weight, bias))
-            with poison_empty():
-                y = _winograd.conv(P, i, w, b, r, (1, 1), tile=4)
-                return y, *_winograd.conv_grads(P, d, i, w, True, (1, 1), (True, True, False), tile=4)[:2]
-
-        for name, got, want in zip(("y", "dx", "dweight"), run(dtype), run(torch.float32), strict=True):
+        shapes = ((2, C, H, W), layout), ((K, C, 3, 3), weight_layout), ((2, K, H, W), out), ((2, K, H, W), layout)
+        x, weight, residual, dy = (torch.randn(s, generator=g).to(dtype).to(memory_format=to) for s, to in shapes)
+        rounded = x, weight, torch.randn(K, generator=g).to(dtype), residual, dy
+        wide = _step(*(t.float() for t in rounded))
+        for name, got, want in zip(("y", "dx", "dweight"), _step(*rounded), wide, strict=True):
             assert_bitwise_equal(got, want.to(dtype), f"{name} {C, K, H, W}")
             assert got.stride() == want.stride()
 

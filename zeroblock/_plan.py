@@ -131,14 +131,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _takes_all(*args: Any) -> None:
-    return None
-
-
-def _never(*args: Any) -> bool:
-    return False
-
-
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """One way. why_not(*args) is the reason it does not take them, or None, and reduced(*args) whether it takes them in
@@ -147,7 +139,7 @@ class Candidate:
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
-    reduced: Callable[..., bool] = _never
+    reduced: Callable[..., bool] = lambda *args: False
 
     def usable(self, args: tuple) -> bool:
         return self.why_not(*args) is None and (not self.reduced(*args) or reduced_allowed())
@@ -194,7 +186,7 @@ class PlannedOp:
     ):
         self.name, self.signature, self.describe, self.work, self.rule = name, signature, describe, work, rule
         self.lead, self.worth = lead, worth
-        self.library = Candidate("library", library, _takes_all, _never)
+        self.library = Candidate("library", library, lambda *args: None)
         self.candidates = {"library": self.library}
         self._memory: dict[tuple, Callable[..., Any]] = {}
         OPS[name] = self
@@ -203,8 +195,8 @@ class PlannedOp:
         self,
         name: str,
         run: Callable[..., Any],
-        why_not: Callable[..., str | None] = _takes_all,
-        reduced: Callable[..., bool] = _never,
+        why_not: Callable[..., str | None] = lambda *args: None,
+        reduced: Callable[..., bool] = lambda *args: False,
     ) -> None:
         """Registers another way."""
         self.candidates[name] = Candidate(name, run, why_not, reduced)
