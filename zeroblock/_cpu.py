@@ -113,7 +113,7 @@ def gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps)
 
 def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale):
     branch = branch.contiguous()
-    dresidual, dgate, dbranch, dshift, dscale = _gate_norm_bwd(
+    grads = _gate_norm_bwd(
         None if dx_new is None else dx_new.contiguous(),
         dy.contiguous(),
         x_new,
@@ -124,6 +124,9 @@ def gate_residual_layer_norm_modulate_bwd(dx_new, dy, x_new, mean, rstd, gate, b
         _operand(shift, branch),
         _operand(scale, branch),
     )
+    if gate.dim() == shift.dim() == scale.dim() == 2:
+        return grads
+    dresidual, dgate, dbranch, dshift, dscale = grads
     if is_single(gate):
         dgate = dgate.sum().view(1)
     dshift = dy.clone(memory_format=torch.contiguous_format) if shift.dim() == 3 else dshift
