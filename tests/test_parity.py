@@ -162,6 +162,30 @@ def test_group_norm_with_mean_far_above_std(backend, device, layout, mean, dtype
     assert_parity(case, dtype, layout, device)
 
 
+@pytest.mark.parametrize("layout", ("dense", "nhwc"))
+@pytest.mark.parametrize("mean", (1000.0, -3000.0))
+def test_group_norm_variance_is_no_difference_of_squares(backend, device, layout, mean):
+    """E[x^2] - E[x]^2 is all that eager has channels-last: its error allows the same fault. Rounding the mean to fp32
+    costs an ulp of it."""
+    if backend == "reference" and layout == "nhwc":
+        pytest.skip("the reference is eager")
+    x = Draw(torch.float32, layout, device=device).tensor(3, 32, 17, 19, mean=mean)
+    error = zb.group_norm_silu(x, 4).double() - F.silu(F.group_norm(x.double(), 4))
+    assert error.abs().max() < 2 * torch.finfo(x.dtype).eps * abs(mean)
+
+
+@pytest.mark.parametrize("layout", ("dense", "nhwc"))
+@pytest.mark.parametrize("rows", (1, 9, 30))
+def test_group_norm_of_an_image_with_a_step(backend, device, layout, rows):
+    """The mean of what comes first says nothing of the rest."""
+    if backend == "reference" and layout == "nhwc":
+        pytest.skip("the reference is eager")
+    x = Draw(torch.float32, layout, device=device).tensor(2, 8, 31, 33)
+    x[:, :, :rows] += 1e5
+    error = zb.group_norm_silu(x, 2).double() - F.silu(F.group_norm(x.double(), 2))
+    assert error.abs().max() < 5e-6
+
+
 @pytest.mark.parametrize("op", ("layer_norm_modulate", "rms_norm_modulate"))
 @pytest.mark.parametrize("mean", (1000.0, -3000.0))
 def test_row_norms_with_mean_far_above_std(backend, device, op, mean):

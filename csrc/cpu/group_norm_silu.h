@@ -4,18 +4,25 @@
 // x * a + (b - mean * a) would save an operation but cancels where |mean| >> std.
 //   [N, C, S]: a group of a sample is contiguous; one work item takes its statistics and applies them while it is
 //   cached. [N, S, C]: chunks of whole rows leave per-channel statistics, one item per sample merges them over chunks
-//   and groups, and a second walk over the chunks applies them. Rows are read in order, four at a time.
-// Statistics are taken block by block, mean first, then centred squares; blocks are merged by Chan's formula.
+//   and groups, and a second walk over the chunks applies them, row by row: prefetchers follow the one order best.
+// Statistics take one pass: sums of x - centre and of its square, where centre is the mean of what came before: the
+// previous block (its own first elements for the first block) or, per channel, the first rows of a chunk. What the
+// centre misses is corrected for, and blocks are merged by Chan's formula. It is not E[x^2] - E[x]^2 again: with d the
+// distance of the centre from the mean of a block of m elements, the correction is m d^2, and the elements that the
+// centre is the mean of make the group's own sum of squares at least a part of that: half where they are a block, a
+// quarter for kFirstElements, a sixteenth for kFirstRows. The sum so loses at most four bits, and in all but contrived
+// images none.
 #pragma once
 
-#include "wide.h"
+#include "slope.h"
 
 namespace zeroblock {
 namespace {
 
 constexpr int64_t kGroupNormGrain = 16384;  // elements below which another thread does not pay
 constexpr int64_t kGroupNormBlock = 2048;   // elements summed in fp32 before fp64 takes over
-constexpr int64_t kGroupNormChunk = 16384;  // elements of a chunk of rows: both its passes hit the cache
+constexpr int64_t kFirstElements = 512;     // elements whose mean is the centre of the first block
+constexpr int64_t kGroupNormChunk = 16384;  // elements of a chunk of rows, within the limits of its rows below
 
 ZB_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ZB_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -26,15 +33,24 @@ ZB_INLINE int64_t group_norm_grain(int64_t elements) { return larger(1, kGroupNo
 // With one position per channel both layouts are the same memory, and rows of C fill the vectors better.
 ZB_INLINE bool group_norm_by_rows(const GroupNormSilu& p) { return p.channels_last || p.S == 1; }
 
+constexpr int64_t kMinRows = 32;   // rows that pay for the three rows of their chunk's statistics
 constexpr int64_t kMaxRows = 128;  // rows summed in fp32 before compensated sums take over
+constexpr int64_t kFirstRows = 8;  // rows whose mean is the centre of the chunk's
 
 // The cut of [S, C] into chunks of rows.
 struct RowChunks {
   int64_t rows, count;
   explicit RowChunks(const GroupNormSilu& p)
-      : rows(smaller(kMaxRows, larger(1, kGroupNormChunk / larger(1, p.C) / 4) * 4)), count((p.S + rows - 1) / rows) {}
+      : rows(smaller(kMaxRows, larger(kMinRows, kGroupNormChunk / larger(1, p.C) / 8 * 8))),
+        count((p.S + rows - 1) / rows) {}
   int64_t rows_of(int64_t k, int64_t S) const { return smaller(rows, S - k * rows); }
 };
+
+// a - b by the units that multiply: additions and the shifts that widen 16 bits have others, which sums keep busy.
+template <class V, class W>
+ZB_INLINE V product_unit_minus(V a, W b) {
+  return fmsub(a, V(set1(1.0f)), V(b));
+}
 
 // Two sums over a block: add(sums, i, lanes) adds what is at i.
 struct BlockSums {
@@ -70,17 +86,17 @@ struct MeanRstd {
 
 template <class T>
 ZB_LOOPS MeanRstd group_statistics(const T* x, int64_t n, float eps) {
+  const int64_t first = smaller(kFirstElements, n);
+  const TwoSums s =
+      sum_block(first, [&](BlockSums& sums, int64_t i, auto lanes) { add_to(sums.first, load(x + i, lanes)); });
   double mean = 0, squares = 0;
+  float centre = static_cast<float>(s.first / static_cast<double>(first));
   for (int64_t begin = 0; begin < n; begin += kGroupNormBlock) {
     const T* block = x + begin;
     const int64_t size = smaller(kGroupNormBlock, n - begin);
     const double count = static_cast<double>(size);
-    // The fp32 sum is only the centre; what it misses shows in the sum of the differences.
-    const TwoSums s =
-        sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) { add_to(sums.first, load(block + i, lanes)); });
-    const float centre = static_cast<float>(s.first / count);
     const TwoSums d = sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) {
-      const auto d = keep_first(load(block + i, lanes) - set1(centre), lanes);
+      const auto d = keep_first(product_unit_minus(load(block + i, lanes), set1(centre)), lanes);
       add_to(sums.first, d);
       add_product_to(sums.second, d, d);
     });
@@ -88,6 +104,7 @@ ZB_LOOPS MeanRstd group_statistics(const T* x, int64_t n, float eps) {
     const double delta = centre + missed - mean, part = count / static_cast<double>(begin + size);
     mean += delta * part;
     squares += d.second - d.first * missed + delta * delta * part * static_cast<double>(begin);
+    centre = static_cast<float>(centre + missed);
   }
   return {static_cast<float>(mean), rstd_of(squares, static_cast<double>(n), eps)};
 }
@@ -103,17 +120,26 @@ ZB_INLINE float channel_offset(const GroupNormSilu& p, int64_t n, int64_t c) {
   return (p.bias ? p.bias[c] : 0.0f) * modulation(p, n, c) + (p.shift ? p.shift[n * p.C + c] : 0.0f);
 }
 
-template <bool kSilu, class V, class T>
-ZB_INLINE V activate(V z, const T* type) {
-  if constexpr (kSilu) return z * sigmoid_for(z, type);
-  return z;
+// What came through a sigmoid is inexact.
+template <bool kSilu, class T, class V, class Lanes>
+ZB_INLINE void store_result(T* p, V a, Lanes lanes) {
+  if constexpr (kSilu) {
+    store_inexact(p, a, lanes);
+  } else {
+    store(p, a, lanes);
+  }
+}
+template <bool kSilu, class T, class V, class Lanes>
+ZB_INLINE void store_activated(T* y, V z, Lanes lanes) {
+  if constexpr (kSilu) z = silu_for(z, y);
+  store_result<kSilu>(y, z, lanes);
 }
 
 template <bool kSilu, class T>
 ZB_LOOPS void apply_channel(const T* x, T* y, int64_t n, float mean, float a, float b) {
-  const Vec vmean = set1(mean), va = set1(a), vb = set1(b);
+  const Vec vmean = with_plain_nan(set1(mean)), va = with_plain_nan(set1(a)), vb = with_plain_nan(set1(b));
   for_wide_lanes(n, [&](int64_t i, auto lanes) {
-    store(y + i, activate<kSilu>(fmadd(load(x + i, lanes) - vmean, va, vb), y), lanes);
+    store_activated<kSilu>(y + i, fmadd(load(x + i, lanes) - vmean, va, vb), lanes);
   });
 }
 
@@ -138,11 +164,27 @@ void group_norm_silu_fwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
 }
 
 ZB_INLINE void fill(float* p, int64_t n, float value) {
-  for_lanes(n, [&](int64_t i, auto lanes) { store(p + i, set1(value), lanes); });
+  for_lanes(n, [&](int64_t i, auto lanes) { store(p + i, with_plain_nan(set1(value)), lanes); });
 }
 
-// What a chunk of rows says of each channel, [C] each: its mean in fp32, and the sums of the differences from that and
-// of their squares. The first sum would be 0 in exact arithmetic; it is what the mean misses.
+// Rows of per-channel vectors that meet rows of bf16: in the order in which those are loaded, and back.
+template <class T>
+ZB_INLINE void in_order_of_elements(float*, int64_t, int64_t, T*) {}
+template <class T>
+ZB_INLINE void in_order_of_memory(float*, int64_t, int64_t, T*) {}
+ZB_INLINE void in_order_of_elements(float* p, int64_t rows, int64_t C, bf16*) {
+  for (int64_t row = 0; row < rows; ++row, p += C) {
+    for_wide_lanes(C, [&](int64_t c, auto lanes) { store(p + c, in_pairs(load(p + c, lanes)), lanes); });
+  }
+}
+ZB_INLINE void in_order_of_memory(float* p, int64_t rows, int64_t C, bf16*) {
+  for (int64_t row = 0; row < rows; ++row, p += C) {
+    for_wide_lanes(C, [&](int64_t c, auto lanes) { store(p + c, out_of_pairs(load(p + c, lanes)), lanes); });
+  }
+}
+
+// What a chunk of rows says of each channel, [C] each: the mean of its first rows, and the sums of the differences from
+// that, which is what the centre misses, and of their squares.
 struct ChunkStatistics {
   float *centre, *missed, *squares;
   ChunkStatistics(float* base, int64_t item, int64_t C)
@@ -151,21 +193,30 @@ struct ChunkStatistics {
 
 template <class T>
 ZB_LOOPS void channel_statistics(const T* x, int64_t rows, int64_t C, ChunkStatistics chunk) {
-  fill(chunk.centre, 3 * C, 0.0f);
-  for_row_tiles(rows, C, [&](int64_t row, auto tile) {
-    for_lanes(C, [&](int64_t c, auto lanes) {
-      store(chunk.centre + c, load(chunk.centre + c, lanes) + total(tile.load(x + row * C + c, lanes)), lanes);
-    });
+  const int64_t first = smaller(kFirstRows, rows);
+  const Vec inverse = set1(1.0f / static_cast<float>(first));
+  for_wide_lanes(C, [&](int64_t c, auto lanes) {
+    auto sum = load(x + c, lanes);
+    for (int64_t row = 1; row < first; ++row) sum = sum + load(x + row * C + c, lanes);
+    store(chunk.centre + c, sum * inverse, lanes);
   });
-  const Vec inverse = set1(1.0f / static_cast<float>(rows));
-  for_lanes(C, [&](int64_t c, auto lanes) { store(chunk.centre + c, load(chunk.centre + c, lanes) * inverse, lanes); });
-  for_row_tiles(rows, C, [&](int64_t row, auto tile) {
-    for_lanes(C, [&](int64_t c, auto lanes) {
-      const auto d = tile.load(x + row * C + c, lanes) - load(chunk.centre + c, lanes);
-      store(chunk.missed + c, load(chunk.missed + c, lanes) + total(d), lanes);
-      store(chunk.squares + c, load(chunk.squares + c, lanes) + total_product(d, d), lanes);
+  fill(chunk.missed, 2 * C, 0.0f);
+  // So many rows at a time: the sums lie in the cache, and moving them costs as much as two rows.
+  for (int64_t row = 0; row < rows; row += kFirstRows) {
+    const int64_t end = smaller(row + kFirstRows, rows);
+    for_wide_lanes(C, [&](int64_t c, auto lanes) {
+      const auto centre = load(chunk.centre + c, lanes);
+      decltype(load(x + c, lanes)) missed = zero(), squares = zero();
+      for (int64_t i = row * C + c; i < end * C; i += C) {
+        const auto d = product_unit_minus(load(x + i, lanes), centre);
+        missed = missed + d;
+        squares = fmadd(d, d, squares);
+      }
+      store(chunk.missed + c, load(chunk.missed + c, lanes) + missed, lanes);
+      store(chunk.squares + c, load(chunk.squares + c, lanes) + squares, lanes);
     });
-  });
+  }
+  in_order_of_memory(chunk.centre, 3, C, const_cast<T*>(x));
 }
 
 // Sum in fp64 over the D channels of a group.
@@ -187,8 +238,9 @@ ZB_INLINE void fold_modulation(const GroupNormSilu& p, int64_t n, const ChannelA
     const Vec factor = p.scale ? set1(1.0f) + load(p.scale + n * p.C + c, lanes) : set1(1.0f);
     const Vec gain = p.weight ? load(p.weight + c, lanes) * factor : factor;
     const Vec offset = p.bias ? load(p.bias + c, lanes) * factor : zero();
-    store(affine.a + c, load(affine.a + c, lanes) * gain, lanes);
-    store(affine.b + c, p.shift ? offset + load(p.shift + n * p.C + c, lanes) : offset, lanes);
+    const Vec shifted = p.shift ? offset + load(p.shift + n * p.C + c, lanes) : offset;
+    store(affine.a + c, with_plain_nan(load(affine.a + c, lanes) * gain), lanes);
+    store(affine.b + c, with_plain_nan(shifted), lanes);
   });
 }
 
@@ -234,18 +286,17 @@ ZB_LOOPS inline void merge_statistics(const GroupNormSilu& p, int64_t n, RowChun
 
 template <bool kSilu, class T>
 ZB_LOOPS void apply_rows(const T* x, T* y, int64_t rows, int64_t C, ChannelAffine affine) {
-  for_row_tiles(rows, C, [&](int64_t row, auto tile) {
-    for_lanes(C, [&](int64_t c, auto lanes) {
-      const Vec mean = load(affine.mean + c, lanes), a = load(affine.a + c, lanes), b = load(affine.b + c, lanes);
-      const int64_t i = row * C + c;
-      tile.store(y + i, activate<kSilu>(fmadd(tile.load(x + i, lanes) - mean, a, b), y), lanes);
+  for (int64_t i = 0; i < rows * C; i += C) {
+    for_wide_lanes(C, [&](int64_t c, auto lanes) {
+      const auto mean = load(affine.mean + c, lanes), a = load(affine.a + c, lanes), b = load(affine.b + c, lanes);
+      store_activated<kSilu>(y + i + c, fmadd(load(x + i + c, lanes) - mean, a, b), lanes);
     });
-  });
+  }
 }
 
 // Workspace: the statistics of every chunk, [N, chunks, 3, C]; the affine, [N, 3, C]. Returns the affine.
 template <class T>
-float* row_statistics(const GroupNormSilu& p, ParallelFor run, T*) {
+float* row_statistics(const GroupNormSilu& p, ParallelFor run, T* x0) {
   const int64_t C = p.C;
   const RowChunks chunks(p);
   const int64_t items = p.N * chunks.count;
@@ -259,7 +310,11 @@ float* row_statistics(const GroupNormSilu& p, ParallelFor run, T*) {
     }
   });
   parallel(run, 0, p.N, group_norm_grain(chunks.count * C), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) merge_statistics(p, n, chunks, statistics, ChannelAffine(affines, n, C));
+    for (int64_t n = begin; n < end; ++n) {
+      const ChannelAffine affine(affines, n, C);
+      merge_statistics(p, n, chunks, statistics, affine);
+      in_order_of_elements(affine.mean, 3, C, x0);
+    }
   });
   return affines;
 }

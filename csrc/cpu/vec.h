@@ -50,10 +50,21 @@ ZB_INLINE Vec round_nearest(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 ZB_INLINE Vec times_power_of_2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-ZB_INLINE Vec times_power_of_2_floor(Vec a, Vec t) { return times_power_of_2(a, t); }  // the instruction rounds down
-ZB_INLINE Vec above_floor(Vec t) { return {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-// x of exp(-x): the result may vanish, but must not overflow, for 1 / inf would need a step of its own.
-ZB_INLINE Vec bound_negated_exponent(Vec x) { return max_with(-87.0f, x); }
+// Keeps the sign; a NaN becomes +-bound.
+ZB_INLINE Vec bound_magnitude(float bound, Vec x) { return {_mm512_range_ps(x.v, _mm512_set1_ps(bound), 2)}; }
+ZB_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+// 2^(k / 32) for the k that is in the low bits of u. The upper bits of k go to the exponent by a shift, which the table
+// allows for: entry j is 2^(j / 32) less what the shift adds to its mantissa, j << 18.
+ZB_INLINE Vec power_of_2_in_32nds(Vec u) {
+  const __m512i k = _mm512_castps_si512(u.v);
+  const __m512i first =
+      _mm512_setr_epi32(0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+                        0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6);
+  const __m512i second =
+      _mm512_setr_epi32(0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+                        0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(first, k, second), _mm512_slli_epi32(k, 18)))};
+}
 // Relative error 2^-14: enough for a result that is rounded to 16 bits.
 ZB_INLINE Vec reciprocal_estimate(Vec a) { return {_mm512_rcp14_ps(a.v)}; }
 // The estimate and one Newton step: 1 ulp for |a| in [2^-126, 2^126].
@@ -83,6 +94,16 @@ ZB_INLINE __m512i round_bf16(Vec a) {
   const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
   const __m512i half = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
   return _mm512_mask_add_epi32(half, odd, half, _mm512_set1_epi32(1));
+}
+// Two instructions less, for results that carry an error of their own: ties, which such an error makes anyway or
+// breaks, go away from zero. A NaN must have nothing in the lower half, as those of widened bf16 and of with_plain_nan:
+// what is added would carry into its sign.
+ZB_INLINE __m512i round_inexact_bf16(Vec a) {
+  return _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000));
+}
+ZB_INLINE Vec with_plain_nan(Vec a) {
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(a.v, nan, _mm512_set1_ps(__builtin_nanf("")))};
 }
 ZB_INLINE __m256i narrow_bf16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a), 16)); }
 ZB_INLINE Vec load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -117,6 +138,7 @@ ZB_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c
 ZB_INLINE Vec min_with(float bound, Vec x) { return {_mm256_min_ps(_mm256_set1_ps(bound), x.v)}; }
 ZB_INLINE Vec max_with(float bound, Vec x) { return {_mm256_max_ps(_mm256_set1_ps(bound), x.v)}; }
 ZB_INLINE Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+ZB_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 ZB_INLINE Vec above_floor(Vec t) { return t - Vec{_mm256_floor_ps(t.v)}; }
 // x of exp(-x): 2^n below is built for normal numbers only.
 ZB_INLINE Vec bound_negated_exponent(Vec x) { return max_with(-87.0f, min_with(87.0f, x)); }
@@ -165,6 +187,7 @@ ZB_INLINE __m256i round_bf16(Vec a) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
 }
+ZB_INLINE Vec with_plain_nan(Vec a) { return a; }
 ZB_INLINE __m128i narrow_bf16(Vec a) {
   const __m256i h = _mm256_srli_epi32(round_bf16(a), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
@@ -213,6 +236,23 @@ ZB_INLINE void store(T* p, Vec a, All) {
   store(p, a);
 }
 ZB_INLINE Vec keep_first(Vec a, All) { return a; }
+
+// Stores what has an error of its own above half an ulp of fp32; what round_inexact_bf16 says of NaN goes for it.
+template <class T, class V, class Lanes>
+ZB_INLINE void store_inexact(T* p, V a, Lanes lanes) {
+  store(p, a, lanes);
+}
+#if defined(__AVX512F__)
+ZB_INLINE __m256i narrow_inexact_bf16(Vec a) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_inexact_bf16(a), 16));
+}
+ZB_INLINE void store_inexact(bf16* p, Vec a, All) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_inexact_bf16(a));
+}
+ZB_INLINE void store_inexact(bf16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, tail_mask(n), narrow_inexact_bf16(a));
+}
+#endif
 
 // body(i, lanes) for i = 0, kLanes, ... below n; lanes is All{}, or the number of elements left in the tail.
 template <class Body>
@@ -263,8 +303,34 @@ ZB_INLINE V sigmoid(V x) {
   return reciprocal(set1(1.0f) + exp_bounded(clamp_exponent(set1(0.0f) - x)));
 }
 
-// The steps of a sigmoid whose x carries a rounding error of its own (one rounding of x * log2 e joins it), as exact as
-// a result stored as T deserves.
+// The steps of a sigmoid whose x carries a rounding error of its own, as exact as a result stored as T deserves; x is
+// bounded so that exp(-x) and its reciprocal stay inside the normal range.
+#if defined(__AVX512F__)
+// exp(-x) = 2^(k / 32) * exp(-g): k = round(-32 x log2 e), a table that two registers hold has the power, and |g| is at
+// most ln 2 / 64, so that a polynomial of degree 2 or 1 serves. Adding 1.5 * 2^18 rounds to 32nds and leaves k in the
+// low bits. At x = 0 the result is exactly 1, near it as exact as x: silu has a zero there.
+template <class V>
+struct NegatedExponent {
+  V power, g;
+  ZB_INLINE explicit NegatedExponent(V x) {
+    const V bounded = bound_magnitude(87.0f, x);
+    const V u = fmadd(bounded, set1(-1.44269502f), set1(393216.0f));
+    power = power_of_2_in_32nds(u);
+    g = fmadd(u - set1(393216.0f), set1(0.693147182f), bounded);
+  }
+};
+// Minimax with p(0) = 1: 6e-8 relative, and half an ulp each for the table and the last step.
+template <class V>
+ZB_INLINE V exp_negated_for(V x, const float*) {
+  const NegatedExponent<V> e(x);
+  return fnmadd(e.power * e.g, fnmadd(e.g, set1(0.500004053f), set1(1.00001466f)), e.power);
+}
+template <class V, class T>
+ZB_INLINE V exp_negated_for(V x, const T*) {  // within 2^-14
+  const NegatedExponent<V> e(x);
+  return fnmadd(e.power, e.g, e.power);
+}
+#else
 template <class V>
 ZB_INLINE V exp_negated_for(V x, const float*) {
   const V t = clamp_exponent(x) * set1(-1.44269502f), n = round_nearest(t);
@@ -277,9 +343,10 @@ ZB_INLINE V exp_negated_for(V x, const T*) {
   const V t = fmadd(bound_negated_exponent(x), set1(-1.44269502f), set1(0.5f));
   return times_power_of_2_floor(exp2_shifted(above_floor(t)), t);
 }
+#endif
 template <class V>
 ZB_INLINE V reciprocal_for(V a, const float*) {
-  return reciprocal(a);
+  return V(set1(1.0f)) / a;
 }
 template <class V, class T>
 ZB_INLINE V reciprocal_for(V a, const T*) {
@@ -288,6 +355,17 @@ ZB_INLINE V reciprocal_for(V a, const T*) {
 template <class V, class T>
 ZB_INLINE V sigmoid_for(V x, const T* type) {
   return reciprocal_for(set1(1.0f) + exp_negated_for(x, type), type);
+}
+
+// x * sigmoid(x). The divider works beside the other units: the quotient takes half of what the reciprocal by Newton's
+// method and the product would, and rounds once. Of 16 bits the estimate is as fast, here, and faster elsewhere.
+template <class V>
+ZB_INLINE V silu_for(V x, const float* type) {
+  return x / (set1(1.0f) + exp_negated_for(x, type));
+}
+template <class V, class T>
+ZB_INLINE V silu_for(V x, const T* type) {
+  return x * sigmoid_for(x, type);
 }
 
 template <class Body>

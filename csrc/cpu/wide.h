@@ -28,6 +28,9 @@ ZB_INLINE Wide operator-(Wide a, Wide b) {
 ZB_INLINE Wide operator*(Wide a, Wide b) {
   return each([&](int k) { return a.v[k] * b.v[k]; });
 }
+ZB_INLINE Wide operator/(Wide a, Wide b) {
+  return each([&](int k) { return a.v[k] / b.v[k]; });
+}
 ZB_INLINE Wide fmadd(Wide a, Wide b, Wide c) {
   return each([&](int k) { return fmadd(a.v[k], b.v[k], c.v[k]); });
 }
@@ -49,6 +52,17 @@ ZB_INLINE Wide round_nearest(Wide a) {
 ZB_INLINE Wide times_power_of_2(Wide a, Wide n) {
   return each([&](int k) { return times_power_of_2(a.v[k], n.v[k]); });
 }
+ZB_INLINE Wide reciprocal_estimate(Wide a) {
+  return each([&](int k) { return reciprocal_estimate(a.v[k]); });
+}
+#if defined(__AVX512F__)
+ZB_INLINE Wide bound_magnitude(float bound, Wide x) {
+  return each([&](int k) { return bound_magnitude(bound, x.v[k]); });
+}
+ZB_INLINE Wide power_of_2_in_32nds(Wide u) {
+  return each([&](int k) { return power_of_2_in_32nds(u.v[k]); });
+}
+#else
 ZB_INLINE Wide times_power_of_2_floor(Wide a, Wide t) {
   return each([&](int k) { return times_power_of_2_floor(a.v[k], t.v[k]); });
 }
@@ -58,10 +72,6 @@ ZB_INLINE Wide above_floor(Wide t) {
 ZB_INLINE Wide bound_negated_exponent(Wide x) {
   return each([&](int k) { return bound_negated_exponent(x.v[k]); });
 }
-ZB_INLINE Wide reciprocal_estimate(Wide a) {
-  return each([&](int k) { return reciprocal_estimate(a.v[k]); });
-}
-#if !defined(__AVX512F__)
 ZB_INLINE Wide reciprocal(Wide a) {
   return each([&](int k) { return reciprocal(a.v[k]); });
 }
@@ -117,6 +127,15 @@ ZB_INLINE __m512i narrow_pair(Vec even, Vec odd) {
 ZB_INLINE void store(bf16* p, Wide a, Four) {
   for (int k = 0; k < 4; k += 2) _mm512_storeu_si512(p + k * kLanes, narrow_pair(a.v[k], a.v[k + 1]));
 }
+ZB_INLINE void store_inexact(bf16* p, Wide a, Four) {
+  const __m512i upper_halves =
+      _mm512_setr_epi32(0x210001, 0x230003, 0x250005, 0x270007, 0x290009, 0x2b000b, 0x2d000d, 0x2f000f, 0x310011,
+                        0x330013, 0x350015, 0x370017, 0x390019, 0x3b001b, 0x3d001d, 0x3f001f);
+  for (int k = 0; k < 4; k += 2) {
+    const __m512i even = round_inexact_bf16(a.v[k]), odd = round_inexact_bf16(a.v[k + 1]);
+    _mm512_storeu_si512(p + k * kLanes, _mm512_permutex2var_epi16(even, upper_halves, odd));
+  }
+}
 ZB_INLINE void stream(bf16* p, Wide a) {  // p aligned to 64 bytes
   for (int k = 0; k < 4; k += 2) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p + k * kLanes), narrow_pair(a.v[k], a.v[k + 1]));
@@ -126,6 +145,11 @@ ZB_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
   const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   even = {_mm512_permutex2var_ps(a.v, first, b.v)};
   odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(1)), b.v)};
+}
+ZB_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = {_mm512_permutex2var_ps(even.v, first, odd.v)};
+  b = {_mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v)};
 }
 #else
 ZB_INLINE Wide load(const bf16* p, Four) {
@@ -157,6 +181,11 @@ ZB_INLINE void deinterleave(Vec a, Vec b, Vec& even, Vec& odd) {
   even = across_halves(_mm256_shuffle_ps(a.v, b.v, 0x88));
   odd = across_halves(_mm256_shuffle_ps(a.v, b.v, 0xdd));
 }
+ZB_INLINE void interleave(Vec even, Vec odd, Vec& a, Vec& b) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+  a = {_mm256_permute2f128_ps(low, high, 0x20)};
+  b = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
 #endif
 
 // What load(const bf16*, Four{}) would give of four vectors that are in memory's order; a single one keeps it.
@@ -166,6 +195,13 @@ ZB_INLINE Wide in_pairs(Wide a) {
   return out;
 }
 ZB_INLINE Vec in_pairs(Vec a) { return a; }
+// And back.
+ZB_INLINE Wide out_of_pairs(Wide a) {
+  Wide out;
+  for (int k = 0; k < 4; k += 2) interleave(a.v[k], a.v[k + 1], out.v[k], out.v[k + 1]);
+  return out;
+}
+ZB_INLINE Vec out_of_pairs(Vec a) { return a; }
 
 // body(i, lanes) over [0, n): Four{} as long as it fits, then as for_lanes.
 template <class Body>

@@ -236,7 +236,7 @@ ZB_LOOPS void load_row(Source<T> s, int64_t n, int64_t row, int64_t first, int64
   }
   const T* type = nullptr;
   const auto act = [&](auto v) {  // a = b = 0 in the lanes that do not exist: silu(0) = 0
-    return s.affine == nullptr ? v : activate<true>(fmadd(v - mean, a, b), type);
+    return s.affine == nullptr ? v : silu_for(fmadd(v - mean, a, b), type);
   };
   if (s.channels_last) {
     const T* x = s.x + ((n * s.H + row) * s.W + first) * s.C + c;
