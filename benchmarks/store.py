@@ -6,12 +6,13 @@ A new measurement of a case replaces its row and leaves all others, so that a ru
 import csv
 import datetime
 import os
-import platform
 import re
 import subprocess
 from pathlib import Path
 
 import torch
+
+from zeroblock._plan_measure import cpu_model
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -49,17 +50,8 @@ def allocator() -> str:
     return "pinned" if all(os.environ.get(name) == value for name, value in pinned.items()) else "default"
 
 
-def cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def machine_slug() -> str:
-    """A folder name for this machine: its CPU and the number of cores, "amd-epyc-2-cores"."""
+    """A folder name for this machine: its CPU and the number of cores, "amd-epyc-family-25-model-17-2-cores"."""
     return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {os.cpu_count()} cores".lower()).strip("-")
 
 

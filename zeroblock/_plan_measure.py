@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import platform
 import time
 import warnings
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def place(device: torch.device) -> str:
     """Where a measurement holds: the device, and what beside torch its kernels come from."""
     if device.type == "cuda":
         return _gpu_name(device)
-    return f"{_cpu_name() if device.type == 'cpu' else device}, {torch.get_num_threads()} threads"
+    return f"{_cpu() if device.type == 'cpu' else device}, {torch.get_num_threads()} threads"
 
 
 @functools.lru_cache
@@ -96,11 +97,19 @@ def _gpu_name(device: torch.device) -> str:
     return ", ".join(parts)
 
 
-def _cpu_name() -> str:
-    model = "cpu"
+@functools.lru_cache
+def cpu_model() -> str:
+    """The processor's name with its family and model: virtual machines give the same name to different processors."""
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
-    return f"{model} {torch.backends.cpu.get_cpu_capability()}"
+        for key, _, value in (line.partition(":") for line in file):
+            found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return f"{name} family {found['cpu family']} model {found['model']}" if "cpu family" in found else name
+
+
+def _cpu() -> str:
+    return f"{cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def bucket(n: int) -> int:
