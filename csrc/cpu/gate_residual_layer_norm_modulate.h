@@ -53,6 +53,55 @@ void gate_residual_layer_norm_modulate_staged(const GateResidualLayerNormModulat
   });
 }
 
+// Rows of x_new, made as they are taken. A streamed one is held back for the two walks that read it again.
+template <bool kHold, class T>
+struct GatedRows {
+  static constexpr int64_t kHeld = kStages<T> ? 12 : 3;  // three tiles of rows
+  const T* residual;
+  const T* branch;
+  const float* gate;
+  T* x_new;
+  T* held;  // read only when kHold
+  int64_t D;
+  template <class Lanes>
+  ZB_INLINE auto shared(int64_t i, Lanes lanes) const {
+    return get(gate + i, lanes);
+  }
+  template <class Gate, class Lanes>
+  ZB_INLINE auto take(const Gate& g, int64_t row, int64_t i, Lanes lanes) const {
+    const auto h = get(branch + row * D + i, lanes), x = get(residual + row * D + i, lanes);
+    Two out;
+    for (int k = 0; k < kParts<Lanes>; ++k) out.v[k] = fmadd(part(g, k), part(h, k), part(x, k));
+    const auto kept = put_and_get(x_new + row * D + i, out, lanes, kHold);
+    if (kHold) hold(held + row % kHeld * D + i, kept, lanes);
+    return kept;
+  }
+  ZB_INLINE const T* rows(int64_t row) const { return kHold ? held + row % kHeld * D : x_new + row * D; }
+};
+
+template <bool kHold, class T>
+void gate_residual_layer_norm_modulate_tiles(const GateResidualLayerNormModulate& p, ParallelFor run,
+                                             const Operand<float>& gate, const Operand<float>& scale,
+                                             const Operand<float>& shift, bool stream_y) {
+  using Rows = GatedRows<kHold, T>;
+  const int64_t D = p.D;
+  const ConstantRow one(1.0f);
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    const int64_t row = b * p.T + t_begin;
+    T* const y = static_cast<T*>(p.y) + row * D;
+    alignas(64) T held[kHold ? Rows::kHeld * kStagedRow : 1];
+    alignas(64) float gate_row[kStagedRow];
+    SampleModulation modulation;
+    stage(y, gate_row, gate.row(b, 0), D);
+    modulation.take(y, D, channel_row(nullptr, one.lanes), channel_row(nullptr, kZeros), scale.row(b, 0),
+                    shift.row(b, 0));
+    norm_chunk(D, t_end - t_begin,
+               Rows{static_cast<const T*>(p.residual) + row * D, static_cast<const T*>(p.branch) + row * D, gate_row,
+                    static_cast<T*>(p.x_new) + row * D, held, D},
+               y, p.mean + row, p.rstd + row, false, p.eps, &modulation, stream_y);
+  });
+}
+
 template <class T, class G, class S, class H>
 void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidualLayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D, row_bytes = D * static_cast<int64_t>(sizeof(T)), bytes = 4 * p.B * p.T * row_bytes;
@@ -62,6 +111,15 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
   const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
   const bool stream_y = streams(static_cast<T*>(p.y), D, bytes);
   bool stream_x = streams(static_cast<T*>(p.x_new), D, bytes);
+  if constexpr (is_float(static_cast<G*>(nullptr)) && is_float(static_cast<S*>(nullptr)) &&
+                is_float(static_cast<H*>(nullptr))) {
+    if (in_tiles(static_cast<T*>(nullptr), D) && !is_per_token(p.gate) && !is_per_token(p.scale) &&
+        !is_per_token(p.shift)) {
+      return with_bool(stream_x, [&](auto hold) {
+        gate_residual_layer_norm_modulate_tiles<hold.value, T>(p, run, gate, scale, shift, stream_y);
+      });
+    }
+  }
   if constexpr (kStages<T>) {
     if (D <= kStagedRow) {
       return gate_residual_layer_norm_modulate_staged(p, run, gate, scale, shift, stream_x, stream_y);

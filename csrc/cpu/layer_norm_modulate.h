@@ -7,7 +7,7 @@
 // order: deterministic for any number of threads.
 #pragma once
 
-#include "rows_bf16.h"
+#include "norm_rows.h"
 
 namespace zeroblock {
 namespace {
@@ -70,6 +70,20 @@ void layer_norm_modulate_staged(const LayerNormModulate& p, ParallelFor run, con
   });
 }
 
+template <class T>
+void layer_norm_modulate_tiles(const LayerNormModulate& p, ParallelFor run, const Affine& affine,
+                               const Operand<float>& scale, const Operand<float>& shift, bool streamed) {
+  const int64_t D = p.D;
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    const int64_t row = b * p.T + t_begin;
+    T* const y = static_cast<T*>(p.y) + row * D;
+    SampleModulation modulation;
+    modulation.take(y, D, affine.weight, affine.bias, scale.row(b, 0), shift.row(b, 0));
+    norm_chunk(D, t_end - t_begin, RowsAt<T>{static_cast<const T*>(p.x) + row * D, D}, y,
+               p.mean != nullptr ? p.mean + row : nullptr, p.rstd + row, p.rms, p.eps, &modulation, streamed);
+  });
+}
+
 template <bool kAffine, class T, class S, class H>
 void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
@@ -78,6 +92,11 @@ void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, Parallel
   const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
   const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
   const bool streamed = streams(static_cast<T*>(p.y), D, 2 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
+  if constexpr (is_float(static_cast<S*>(nullptr)) && is_float(static_cast<H*>(nullptr))) {
+    if (in_tiles(static_cast<T*>(nullptr), D) && !is_per_token(p.scale) && !is_per_token(p.shift)) {
+      return layer_norm_modulate_tiles<T>(p, run, affine, scale, shift, streamed);
+    }
+  }
   if constexpr (kStages<T>) {
     if (D <= kStagedRow) return layer_norm_modulate_staged<kAffine>(p, run, affine, scale, shift, streamed);
   }
