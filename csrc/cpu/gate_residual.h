@@ -102,14 +102,26 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
       const T* const dy = static_cast<const T*>(p.dy) + start;
       const T* const branch = static_cast<const T*>(p.branch) + start;
       const auto g = gate.template tile<kForm == GateForm::kToken>(b, t);
-      each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-        const auto d = tile.load(dy + i, lanes);
-        if (dbranch != nullptr) put_rows(tile, dbranch + start + i, d * g.at(tile, i, lanes), lanes, streamed);
+      each_step(dbranch, D, [&](int64_t i, auto lanes) ZB_BODY {
+        constexpr int parts = kParts<decltype(lanes)>;
+        using V = decltype(tile.load(dy, All{}));
+        V out[2];
+        const auto d = get_rows(tile, dy + i, lanes);
+        if (dbranch != nullptr) {
+          const auto gates = operand_rows(g, tile, i, lanes);
+          for (int k = 0; k < parts; ++k) out[k] = V(part(d, k)) * part(gates, k);
+          put_tile(tile, dbranch + start + i, out, lanes, streamed);
+        }
         if (!wants_dgate) return;
-        const auto h = tile.load(branch + i, lanes);
-        if (kForm == GateForm::kToken) put_rows(tile, dgate + start + i, d * h, lanes, streamed);
-        if (kForm == GateForm::kSample) accumulate(dgate_sum, i, total_product(d, h), lanes);
-        if (kForm == GateForm::kScalar) add_products(sum, d, h);
+        const auto h = get_rows(tile, branch + i, lanes);
+        Two sums;
+        for (int k = 0; k < parts; ++k) {
+          if (kForm == GateForm::kToken) out[k] = V(part(d, k)) * part(h, k);
+          if (kForm == GateForm::kSample) sums.v[k] = total_product(V(part(d, k)), V(part(h, k)));
+          if (kForm == GateForm::kScalar) add_products(sum, V(part(d, k)), V(part(h, k)));
+        }
+        if (kForm == GateForm::kToken) put_tile(tile, dgate + start + i, out, lanes, streamed);
+        if (kForm == GateForm::kSample) accumulate_parts(dgate_sum, i, sums, lanes);
       });
     });
     if (wants_dgate && kForm == GateForm::kScalar) exact[chunk] = sum.total();

@@ -21,6 +21,7 @@ ZB_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
   }
 }
 
+// bf16 with an operand per token.
 template <class G, class S, class H>
 void gate_residual_layer_norm_modulate_staged(const GateResidualLayerNormModulate& p, ParallelFor run,
                                               const Operand<G>& gate, const Operand<S>& scale, const Operand<H>& shift,
@@ -120,7 +121,8 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
       });
     }
   }
-  if constexpr (kStages<T>) {
+  if constexpr (kStages<T> && !(is_float(static_cast<G*>(nullptr)) && is_float(static_cast<S*>(nullptr)) &&
+                                is_float(static_cast<H*>(nullptr)))) {
     if (D <= kStagedRow) {
       return gate_residual_layer_norm_modulate_staged(p, run, gate, scale, shift, stream_x, stream_y);
     }
@@ -193,23 +195,31 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           Affine{},
           sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
-      modulate_bwd_tile<false>(
-          tile, inputs,
-          [&](int64_t i) ZB_BODY {
-            if (p.dgate != nullptr) prefetch(tile, branch, i);
-            if (dx_new != nullptr) prefetch(tile, dx_new, i);
-            if (!streamed) prefetch(tile, dresidual + start, i);
-            if (!streamed && dbranch != nullptr) prefetch(tile, dbranch + start, i);
-          },
-          [&](int64_t i, auto grad, auto lanes) ZB_BODY {
-            const auto d = dx_new != nullptr ? grad + tile.load(dx_new + i, lanes) : grad;
-            put_rows(tile, dresidual + start + i, d, lanes, streamed);
-            if (dbranch != nullptr) put_rows(tile, dbranch + start + i, d * g.at(tile, i, lanes), lanes, streamed);
-            if (p.dgate == nullptr) return;
-            const auto h = tile.load(branch + i, lanes);
-            if (kTokenGate) put_rows(tile, token_dgate + start + i, d * h, lanes, streamed);
-            if (gate_sum != nullptr) accumulate(gate_sum, i, total_product(d, h), lanes);
-          });
+      modulate_bwd_tile<false, true>(tile, inputs, [&](int64_t i, auto& grad, auto lanes) ZB_BODY {
+        constexpr int parts = kParts<decltype(lanes)>;
+        if (dx_new != nullptr) {
+          const auto direct = get_rows(tile, dx_new + i, lanes);
+          for (int k = 0; k < parts; ++k) grad[k] = grad[k] + part(direct, k);
+        }
+        put_tile(tile, dresidual + start + i, grad, lanes, streamed);
+        using V = decltype(tile.load(branch, All{}));
+        V out[2];
+        if (dbranch != nullptr) {
+          const auto gates = operand_rows(g, tile, i, lanes);
+          for (int k = 0; k < parts; ++k) out[k] = grad[k] * part(gates, k);
+          put_tile(tile, dbranch + start + i, out, lanes, streamed);
+        }
+        if (p.dgate == nullptr) return;
+        const auto h = get_rows(tile, branch + i, lanes);
+        if (kTokenGate) {
+          for (int k = 0; k < parts; ++k) out[k] = grad[k] * part(h, k);
+          put_tile(tile, token_dgate + start + i, out, lanes, streamed);
+        } else {
+          Two sum;
+          for (int k = 0; k < parts; ++k) sum.v[k] = total_product(grad[k], part(h, k));
+          accumulate_parts(gate_sum, i, sum, lanes);
+        }
+      });
     });
   });
   const ModulateGrads grads = {
@@ -231,15 +241,21 @@ inline void gate_residual_layer_norm_modulate_fwd(const GateResidualLayerNormMod
 
 inline void gate_residual_layer_norm_modulate_bwd(const GateResidualLayerNormModulate& p, ParallelFor run) {
   with_type(p.dtype, [&](auto* t) {
-    with_operand_type(t, p.gate, [&](auto* g) {
-      with_bool(is_per_token(p.gate), [&](auto token_gate) {
-        if (is_per_token(p.scale)) {
-          gate_residual_layer_norm_modulate_bwd_of<true, token_gate.value>(t, t, g, p, run);
-        } else {
-          gate_residual_layer_norm_modulate_bwd_of<false, token_gate.value>(t, static_cast<float*>(nullptr), g, p, run);
-        }
-      });
-    });
+    float* const f = nullptr;
+    const bool token_gate = is_per_token(p.gate);
+    if (is_per_token(p.scale)) {
+      if (token_gate) {
+        gate_residual_layer_norm_modulate_bwd_of<true, true>(t, t, t, p, run);
+      } else {
+        gate_residual_layer_norm_modulate_bwd_of<true, false>(t, t, f, p, run);
+      }
+    } else {
+      if (token_gate) {
+        gate_residual_layer_norm_modulate_bwd_of<false, true>(t, f, t, p, run);
+      } else {
+        gate_residual_layer_norm_modulate_bwd_of<false, false>(t, f, f, p, run);
+      }
+    }
   });
 }
 

@@ -134,16 +134,77 @@ ZB_INLINE void each_step(bf16*, int64_t D, const F& f) {
   for (; i < D; i += kLanes) f(i, static_cast<int>(D - i < kLanes ? D - i : kLanes));
 }
 
-// A row of fp32 in the order of the pairs of a row of T, its NaN quiet.
+// A step of a row of fp32 in the order of those of a row of T, ready for round_pair().
 ZB_INLINE Two in_step(OperandRow<float> row, int64_t i, Pair) {
   Two out;
-  if (row.mask == 0) return {{row.at(0, All{}), row.at(0, All{})}};
+  if (row.mask == 0) return {{quiet(load(row.p)), quiet(load(row.p))}};
   deinterleave(quiet(load(row.p + i)), quiet(load(row.p + i + kLanes)), out.v[0], out.v[1]);
   return out;
 }
 template <class Lanes>
 ZB_INLINE Vec in_step(OperandRow<float> row, int64_t i, Lanes lanes) {
-  return quiet(row.at(i, lanes));
+  return row.at(i, lanes);
+}
+
+// The same of a tile of rows; what is one row for all of them stays a Vec to a part.
+struct FourBits {
+  Bits v[4];
+};
+template <class Tile, class T, class Lanes>
+ZB_INLINE auto get_rows(Tile tile, const T* p, Lanes lanes) {
+  return tile.load(p, lanes);
+}
+ZB_INLINE Bits get_rows(OneRow, const bf16* p, Pair) { return load_bits(p); }
+ZB_INLINE FourBits get_rows(FourRows tile, const bf16* p, Pair) {
+  return {{load_bits(p), load_bits(p + tile.stride), load_bits(p + 2 * tile.stride), load_bits(p + 3 * tile.stride)}};
+}
+ZB_INLINE Wide part(const Wide& a, int) { return a; }
+ZB_INLINE Wide part(const FourBits& a, int k) {
+  return each([&](int row) { return part(a.v[row], k); });
+}
+template <class Tile, class Lanes>
+ZB_INLINE auto operand_rows(const OperandTile<false, float>& a, Tile, int64_t i, Lanes lanes) {
+  return in_step(OperandRow<float>{a.p, a.mask}, i, lanes);
+}
+template <class Tile, class T, class Lanes>
+ZB_INLINE auto operand_rows(const OperandTile<true, T>& a, Tile tile, int64_t i, Lanes lanes) {
+  return get_rows(with_stride(tile, a.stride_t), a.p + i, lanes);
+}
+
+template <class T, class V, class Lanes>
+ZB_INLINE void put_tile(OneRow tile, T* p, const V (&a)[2], Lanes lanes, bool streamed) {
+  put_rows(tile, p, a[0], lanes, streamed);
+}
+template <class T, class V, class Lanes>
+ZB_INLINE void put_tile(FourRows tile, T* p, const V (&a)[2], Lanes lanes, bool streamed) {
+  put_rows(tile, p, a[0], lanes, streamed);
+}
+ZB_INLINE void put_tile(OneRow, bf16* p, const Vec (&a)[2], Pair, bool streamed) {
+  put_parts(p, {{a[0], a[1]}}, Pair{}, streamed);
+}
+ZB_INLINE void put_tile(FourRows tile, bf16* p, const Wide (&a)[2], Pair, bool streamed) {
+  for (int k = 0; k < 4; ++k) put_parts(p + k * tile.stride, {{a[0].v[k], a[1].v[k]}}, Pair{}, streamed);
+}
+
+// Adds a step to a row of accumulators, which stay in memory's order.
+template <class Lanes>
+ZB_INLINE void accumulate_parts(float* acc, int64_t i, Two a, Lanes lanes) {
+  accumulate(acc, i, a.v[0], lanes);
+}
+ZB_INLINE void accumulate_parts(float* acc, int64_t i, Two a, Pair) {
+  const Two b = interleave(a);
+  accumulate(acc, i, b.v[0], All{});
+  accumulate(acc, i + kLanes, b.v[1], All{});
+}
+
+// Steps of a tile with sums of its own per row: the sixteen registers of AVX2 are too few for pairs of four rows.
+template <class T, class F>
+ZB_INLINE void each_tile_step(const T* type, int64_t D, const F& f) {
+  if constexpr (kLanes == 16) {
+    each_step(const_cast<T*>(type), D, f);
+  } else {
+    each_column(0, D, f);
+  }
 }
 
 // An operand row of fp32 as the rows of T read it.
@@ -199,6 +260,7 @@ ZB_INLINE OperandRow<bf16> staged_row(const Operand<bf16>& rows, OperandRow<bf16
   return rows.row(b, t);
 }
 
+// Two rows side by side, widened once: what a norm with operands per token walks over.
 struct StagedPair {
   alignas(64) float row[2][kStagedRow];
   RowStats stats[2];
