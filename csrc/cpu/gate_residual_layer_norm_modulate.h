@@ -1,7 +1,8 @@
 // gate_residual_layer_norm_modulate: x_new = residual + gate * branch; y = layer_norm(x_new) * (1 + scale) + shift.
 // [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. x_new is rounded to its type before its statistics are taken.
 // Backward is that of layer_norm_modulate with dx_new added, then dbranch = gate * dresidual and
-// dgate = sum over T of dresidual * branch, in the same walk. Sums over T: per chunk, then over the chunks in order.
+// dgate = sum over T of dresidual * branch, in the same walk; where the caches do not hold the arrays, the walk before
+// it prefetches what only this one reads. Sums over T: per chunk, then over the chunks in order.
 #pragma once
 
 #include "gate_residual.h"
@@ -194,7 +195,8 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           scale.template tile<kTokenScale>(b, t),
           Affine{},
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          {streamed && p.dgate != nullptr ? branch : nullptr, streamed ? dx_new : nullptr}};
       modulate_bwd_tile<false, true>(tile, inputs, [&](int64_t i, auto& grad, auto lanes) ZB_BODY {
         constexpr int parts = kParts<decltype(lanes)>;
         if (dx_new != nullptr) {

@@ -136,7 +136,8 @@ struct ModulateTile {
   OperandTile<kTokenScale, S> scale;
   Affine affine;
   ModulateSums sums;
-  T* dscale;  // per-token only, or null
+  T* dscale;                               // per-token only, or null
+  const T* later[2] = {nullptr, nullptr};  // what the second walk reads besides: prefetched by the first, unless null
 };
 
 // Adds to the sums, then calls emit(i, dx, lanes) for every column step; dx is as many parts as the step has.
@@ -149,6 +150,9 @@ ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S
   V mean = zero(), sum_g = zero(), sum_gn = zero();
   if (a.mean != nullptr) mean = per_row(tile, a.mean);
   each_tile_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
+    for (const T* later : a.later) {
+      if (later != nullptr) prefetch(tile, later, i);
+    }
     const auto dys = get_rows(tile, a.dy + i, lanes), xs = get_rows(tile, a.x + i, lanes);
     const auto scale = operand_rows(a.scale, tile, i, lanes);
     const auto weight = in_step(a.affine.weight, i, lanes), bias = in_step(a.affine.bias, i, lanes);
