@@ -9,20 +9,30 @@
 namespace zeroblock {
 namespace {
 
+ZB_INLINE const float* pick(const float* staged, const float*) { return staged; }
+ZB_INLINE const bf16* pick(const float*, const bf16* row) { return row; }
+
+// Rows of bf16 by pairs; a gate of fp32 is staged in their order once per chunk.
 template <class M>
-void gate_residual_staged(const GateResidual& p, ParallelFor run, const Operand<M>& gate, bool streamed) {
+void gate_residual_pairs(const GateResidual& p, ParallelFor run, const Operand<M>& gate, bool streamed) {
   const int64_t D = p.D;
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
-    StagedOperand gate_row;
-    const OperandRow<M> taken = gate_row.take(gate.row(b, t_begin), D);
+    alignas(64) float gate_row[kStagedRow];
+    if constexpr (is_float(static_cast<M*>(nullptr))) {
+      stage(static_cast<bf16*>(nullptr), gate_row, gate.row(b, t_begin), D);
+    }
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = (b * p.T + t) * D;
       const bf16* const residual = static_cast<const bf16*>(p.residual) + row;
       const bf16* const branch = static_cast<const bf16*>(p.branch) + row;
-      const OperandRow<M> g = staged_row(gate, taken, b, t);
-      for_wide_lanes(D, [&](int64_t i, auto lanes) {
-        put(static_cast<bf16*>(p.y) + row + i,
-            fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes)), lanes, streamed);
+      bf16* const y = static_cast<bf16*>(p.y) + row;
+      const M* const gate_of_row = pick(gate_row, gate.row(b, t).p);
+      each_step(y, D, [&](int64_t i, auto lanes) ZB_BODY {
+        const auto g = get(gate_of_row + i, lanes);
+        const auto h = get(branch + i, lanes), x = get(residual + i, lanes);
+        Two out;
+        for (int k = 0; k < kParts<decltype(lanes)>; ++k) out.v[k] = fmadd(part(g, k), part(h, k), part(x, k));
+        put_parts(y + i, out, lanes, streamed);
       });
     }
   });
@@ -36,7 +46,7 @@ void gate_residual_fwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   T* const y = static_cast<T*>(p.y);
   const bool streamed = streams(y, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
   if constexpr (kStages<T>) {
-    if (D <= kStagedRow) return gate_residual_staged(p, run, gate, streamed);
+    if (D <= kStagedRow) return gate_residual_pairs(p, run, gate, streamed);
   }
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     for (int64_t t = t_begin; t < t_end; ++t) {
@@ -92,14 +102,26 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
       const T* const dy = static_cast<const T*>(p.dy) + start;
       const T* const branch = static_cast<const T*>(p.branch) + start;
       const auto g = gate.template tile<kForm == GateForm::kToken>(b, t);
-      each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-        const auto d = tile.load(dy + i, lanes);
-        if (dbranch != nullptr) put_rows(tile, dbranch + start + i, d * g.at(tile, i, lanes), lanes, streamed);
+      each_step(dbranch, D, [&](int64_t i, auto lanes) ZB_BODY {
+        constexpr int parts = kParts<decltype(lanes)>;
+        using V = decltype(tile.load(dy, All{}));
+        V out[2];
+        const auto d = get_rows(tile, dy + i, lanes);
+        if (dbranch != nullptr) {
+          const auto gates = operand_rows(g, tile, i, lanes);
+          for (int k = 0; k < parts; ++k) out[k] = V(part(d, k)) * part(gates, k);
+          put_tile(tile, dbranch + start + i, out, lanes, streamed);
+        }
         if (!wants_dgate) return;
-        const auto h = tile.load(branch + i, lanes);
-        if (kForm == GateForm::kToken) put_rows(tile, dgate + start + i, d * h, lanes, streamed);
-        if (kForm == GateForm::kSample) accumulate(dgate_sum, i, total_product(d, h), lanes);
-        if (kForm == GateForm::kScalar) add_products(sum, d, h);
+        const auto h = get_rows(tile, branch + i, lanes);
+        Two sums;
+        for (int k = 0; k < parts; ++k) {
+          if (kForm == GateForm::kToken) out[k] = V(part(d, k)) * part(h, k);
+          if (kForm == GateForm::kSample) sums.v[k] = total_product(V(part(d, k)), V(part(h, k)));
+          if (kForm == GateForm::kScalar) add_products(sum, V(part(d, k)), V(part(h, k)));
+        }
+        if (kForm == GateForm::kToken) put_tile(tile, dgate + start + i, out, lanes, streamed);
+        if (kForm == GateForm::kSample) accumulate_parts(dgate_sum, i, sums, lanes);
       });
     });
     if (wants_dgate && kForm == GateForm::kScalar) exact[chunk] = sum.total();

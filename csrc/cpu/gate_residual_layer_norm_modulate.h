@@ -1,7 +1,8 @@
 // gate_residual_layer_norm_modulate: x_new = residual + gate * branch; y = layer_norm(x_new) * (1 + scale) + shift.
 // [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. x_new is rounded to its type before its statistics are taken.
 // Backward is that of layer_norm_modulate with dx_new added, then dbranch = gate * dresidual and
-// dgate = sum over T of dresidual * branch, in the same walk. Sums over T: per chunk, then over the chunks in order.
+// dgate = sum over T of dresidual * branch, in the same walk; where the caches do not hold the arrays, the walk before
+// it prefetches what only this one reads. Sums over T: per chunk, then over the chunks in order.
 #pragma once
 
 #include "gate_residual.h"
@@ -21,6 +22,7 @@ ZB_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
   }
 }
 
+// bf16 with an operand per token.
 template <class G, class S, class H>
 void gate_residual_layer_norm_modulate_staged(const GateResidualLayerNormModulate& p, ParallelFor run,
                                               const Operand<G>& gate, const Operand<S>& scale, const Operand<H>& shift,
@@ -53,6 +55,55 @@ void gate_residual_layer_norm_modulate_staged(const GateResidualLayerNormModulat
   });
 }
 
+// Rows of x_new, made as they are taken. A streamed one is held back for the two walks that read it again.
+template <bool kHold, class T>
+struct GatedRows {
+  static constexpr int64_t kHeld = kStages<T> ? 12 : 3;  // three tiles of rows
+  const T* residual;
+  const T* branch;
+  const float* gate;
+  T* x_new;
+  T* held;  // read only when kHold
+  int64_t D;
+  template <class Lanes>
+  ZB_INLINE auto shared(int64_t i, Lanes lanes) const {
+    return get(gate + i, lanes);
+  }
+  template <class Gate, class Lanes>
+  ZB_INLINE auto take(const Gate& g, int64_t row, int64_t i, Lanes lanes) const {
+    const auto h = get(branch + row * D + i, lanes), x = get(residual + row * D + i, lanes);
+    Two out;
+    for (int k = 0; k < kParts<Lanes>; ++k) out.v[k] = fmadd(part(g, k), part(h, k), part(x, k));
+    const auto kept = put_and_get(x_new + row * D + i, out, lanes, kHold);
+    if (kHold) hold(held + row % kHeld * D + i, kept, lanes);
+    return kept;
+  }
+  ZB_INLINE const T* rows(int64_t row) const { return kHold ? held + row % kHeld * D : x_new + row * D; }
+};
+
+template <bool kHold, class T>
+void gate_residual_layer_norm_modulate_tiles(const GateResidualLayerNormModulate& p, ParallelFor run,
+                                             const Operand<float>& gate, const Operand<float>& scale,
+                                             const Operand<float>& shift, bool stream_y) {
+  using Rows = GatedRows<kHold, T>;
+  const int64_t D = p.D;
+  const ConstantRow one(1.0f);
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    const int64_t row = b * p.T + t_begin;
+    T* const y = static_cast<T*>(p.y) + row * D;
+    alignas(64) T held[kHold ? Rows::kHeld * kStagedRow : 1];
+    alignas(64) float gate_row[kStagedRow];
+    SampleModulation modulation;
+    stage(y, gate_row, gate.row(b, 0), D);
+    modulation.take(y, D, channel_row(nullptr, one.lanes), channel_row(nullptr, kZeros), scale.row(b, 0),
+                    shift.row(b, 0));
+    norm_chunk(D, t_end - t_begin,
+               Rows{static_cast<const T*>(p.residual) + row * D, static_cast<const T*>(p.branch) + row * D, gate_row,
+                    static_cast<T*>(p.x_new) + row * D, held, D},
+               y, p.mean + row, p.rstd + row, false, p.eps, &modulation, stream_y);
+  });
+}
+
 template <class T, class G, class S, class H>
 void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidualLayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D, row_bytes = D * static_cast<int64_t>(sizeof(T)), bytes = 4 * p.B * p.T * row_bytes;
@@ -62,7 +113,17 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
   const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
   const bool stream_y = streams(static_cast<T*>(p.y), D, bytes);
   bool stream_x = streams(static_cast<T*>(p.x_new), D, bytes);
-  if constexpr (kStages<T>) {
+  if constexpr (is_float(static_cast<G*>(nullptr)) && is_float(static_cast<S*>(nullptr)) &&
+                is_float(static_cast<H*>(nullptr))) {
+    if (in_tiles(static_cast<T*>(nullptr), D) && !is_per_token(p.gate) && !is_per_token(p.scale) &&
+        !is_per_token(p.shift)) {
+      return with_bool(stream_x, [&](auto hold) {
+        gate_residual_layer_norm_modulate_tiles<hold.value, T>(p, run, gate, scale, shift, stream_y);
+      });
+    }
+  }
+  if constexpr (kStages<T> && !(is_float(static_cast<G*>(nullptr)) && is_float(static_cast<S*>(nullptr)) &&
+                                is_float(static_cast<H*>(nullptr)))) {
     if (D <= kStagedRow) {
       return gate_residual_layer_norm_modulate_staged(p, run, gate, scale, shift, stream_x, stream_y);
     }
@@ -134,24 +195,33 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           scale.template tile<kTokenScale>(b, t),
           Affine{},
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
-      modulate_bwd_tile<false>(
-          tile, inputs,
-          [&](int64_t i) ZB_BODY {
-            if (p.dgate != nullptr) prefetch(tile, branch, i);
-            if (dx_new != nullptr) prefetch(tile, dx_new, i);
-            if (!streamed) prefetch(tile, dresidual + start, i);
-            if (!streamed && dbranch != nullptr) prefetch(tile, dbranch + start, i);
-          },
-          [&](int64_t i, auto grad, auto lanes) ZB_BODY {
-            const auto d = dx_new != nullptr ? grad + tile.load(dx_new + i, lanes) : grad;
-            put_rows(tile, dresidual + start + i, d, lanes, streamed);
-            if (dbranch != nullptr) put_rows(tile, dbranch + start + i, d * g.at(tile, i, lanes), lanes, streamed);
-            if (p.dgate == nullptr) return;
-            const auto h = tile.load(branch + i, lanes);
-            if (kTokenGate) put_rows(tile, token_dgate + start + i, d * h, lanes, streamed);
-            if (gate_sum != nullptr) accumulate(gate_sum, i, total_product(d, h), lanes);
-          });
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          {streamed && p.dgate != nullptr ? branch : nullptr, streamed ? dx_new : nullptr}};
+      modulate_bwd_tile<false, true>(tile, inputs, [&](int64_t i, auto& grad, auto lanes) ZB_BODY {
+        constexpr int parts = kParts<decltype(lanes)>;
+        if (dx_new != nullptr) {
+          const auto direct = get_rows(tile, dx_new + i, lanes);
+          for (int k = 0; k < parts; ++k) grad[k] = grad[k] + part(direct, k);
+        }
+        put_tile(tile, dresidual + start + i, grad, lanes, streamed);
+        using V = decltype(tile.load(branch, All{}));
+        V out[2];
+        if (dbranch != nullptr) {
+          const auto gates = operand_rows(g, tile, i, lanes);
+          for (int k = 0; k < parts; ++k) out[k] = grad[k] * part(gates, k);
+          put_tile(tile, dbranch + start + i, out, lanes, streamed);
+        }
+        if (p.dgate == nullptr) return;
+        const auto h = get_rows(tile, branch + i, lanes);
+        if (kTokenGate) {
+          for (int k = 0; k < parts; ++k) out[k] = grad[k] * part(h, k);
+          put_tile(tile, token_dgate + start + i, out, lanes, streamed);
+        } else {
+          Two sum;
+          for (int k = 0; k < parts; ++k) sum.v[k] = total_product(grad[k], part(h, k));
+          accumulate_parts(gate_sum, i, sum, lanes);
+        }
+      });
     });
   });
   const ModulateGrads grads = {
@@ -173,15 +243,21 @@ inline void gate_residual_layer_norm_modulate_fwd(const GateResidualLayerNormMod
 
 inline void gate_residual_layer_norm_modulate_bwd(const GateResidualLayerNormModulate& p, ParallelFor run) {
   with_type(p.dtype, [&](auto* t) {
-    with_operand_type(t, p.gate, [&](auto* g) {
-      with_bool(is_per_token(p.gate), [&](auto token_gate) {
-        if (is_per_token(p.scale)) {
-          gate_residual_layer_norm_modulate_bwd_of<true, token_gate.value>(t, t, g, p, run);
-        } else {
-          gate_residual_layer_norm_modulate_bwd_of<false, token_gate.value>(t, static_cast<float*>(nullptr), g, p, run);
-        }
-      });
-    });
+    float* const f = nullptr;
+    const bool token_gate = is_per_token(p.gate);
+    if (is_per_token(p.scale)) {
+      if (token_gate) {
+        gate_residual_layer_norm_modulate_bwd_of<true, true>(t, t, t, p, run);
+      } else {
+        gate_residual_layer_norm_modulate_bwd_of<true, false>(t, t, f, p, run);
+      }
+    } else {
+      if (token_gate) {
+        gate_residual_layer_norm_modulate_bwd_of<false, true>(t, f, t, p, run);
+      } else {
+        gate_residual_layer_norm_modulate_bwd_of<false, false>(t, f, f, p, run);
+      }
+    }
   });
 }
 

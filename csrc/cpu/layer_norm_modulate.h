@@ -1,13 +1,14 @@
 // layer_norm_modulate: y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: mean = 0.
-// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output);
-// backward twice (sums, then dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and
-// g = dy * (1 + scale) [* weight]), four rows at a time; the first walk prefetches what the second one touches first,
-// the second the next four rows: neutral on warm arrays, about a tenth of the time where a step has left them cold.
-// Gradients of the modulation are summed over those, per chunk of tokens in the workspace, then over the chunks in
-// order: deterministic for any number of threads.
+// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output),
+// where it can for three tiles of rows at once (norm_rows.h); backward twice (sums, then
+// dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and g = dy * (1 + scale) [* weight]), four
+// rows at a time. The second walk may prefetch the next four rows: without it bf16 takes a third longer, while fp32,
+// which the hardware's prefetching keeps up with, would take up to a fifth longer with it. Gradients of the modulation
+// are summed over those, per chunk of tokens in the workspace, then over the chunks in order: deterministic for any
+// number of threads.
 #pragma once
 
-#include "rows_bf16.h"
+#include "norm_rows.h"
 
 namespace zeroblock {
 namespace {
@@ -45,6 +46,7 @@ ZB_INLINE void modulate_row(const T* x, T* y, int64_t D, RowStats stats, const A
   });
 }
 
+// bf16 with an operand per token.
 template <bool kAffine, class S, class H>
 void layer_norm_modulate_staged(const LayerNormModulate& p, ParallelFor run, const Affine& affine,
                                 const Operand<S>& scale, const Operand<H>& shift, bool streamed) {
@@ -70,6 +72,21 @@ void layer_norm_modulate_staged(const LayerNormModulate& p, ParallelFor run, con
   });
 }
 
+// One scale and one shift for all rows of a sample.
+template <class T>
+void layer_norm_modulate_tiles(const LayerNormModulate& p, ParallelFor run, const Affine& affine,
+                               const Operand<float>& scale, const Operand<float>& shift, bool streamed) {
+  const int64_t D = p.D;
+  each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
+    const int64_t row = b * p.T + t_begin;
+    T* const y = static_cast<T*>(p.y) + row * D;
+    SampleModulation modulation;
+    modulation.take(y, D, affine.weight, affine.bias, scale.row(b, 0), shift.row(b, 0));
+    norm_chunk(D, t_end - t_begin, RowsAt<T>{static_cast<const T*>(p.x) + row * D, D}, y,
+               p.mean != nullptr ? p.mean + row : nullptr, p.rstd + row, p.rms, p.eps, &modulation, streamed);
+  });
+}
+
 template <bool kAffine, class T, class S, class H>
 void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
@@ -78,7 +95,12 @@ void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, Parallel
   const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
   const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
   const bool streamed = streams(static_cast<T*>(p.y), D, 2 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
-  if constexpr (kStages<T>) {
+  if constexpr (is_float(static_cast<S*>(nullptr)) && is_float(static_cast<H*>(nullptr))) {
+    if (in_tiles(static_cast<T*>(nullptr), D) && !is_per_token(p.scale) && !is_per_token(p.shift)) {
+      return layer_norm_modulate_tiles<T>(p, run, affine, scale, shift, streamed);
+    }
+  }
+  if constexpr (kStages<T> && !(is_float(static_cast<S*>(nullptr)) && is_float(static_cast<H*>(nullptr)))) {
     if (D <= kStagedRow) return layer_norm_modulate_staged<kAffine>(p, run, affine, scale, shift, streamed);
   }
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
@@ -114,46 +136,68 @@ struct ModulateTile {
   OperandTile<kTokenScale, S> scale;
   Affine affine;
   ModulateSums sums;
-  T* dscale;  // per-token only, or null
+  T* dscale;                               // per-token only, or null
+  const T* later[2] = {nullptr, nullptr};  // what the second walk reads besides: prefetched by the first, unless null
 };
 
-// Adds to the sums, then calls emit(i, dx, lanes) for every column step. `ahead` is called in the first walk, for what
-// the second one will need.
-template <bool kAffine, bool kTokenScale, class Tile, class T, class S, class Ahead, class Emit>
-ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S>& a, const Ahead& ahead,
-                                 const Emit& emit) {
+// Adds to the sums, then calls emit(i, dx, lanes) for every column step; dx is as many parts as the step has.
+template <bool kAffine, bool kPrefetch, bool kTokenScale, class Tile, class T, class S, class Emit>
+ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S>& a, const Emit& emit) {
   const int64_t D = a.D;
   const Vec one = set1(1.0f);
   const auto rstd = per_row(tile, a.rstd);
   using V = decltype(per_row(tile, a.rstd));
   V mean = zero(), sum_g = zero(), sum_gn = zero();
   if (a.mean != nullptr) mean = per_row(tile, a.mean);
-  each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-    ahead(i);
-    const V d = tile.load(a.dy + i, lanes), n = (tile.load(a.x + i, lanes) - mean) * rstd;
-    const V modulated = d * (one + a.scale.at(tile, i, lanes));
-    const V g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
-    sum_g = sum_g + g;
-    sum_gn = fmadd(g, n, sum_gn);
-    const V u = kTokenScale ? modulated : d;
-    if (a.sums.un != nullptr) accumulate(a.sums.un, i, total_product(u, n), lanes);
-    if (a.sums.u != nullptr) accumulate(a.sums.u, i, total(u), lanes);
+  each_tile_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
+    for (const T* later : a.later) {
+      if (later != nullptr) prefetch(tile, later, i);
+    }
+    const auto dys = get_rows(tile, a.dy + i, lanes), xs = get_rows(tile, a.x + i, lanes);
+    const auto scale = operand_rows(a.scale, tile, i, lanes);
+    const auto weight = in_step(a.affine.weight, i, lanes), bias = in_step(a.affine.bias, i, lanes);
+    Two un, sum_u, sum_dy;
+    V dscale[2];
+    for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
+      const V d = part(dys, k), n = (V(part(xs, k)) - mean) * rstd;
+      const V modulated = d * (one + part(scale, k));
+      const V g = kAffine ? modulated * part(weight, k) : modulated;
+      sum_g = sum_g + g;
+      sum_gn = fmadd(g, n, sum_gn);
+      const V u = kTokenScale ? modulated : d;
+      un.v[k] = total_product(u, n);
+      sum_u.v[k] = total(u);
+      if (kTokenScale) {
+        sum_dy.v[k] = total(d);
+        dscale[k] = d * (kAffine ? fmadd(n, part(weight, k), part(bias, k)) : n);
+      }
+    }
+    if (a.sums.un != nullptr) accumulate_parts(a.sums.un, i, un, lanes);
+    if (a.sums.u != nullptr) accumulate_parts(a.sums.u, i, sum_u, lanes);
     if (kTokenScale) {
-      if (a.sums.dy != nullptr) accumulate(a.sums.dy, i, total(d), lanes);
-      const V xhat = kAffine ? fmadd(n, a.affine.weight.at(i, lanes), a.affine.bias.at(i, lanes)) : n;
-      if (a.dscale != nullptr) tile.store(a.dscale + i, d * xhat, lanes);
+      if (a.sums.dy != nullptr) accumulate_parts(a.sums.dy, i, sum_dy, lanes);
+      if (a.dscale != nullptr) put_tile(tile, a.dscale + i, dscale, lanes, false);
     }
   });
   // dx = rstd * (g - mean(g) - n * mean(g * n))
   const V slope = row_mean(sum_gn, D) * rstd * rstd;
   V shared = zero();
   if (a.mean != nullptr) shared = row_mean(sum_g, D) * rstd;
-  each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-    prefetch(tile, a.x + rows_of(tile) * D, i);
-    prefetch(tile, a.dy + rows_of(tile) * D, i);
-    const V modulated = tile.load(a.dy + i, lanes) * (one + a.scale.at(tile, i, lanes));
-    const V g = kAffine ? modulated * a.affine.weight.at(i, lanes) : modulated;
-    emit(i, fnmadd(tile.load(a.x + i, lanes) - mean, slope, fmsub(g, rstd, shared)), lanes);
+  each_tile_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
+    if (kPrefetch) {
+      prefetch(tile, a.x + rows_of(tile) * D, i);
+      prefetch(tile, a.dy + rows_of(tile) * D, i);
+    }
+    const auto dys = get_rows(tile, a.dy + i, lanes), xs = get_rows(tile, a.x + i, lanes);
+    const auto scale = operand_rows(a.scale, tile, i, lanes);
+    const auto weight = in_step(a.affine.weight, i, lanes);
+    V dx[2];
+    for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
+      const V modulated = V(part(dys, k)) * (one + part(scale, k));
+      const V g = kAffine ? modulated * part(weight, k) : modulated;
+      dx[k] = fnmadd(V(part(xs, k)) - mean, slope, fmsub(g, rstd, shared));
+    }
+    emit(i, dx, lanes);
   });
 }
 
@@ -239,12 +283,9 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
           affine,
           sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
-      modulate_bwd_tile<kAffine>(
-          tile, inputs,
-          [&](int64_t i) ZB_BODY {
-            if (!streamed) prefetch(tile, dx + start, i);
-          },
-          [&](int64_t i, auto grad, auto lanes) ZB_BODY { put_rows(tile, dx + start + i, grad, lanes, streamed); });
+      modulate_bwd_tile<kAffine, kStages<T>>(tile, inputs, [&](int64_t i, const auto& grad, auto lanes) ZB_BODY {
+        put_tile(tile, dx + start + i, grad, lanes, streamed);
+      });
     });
   });
   const ModulateGrads grads = {p.dshift,    kTokenScale ? nullptr : static_cast<float*>(p.dscale),

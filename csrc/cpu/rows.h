@@ -16,7 +16,7 @@ constexpr int64_t kChunkRows = 64;
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kGrainElements = 32768;
 // A call that touches more than this many bytes writes past the caches: its output would be evicted before it is read.
-constexpr int64_t kStreamBytes = int64_t{24} << 20;
+constexpr int64_t kStreamBytes = int64_t{12} << 20;
 // Addends in a row before a sum is put aside: long fp32 sums lose a bit with every fourfold of their length.
 constexpr int64_t kCascade = 16;
 

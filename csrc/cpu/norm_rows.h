@@ -1,0 +1,228 @@
+// Forward of a norm over rows that L1 holds. Tiles of rows move through three stages (sum, centred squares, output),
+// one tile in each at a time and all three in one walk over the columns: the roots of one tile, the loads of the next
+// from the caches further out and the arithmetic of the third overlap, which they don't where a row is walked three
+// times. bf16 takes four rows to a tile, which share the loads of per-sample operands; fp32 is bound by memory and
+// takes one.
+#pragma once
+
+#include "rows_bf16.h"
+
+namespace zeroblock {
+namespace {
+
+// fp32 rows that leave L1 little room are better walked one at a time.
+constexpr bool in_tiles(const float*, int64_t D) { return D <= 1024; }
+constexpr bool in_tiles(const bf16*, int64_t D) { return D <= kStagedRow; }
+constexpr bool in_tiles(const void*, int64_t) { return false; }
+
+// Sums of the lanes of four vectors.
+ZB_INLINE __m128 quarter(__m256 a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
+#if defined(__AVX512F__)
+ZB_INLINE __m128 quarter(Vec a) {
+  return quarter(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
+ZB_INLINE Vec broadcast(__m128 a) { return {_mm512_broadcastss_ps(a)}; }
+#else
+ZB_INLINE __m128 quarter(Vec a) { return quarter(a.v); }
+ZB_INLINE Vec broadcast(__m128 a) { return {_mm256_broadcastss_ps(a)}; }
+#endif
+ZB_INLINE __m128 lane_sums(const Wide& a) {
+  return _mm_hadd_ps(_mm_hadd_ps(quarter(a.v[0]), quarter(a.v[1])), _mm_hadd_ps(quarter(a.v[2]), quarter(a.v[3])));
+}
+template <int k>
+ZB_INLINE Vec lane(__m128 a) {
+  return broadcast(_mm_permute_ps(a, k * 0x55));
+}
+ZB_INLINE Wide spread(__m128 a) { return {lane<0>(a), lane<1>(a), lane<2>(a), lane<3>(a)}; }
+
+// One number for each row of a tile of R: all that is left of its four sums, which are R rows' 4 / R each.
+template <int R>
+ZB_INLINE __m128 row_sums(const Wide& a) {
+  return R == 4 ? lane_sums(a) : lane_sums({total(a), zero(), zero(), zero()});
+}
+template <int R>
+ZB_INLINE void put_rows_of(float* p, __m128 a) {
+  if (R == 4) {
+    _mm_storeu_ps(p, a);
+  } else {
+    _mm_store_ss(p, a);
+  }
+}
+// 1 / sqrt(variance + eps) in fp64: its error would be that of every element of the row.
+ZB_INLINE __m128 inverse_roots(__m128 squares, int64_t D, float eps) {
+  const __m256d variance = _mm256_div_pd(_mm256_cvtps_pd(squares), _mm256_set1_pd(static_cast<double>(D)));
+  const __m256d root = _mm256_sqrt_pd(_mm256_add_pd(variance, _mm256_set1_pd(static_cast<double>(eps))));
+  return _mm256_cvtpd_ps(_mm256_div_pd(_mm256_set1_pd(1.0), root));
+}
+
+// scale and shift of one row of each sample, with those of the channels folded in: two rows, staged once per chunk.
+struct SampleModulation {
+  alignas(64) float mult[kStagedRow];
+  alignas(64) float add[kStagedRow];
+
+  template <class T>
+  ZB_INLINE void take(T* type, int64_t D, OperandRow<float> weight, OperandRow<float> bias, OperandRow<float> scale,
+                      OperandRow<float> shift) {
+    each_step(type, D, [&](int64_t i, auto lanes) ZB_BODY {
+      Two m = {{zero(), zero()}}, a = m;
+      for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
+        const Vec factor = set1(1.0f) + part(in_step(scale, i, lanes), k);
+        m.v[k] = quiet(part(in_step(weight, i, lanes), k) * factor);
+        a.v[k] = quiet(fmadd(part(in_step(bias, i, lanes), k), factor, part(in_step(shift, i, lanes), k)));
+      }
+      hold_parts(mult + i, m, lanes);
+      hold_parts(add + i, a, lanes);
+    });
+  }
+  // What the rows of a tile share at one step, and xhat * mult + add.
+  template <class Lanes>
+  struct Step {
+    decltype(get(static_cast<const float*>(nullptr), Lanes{})) m, a;
+    ZB_INLINE Vec operator()(Vec n, int, int k) const { return fmadd(n, part(m, k), part(a, k)); }
+  };
+  template <class Lanes>
+  ZB_INLINE Step<Lanes> at(int64_t, int64_t i, Lanes lanes) const {
+    return {get(mult + i, lanes), get(add + i, lanes)};
+  }
+};
+
+// One walk over the columns for up to three tiles: what is taken from the source's rows at
+// `first` is summed.
+// Sums of a row are kChains long.
+template <int R, int kChains, class T>
+struct NormTiles {
+  int64_t D;
+  Wide sums, squares;
+
+  template <bool kSum, bool kSquare, bool kOut, class Source, class Modulation>
+  ZB_INLINE void walk(const Source& source, int64_t first, const T* second, __m128 second_mean, const T* third,
+                      __m128 third_mean, __m128 third_rstd, T* y, int64_t row, const Modulation& modulation,
+                      bool streamed) {
+    Wide s = zero(), q = zero();
+    const Wide mean2 = spread(second_mean), mean3 = spread(third_mean), rstd3 = spread(third_rstd);
+    const int64_t stride = D;
+    const auto step = [&](int64_t i, auto lanes, int chain) ZB_BODY {
+      constexpr int parts = kParts<decltype(lanes)>;
+      const auto shared = source.shared(i, lanes);
+      for (int r = 0; r < R; ++r) {
+        Vec& sum = s.v[r * kChains + chain];
+        Vec& square = q.v[r * kChains + chain];
+        if (kSum) {
+          const auto x = source.take(shared, first + r, i, lanes);
+          for (int k = 0; k < parts; ++k) sum = sum + part(x, k);
+        }
+        if (kSquare) {
+          const auto x = get(second + r * stride + i, lanes);
+          for (int k = 0; k < parts; ++k) {
+            const Vec d = keep(part(x, k) - mean2.v[r], lanes);
+            square = fmadd(d, d, square);
+          }
+        }
+      }
+      if (kOut) {
+        Two out[R];
+        const auto modulate = modulation.at(row, i, lanes);
+        for (int r = 0; r < R; ++r) {
+          const auto x = get(third + r * stride + i, lanes);
+          for (int k = 0; k < parts; ++k) out[r].v[k] = modulate((part(x, k) - mean3.v[r]) * rstd3.v[r], r, k);
+        }
+        for (int r = 0; r < R; ++r) put_parts(y + r * stride + i, out[r], lanes, streamed);
+      }
+    };
+    if constexpr (kChains == 4) {
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= D; i += 4 * kLanes) {
+        step(i, All{}, 0);
+        step(i + kLanes, All{}, 1);
+        step(i + 2 * kLanes, All{}, 2);
+        step(i + 3 * kLanes, All{}, 3);
+      }
+      each_column(i, D, [&](int64_t j, auto lanes) ZB_BODY { step(j, lanes, 0); });
+    } else {
+      each_step(y, D, [&](int64_t i, auto lanes) ZB_BODY { step(i, lanes, 0); });
+    }
+    sums = s;
+    squares = q;
+  }
+
+ private:
+  template <class Lanes>
+  ZB_INLINE static Vec keep(Vec a, Lanes lanes) {
+    return keep_first(a, lanes);
+  }
+  ZB_INLINE static Vec keep(Vec a, Pair) { return a; }
+};
+
+// Rows 0 .. count (a multiple of R) of one sample. source.take gives what stands there, once and in order;
+// source.rows(row) is where it can be read again by the two walks that follow.
+template <int R, int kChains, class T, class Source, class Modulation>
+ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, T* y, float* mean, float* rstd,
+                         bool rms, float eps, const Modulation& modulation, bool streamed) {
+  NormTiles<R, kChains, T> tiles = {D, zero(), zero()};
+  const __m128 none = _mm_setzero_ps(), count = _mm_set1_ps(static_cast<float>(D));
+  __m128 mean2 = none, mean3 = none, rstd3 = none;
+  for (int64_t row = begin; row < end + 2 * R; row += R) {  // of the first tile; the others are R and 2 R behind
+    const bool has_first = row < end, has_second = row - R >= begin && row - R < end, has_third = row - 2 * R >= begin;
+    const T* const x2 = has_second ? source.rows(row - R) : nullptr;
+    const T* const x3 = has_third ? source.rows(row - 2 * R) : nullptr;
+    T* const out = has_third ? y + (row - 2 * R) * D : nullptr;
+    Wide sums = zero(), squares = zero();
+    if (has_first && has_second && has_third) {
+      tiles.template walk<true, true, true>(source, row, x2, mean2, x3, mean3, rstd3, out, row - 2 * R, modulation,
+                                            streamed);
+      sums = tiles.sums, squares = tiles.squares;
+    } else {
+      if (has_first) {
+        tiles.template walk<true, false, false>(source, row, x2, none, x3, none, none, out, 0, modulation, streamed);
+        sums = tiles.sums;
+      }
+      if (has_second) {
+        tiles.template walk<false, true, false>(source, row, x2, mean2, x3, none, none, out, 0, modulation, streamed);
+        squares = tiles.squares;
+      }
+      if (has_third) {
+        tiles.template walk<false, false, true>(source, row, x2, none, x3, mean3, rstd3, out, row - 2 * R, modulation,
+                                                streamed);
+      }
+    }
+    mean3 = mean2;
+    if (has_second) {
+      rstd3 = inverse_roots(row_sums<R>(squares), D, eps);
+      put_rows_of<R>(rstd + row - R, rstd3);
+    }
+    mean2 = rms || !has_first ? none : _mm_div_ps(row_sums<R>(sums), count);
+    if (has_first && mean != nullptr) put_rows_of<R>(mean + row, mean2);
+  }
+}
+
+// All rows of a chunk: bf16 by fours, and what is left of them one by one with the same sums.
+template <class T, class Source, class Modulation>
+ZB_LOOPS void norm_chunk(int64_t D, int64_t rows, Source source, T* y, float* mean, float* rstd, bool rms, float eps,
+                         const Modulation* modulation, bool streamed) {
+  if constexpr (kStages<T>) {
+    const int64_t fours = rows / 4 * 4;
+    norm_rows<4, 1>(D, 0, fours, source, y, mean, rstd, rms, eps, *modulation, streamed);
+    norm_rows<1, 1>(D, fours, rows, source, y, mean, rstd, rms, eps, *modulation, streamed);
+  } else {
+    norm_rows<1, 4>(D, 0, rows, source, y, mean, rstd, rms, eps, *modulation, streamed);
+  }
+}
+
+// Rows that are there to be read.
+template <class T>
+struct RowsAt {
+  const T* x;
+  int64_t D;
+  template <class Lanes>
+  ZB_INLINE int shared(int64_t, Lanes) const {
+    return 0;
+  }
+  template <class Lanes>
+  ZB_INLINE auto take(int, int64_t row, int64_t i, Lanes lanes) const {
+    return get(x + row * D + i, lanes);
+  }
+  ZB_INLINE const T* rows(int64_t row) const { return x + row * D; }
+};
+
+}  // namespace
+}  // namespace zeroblock
