@@ -197,7 +197,7 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
           {streamed && p.dgate != nullptr ? branch : nullptr, streamed ? dx_new : nullptr}};
-      modulate_bwd_tile<false, true>(tile, inputs, [&](int64_t i, auto& grad, auto lanes) ZB_BODY {
+      modulate_bwd_tile<false>(tile, inputs, [&](int64_t i, auto& grad, auto lanes) ZB_BODY {
         constexpr int parts = kParts<decltype(lanes)>;
         if (dx_new != nullptr) {
           const auto direct = get_rows(tile, dx_new + i, lanes);

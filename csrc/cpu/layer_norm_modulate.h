@@ -2,10 +2,10 @@
 // [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output),
 // where it can for three tiles of rows at once (norm_rows.h); backward twice (sums, then
 // dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and g = dy * (1 + scale) [* weight]), four
-// rows at a time. The second walk may prefetch the next four rows: without it bf16 takes a third longer, while fp32,
-// which the hardware's prefetching keeps up with, would take up to a fifth longer with it. Gradients of the modulation
-// are summed over those, per chunk of tokens in the workspace, then over the chunks in order: deterministic for any
-// number of threads.
+// rows at a time. The second walk prefetches the next four rows, the first what the second one touches first: fp32
+// takes up to a fifth longer with it on warm arrays, and up to a fifth less where a step has left them cold, as it
+// does. Gradients of the modulation are summed over those, per chunk of tokens in the workspace, then over the chunks
+// in order: deterministic for any number of threads.
 #pragma once
 
 #include "norm_rows.h"
@@ -137,11 +137,11 @@ struct ModulateTile {
   Affine affine;
   ModulateSums sums;
   T* dscale;                               // per-token only, or null
-  const T* later[2] = {nullptr, nullptr};  // what the second walk reads besides: prefetched by the first, unless null
+  const T* later[2] = {nullptr, nullptr};  // what the second walk touches besides: prefetched by the first, unless null
 };
 
 // Adds to the sums, then calls emit(i, dx, lanes) for every column step; dx is as many parts as the step has.
-template <bool kAffine, bool kPrefetch, bool kTokenScale, class Tile, class T, class S, class Emit>
+template <bool kAffine, bool kTokenScale, class Tile, class T, class S, class Emit>
 ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S>& a, const Emit& emit) {
   const int64_t D = a.D;
   const Vec one = set1(1.0f);
@@ -184,10 +184,8 @@ ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S
   V shared = zero();
   if (a.mean != nullptr) shared = row_mean(sum_g, D) * rstd;
   each_tile_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
-    if (kPrefetch) {
-      prefetch(tile, a.x + rows_of(tile) * D, i);
-      prefetch(tile, a.dy + rows_of(tile) * D, i);
-    }
+    prefetch(tile, a.x + rows_of(tile) * D, i);
+    prefetch(tile, a.dy + rows_of(tile) * D, i);
     const auto dys = get_rows(tile, a.dy + i, lanes), xs = get_rows(tile, a.x + i, lanes);
     const auto scale = operand_rows(a.scale, tile, i, lanes);
     const auto weight = in_step(a.affine.weight, i, lanes);
@@ -282,8 +280,9 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
           scale.template tile<kTokenScale>(b, t),
           affine,
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr};
-      modulate_bwd_tile<kAffine, kStages<T>>(tile, inputs, [&](int64_t i, const auto& grad, auto lanes) ZB_BODY {
+          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          {streamed ? nullptr : dx + start, nullptr}};
+      modulate_bwd_tile<kAffine>(tile, inputs, [&](int64_t i, const auto& grad, auto lanes) ZB_BODY {
         put_tile(tile, dx + start + i, grad, lanes, streamed);
       });
     });
