@@ -229,7 +229,7 @@ def layer_norm_modulate_linear(
     weight. Raises ValueError or TypeError. Source: facebookresearch/DiT `DiTBlock` (qkv, fc1).
     """
     op = "layer_norm_modulate_linear"
-    _checks.floating(op, 2, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+    _checks.floating(op, 2, x=x, weight=weight, shift=shift, scale=scale, bias=bias)
     _checks.modulated(op, x, shift, scale, eps)
     _checks.linear(op, x.shape[2], weight, bias)
     weight, bias = autocast(weight, bias)
