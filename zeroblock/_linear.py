@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _packed
-from ._packed import LONGEST, ONEDNN, PIECE
+from ._packed import LONGEST, ONEDNN
 from ._plan import PlannedOp
 from ._plan_measure import describe_rows, describe_weight
 
@@ -64,11 +64,10 @@ def _chain(x: Tensor, weights, bounds, bias: Tensor | None) -> Tensor:
 
 def _onednn(P, x, weight, bias, activation):
     bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
-    length = x.shape[-1]
-    step, limit = (PIECE // 2, PIECE // 2) if x.stride(-1) != 1 else (PIECE, LONGEST)
-    if length <= limit:
+    length, longest = x.shape[-1], LONGEST if x.stride(-1) == 1 else LONGEST // 4
+    if length <= longest:
         return _pointwise(x, weight, bias, *_NO_POST_OP if activation is None else _POST_OPS[activation])
-    bounds = [(i, min(i + step, length)) for i in range(0, length, step)]
+    bounds = _packed.bounds(length, longest)
     weights = [weight[:, a:b] for a, b in bounds]
     weights = [w.contiguous() if w.stride(-1) == 1 else w for w in weights]
     return _activated(P, _chain(x, weights, bounds, bias), activation)
@@ -89,9 +88,7 @@ def _packed_weight(P, x, weight, bias, activation):
     x = x if x.stride(-1) == 1 else x.contiguous()
     if len(pieces) == 1:
         return _pointwise(x, pieces[0], bias, *_NO_POST_OP if activation is None else _POST_OPS[activation])
-    length = x.shape[-1]
-    bounds = [(i, min(i + PIECE, length)) for i in range(0, length, PIECE)]
-    return _activated(P, _chain(x, pieces, bounds, bias), activation)
+    return _activated(P, _chain(x, pieces, _packed.bounds(x.shape[-1], LONGEST), bias), activation)
 
 
 def _describe(P, x, weight, bias, activation):

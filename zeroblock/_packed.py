@@ -22,9 +22,15 @@ _reorder_conv: Any = torch.ops.mkldnn._reorder_convolution_weight if ONEDNN else
 _reorder_linear: Any = torch.ops.mkldnn._reorder_linear_weight if ONEDNN else None
 _MKLDNN = getattr(torch, "_mkldnn")  # noqa: B009  (a layout torch's stubs leave out)
 
-# oneDNN adds up a whole float32 dot product in one chain. Long ones are cut, so that errors stay within twice MKL's.
-PIECE = 512
+# oneDNN adds up a whole float32 dot product in one chain. Longer ones are cut, so that errors stay within twice MKL's.
 LONGEST = 1024
+
+
+def bounds(length: int, longest: int) -> list[tuple[int, int]]:
+    """(start, stop) of as few pieces as there can be, of about one size."""
+    count = max(1, -(-length // max(1, longest)))
+    size = max(1, -(-length // (16 * count))) * 16  # whole vectors
+    return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def why_not_packed(weight: Tensor) -> str | None:
@@ -87,9 +93,9 @@ class Copy:
     def pack_linear(self) -> None:
         weight = self._alive().detach()
         length = weight.shape[1]
-        step = length if weight.dtype != torch.float32 or length <= LONGEST else PIECE
+        cuts = bounds(length, LONGEST if weight.dtype == torch.float32 else length)
         if not self.pieces:
-            self.pieces = [_reorder_linear(weight[:, i : i + step].contiguous()) for i in range(0, length, step)]
+            self.pieces = [_reorder_linear(weight[:, start:stop].contiguous()) for start, stop in cuts]
 
     def nbytes(self) -> int:
         """Memory the copies take beside the weight itself."""
