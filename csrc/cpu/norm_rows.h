@@ -86,9 +86,8 @@ struct SampleModulation {
   }
 };
 
-// One walk over the columns for up to three tiles: what is taken from the source's rows at
-// `first` is summed.
-// Sums of a row are kChains long.
+// One walk over the columns for up to three tiles of R rows: sums of what the source has at `first`, centred squares of
+// `second`, output of `third`. A row's sum runs in kChains accumulators, R * kChains = 4 at most.
 template <int R, int kChains, class T>
 struct NormTiles {
   int64_t D;
