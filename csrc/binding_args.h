@@ -98,14 +98,22 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Memory for a result, on the device of `like`. By its C entry point: the operators of torch::stable are looked up by
-// name at every call, which costs as much as a small kernel.
+// Memory for a result, on the device of `like`; dense, in any order of the dimensions. By C entry points: the operators
+// of torch::stable are looked up by name at every call, which costs as much as a small kernel. Not by that of
+// empty_strided, which passes by PyTorch's switch for filling uninitialised memory, the tests' poison.
 Tensor allocate(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* stride, int32_t dtype) {
-  int32_t device = 0, index = 0;
-  AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, stride, dtype, device, index, &result));
+  bool contiguous = true;
+  int64_t n = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    contiguous = contiguous && stride[d] == n;
+    n *= size[d];
+  }
+  AtenTensorHandle memory = nullptr, result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), contiguous ? size : &n, contiguous ? dims : 1,
+                                                          &dtype, nullptr, nullptr, 0, nullptr, &memory));
+  Tensor flat(memory);
+  if (contiguous) return flat;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory, dims, size, stride, 0, &result));
   return Tensor(result);
 }
 
