@@ -72,9 +72,9 @@ inline void finish_dgate(float* dgate, const Partials& partials, int64_t slot, i
   });
 }
 
-ZB_INLINE void add_products(Sum64& sum, Vec a, Vec b) { sum.add_product(a, b); }
-ZB_INLINE void add_products(Sum64& sum, Wide a, Wide b) {
-  for (int k = 0; k < 4; ++k) sum.add_product(a.v[k], b.v[k]);
+// A per-sample dgate is summed per chunk; beside it the gate as the rows of a chunk read it.
+ZB_INLINE Partials dgate_partials(const GateResidual& p, float* workspace) {
+  return {workspace, p.dgate != nullptr ? 1 : 0, 1, p.T, p.D};
 }
 
 // dgate is elementwise for a per-token gate, [B, D] for a per-sample one and a single number for a scalar one. The last
@@ -84,19 +84,25 @@ enum class GateForm { kSample, kToken, kScalar };
 template <GateForm kForm, class T, class M>
 void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   const int64_t D = p.D, chunks = p.B * chunks_per_sample(p.T);
-  const ConstantRow scalar(p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f);
+  const float number = p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f;
+  const ConstantRow scalar(number == number ? number : __builtin_nanf(""));  // ready for round_pair()
   const Operand<M> gate = operand(p.gate, reinterpret_cast<const M*>(scalar.lanes));
   const bool wants_dgate = p.dgate != nullptr;
   T* const dbranch = static_cast<T*>(p.dbranch);
   T* const dgate = kForm == GateForm::kToken ? static_cast<T*>(p.dgate) : nullptr;
   const int64_t bytes = (dgate != nullptr ? 4 : 3) * p.B * p.T * D * static_cast<int64_t>(sizeof(T));
   const bool streamed = streams(dbranch, D, bytes) && streams(dgate, D, bytes);
-  const Partials partials = {wants_dgate && kForm == GateForm::kSample ? p.workspace : nullptr, 1, p.T, D};
+  const Partials partials = dgate_partials(p, p.workspace);
   double* const exact = reinterpret_cast<double*>(p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
     float* const dgate_sum = partials.sums(chunk, 0);
     Sum64 sum;
-    partials.clear(chunk);
+    OperandRow<float> shared = {scalar.lanes, 0};
+    if constexpr (kForm == GateForm::kSample) {
+      shared = {partials.staged(chunk, 0), -1};
+      stage(dbranch, partials.staged(chunk, 0), gate.row(b, 0), D);
+      partials.clear(chunk);
+    }
     for_row_tiles(t_end - t_begin, D, [&](int64_t r, auto tile) ZB_BODY {
       const int64_t t = t_begin + r, start = (b * p.T + t) * D;
       const T* const dy = static_cast<const T*>(p.dy) + start;
@@ -104,26 +110,28 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
       const auto g = gate.template tile<kForm == GateForm::kToken>(b, t);
       each_step(dbranch, D, [&](int64_t i, auto lanes) ZB_BODY {
         constexpr int parts = kParts<decltype(lanes)>;
-        using V = decltype(tile.load(dy, All{}));
-        V out[2];
-        const auto d = get_rows(tile, dy + i, lanes);
-        if (dbranch != nullptr) {
-          const auto gates = operand_rows(g, tile, i, lanes);
-          for (int k = 0; k < parts; ++k) out[k] = V(part(d, k)) * part(gates, k);
-          put_tile(tile, dbranch + start + i, out, lanes, streamed);
+        Two sums = {{zero(), zero()}};
+        for (int k = 0; k < tile.rows; ++k) {
+          const auto d = get(tile.row(dy, k) + i, lanes);
+          Two out;
+          if (dbranch != nullptr) {
+            const auto gates = either_step(g, shared, k, i, lanes);
+            for (int j = 0; j < parts; ++j) out.v[j] = part(d, j) * part(gates, j);
+            put_parts(tile.row(dbranch + start, k) + i, out, lanes, streamed);
+          }
+          if (!wants_dgate) continue;
+          const auto h = get(tile.row(branch, k) + i, lanes);
+          for (int j = 0; j < parts; ++j) {
+            if (kForm == GateForm::kToken) out.v[j] = part(d, j) * part(h, j);
+            if (kForm == GateForm::kSample) sums.v[j] = fmadd(part(d, j), part(h, j), sums.v[j]);
+            if (kForm == GateForm::kScalar) sum.add_product(part(d, j), part(h, j));
+          }
+          if (kForm == GateForm::kToken) put_parts(tile.row(dgate + start, k) + i, out, lanes, streamed);
         }
-        if (!wants_dgate) return;
-        const auto h = get_rows(tile, branch + i, lanes);
-        Two sums;
-        for (int k = 0; k < parts; ++k) {
-          if (kForm == GateForm::kToken) out[k] = V(part(d, k)) * part(h, k);
-          if (kForm == GateForm::kSample) sums.v[k] = total_product(V(part(d, k)), V(part(h, k)));
-          if (kForm == GateForm::kScalar) add_products(sum, V(part(d, k)), V(part(h, k)));
-        }
-        if (kForm == GateForm::kToken) put_tile(tile, dgate + start + i, out, lanes, streamed);
-        if (kForm == GateForm::kSample) accumulate_parts(dgate_sum, i, sums, lanes);
+        if (wants_dgate && kForm == GateForm::kSample) accumulate_step(dgate_sum, i, sums, lanes);
       });
     });
+    if (wants_dgate && kForm == GateForm::kSample) unstage(dbranch, dgate_sum, D);
     if (wants_dgate && kForm == GateForm::kScalar) exact[chunk] = sum.total();
   });
   if (!wants_dgate || kForm == GateForm::kToken) return;
@@ -155,9 +163,9 @@ inline void gate_residual_bwd(const GateResidual& p, ParallelFor run) {
 }
 
 inline int64_t gate_residual_bwd_workspace(const GateResidual& p) {
-  if (p.dgate == nullptr || is_per_token(p.gate)) return 0;
-  if (p.scalar_gate != nullptr) return 2 * p.B * chunks_per_sample(p.T);  // a double per chunk
-  return Partials{nullptr, 1, p.T, p.D}.size(p.B);
+  if (is_per_token(p.gate)) return 0;
+  if (p.scalar_gate == nullptr) return dgate_partials(p, nullptr).size(p.B);
+  return p.dgate == nullptr ? 0 : 2 * p.B * chunks_per_sample(p.T);  // a double per chunk
 }
 
 }  // namespace

@@ -152,11 +152,12 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
   });
 }
 
-// The modulation's two sums, and the gate's behind them.
+// The modulation's two sums and the gate's behind them; its factor and the gate as the rows of a chunk read them.
+constexpr int64_t kFactorRow = 0, kGateRow = 1;
 ZB_INLINE Partials gated_partials(const GateResidualLayerNormModulate& p, float* workspace) {
   const bool wanted = p.dshift != nullptr || (p.dscale != nullptr && !is_per_token(p.scale)) ||
                       (p.dgate != nullptr && !is_per_token(p.gate));
-  return {wanted ? workspace : nullptr, wanted ? 3 : 0, p.T, p.D};
+  return {workspace, wanted ? 3 : 0, 2, p.T, p.D};
 }
 
 template <bool kTokenScale, bool kTokenGate, class T, class S, class G>
@@ -180,6 +181,10 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
     const ModulateSums sums = {wants_un ? partials.sums(chunk, kSumUN) : nullptr,
                                wants_u ? partials.sums(chunk, kSumU) : nullptr,
                                wants_dy ? partials.sums(chunk, kSumU) : nullptr};
+    float* const factor = partials.staged(chunk, kFactorRow);
+    float* const gate_row = partials.staged(chunk, kGateRow);
+    if constexpr (!kTokenScale) stage_factor<false>(dresidual, factor, D, scale.row(b, 0), Affine{}.weight);
+    if constexpr (!kTokenGate) stage(dresidual, gate_row, gate.row(b, 0), D);
     partials.clear(chunk);
     for_row_tiles(t_end - t_begin, D, [&](int64_t r, auto tile) ZB_BODY {
       const int64_t t = t_begin + r, row = b * p.T + t, start = row * D;
@@ -192,37 +197,45 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           static_cast<const T*>(p.dy) + start,
           p.mean + row,
           p.rstd + row,
+          {factor, -1},
           scale.template tile<kTokenScale>(b, t),
           Affine{},
           sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
           {streamed && p.dgate != nullptr ? branch : nullptr, streamed ? dx_new : nullptr}};
-      modulate_bwd_tile<false>(tile, inputs, [&](int64_t i, auto& grad, auto lanes) ZB_BODY {
-        constexpr int parts = kParts<decltype(lanes)>;
-        if (dx_new != nullptr) {
-          const auto direct = get_rows(tile, dx_new + i, lanes);
-          for (int k = 0; k < parts; ++k) grad[k] = grad[k] + part(direct, k);
-        }
-        put_tile(tile, dresidual + start + i, grad, lanes, streamed);
-        using V = decltype(tile.load(branch, All{}));
-        V out[2];
-        if (dbranch != nullptr) {
-          const auto gates = operand_rows(g, tile, i, lanes);
-          for (int k = 0; k < parts; ++k) out[k] = grad[k] * part(gates, k);
-          put_tile(tile, dbranch + start + i, out, lanes, streamed);
-        }
-        if (p.dgate == nullptr) return;
-        const auto h = get_rows(tile, branch + i, lanes);
-        if (kTokenGate) {
-          for (int k = 0; k < parts; ++k) out[k] = grad[k] * part(h, k);
-          put_tile(tile, token_dgate + start + i, out, lanes, streamed);
-        } else {
-          Two sum;
-          for (int k = 0; k < parts; ++k) sum.v[k] = total_product(grad[k], part(h, k));
-          accumulate_parts(gate_sum, i, sum, lanes);
-        }
-      });
+      Two gate_part = {{zero(), zero()}};
+      modulate_bwd_tile<false>(
+          tile, inputs,
+          [&](int64_t i, int k, Two grad, auto lanes) ZB_BODY {
+            constexpr int parts = kParts<decltype(lanes)>;
+            if (dx_new != nullptr) {
+              const auto direct = get(tile.row(dx_new, k) + i, lanes);
+              for (int j = 0; j < parts; ++j) grad.v[j] += part(direct, j);
+            }
+            put_parts(tile.row(dresidual + start, k) + i, grad, lanes, streamed);
+            Two out;
+            if (dbranch != nullptr) {
+              const auto gates = either_step(g, {gate_row, -1}, k, i, lanes);
+              for (int j = 0; j < parts; ++j) out.v[j] = grad.v[j] * part(gates, j);
+              put_parts(tile.row(dbranch + start, k) + i, out, lanes, streamed);
+            }
+            if (p.dgate == nullptr) return;
+            const auto h = get(tile.row(branch, k) + i, lanes);
+            if (kTokenGate) {
+              for (int j = 0; j < parts; ++j) out.v[j] = grad.v[j] * part(h, j);
+              put_parts(tile.row(token_dgate + start, k) + i, out, lanes, streamed);
+            } else {
+              for (int j = 0; j < parts; ++j) gate_part.v[j] = fmadd(grad.v[j], part(h, j), gate_part.v[j]);
+            }
+          },
+          [&](int64_t i, auto lanes) ZB_BODY {
+            if (gate_sum == nullptr) return;
+            accumulate_step(gate_sum, i, gate_part, lanes);
+            gate_part = {{zero(), zero()}};
+          });
     });
+    sums.unstage(dresidual, D);
+    if (gate_sum != nullptr) unstage(dresidual, gate_sum, D);
   });
   const ModulateGrads grads = {
       p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), nullptr, nullptr, nullptr, nullptr, kTokenScale,

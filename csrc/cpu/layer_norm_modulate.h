@@ -2,10 +2,11 @@
 // [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output),
 // where it can for three tiles of rows at once (norm_rows.h); backward twice (sums, then
 // dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and g = dy * (1 + scale) [* weight]), four
-// rows at a time. The second walk prefetches the next four rows, the first what the second one touches first: fp32
-// takes up to a fifth longer with it on warm arrays, and up to a fifth less where a step has left them cold, as it
-// does. Gradients of the modulation are summed over those, per chunk of tokens in the workspace, then over the chunks
-// in order: deterministic for any number of threads.
+// rows at a time, the second time from the end. The second walk prefetches the next four rows, the first what the
+// second one touches: fp32 takes up to a fifth longer with it on warm arrays, and up to a fifth less where a step has
+// left them cold, as it does. Gradients of the modulation are summed over those, per chunk of tokens in the workspace
+// (in the order of the steps, as (1 + scale) is kept beside them), then over the chunks in order: deterministic for
+// any number of threads.
 #pragma once
 
 #include "norm_rows.h"
@@ -123,9 +124,31 @@ constexpr int64_t kSumUN = 0, kSumU = 1, kSumExtra = 2;
 // Where the sums of a chunk are added up; null for those that are not wanted.
 struct ModulateSums {
   float *un, *u, *dy;
+  template <class T>
+  ZB_INLINE void unstage(T* type, int64_t D) const {
+    float* const rows[] = {un, u, dy};
+    for (float* row : rows) {
+      if (row != nullptr) zeroblock::unstage(type, row, D);
+    }
+  }
 };
 
-// What backward of a tile of rows reads.
+// (1 + scale) [* weight] of one sample in the order of the steps of rows of T.
+template <bool kAffine, class T>
+ZB_INLINE void stage_factor(T* type, float* to, int64_t D, OperandRow<float> scale, OperandRow<float> weight) {
+  each_step(type, D, [&](int64_t i, auto lanes) ZB_BODY {
+    const auto s = in_step(scale, i, lanes), w = in_step(weight, i, lanes);
+    Two factor;
+    for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
+      factor.v[k] = set1(1.0f) + part(s, k);
+      if (kAffine) factor.v[k] = factor.v[k] * part(w, k);
+    }
+    hold_parts(to + i, factor, lanes);
+  });
+}
+
+// What backward of a tile of rows reads. A scale of the sample comes as `factor`, (1 + scale) [* weight] in the order
+// of the steps (stage_factor); one per token, and then the weight too, as it is.
 template <bool kTokenScale, class T, class S>
 struct ModulateTile {
   int64_t D;
@@ -133,6 +156,7 @@ struct ModulateTile {
   const T* dy;
   const float* mean;  // of the first row; null for rms
   const float* rstd;
+  OperandRow<float> factor;
   OperandTile<kTokenScale, S> scale;
   Affine affine;
   ModulateSums sums;
@@ -140,62 +164,68 @@ struct ModulateTile {
   const T* later[2] = {nullptr, nullptr};  // what the second walk touches besides: prefetched by the first, unless null
 };
 
-// Adds to the sums, then calls emit(i, dx, lanes) for every column step; dx is as many parts as the step has.
-template <bool kAffine, bool kTokenScale, class Tile, class T, class S, class Emit>
-ZB_INLINE void modulate_bwd_tile(Tile tile, const ModulateTile<kTokenScale, T, S>& a, const Emit& emit) {
+// Adds to the sums, whose order is that of the steps, then calls emit(i, r, dx, lanes) for each row of each step and
+// step(i, lanes) after the last row. Row after row: all four at once have more in hand than there are registers.
+template <bool kAffine, bool kTokenScale, int R, class T, class S, class Emit, class Step>
+ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale, T, S>& a, const Emit& emit,
+                                 const Step& step) {
   const int64_t D = a.D;
   const Vec one = set1(1.0f);
-  const auto rstd = per_row(tile, a.rstd);
-  using V = decltype(per_row(tile, a.rstd));
-  V mean = zero(), sum_g = zero(), sum_gn = zero();
-  if (a.mean != nullptr) mean = per_row(tile, a.mean);
-  each_tile_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
+  const auto nothing = [](int) { return zero(); };
+  PerRow<R> rstd = per_row(tile, [&](int r) { return set1(a.rstd[r]); });
+  PerRow<R> mean = per_row(tile, [&](int r) { return a.mean != nullptr ? set1(a.mean[r]) : zero(); });
+  PerRow<R> sum_g = per_row(tile, nothing), sum_gc = per_row(tile, nothing);  // c = x - mean
+  each_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
     for (const T* later : a.later) {
       if (later != nullptr) prefetch(tile, later, i);
     }
-    const auto dys = get_rows(tile, a.dy + i, lanes), xs = get_rows(tile, a.x + i, lanes);
-    const auto scale = operand_rows(a.scale, tile, i, lanes);
+    constexpr int parts = kParts<decltype(lanes)>;
+    Two un = {{zero(), zero()}}, sum_u = un, sum_dy = un, dscale = un;
     const auto weight = in_step(a.affine.weight, i, lanes), bias = in_step(a.affine.bias, i, lanes);
-    Two un, sum_u, sum_dy;
-    V dscale[2];
-    for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
-      const V d = part(dys, k), n = (V(part(xs, k)) - mean) * rstd;
-      const V modulated = d * (one + part(scale, k));
-      const V g = kAffine ? modulated * part(weight, k) : modulated;
-      sum_g = sum_g + g;
-      sum_gn = fmadd(g, n, sum_gn);
-      const V u = kTokenScale ? modulated : d;
-      un.v[k] = total_product(u, n);
-      sum_u.v[k] = total(u);
-      if (kTokenScale) {
-        sum_dy.v[k] = total(d);
-        dscale[k] = d * (kAffine ? fmadd(n, part(weight, k), part(bias, k)) : n);
+    for (int r = 0; r < R; ++r) {
+      const auto dys = get(tile.row(a.dy, r) + i, lanes), xs = get(tile.row(a.x, r) + i, lanes);
+      const auto scale = either_step(a.scale, a.factor, r, i, lanes);
+      for (int k = 0; k < parts; ++k) {
+        const Vec d = part(dys, k), c = part(xs, k) - mean[r];
+        const Vec u = kTokenScale ? d * (one + part(scale, k)) : d, uc = u * c;
+        const Vec to_g = kTokenScale ? (kAffine ? part(weight, k) : one) : part(scale, k);  // g = u * to_g
+        sum_g[r] = fmadd(u, to_g, sum_g[r]);
+        sum_gc[r] = fmadd(uc, to_g, sum_gc[r]);
+        un.v[k] = fmadd(uc, rstd[r], un.v[k]);
+        sum_u.v[k] += u;
+        if (kTokenScale) {
+          sum_dy.v[k] += d;
+          const Vec n = c * rstd[r];
+          dscale.v[k] = d * (kAffine ? fmadd(n, part(weight, k), part(bias, k)) : n);
+        }
       }
+      if (kTokenScale && a.dscale != nullptr) put_parts(tile.row(a.dscale, r) + i, dscale, lanes, false);
     }
-    if (a.sums.un != nullptr) accumulate_parts(a.sums.un, i, un, lanes);
-    if (a.sums.u != nullptr) accumulate_parts(a.sums.u, i, sum_u, lanes);
-    if (kTokenScale) {
-      if (a.sums.dy != nullptr) accumulate_parts(a.sums.dy, i, sum_dy, lanes);
-      if (a.dscale != nullptr) put_tile(tile, a.dscale + i, dscale, lanes, false);
-    }
+    if (a.sums.un != nullptr) accumulate_step(a.sums.un, i, un, lanes);
+    if (a.sums.u != nullptr) accumulate_step(a.sums.u, i, sum_u, lanes);
+    if (kTokenScale && a.sums.dy != nullptr) accumulate_step(a.sums.dy, i, sum_dy, lanes);
   });
-  // dx = rstd * (g - mean(g) - n * mean(g * n))
-  const V slope = row_mean(sum_gn, D) * rstd * rstd;
-  V shared = zero();
-  if (a.mean != nullptr) shared = row_mean(sum_g, D) * rstd;
-  each_tile_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
-    prefetch(tile, a.x + rows_of(tile) * D, i);
-    prefetch(tile, a.dy + rows_of(tile) * D, i);
-    const auto dys = get_rows(tile, a.dy + i, lanes), xs = get_rows(tile, a.x + i, lanes);
-    const auto scale = operand_rows(a.scale, tile, i, lanes);
+  // dx = rstd * (g - mean(g) - n * mean(g * n)), n = c * rstd
+  const auto row_mean = [&](Vec sums) { return set1(sum(sums) / static_cast<float>(D)); };
+  PerRow<R> slope = per_row(tile, [&](int r) { return row_mean(sum_gc[r]) * rstd[r] * rstd[r] * rstd[r]; });
+  PerRow<R> shared = per_row(tile, [&](int r) { return a.mean != nullptr ? row_mean(sum_g[r]) * rstd[r] : zero(); });
+  each_step_again(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
+    prefetch(tile, a.x + R * D, i);
+    prefetch(tile, a.dy + R * D, i);
     const auto weight = in_step(a.affine.weight, i, lanes);
-    V dx[2];
-    for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
-      const V modulated = V(part(dys, k)) * (one + part(scale, k));
-      const V g = kAffine ? modulated * part(weight, k) : modulated;
-      dx[k] = fnmadd(V(part(xs, k)) - mean, slope, fmsub(g, rstd, shared));
+    for (int r = 0; r < R; ++r) {
+      const auto dys = get(tile.row(a.dy, r) + i, lanes), xs = get(tile.row(a.x, r) + i, lanes);
+      const auto scale = either_step(a.scale, a.factor, r, i, lanes);
+      Two dx;
+      for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
+        const Vec u = kTokenScale ? part(dys, k) * (one + part(scale, k)) : part(dys, k);
+        const Vec g = kTokenScale ? (kAffine ? u * part(weight, k) : u) : u * part(scale, k);
+        const Vec c = part(xs, k) - mean[r];
+        dx.v[k] = fnmadd(c, slope[r], fmsub(g, rstd[r], shared[r]));
+      }
+      emit(i, r, dx, lanes);
     }
-    emit(i, dx, lanes);
+    step(i, lanes);
   });
 }
 
@@ -248,7 +278,7 @@ ZB_INLINE Partials modulate_partials(const LayerNormModulate& p, float* workspac
   const bool token_scale = is_per_token(p.scale);
   const bool wanted =
       p.dweight != nullptr || p.dbias != nullptr || p.dshift != nullptr || (p.dscale != nullptr && !token_scale);
-  return {wanted ? workspace : nullptr, wanted ? (token_scale ? 3 : 2) : 0, p.T, p.D};
+  return {workspace, wanted ? (token_scale ? 3 : 2) : 0, token_scale ? 0 : 1, p.T, p.D};
 }
 
 template <bool kAffine, bool kTokenScale, class T, class S>
@@ -268,6 +298,8 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
     const ModulateSums sums = {wants_un ? partials.sums(chunk, kSumUN) : nullptr,
                                wants_u ? partials.sums(chunk, kSumU) : nullptr,
                                wants_dy ? partials.sums(chunk, kSumExtra) : nullptr};
+    float* const factor = kTokenScale ? nullptr : partials.staged(chunk, 0);
+    if constexpr (!kTokenScale) stage_factor<kAffine>(dx, factor, D, scale.row(b, 0), affine.weight);
     partials.clear(chunk);
     for_row_tiles(t_end - t_begin, D, [&](int64_t r, auto tile) ZB_BODY {
       const int64_t t = t_begin + r, row = b * p.T + t, start = row * D;
@@ -277,15 +309,19 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
           static_cast<const T*>(p.dy) + start,
           p.rms ? nullptr : p.mean + row,
           p.rstd + row,
+          {factor, -1},
           scale.template tile<kTokenScale>(b, t),
           affine,
           sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
           {streamed ? nullptr : dx + start, nullptr}};
-      modulate_bwd_tile<kAffine>(tile, inputs, [&](int64_t i, const auto& grad, auto lanes) ZB_BODY {
-        put_tile(tile, dx + start + i, grad, lanes, streamed);
-      });
+      modulate_bwd_tile<kAffine>(
+          tile, inputs,
+          [&](int64_t i, int k, Two grad, auto lanes)
+              ZB_BODY { put_parts(tile.row(dx + start, k) + i, grad, lanes, streamed); },
+          [](int64_t, auto) ZB_BODY {});
     });
+    sums.unstage(dx, D);
   });
   const ModulateGrads grads = {p.dshift,    kTokenScale ? nullptr : static_cast<float*>(p.dscale),
                                p.dweight,   p.dbias,

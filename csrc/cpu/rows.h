@@ -17,6 +17,8 @@ constexpr int64_t kChunkRows = 64;
 constexpr int64_t kGrainElements = 32768;
 // A call that touches more than this many bytes writes past the caches: its output would be evicted before it is read.
 constexpr int64_t kStreamBytes = int64_t{12} << 20;
+// Rows that backward walks in step: they share the loads of operands and the sums over tokens.
+constexpr int kRowsInStep = 4;
 // Addends in a row before a sum is put aside: long fp32 sums lose a bit with every fourfold of their length.
 constexpr int64_t kCascade = 16;
 
@@ -113,15 +115,7 @@ struct OperandRow {
 template <bool kToken, class M>
 struct OperandTile {
   const M* p;
-  int64_t stride_t, mask;
-  template <class Tile, class Lanes>
-  ZB_INLINE auto at(Tile tile, int64_t i, Lanes lanes) const {
-    if constexpr (kToken) {
-      return with_stride(tile, stride_t).load(p + i, lanes);
-    } else {
-      return load(p + (i & mask), lanes);
-    }
-  }
+  int64_t stride_t;
 };
 
 template <class M>
@@ -131,7 +125,7 @@ struct Operand {
   ZB_INLINE OperandRow<M> row(int64_t b, int64_t t) const { return {p + b * stride_b + t * stride_t, mask}; }
   template <bool kToken>
   ZB_INLINE OperandTile<kToken, M> tile(int64_t b, int64_t t) const {
-    return {p + b * stride_b + t * stride_t, stride_t, mask};
+    return {p + b * stride_b + t * stride_t, stride_t};
   }
 };
 
@@ -184,36 +178,41 @@ ZB_INLINE void each_chunk(ParallelFor run, int64_t B, int64_t T, int64_t D, cons
   });
 }
 
-// Starts loading the lines of column i of later rows: the hardware follows one forward walk per array, but loses it
-// when a row is walked twice.
-template <class T>
-ZB_INLINE void prefetch(OneRow, const T* row, int64_t i) {
-  _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
-}
-template <class T>
-ZB_INLINE void prefetch(FourRows tile, const T* row, int64_t i) {
-  for (int k = 0; k < 4; ++k) prefetch(OneRow{}, row + k * tile.stride, i);
+// R rows in step, `stride` elements apart, and a vector for each of them.
+template <int R>
+struct RowTile {
+  static constexpr int rows = R;
+  int64_t stride;
+  template <class T>
+  ZB_INLINE T* row(T* first, int r) const {
+    return first + r * stride;
+  }
+};
+template <int R>
+struct PerRow {
+  Vec v[R];
+  ZB_INLINE Vec& operator[](int r) { return v[r]; }
+};
+template <int R, class F>
+ZB_INLINE PerRow<R> per_row(RowTile<R>, const F& f) {
+  PerRow<R> out;
+  for (int r = 0; r < R; ++r) out[r] = f(r);
+  return out;
 }
 
-// One number for each row of a tile.
-ZB_INLINE Wide per_row(FourRows, const float* p) {
-  return each([&](int k) { return set1(p[k]); });
-}
-ZB_INLINE Vec per_row(OneRow, const float* p) { return set1(*p); }
-
-// The mean of each row from its lanes' sums.
-ZB_INLINE Vec row_mean(Vec sums, int64_t D) { return set1(sum(sums) / static_cast<float>(D)); }
-ZB_INLINE Wide row_mean(Wide sums, int64_t D) {
-  return each([&](int k) { return row_mean(sums.v[k], D); });
+// body(row, tile) over [0, rows), in order.
+template <class Body>
+ZB_INLINE void for_row_tiles(int64_t rows, int64_t stride, const Body& body) {
+  int64_t row = 0;
+  for (; row + kRowsInStep <= rows; row += kRowsInStep) body(row, RowTile<kRowsInStep>{stride});
+  for (; row < rows; ++row) body(row, RowTile<1>{stride});
 }
 
-template <class T, class Lanes>
-ZB_INLINE void put_rows(OneRow, T* p, Vec a, Lanes lanes, bool streamed) {
-  put(p, a, lanes, streamed);
-}
-template <class T, class Lanes>
-ZB_INLINE void put_rows(FourRows tile, T* p, Wide a, Lanes lanes, bool streamed) {
-  for (int k = 0; k < 4; ++k) put(p + k * tile.stride, a.v[k], lanes, streamed);
+// Starts loading the lines of column i of a tile: the hardware follows one forward walk per array, but loses it when a
+// row is walked twice.
+template <int R, class T>
+ZB_INLINE void prefetch(RowTile<R> tile, const T* first, int64_t i) {
+  for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(tile.row(first, r) + i), _MM_HINT_T0);
 }
 
 // Streaming needs every row of the output to start on the boundary of a whole vector register.
@@ -236,18 +235,20 @@ ZB_INLINE Vec sum_partials(const float* p, int64_t count, int64_t stride, Lanes 
   return total;
 }
 
-// The workspace of a reduction over tokens: for every chunk `slots` rows of D sums. Tiles add up four rows before they
-// touch them, so that a chunk is no more than kCascade addends.
+// The workspace of a reduction over tokens: for every chunk `summed` rows of D sums and `staged` rows of operands as
+// the rows of the chunk read them. Tiles add up four rows before they touch the sums, so that a chunk is no more than
+// kCascade addends.
 struct Partials {
-  float* workspace;  // null: nothing is wanted
-  int64_t slots, T, D;
+  float* workspace;
+  int64_t summed, staged_rows, T, D;
   static_assert(kChunkRows <= 4 * kCascade, "the sums of a chunk would be too long");
 
-  ZB_INLINE int64_t chunk_size() const { return slots * D; }
+  ZB_INLINE int64_t chunk_size() const { return (summed + staged_rows) * D; }
   ZB_INLINE int64_t size(int64_t B) const { return B * chunks_per_sample(T) * chunk_size(); }
   ZB_INLINE float* sums(int64_t chunk, int64_t slot) const { return workspace + chunk * chunk_size() + slot * D; }
+  ZB_INLINE float* staged(int64_t chunk, int64_t slot) const { return sums(chunk, summed + slot); }
   ZB_INLINE void clear(int64_t chunk) const {
-    if (workspace != nullptr) std::memset(sums(chunk, 0), 0, static_cast<size_t>(chunk_size()) * sizeof(float));
+    if (summed > 0) std::memset(sums(chunk, 0), 0, static_cast<size_t>(summed * D) * sizeof(float));
   }
 
   // Over the chunks of sample b.

@@ -124,14 +124,25 @@ ZB_INLINE void hold(float* p, Two a, Pair) {
 
 // f(i, lanes) over [0, D) for rows of T: by pairs, where they are bf16, as long as it goes.
 template <class T, class F>
-ZB_INLINE void each_step(T*, int64_t D, const F& f) {
+ZB_INLINE void each_step(const T*, int64_t D, const F& f) {
   each_column(0, D, f);
 }
 template <class F>
-ZB_INLINE void each_step(bf16*, int64_t D, const F& f) {
+ZB_INLINE void each_step(const bf16*, int64_t D, const F& f) {
   int64_t i = 0;
   for (; i + 2 * kLanes <= D; i += 2 * kLanes) f(i, Pair{});
   for (; i < D; i += kLanes) f(i, static_cast<int>(D - i < kLanes ? D - i : kLanes));
+}
+// The same a second time: from the end, for long rows of fp32 have pushed their beginning out of L1.
+template <class T, class F>
+ZB_INLINE void each_step_again(const T*, int64_t D, const F& f) {
+  int64_t i = D / kLanes * kLanes;
+  if (i < D) f(i, static_cast<int>(D - i));
+  while (i > 0) f(i -= kLanes, All{});
+}
+template <class F>
+ZB_INLINE void each_step_again(const bf16* type, int64_t D, const F& f) {
+  each_step(type, D, f);
 }
 
 // A step of a row of fp32 in the order of those of a row of T, ready for round_pair().
@@ -146,68 +157,33 @@ ZB_INLINE Vec in_step(OperandRow<float> row, int64_t i, Lanes lanes) {
   return row.at(i, lanes);
 }
 
-// The same of a tile of rows; what is one row for all of them stays a Vec to a part.
-struct FourBits {
-  Bits v[4];
-};
-template <class Tile, class T, class Lanes>
-ZB_INLINE auto get_rows(Tile tile, const T* p, Lanes lanes) {
-  return tile.load(p, lanes);
-}
-ZB_INLINE Bits get_rows(OneRow, const bf16* p, Pair) { return load_bits(p); }
-ZB_INLINE FourBits get_rows(FourRows tile, const bf16* p, Pair) {
-  return {{load_bits(p), load_bits(p + tile.stride), load_bits(p + 2 * tile.stride), load_bits(p + 3 * tile.stride)}};
-}
-ZB_INLINE Wide part(const Wide& a, int) { return a; }
-ZB_INLINE Wide part(const FourBits& a, int k) {
-  return each([&](int row) { return part(a.v[row], k); });
-}
-template <class Tile, class Lanes>
-ZB_INLINE auto operand_rows(const OperandTile<false, float>& a, Tile, int64_t i, Lanes lanes) {
-  return in_step(OperandRow<float>{a.p, a.mask}, i, lanes);
-}
-template <class Tile, class T, class Lanes>
-ZB_INLINE auto operand_rows(const OperandTile<true, T>& a, Tile tile, int64_t i, Lanes lanes) {
-  return get_rows(with_stride(tile, a.stride_t), a.p + i, lanes);
-}
-
-template <class T, class V, class Lanes>
-ZB_INLINE void put_tile(OneRow tile, T* p, const V (&a)[2], Lanes lanes, bool streamed) {
-  put_rows(tile, p, a[0], lanes, streamed);
-}
-template <class T, class V, class Lanes>
-ZB_INLINE void put_tile(FourRows tile, T* p, const V (&a)[2], Lanes lanes, bool streamed) {
-  put_rows(tile, p, a[0], lanes, streamed);
-}
-ZB_INLINE void put_tile(OneRow, bf16* p, const Vec (&a)[2], Pair, bool streamed) {
-  put_parts(p, {{a[0], a[1]}}, Pair{}, streamed);
-}
-ZB_INLINE void put_tile(FourRows tile, bf16* p, const Wide (&a)[2], Pair, bool streamed) {
-  for (int k = 0; k < 4; ++k) put_parts(p + k * tile.stride, {{a[0].v[k], a[1].v[k]}}, Pair{}, streamed);
-}
-
-// Adds a step to a row of accumulators, which stay in memory's order.
-template <class Lanes>
-ZB_INLINE void accumulate_parts(float* acc, int64_t i, Two a, Lanes lanes) {
-  accumulate(acc, i, a.v[0], lanes);
-}
-ZB_INLINE void accumulate_parts(float* acc, int64_t i, Two a, Pair) {
-  const Two b = interleave(a);
-  accumulate(acc, i, b.v[0], All{});
-  accumulate(acc, i + kLanes, b.v[1], All{});
-}
-
-// Steps of a tile with sums of its own per row: the sixteen registers of AVX2 are too few for pairs of four rows.
-template <class T, class F>
-ZB_INLINE void each_tile_step(const T* type, int64_t D, const F& f) {
-  if constexpr (kLanes == 16) {
-    each_step(const_cast<T*>(type), D, f);
+// What row r of a tile has at a step: of an operand with a row for each token, or of one row for all of them, staged.
+template <bool kToken, class M, class Lanes>
+ZB_INLINE auto either_step(const OperandTile<kToken, M>& a, OperandRow<float> staged, int r, int64_t i, Lanes lanes) {
+  if constexpr (kToken) {
+    return get(a.p + r * a.stride_t + i, lanes);
   } else {
-    each_column(0, D, f);
+    return get(staged.p + (i & staged.mask), lanes);
   }
 }
 
-// An operand row of fp32 as the rows of T read it.
+// Adds a step to a row of accumulators in the order of the steps, and brings such a row back into memory's.
+template <class Lanes>
+ZB_INLINE void accumulate_step(float* acc, int64_t i, Two a, Lanes lanes) {
+  accumulate(acc, i, a.v[0], lanes);
+}
+ZB_INLINE void accumulate_step(float* acc, int64_t i, Two a, Pair) {
+  accumulate(acc, i, a.v[0], All{});
+  accumulate(acc, i + kLanes, a.v[1], All{});
+}
+template <class T>
+ZB_INLINE void unstage(T* type, float* row, int64_t D) {
+  each_step(type, D, [&](int64_t i, auto lanes) ZB_BODY {
+    if constexpr (kParts<decltype(lanes)> == 2) hold(row + i, interleave(get(row + i, lanes)), lanes);
+  });
+}
+
+// A row of fp32 in the order of the steps of rows of T.
 template <class T>
 ZB_INLINE void stage(T* type, float* to, OperandRow<float> row, int64_t D) {
   each_step(type, D, [&](int64_t i, auto lanes) ZB_BODY { hold(to + i, in_step(row, i, lanes), lanes); });

@@ -224,30 +224,6 @@ struct FourRows {
     for (int k = 0; k < 4; ++k) zeroblock::store(p + k * stride, a.v[k], lanes);
   }
 };
-struct OneRow {
-  template <class T, class Lanes>
-  ZB_INLINE Vec load(const T* p, Lanes lanes) const {
-    return zeroblock::load(p, lanes);
-  }
-  template <class T, class Lanes>
-  ZB_INLINE void store(T* p, Vec a, Lanes lanes) const {
-    zeroblock::store(p, a, lanes);
-  }
-};
-
-// The same rows of an operand whose rows are `stride` apart.
-ZB_INLINE FourRows with_stride(FourRows, int64_t stride) { return {stride}; }
-ZB_INLINE OneRow with_stride(OneRow, int64_t) { return {}; }
-ZB_INLINE int64_t rows_of(FourRows) { return 4; }
-ZB_INLINE int64_t rows_of(OneRow) { return 1; }
-
-// body(row, FourRows or OneRow) over [0, rows), in order.
-template <class Body>
-ZB_INLINE void for_row_tiles(int64_t rows, int64_t stride, const Body& body) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) body(row, FourRows{stride});
-  for (; row < rows; ++row) body(row, OneRow{});
-}
 
 }  // namespace
 }  // namespace zeroblock
