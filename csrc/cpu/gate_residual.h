@@ -111,6 +111,7 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
       each_step(dbranch, D, [&](int64_t i, auto lanes) ZB_BODY {
         constexpr int parts = kParts<decltype(lanes)>;
         Two sums = {{zero(), zero()}};
+#pragma GCC unroll 4
         for (int k = 0; k < tile.rows; ++k) {
           const auto d = get(tile.row(dy, k) + i, lanes);
           Two out;

@@ -182,6 +182,7 @@ ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale
     constexpr int parts = kParts<decltype(lanes)>;
     Two un = {{zero(), zero()}}, sum_u = un, sum_dy = un, dscale = un;
     const auto weight = in_step(a.affine.weight, i, lanes), bias = in_step(a.affine.bias, i, lanes);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const auto dys = get(tile.row(a.dy, r) + i, lanes), xs = get(tile.row(a.x, r) + i, lanes);
       const auto scale = either_step(a.scale, a.factor, r, i, lanes);
@@ -213,6 +214,7 @@ ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale
     prefetch(tile, a.x + R * D, i);
     prefetch(tile, a.dy + R * D, i);
     const auto weight = in_step(a.affine.weight, i, lanes);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const auto dys = get(tile.row(a.dy, r) + i, lanes), xs = get(tile.row(a.x, r) + i, lanes);
       const auto scale = either_step(a.scale, a.factor, r, i, lanes);
