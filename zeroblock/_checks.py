@@ -5,6 +5,7 @@ TypeError for the wrong kind of thing, ValueError for a wrong value. The checks 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from typing import Any
 
@@ -87,15 +88,15 @@ def modulated(op: str, x: Tensor, shift: Tensor | None, scale: Tensor | None, ep
     eps_value(op, eps)
 
 
-def gate(op: str, gate: Tensor, branch: Tensor) -> None:
-    """[1] for a branch of any shape; [D], [B, D] or [B, T, D] for a branch [B, T, D]."""
-    if branch.dim() == 0:
-        raise fail(op, "branch", "have at least one dimension", list(branch.shape))
+def gate(op: str, gate: Tensor, size: Sequence[int]) -> None:
+    """[1] for a branch of any size; [D], [B, D] or [B, T, D] for one of [B, T, D]."""
+    if len(size) == 0:
+        raise fail(op, "branch", "have at least one dimension", list(size))
     if gate.dim() == 1 and gate.shape[0] == 1:
         return
-    if branch.dim() != 3:
+    if len(size) != 3:
         raise fail(op, "gate", "have shape [1] unless branch is [B, T, D]", list(gate.shape))
-    B, T, D = branch.shape
+    B, T, D = size
     if tuple(gate.shape) not in ((D,), (B, D), (B, T, D)):
         raise fail(op, "gate", f"have shape [1], [D], [B, D] or [B, T, D] for branch {[B, T, D]}", list(gate.shape))
 

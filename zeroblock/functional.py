@@ -184,7 +184,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     op = "gate_residual"
     _checks.floating(op, 3, residual=residual, gate=gate, branch=branch)
     _checks.same_shape(op, "branch", branch, "residual", residual.shape)
-    _checks.gate(op, gate, branch)
+    _checks.gate(op, gate, branch.shape)
     if zero.transforms_active():
         return ref.gate_residual(residual, gate, branch)
     return call(ops.gate_residual, residual, gate, branch)
@@ -203,7 +203,7 @@ def gate_residual_layer_norm_modulate(
     _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
     _checks.tokens(op, "branch", branch)
     _checks.same_shape(op, "residual", residual, "branch", branch.shape)
-    _checks.gate(op, gate, branch)
+    _checks.gate(op, gate, branch.shape)
     _checks.modulation(op, branch, shift=shift, scale=scale)
     _checks.eps_value(op, eps)
     if zero.transforms_active():
@@ -265,7 +265,7 @@ def linear_gate_residual(
     if residual is not None:
         _checks.same_shape(op, "residual", residual, "the output", size)
     if gate is not None:
-        _checks.gate(op, gate, h.new_empty(1).expand(size))
+        _checks.gate(op, gate, size)
     weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
