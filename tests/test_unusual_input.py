@@ -67,20 +67,13 @@ def test_smallest_sizes(backend, device, op, sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shape", ((1,), (2, 40), (2, 5, 40)), ids=str)
-def test_nan_with_any_payload_stays_nan(backend, device, shape, dtype):
+def test_nan_with_any_payload_stays_nan(backend, device, dtype):
     """All bits set below the sign: rounding that looks at the lower half alone would carry into the sign, to -0."""
-    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32).expand(shape).clone()
-    if shape == (2, 5, 40):  # of the activations' dtype
-        nan = nan.to(dtype)
-    residual, branch = (torch.randn(2, 5, 40, device=device).to(dtype).requires_grad_() for _ in range(2))
-    y = zb.gate_residual(residual, nan, branch)
-    (dbranch,) = torch.autograd.grad(y, branch, torch.ones_like(y))
-    assert y.isnan().all() and dbranch.isnan().all()
-    if shape != (1,):
-        y = zb.layer_norm_modulate(branch, nan, nan)
-        (dx,) = torch.autograd.grad(y, branch, torch.ones_like(y))
-        assert y.isnan().all() and dx.isnan().all()
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32).expand(2, 40).clone()
+    x = torch.randn(2, 5, 40, device=device).to(dtype).requires_grad_()
+    y = zb.layer_norm_modulate(x, nan, nan)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y.isnan().all() and dx.isnan().all()
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -84,8 +84,7 @@ enum class GateForm { kSample, kToken, kScalar };
 template <GateForm kForm, class T, class M>
 void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   const int64_t D = p.D, chunks = p.B * chunks_per_sample(p.T);
-  const float number = p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f;
-  const ConstantRow scalar(number == number ? number : __builtin_nanf(""));  // ready for round_pair()
+  const ConstantRow scalar(p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f);
   const Operand<M> gate = operand(p.gate, reinterpret_cast<const M*>(scalar.lanes));
   const bool wants_dgate = p.dgate != nullptr;
   T* const dbranch = static_cast<T*>(p.dbranch);
