@@ -17,10 +17,10 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "zeroblock/__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "zeroblock/_version.py").read_text()).group(1)
 # The oldest torch whose stable ABI the extension uses (2.13), in the encoding of TORCH_TARGET_VERSION.
 TORCH_TARGET_VERSION = "0x020d000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -185,14 +185,7 @@ def extension() -> dict:
 
 setup(
     version=VERSION,
-    packages=[
-        "zeroblock",
-        "zeroblock.convert",
-        "zeroblock.doctor",
-        "zeroblock.kernels",
-        "zeroblock.nn",
-        "zeroblock.testing",
-    ],
+    packages=[*find_packages(include=["zeroblock", "zeroblock.*"]), "zeroblock.kernels"],
     package_dir={"zeroblock": "zeroblock", "zeroblock.kernels": "kernels"},
     package_data={"zeroblock": ["py.typed"], "zeroblock.doctor": ["report.html"]},
     **extension(),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from zeroblock._plan_measure import cpu_model
+from zeroblock.plan.measure import cpu_model
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

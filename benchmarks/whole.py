@@ -19,8 +19,8 @@ from cases import MODES, Case, Work
 from torch import Tensor, nn
 
 import zeroblock as zb
-from zeroblock import models
 from zeroblock.testing import eager
+from zeroblock.tools import models
 
 try:
     import diffusers

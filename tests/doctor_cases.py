@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zeroblock import models
 from zeroblock.testing import eager
 from zeroblock.testing.eager import zero_module
+from zeroblock.tools import models
 
 
 def constant(module, value):

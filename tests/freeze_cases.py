@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock import _packed, testing
+from zeroblock import testing
+from zeroblock.steps import packed as _packed
 from zeroblock.testing import eager
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}

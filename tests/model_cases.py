@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import zeroblock as zb
 from zeroblock import testing
 from zeroblock.convert import Report
-from zeroblock.convert._proof import _tensors as outputs
+from zeroblock.convert.proof import _tensors as outputs
 
 from .block_cases import Results, assert_within_budget
 

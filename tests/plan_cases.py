@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from zeroblock import _plan
-from zeroblock._plan import PlannedOp
-from zeroblock._plan_measure import bucket
+from zeroblock.plan import planned as _plan
+from zeroblock.plan.measure import bucket
+from zeroblock.plan.planned import PlannedOp
 
 
 class FakeTimer:

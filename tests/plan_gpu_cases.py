@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zeroblock as zb
-from zeroblock import _backends, _gpu, _gpu_convs, _gpu_gemms, _library, _plan, zero
-from zeroblock._plan import PlannedOp
+from zeroblock import zero
+from zeroblock.backends import available as _backends
+from zeroblock.backends import eager as _library
+from zeroblock.backends.gpu import convs as _gpu_convs
+from zeroblock.backends.gpu import gemms as _gpu_gemms
+from zeroblock.backends.gpu import norms_gates as _gpu
+from zeroblock.plan import planned as _plan
+from zeroblock.plan.planned import PlannedOp
 from zeroblock.reference import dropout_keep, is_zero, modulation
 
 from .plan_cases import FakeTimer

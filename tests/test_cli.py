@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock import _bench, cli
+from zeroblock import cli
 from zeroblock.doctor import random_target_loss, text
+from zeroblock.tools import bench as _bench
 
 FACTORIES = """
 import torch
@@ -213,8 +214,8 @@ def test_bench(folder, monkeypatch, capsys):
 
 def test_bench_measures_the_models_it_is_given():
     """Saved bytes and equality of eager's DiT and zeroblock's, which have the same parameters."""
-    from zeroblock import models
     from zeroblock.testing import eager
+    from zeroblock.tools import models
 
     before = models.DiT(eager, hidden_size=48, depth=1, num_heads=2)
     after = models.DiT(zb.nn, hidden_size=48, depth=1, num_heads=2)

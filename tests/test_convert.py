@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock import _backends
+from zeroblock.backends import available as _backends
 from zeroblock.testing import eager
 
 from .convert_cases import Net, example, guided_block, is_skipping

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock.convert import _proof, _transformer, diffusers_adaln, diffusers_mmdit, diffusers_resnet
+from zeroblock.convert import proof as _proof
+from zeroblock.convert.families import adaln as _transformer
+from zeroblock.convert.families import diffusers_adaln, diffusers_mmdit, diffusers_resnet
 
 from .model_cases import Case, accelerated, check, drawn, evaluate, infer, normal, prepared, rows, three_tests
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock import testing
-from zeroblock.convert._core import FAMILIES
+from zeroblock.convert.family import FAMILIES
 
 from .model_cases import Case, accelerated, infer, normal, outputs, prepared, three_tests
 from .test_convert_diffusers_models import CONDITIONED, MODELS, UNET, Controlled, conditions, diffusers, flux_inputs

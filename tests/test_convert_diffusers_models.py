@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock.convert import _proof, diffusers_adaln
-from zeroblock.convert._core import FAMILIES
+from zeroblock.convert import proof as _proof
+from zeroblock.convert.families import diffusers_adaln
+from zeroblock.convert.family import FAMILIES
 
 from .model_cases import Case, check, evaluate, normal, rows, three_tests
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import zeroblock as zb
-from zeroblock import models
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters, rounding
+from zeroblock.tools import models
 
 from . import test_convert_edm, test_convert_guided, test_convert_others
 from .convert_cases import assert_same_gradients, outputs, randomize_, run

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroblock import _cuda
+from zeroblock.backends import cuda as _cuda
 
 from .simt import emulated, static
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zeroblock import _cuda
+from zeroblock.backends import cuda as _cuda
 from zeroblock.testing import assert_bitwise_equal, poison_empty, use_backend
 from zeroblock.testing.cases import Case
 from zeroblock.testing.draw import Draw

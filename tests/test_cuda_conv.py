@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zeroblock import _cuda
+from zeroblock.backends import cuda as _cuda
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty
 from zeroblock.testing.draw import Draw
 

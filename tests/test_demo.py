@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from zeroblock import demo
 from zeroblock import nn as fused
+from zeroblock.tools import demo
 
 MISSING = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
 needs_extra = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install zeroblock[demo]")
@@ -18,7 +18,7 @@ needs_extra = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSIN
 @needs_extra
 def test_demo_quick(tmp_path):
     picture = tmp_path / "picture.png"
-    command = [sys.executable, "-m", "zeroblock.demo", "--quick", "--out", str(picture)]
+    command = [sys.executable, "-m", "zeroblock.tools.demo", "--quick", "--out", str(picture)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # spinning threads crawl when others share the cores
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock import _backends, zero
+from zeroblock import zero
+from zeroblock.backends import available as _backends
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty, use_backend
 from zeroblock.testing.draw import Draw
 
@@ -21,7 +22,7 @@ if MISSING is not None:
 
 from zeroblock.kernels import _launch  # noqa: E402
 
-from zeroblock import _triton  # noqa: E402
+from zeroblock.backends import triton as _triton  # noqa: E402
 
 DEVICE = "cpu" if _backends.interprets() else "cuda"
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-import zeroblock.models
 import zeroblock.testing
 from zeroblock.doctor import random_target_loss
 from zeroblock.testing import eager
+from zeroblock.tools import models
 
 _spec = importlib.util.spec_from_file_location("doctor_cases", Path(__file__).with_name("doctor_cases.py"))
 cases = importlib.util.module_from_spec(_spec)
@@ -58,7 +58,7 @@ def test_guided_unet():
 @pytest.mark.parametrize("blocks", [eager, zb.nn], ids=["eager", "zeroblock"])
 def test_dit(blocks):
     _, batch = cases.dit()
-    d = zb.doctor(zb.models.DiT(blocks, hidden_size=48, depth=2, num_heads=2), batch)
+    d = zb.doctor(models.DiT(blocks, hidden_size=48, depth=2, num_heads=2), batch)
     steps = steps_of(d)
     assert d.healthy
     second = ("blocks.0.adaLN", "blocks.1.adaLN", "final_layer.adaLN", "x_embedder")
@@ -163,7 +163,7 @@ def test_longer_chains_than_steps():
 
 def test_branches_are_those_that_zeroblock_skips():
     """The branches the doctor names against the counters of the blocks that run."""
-    model, batch = zb.models.UNet(zb.nn, model_channels=32, channel_mult=(1, 2), num_heads=2), cases.diffusion_batch()
+    model, batch = models.UNet(zb.nn, model_channels=32, channel_mult=(1, 2), num_heads=2), cases.diffusion_batch()
     holders = {name for b in zb.doctor(model, batch).savings.branches for name in b.parameters}
     zb.testing.reset_counters()
     with torch.no_grad():

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import zeroblock as zb
-from zeroblock import _conv, _linear, _packed, _plan, _winograd, testing
+from zeroblock import testing
+from zeroblock.plan import planned as _plan
+from zeroblock.steps import conv as _conv
+from zeroblock.steps import linear as _linear
+from zeroblock.steps import packed as _packed
+from zeroblock.steps import winograd as _winograd
 
 from .freeze_cases import DTYPES, LAYOUTS, blocks, compare, needs_onednn, randomise
 from .freeze_cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
@@ -161,7 +166,7 @@ def test_a_whole_model(packed_runs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [64, 1536])
 def test_activations_after_packed_linears(features, dtype, activation, packed_runs):
-    from zeroblock.nn import _common
+    from zeroblock.blocks import layers as _common
     from zeroblock.reference import apply_activation
 
     layer = randomise(nn.Linear(features, 96)).to(DTYPES[dtype])

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock import _packed, testing
+from zeroblock import testing
+from zeroblock.steps import packed as _packed
 
 from .freeze_cases import LAYOUTS, blocks, call, compare, frozen_layers, model_and_input, needs_onednn, randomise
 from .freeze_cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
@@ -98,7 +99,8 @@ def test_zero_layers_fold_to_their_bias(layout, bias):
 
 
 def test_zero_branches_are_decided_once(monkeypatch):
-    from zeroblock import _backends, zero
+    from zeroblock import zero
+    from zeroblock.backends import available as _backends
 
     torch.manual_seed(0)
     block, dit = zb.nn.ResBlock(32, 16, 0.0).eval(), zb.nn.DiTBlock(32, 2).eval()

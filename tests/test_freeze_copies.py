@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock import _conv, _packed, _plan, testing
+from zeroblock import testing
+from zeroblock.plan import planned as _plan
+from zeroblock.steps import conv as _conv
+from zeroblock.steps import packed as _packed
 
 from .freeze_cases import LAYOUTS, call, compare, frozen_layers, model_and_input, needs_onednn, randomise
 from .freeze_cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroblock import _backends
+from zeroblock.backends import available as _backends
 from zeroblock.testing import CPU_MISSING, use_backend
 from zeroblock.testing.cases import CASES, DTYPES
 from zeroblock.testing.parity import assert_deterministic, assert_parity
@@ -83,7 +83,7 @@ def avx2_library(tmp_path_factory):
 @pytest.fixture
 def avx2(avx2_library, monkeypatch):
     """The cpu backend on the AVX2 kernels."""
-    module = importlib.import_module("zeroblock._cpu")
+    module = importlib.import_module("zeroblock.backends.cpu")
     replaced = 0
     for name, op in vars(module).copy().items():
         if isinstance(op, torch._ops.OpOverload) and op.namespace == "zeroblock":

@@ -13,13 +13,14 @@ import torch
 from torch.autograd.profiler import profile
 
 import zeroblock as zb
-from zeroblock import _plan, _winograd
+from zeroblock.plan import planned as _plan
+from zeroblock.steps import winograd as _winograd
 from zeroblock.testing import CPU_MISSING, eager, use_backend
 
 if CPU_MISSING is not None:
     pytestmark = pytest.mark.skip(reason=f"the cpu backend cannot run: {CPU_MISSING}")
 else:
-    from zeroblock import _cpu
+    from zeroblock.backends import cpu as _cpu
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 SHAPE = (4, 64, 24, 24)  # larger than any weight of the block

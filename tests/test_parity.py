@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import zeroblock as zb
-from zeroblock import _backends
+from zeroblock.backends import available as _backends
 from zeroblock.testing.cases import CASES, DTYPES, Case
 from zeroblock.testing.draw import Draw
 from zeroblock.testing.parity import assert_parity, evaluate, floating, leaves

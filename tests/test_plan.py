@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock import _conv, _plan, testing
-from zeroblock._plan_measure import bucket, choose, measure
+from zeroblock import testing
+from zeroblock.plan import planned as _plan
+from zeroblock.plan.measure import bucket, choose, measure
+from zeroblock.steps import conv as _conv
 
 from .plan_cases import BIG, FakeTimer, chosen, double, never, x3, x4
 
@@ -62,7 +64,7 @@ def test_candidates_are_timed_in_turns():
 
 def test_a_slow_measurement_ends_early(monkeypatch):
     clock = iter(float(i) for i in range(1000))
-    monkeypatch.setattr("zeroblock._plan_measure.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("zeroblock.plan.measure.time.perf_counter", lambda: next(clock))
     calls: list[str] = []
     measure({n: lambda: None for n in "ab"}, CPU, lambda name, run, device: calls.append(name) or 1.0)
     assert len(calls) == 2 * 3

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock import _backends, _gpu, _plan, _plan_measure, _plan_store, zero
+from zeroblock import zero
+from zeroblock.backends import available as _backends
+from zeroblock.backends.gpu import norms_gates as _gpu
+from zeroblock.plan import measure as _plan_measure
+from zeroblock.plan import planned as _plan
+from zeroblock.plan import store as _plan_store
 from zeroblock.testing import assert_bitwise_equal
 
 from .plan_cases import FakeTimer, never

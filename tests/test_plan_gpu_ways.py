@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock import _backends, _gpu_gemms, _plan
+from zeroblock.backends import available as _backends
+from zeroblock.backends.gpu import gemms as _gpu_gemms
+from zeroblock.plan import planned as _plan
 from zeroblock.testing.cases import CASES, Case
 from zeroblock.testing.parity import assert_parity
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock import _backends, _plan, _plan_measure
+from zeroblock.backends import available as _backends
+from zeroblock.plan import measure as _plan_measure
+from zeroblock.plan import planned as _plan
 
 from .plan_gpu_cases import OPTIONS, TAKEN, Timer, inputs, ops, run, tails
 from .plan_gpu_cases import backends_fixture as _backends_fixture  # noqa: F401  (the tests' `backends`)

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from zeroblock import _plan, _plan_store
-from zeroblock._plan_store import Entry, Store
+from zeroblock.plan import planned as _plan
+from zeroblock.plan import store as _plan_store
+from zeroblock.plan.store import Entry, Store
 
 from .plan_cases import BIG, FakeTimer, chosen, double, never, x4
 
@@ -103,7 +104,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 WRITERS = """
 import os, sys
 from pathlib import Path
-from zeroblock._plan_store import Entry, Store
+from zeroblock.plan.store import Entry, Store
 
 def write(n):
     for i in range(20):

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock import _backends, _conv, _linear, _plan, testing
+from zeroblock import testing
+from zeroblock.backends import available as _backends
+from zeroblock.plan import planned as _plan
+from zeroblock.steps import conv as _conv
+from zeroblock.steps import linear as _linear
 
 from .plan_cases import FakeTimer
 

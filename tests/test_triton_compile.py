@@ -6,7 +6,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from zeroblock import _backends, ops, zero
+from zeroblock import ops, zero
+from zeroblock.backends import available as _backends
 from zeroblock.testing import use_backend
 
 from .op_calls import backward_calls, forward_calls, maker

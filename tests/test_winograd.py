@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zeroblock import _winograd
+from zeroblock.steps import winograd as _winograd
 from zeroblock.testing import CPU_MISSING, assert_bitwise_equal, poison_empty, saved_activation_bytes, use_backend
 from zeroblock.testing.cases import IMAGES, Case
 from zeroblock.testing.draw import Draw
@@ -15,7 +15,7 @@ from zeroblock.testing.parity import assert_deterministic, assert_parity
 if CPU_MISSING is not None:
     pytestmark = pytest.mark.skip(reason=f"the cpu backend cannot run: {CPU_MISSING}")
 else:
-    from zeroblock import _cpu as P
+    from zeroblock.backends import cpu as P
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 layouts = pytest.mark.parametrize("layout", FORMATS, ids=("nchw", "nhwc"))
@@ -239,7 +239,7 @@ def test_the_rule(called, fast):
     ]  # fmt: skip
     assert not any(refused)
     with use_backend("reference"):
-        from zeroblock import _plain
+        from zeroblock.backends import reference as _plain
 
         assert not choose(2, 64, 32, 32, primitives=_plain)
     grouped = torch.empty(64, 32, 3, 3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zeroblock import _backends
+from zeroblock.backends import available as _backends
 from zeroblock.testing import CPU_MISSING
 
 from .zero_cases import same

@@ -7,6 +7,7 @@ modules; while the last weight (or gate) of a residual branch is exactly zero, t
 from . import nn
 from ._explain import explain, info
 from ._freeze import FreezeReport, freeze, unfreeze
+from ._version import __version__ as __version__
 from .convert import accelerate, restore
 from .doctor import doctor
 from .functional import (
@@ -21,8 +22,6 @@ from .functional import (
     linear_gate_residual,
     rms_norm_modulate,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "accelerate",

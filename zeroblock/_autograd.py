@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _lane, _plain, ops
+from . import _lane, ops
 from . import reference as ref
 from ._lane import call
+from .backends import reference as _plain
 
 MaybeTensor = Tensor | None
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _backends, zero
-from ._conv import CONV, CONV_BWD, conv_grads, unit_geometry
+from . import zero
 from ._layout import channels_last_format
-from ._norm_conv import NORM_CONV, NORM_CONV_BWD, hidden
+from .backends import available as _backends
 from .reference import channel_view, dropout_keep
+from .steps.conv import CONV, CONV_BWD, conv_grads, unit_geometry
+from .steps.norm_conv import NORM_CONV, NORM_CONV_BWD, hidden
 
 EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import zero
 from ._compose import EXECUTED, ZERO_GATE, ZERO_WEIGHT, _host_verdict, _verdict, _zeros, bare_residual, planned
-from ._conv import add_residual
 from .reference import modulation
+from .steps.conv import add_residual
 
 
 def linear_grads(P, dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool, mask: list[bool]):

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends, _checks, _plan, functional, zero
+from . import _checks, functional, zero
 from ._compose import planned
-from ._conv import CONV, unit_geometry
 from ._explain_gpu import explain_gpu
-from ._linear import LINEAR
-from ._norm_conv import NORM_CONV
+from .backends import available as _backends
+from .plan import planned as _plan
+from .steps.conv import CONV, unit_geometry
+from .steps.linear import LINEAR
+from .steps.norm_conv import NORM_CONV
 
 _HAS_ZERO_PATH = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual")
 
@@ -54,7 +56,7 @@ def _why_library(op: str, a: dict[str, Any], plans: tuple[_plan.Explanation, ...
 
 
 def _gpu_gemms() -> Any:
-    from . import _gpu_gemms
+    from .backends.gpu import gemms as _gpu_gemms
 
     return _gpu_gemms
 

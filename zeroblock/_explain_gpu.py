@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _plan, zero
+from . import _checks, zero
 from ._compose import conv_size, empty_conv_output
-from ._conv import CONV, unit_geometry
+from .plan import planned as _plan
+from .steps.conv import CONV, unit_geometry
 
 
 def explain_gpu(op: str, P: Any, a: dict[str, Any]) -> tuple[_plan.Explanation, ...]:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from . import _backends, _packed, zero
-from ._branch import conv_padding
+from . import zero
 from ._compose import bare_residual, conv_size, empty_conv_output
-from ._conv import CONV
-from .nn import _common
+from .backends import available as _backends
+from .blocks import layers as _common
+from .blocks.skip import conv_padding
+from .steps import packed as _packed
+from .steps.conv import CONV
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from ._plan import state
+from .plan.planned import state
 
 _runs: dict[Any, Callable] = {}
 _functions: dict[Any, type[torch.autograd.Function]] = {}

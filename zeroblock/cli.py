@@ -137,7 +137,7 @@ def _write(path: str, text: str) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    from ._bench import bench
+    from .tools.bench import bench
 
     model, batch, loss = build(options)
     try:
@@ -233,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["demo"]:
-        from . import demo
+        from .tools import demo
 
         return demo.main(arguments[1:])
     options = parser().parse_args(arguments)

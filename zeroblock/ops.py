@@ -10,11 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backends, _compose, _compose_linear, _conv, _lane, _plan
+from . import _compose, _compose_linear, _lane
 from . import _fakes as fakes
 from . import reference as ref
 from ._layout import empty_like_dense
+from .backends import available as _backends
+from .plan import planned as _plan
 from .reference import conv, promoted
+from .steps import conv as _conv
 
 NAMESPACE = "zeroblock"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -282,4 +285,5 @@ torch.library.register_fake(
 is_zero = torch.ops.zeroblock.is_zero.default
 _lane.add_run(is_zero, _is_zero)
 
-from . import _autograd, _winograd_plans  # noqa: E402,F401  (register the backward formulas, Winograd as a candidate)
+from . import _autograd  # noqa: E402,F401  (registers the backward formulas)
+from .steps import winograd_plans  # noqa: E402,F401  (registers Winograd as a candidate)

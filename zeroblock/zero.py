@@ -34,7 +34,8 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
-from . import _backends, _packed
+from .backends import available as _backends
+from .steps import packed as _packed
 
 POLICIES = ("auto", "sync", "never")
 # Who knows the verdict on an op's weight: nobody asks, the host, the device alone.

@@ -218,7 +218,7 @@ def emulated(seed: int = 1) -> Iterator[None]:
 
     Blocks and threads run in a random order that `seed` chooses anew for every launch; seed 0 keeps them in order.
     """
-    from zeroblock import _cuda
+    from zeroblock.backends import cuda as _cuda
 
     _loaded().simt_seed(seed)
     with _cuda.library(NAMESPACE, "cpu"):

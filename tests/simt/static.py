@@ -150,7 +150,7 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
     import emulated
     import torch
 
-    from zeroblock import _cuda
+    from zeroblock.backends import cuda as _cuda
 
     def t(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16)

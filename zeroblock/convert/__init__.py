@@ -9,32 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .. import _backends, _checks, zero
-from . import _proof
-from ._core import FAMILIES, Family, accelerated_class, applied
-from ._report import Branch, LeftAlone, Report
-
-# isort: split
-from . import (  # noqa: F401
-    diffusers_adaln,
-    diffusers_attention,
-    diffusers_controlnet,
-    diffusers_mmdit,
-    diffusers_motion,
-    diffusers_resnet,
-    diffusers_transformer,
-    dit,
-    edm,
-    edm2,
-    gated,
-    guided_diffusion,
-    ldm,
-    peft_lora,
-    pixart,
-    resnet,
-    timm_nfnet,
-    zero_layers,
-)
+from .. import _checks, zero
+from ..backends import available as _backends
+from . import proof as _proof
+from .families import FAMILIES
+from .family import Family, accelerated_class, applied
+from .report import Branch, LeftAlone, Report
 
 __all__ = ["Branch", "Family", "LeftAlone", "Report", "accelerate", "families", "restore"]
 

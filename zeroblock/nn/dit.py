@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _packed, functional, zero
-from .._bare import residual_if_zero
-from .._branch import Branch, Tail, skipped_branch
+from .. import functional, zero
 from .._compose import bare_residual
+from ..blocks import layers as _common
+from ..blocks.one_pass import residual_if_zero
+from ..blocks.skip import Branch, Tail, skipped_branch
 from ..reference import apply_activation
-from . import _common
+from ..steps import packed as _packed
 from .residual import residual_branch
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _common
+from ..blocks import layers as _common
 from .residual import residual_branch
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import _resblock, functional, zero
+from .. import functional, zero
+from ..blocks import layers as _common
+from ..blocks import resblock as _resblock
 from ..reference import channel_view
-from . import _common
 
 
 class GroupNorm32(nn.GroupNorm):

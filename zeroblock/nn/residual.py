@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, zero
-from .._bare import residual_if_zero
-from .._branch import Branch, Tail, skipped_branch
-from . import _common
+from ..blocks import layers as _common
+from ..blocks.one_pass import residual_if_zero
+from ..blocks.skip import Branch, Tail, skipped_branch
 
 
 def residual_branch(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import zero
-from .._branch import Branch, Tail, skipped_branch
-from . import _common
+from ..blocks import layers as _common
+from ..blocks.skip import Branch, Tail, skipped_branch
 
 
 def skip_zero_layer(

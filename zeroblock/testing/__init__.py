@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import BACKENDS, CPU_MISSING, use_backend
+from ..backends.available import BACKENDS, CPU_MISSING, use_backend
 from ..zero import counters, reset_counters
 
 __all__ = [

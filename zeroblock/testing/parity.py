@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from .._backends import device_of as device_of
+from ..backends.available import device_of as device_of
 from . import assert_bitwise_equal, assert_error_budget, poison_empty
 from .cases import Case, Inputs
 from .draw import Draw

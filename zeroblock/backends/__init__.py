@@ -1,0 +1,1 @@
+"""Who runs the kernels: one module per backend, chosen by `select`."""

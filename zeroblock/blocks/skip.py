@@ -1,0 +1,282 @@
+"""Executes a branch that is zero, and its backward (contract: zero.py).
+
+The modules describe their branch to `skipped_branch`; whatever a skipped branch still has to compute is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._autocast import autocast_dtype
+from .._compose import bare_residual, conv_size, empty_conv_output
+from .._compose_linear import linear_grads
+from ..backends import available as _backends
+from ..reference import channel_view, modulation
+
+
+def conv_padding(conv: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The padding on both sides of each dimension, and what "same" adds on the far side of it for even kernels."""
+    zeros = (0,) * len(conv.kernel_size)
+    if not isinstance(conv.padding, str):
+        return tuple(conv.padding), zeros
+    if conv.padding == "valid":
+        return zeros, zeros
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return tuple(t // 2 for t in total), tuple(t % 2 for t in total)
+
+
+class Tail:
+    """The last layer of a branch: a convolution, a linear layer, or nothing (`module` None)."""
+
+    def __init__(self, module: nn.Module | None):
+        self.module = module
+        self.is_conv = module is not None and not isinstance(module, nn.Linear)
+        self.weight: Tensor | None = getattr(module, "weight", None)
+        self.bias: Tensor | None = getattr(module, "bias", None)
+        # A bias that eager adds after the convolution: its gradient is a plain sum, more accurate than the library's.
+        self.bias_apart = getattr(module, "bias_apart", False)
+        self.autocast = None if self.weight is None else autocast_dtype(self.weight)
+        # What the layer computes in.
+        self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
+
+    @functools.cached_property
+    def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return conv_padding(self.module)
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        return self._paddings[0]
+
+    @property
+    def overhang(self) -> tuple[int, ...]:
+        return self._paddings[1]
+
+    def _conv_arguments(self) -> tuple:
+        m = self.module
+        return list(m.stride), list(self.padding), list(m.dilation), False, [0] * len(self.padding), m.groups
+
+    def _padded(self, h: Tensor) -> Tensor:
+        """h with what padding="same" adds on the far side only."""
+        if not any(self.overhang):
+            return h
+        return F.pad(h, [side for extra in reversed(self.overhang) for side in (0, extra)])
+
+    def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.module is None:
+            return h
+        h, weight = h.to(self.dtype), weight.to(self.dtype)
+        bias = None if bias is None else bias.to(self.dtype)
+        if self.is_conv:
+            return torch.convolution(self._padded(h), weight, bias, *self._conv_arguments())
+        if torch.is_grad_enabled():
+            return F.linear(h, weight, bias)
+        return _backends.select("linear_gate_residual", h).linear(h, weight, bias)
+
+    def output_size(self, h: Tensor) -> tuple[int, ...]:
+        m = self.module
+        expected, found = (m.in_channels, h.shape[1]) if self.is_conv else (m.in_features, h.shape[-1])
+        if expected != found:
+            raise ValueError(f"{type(m).__name__}: x must have {expected} channels, got {list(h.shape)}")
+        if self.is_conv:
+            spatial = [n + extra for n, extra in zip(h.shape[2:], self.overhang, strict=True)]
+            return conv_size((h.shape[0], *spatial), m.weight, self.padding, m.stride, m.dilation)
+        return *h.shape[:-1], m.out_features
+
+    def empty_output(self, h: Tensor) -> Tensor:
+        """An uninitialised tensor like tail(h), in eager's memory format."""
+        if self.module is None:
+            return torch.empty_like(h)
+        if self.is_conv:
+            return empty_conv_output(h, self.weight, self.output_size(h), self.dtype)
+        return h.new_empty(self.output_size(h), dtype=self.dtype)
+
+    def grads(self, dy: Tensor, h: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
+        """(dweight, dbias) where mask asks, computed in the layer's dtype."""
+        dy, h = dy.to(self.dtype), h.to(self.dtype)
+        if not self.is_conv:
+            P = _backends.select("linear_gate_residual_bwd", dy)
+            dweight, dbias = linear_grads(P, dy, h, weight, True, [False, *mask])[1:]
+        else:
+            inside = mask[1] and not self.bias_apart
+            _, dweight, dbias = torch.ops.aten.convolution_backward.default(
+                dy, self._padded(h), weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(),
+                [False, mask[0], inside],
+            )  # fmt: skip
+            if mask[1] and not inside:
+                dbias = self.bias_grad(dy)
+        return tuple(None if g is None else g.to(weight.dtype) for g in (dweight, dbias))
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return dy.sum([d for d in range(dy.dim()) if d != (1 if self.is_conv else dy.dim() - 1)])
+
+    def broadcast(self, v: Tensor, ndim: int) -> Tensor:
+        """A bias [D] or a gate ([1], [D], [B, D], [B, T, D]) shaped to multiply the output."""
+        if self.is_conv and v.numel() > 1:
+            return channel_view(v, ndim)
+        return modulation(v)
+
+
+# A parameter, where it lives and what it is called there.
+Owned = tuple[nn.Module, str, Tensor]
+
+
+@dataclasses.dataclass
+class Branch:
+    """A branch whose tail weight (or, with `zero_gate`, whose gate) was found zero.
+
+    body(*activations) runs everything before the tail and returns the tensors from which `hidden` gives the tail's
+    input again (ResBlock: conv1's output; norm and activation are recomputed). Both are differentiable. `parameters`
+    are those of the body. `example` gives the output's shape and device where there is no residual (it is the tail's
+    input), its rank otherwise. A body that draws random numbers always runs. `carried`: the residual depends on the
+    first activation, which gets its gradient there, without a tensor of zeros being added to it. `recomputed` are the
+    parameters `hidden` reads: like the tail's weight they must not change between forward and backward.
+    """
+
+    tail: Tail
+    activations: Sequence[Tensor]
+    parameters: Sequence[Owned]
+    body: Callable[..., tuple[Tensor, ...]]
+    hidden: Callable[..., Tensor]
+    example: Tensor
+    zero_gate: bool = False
+    always_run: bool = False
+    carried: bool = False
+    recomputed: Sequence[Tensor] = ()
+
+
+def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None = None) -> Tensor:
+    """residual + gate * tail(h) of a branch that is zero, with eager's gradients; a fresh tensor."""
+    tail = branch.tail
+    inputs = (residual, tail.weight, tail.bias, gate, *branch.activations, *(p for _, _, p in branch.parameters))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _SkippedBranch.apply(branch, *inputs)
+    if branch.always_run:
+        branch.body(*branch.activations)
+    return bare_branch(tail, residual, branch.example, gate, branch.zero_gate)
+
+
+def bare_branch(
+    tail: Tail,
+    residual: Tensor | None,
+    example: Tensor,
+    gate: Tensor | None = None,
+    zero_gate: bool = False,
+    owned: bool = False,
+) -> Tensor:
+    """The value of a skipped branch, for arguments as in `Branch`; written into the residual where it is `owned`."""
+    dtype = tail.dtype or example.dtype
+    bias = None if zero_gate else tail.bias
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if gate is not None:
+        dtype, gate = torch.promote_types(dtype, gate.dtype), tail.broadcast(gate, example.dim())
+    empty = lambda: tail.empty_output(example)  # noqa: E731
+    return bare_residual(residual, bias, gate, 1 if tail.is_conv else -1, dtype, empty, owned)
+
+
+class _SkippedBranch(torch.autograd.Function):
+    """Inputs: residual, tail weight, tail bias, gate, then the branch's activations and parameters.
+
+    Saved: the activations and the tail's own tensors (the caller owns them), and what the body returned. For a zero
+    gate that wants a gradient it is the tail's output.
+    """
+
+    @staticmethod
+    def forward(ctx, branch, residual, weight, bias, gate, *upstream):
+        # The function keeps no activation but through save_for_backward.
+        ctx.branch = dataclasses.replace(branch, activations=(), example=branch.example.new_empty(0))
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        need_hidden = ctx.needs_input_grad[2] and not branch.zero_gate
+        need_output = ctx.needs_input_grad[4] and branch.zero_gate
+        activations = upstream[: len(branch.activations)]
+        body = ()
+        if need_hidden or need_output or branch.always_run:
+            body = branch.body(*activations)
+        if need_output:
+            body = (branch.tail(branch.hidden(*body), weight, bias),)
+        elif not need_hidden:
+            body = ()
+        ctx.counts = len(activations), len(body)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, bias, gate, *activations, *body, *branch.recomputed)
+        return bare_branch(branch.tail, residual, branch.example, gate, branch.zero_gate)
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[1:]
+        if dy is None:
+            return (None,) * (1 + len(needs))
+        branch, tail = ctx.branch, ctx.branch.tail
+        weight, bias, gate, *saved = ctx.saved_tensors
+        activations, body = saved[: ctx.counts[0]], saved[ctx.counts[0] : sum(ctx.counts)]
+        dresidual = dy.to(ctx.residual_dtype) if needs[0] else None
+        if torch.is_grad_enabled():
+            return None, dresidual, *_differentiable(branch, needs[1:], dy, weight, bias, gate, activations)
+        dweight = dbias = dgate = None
+        if branch.zero_gate:
+            dweight = torch.zeros_like(weight) if needs[1] else None
+            dbias = torch.zeros_like(bias) if needs[2] else None
+            if needs[3]:
+                dgate = _gate_grad(tail, dy, gate, body[0])
+        else:
+            step = dy if gate is None else dy * tail.broadcast(gate, dy.dim()).to(dy.dtype)
+            if needs[1]:
+                with _as_in_forward(branch.parameters):
+                    hidden = branch.hidden(*body)
+                dweight, dbias = tail.grads(step, hidden, weight, [True, bool(needs[2])])
+            elif needs[2]:
+                dbias = tail.bias_grad(step.to(tail.dtype)).to(bias.dtype)
+            if needs[3]:
+                dgate = torch.zeros_like(gate)
+                if bias is not None:
+                    dgate = _gate_grad(tail, dy, gate, tail.broadcast(bias, dy.dim()).to(dy.dtype).expand_as(dy))
+        upstream = (*activations, *(p for _, _, p in branch.parameters))
+        zeros = [torch.zeros_like(t) if need else None for t, need in zip(upstream, needs[4:], strict=True)]
+        if branch.carried:
+            zeros[0] = None
+        return None, dresidual, dweight, dbias, dgate, *zeros
+
+
+@contextlib.contextmanager
+def _as_in_forward(parameters: Sequence[Owned]) -> Iterator[None]:
+    """Modules have the parameters they had at forward, which functional_call may have taken away since."""
+    changed = [(m, name, m._parameters[name], p) for m, name, p in parameters if m._parameters[name] is not p]
+    for m, name, _, p in changed:
+        m._parameters[name] = p  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for m, name, now, _ in changed:
+            m._parameters[name] = now
+
+
+def _gate_grad(tail: Tail, dy: Tensor, gate: Tensor, output: Tensor) -> Tensor:
+    """sum of dy * output over the dimensions along which the gate is broadcast."""
+    if not tail.is_conv or gate.numel() == 1:
+        primitives = _backends.select("gate_residual_bwd", output)
+        return primitives.gate_residual_bwd(dy.to(output.dtype), gate, output, True, False)[0]
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    grad = dy.to(wide) * output.to(wide)
+    return grad.sum_to_size(tail.broadcast(gate, dy.dim()).shape).view(gate.shape).to(gate.dtype)
+
+
+def _differentiable(branch, needs, dy, weight, bias, gate, activations):
+    """The gradients with a graph of their own (create_graph): the branch again, densely."""
+    tail = branch.tail
+
+    autocast = torch.autocast(dy.device.type, dtype=tail.autocast, enabled=tail.autocast is not None)
+    with torch.enable_grad(), autocast, _as_in_forward(branch.parameters):
+        y = tail(branch.hidden(*branch.body(*activations)), weight, bias)
+        if gate is not None:
+            y = tail.broadcast(gate, y.dim()) * y
+    inputs = [weight, bias, gate, *activations, *(p for _, _, p in branch.parameters)]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

@@ -1,0 +1,26 @@
+"""The kinds of blocks in other people's models, one file per origin. Importing this registers them, in this order."""
+
+from ..family import FAMILIES as FAMILIES
+
+# isort: split
+# isort: off
+from . import (  # noqa: F401
+    diffusers_adaln,
+    diffusers_attention,
+    diffusers_controlnet,
+    diffusers_mmdit,
+    diffusers_motion,
+    diffusers_resnet,
+    diffusers_transformer,
+    dit,
+    edm,
+    edm2,
+    fixup_rezero,
+    guided_diffusion,
+    ldm,
+    peft_lora,
+    pixart,
+    timm_resnet,
+    timm_nfnet,
+    zero_layers,
+)

@@ -1,0 +1,130 @@
+"""Residual branches of diffusers without a gate (`models/attention.py`, `attention_processor.py`, `transformers/
+transformer_2d.py`): attention and feed-forward of Stable Diffusion's transformer blocks, attention of U-Nets and VAEs.
+Nothing of theirs starts at zero; while somebody holds their last layer at zero they are not run in inference."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..._autocast import autocast_dtype
+from ..._compose import bare_residual
+from ..family import lacks, register
+from .whole_skip import InferenceSkip
+
+
+class _Ungated(InferenceSkip):
+    """What the branches share: known by name in diffusers, dense as they are."""
+
+    inner = True
+    last: tuple[str, ...]  # the path of the layer that holds the branch at zero
+
+    def knows(self, block: nn.Module) -> bool:
+        return type(block).__name__ in self.classes and type(block).__module__.startswith("diffusers.")
+
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        return lacks(block, ".".join(self.last))
+
+    def zero_layers(self, block: Any) -> list[Any]:
+        for name in self.last:
+            block = block._modules[name]
+        return [block]
+
+    def bare(self, block: Any, x: Tensor, residual: bool) -> Tensor:
+        """(x +) the bias of the last layer, in eager's dtype."""
+        (layer,) = self.zero_layers(block)
+        dtype = autocast_dtype(layer.weight) or layer.weight.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        if residual:
+            return bare_residual(x, bias, None, 1 if x.dim() == 4 else -1, dtype, None)
+        y = x.new_zeros((*x.shape[:-1], layer.weight.shape[0]), dtype=dtype)
+        return y if bias is None else y + bias
+
+
+@register
+class Attention(_Ungated):
+    """y = to_out(softmax(q k^T) v), (y + x) / rescale_output_factor where it adds its own residual
+
+    Source: diffusers models/attention_processor.py; attn1 and attn2 of a BasicTransformerBlock with plain norms, the
+    attention of UNet2DModel and of the VAE. Left to diffusers while it is not zero.
+    Use: zb.accelerate(model).
+    Inference while to_out is zero: nothing but its bias is computed (once for every kind of input the attention runs,
+    to be compared).
+    Training forward while to_out is zero: to_out is skipped (family ZeroLayer).
+    Training backward while zero: through the attention, with a gradient of zeros.
+    """
+
+    name = "Attention"
+    classes = ("Attention",)
+    last = ("to_out", "0")
+
+    def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x, residual = hidden_states, block.residual_connection
+        fits = isinstance(x, Tensor) and (x.dim() == 3 or x.dim() == 4 and residual)
+        eager = functools.partial(self.eager, block, x, *args, **kwargs)
+        if not fits or not self.skips(block):
+            return eager()
+        y = self.bare(block, x, residual)
+        if residual:
+            y = y / block.rescale_output_factor
+        key = (x.dim(), x.is_contiguous(), x.dtype, y.dtype, type(block.processor), len(args), *sorted(kwargs))
+        return self.foretold(block, key, y, eager)
+
+
+@register
+class FeedForward(_Ungated):
+    """y = linear(act(proj x))
+
+    Source: diffusers models/attention.py, FeedForward of blocks with plain norms. Left to diffusers while it is not
+    zero.
+    Use: zb.accelerate(model).
+    Inference while the last linear is zero: nothing but its bias is computed (once for every kind of input it runs, to
+    be compared).
+    Training forward while the last linear is zero: it is skipped (family ZeroLayer).
+    Training backward while zero: through the layers before it, with a gradient of zeros.
+    """
+
+    name = "FeedForward"
+    classes = ("FeedForward",)
+    last = ("net", "2")
+
+    def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        eager = functools.partial(self.eager, block, hidden_states, *args, **kwargs)
+        if not self.skips(block):
+            return eager()
+        y = self.bare(block, hidden_states, False)
+        return self.foretold(block, (hidden_states.dim(), hidden_states.dtype, y.dtype), y, eager)
+
+
+@register
+class Transformer2DModel(_Ungated):
+    """y = x + proj_out(blocks(proj_in(norm x), context))
+
+    Source: diffusers models/transformers/transformer_2d.py, for images. Left to diffusers while it is not zero; the
+    branches of its blocks are rows of their own.
+    Use: zb.accelerate(unet).
+    Inference while proj_out is zero: nothing but its bias is added (once for every kind of input all runs, to be
+    compared).
+    Training forward while proj_out is zero: proj_out is skipped (family ZeroLayer).
+    Training backward while zero: through the blocks, with a gradient of zeros.
+    """
+
+    name = "Transformer2DModel"
+    classes = ("Transformer2DModel",)
+    last = ("proj_out",)
+
+    def knows(self, block: nn.Module) -> bool:
+        return super().knows(block) and getattr(block, "is_input_continuous", False)
+
+    def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        eager = functools.partial(self.eager, block, hidden_states, *args, **kwargs)
+        if args[7:] or not self.skips(block):
+            return eager()
+        output = sys.modules[type(block).__module__].Transformer2DModelOutput
+        wrap = (lambda y: output(sample=y)) if kwargs.get("return_dict", True) else (lambda y: (y,))
+        y = self.bare(block, hidden_states, True)
+        key = (hidden_states.is_contiguous(), hidden_states.dtype, y.dtype, len(args), *sorted(kwargs))
+        return self.foretold(block, key, y, eager, wrap)

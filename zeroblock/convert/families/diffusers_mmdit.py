@@ -1,0 +1,255 @@
+"""diffusers' two-stream transformer blocks: Stable Diffusion 3 (`models/attention.py`), Flux
+(`models/transformers/transformer_flux.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import functional, zero
+from ...nn.residual import residual_branch
+from ..family import Family, lacks, register
+from .adaln import (
+    copied,
+    draws,
+    feed_forward,
+    gate_rows,
+    gated,
+    gated_branch,
+    gates_stay_zero,
+    held_by,
+    is_plain,
+    is_plain_linear,
+)
+
+
+def _streams(D: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, text and conditioning for a proof."""
+    return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, D)
+
+
+class _TwoStreams(Family):
+    """Attention of both streams together, then a feed-forward for each."""
+
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")
+
+    def example(self, block: Any) -> tuple:
+        return _streams(block.norm1.linear.in_features)
+
+    def _attended(
+        self, attn: nn.Module, attend: Callable, x: Tensor, context: Tensor, gates: tuple[Tensor, Tensor], *h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(x + gate * out, context + gate_context * out_context), out, out_context = attend(*h) by the module attn; it
+        is skipped while both gates are zero."""
+        if not self._all_zero(attn, gates):
+            outs = attend(*h)
+            return gated(x, gates[0], outs[0]), gated(context, gates[1], outs[1])
+        if not torch.is_grad_enabled() and not draws(attn):
+            return copied(x), copied(context)
+        # As one stream, so that the attention runs once and both gates get their gradients of it.
+        gate = torch.cat([g[:, None].expand_as(t) for g, t in zip(gates, (x, context), strict=True)], dim=1)
+        y = residual_branch(
+            self.name, self.zero_skip, torch.cat([x, context], dim=1),
+            lambda *h: torch.cat(attend(*h), dim=1), None, gate, h, modules=(attn,), random=draws(attn),
+        )  # fmt: skip
+        assert y is not None
+        x, context = y.split([x.shape[1], context.shape[1]], dim=1)
+        return x.contiguous(), context.contiguous()
+
+    def _all_zero(self, attn: nn.Module, gates: tuple[Tensor, ...]) -> bool:
+        if not is_plain(*gates) or not zero.may_skip_branch(self.name, self.zero_skip, gates[0]):
+            return False
+        if not zero.bypassable((attn,)):
+            return False
+        found = all(map(zero.is_exactly_zero, gates))
+        if not found or not torch.is_grad_enabled():
+            zero.count(self.name, found)
+        return found
+
+    def _context_rows(self, block: Any) -> tuple[Tensor, ...]:
+        return gate_rows(block.norm1_context.linear, 6, 2)
+
+
+@register
+class JointTransformerBlock(_TwoStreams):
+    """x + gate_msa * attn, then x + gate_mlp * ff(modulate(norm2 x)), and the context likewise; one joint attention
+
+    The block of Stable Diffusion 3 and 3.5 (with a second attention of x alone). Source: diffusers
+    models/attention.py.
+    Use: zb.accelerate(transformer); attention processors stay as they are.
+    Inference: attention is not run while the gates of both streams are zero, a feed-forward not while its own is.
+    Training forward while the gates are zero: attention and feed-forward run once, without a graph.
+    Training backward while zero: the gates' gradients alone; the rest are zeros.
+    """
+
+    name = "JointTransformerBlock"
+    classes = ("JointTransformerBlock",)
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        chunks = 9 if block.use_dual_attention else 6
+        found = {"attn": gate_rows(block.norm1.linear, chunks, 2), "ff": gate_rows(block.norm1.linear, chunks, 5)}
+        if block.use_dual_attention:
+            found["attn2"] = gate_rows(block.norm1.linear, 9, 8)
+        if not block.context_pre_only:
+            found["attn"] += self._context_rows(block)
+            found["ff_context"] = gate_rows(block.norm1_context.linear, 6, 5)
+        return found
+
+    def forward(
+        self,
+        block: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        x, context = hidden_states, encoder_hidden_states
+        if joint_attention_kwargs or block._chunk_size is not None or x.dim() != 3:
+            return self.eager(block, x, context, temb, joint_attention_kwargs)
+        h, gate, *mlp = block.norm1(x, emb=temb)
+        if block.use_dual_attention:
+            *mlp, h2, gate2 = mlp
+        attn = block.attn
+        if block.context_pre_only:
+            h_context = block.norm1_context(context, temb)
+            attend = lambda h, h_context: attn(hidden_states=h, encoder_hidden_states=h_context)[0]  # noqa: E731
+            x = gated_branch(self, x, gate, attend, (h, h_context), attn)
+        else:
+            h_context, gate_context, *mlp_context = block.norm1_context(context, emb=temb)
+            attend = lambda h, h_context: attn(hidden_states=h, encoder_hidden_states=h_context)  # noqa: E731
+            x, context = self._attended(attn, attend, x, context, (gate, gate_context), h, h_context)
+        if block.use_dual_attention:
+            x = gated_branch(self, x, gate2, lambda h: block.attn2(hidden_states=h), (h2,), block.attn2)
+        x = feed_forward(self, block.ff, block.norm2, x, *mlp)
+        if block.context_pre_only:
+            return None, x
+        return feed_forward(self, block.ff_context, block.norm2_context, context, *mlp_context), x
+
+
+@register
+class FluxTransformerBlock(_TwoStreams):
+    """x + gate_msa * attn, then x + gate_mlp * ff(modulate(norm2 x)), and the context likewise; one joint attention
+
+    The two-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
+    Use: zb.accelerate(transformer); blocks with an image prompt adapter are left to diffusers.
+    Inference: attention is not run while the gates of both streams are zero, a feed-forward not while its own is.
+    Training forward while the gates are zero: attention and feed-forward run once, without a graph.
+    Training backward while zero: the gates' gradients alone; the rest are zeros.
+    """
+
+    name = "FluxTransformerBlock"
+    classes = ("FluxTransformerBlock",)
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {
+            "attn": gate_rows(block.norm1.linear, 6, 2) + self._context_rows(block),
+            "ff": gate_rows(block.norm1.linear, 6, 5),
+            "ff_context": gate_rows(block.norm1_context.linear, 6, 5),
+        }
+
+    def forward(
+        self,
+        block: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        x, context = hidden_states, encoder_hidden_states
+        # What an image prompt's adapter adds has no gate.
+        if joint_attention_kwargs or x.dim() != 3 or hasattr(block.attn.processor, "to_k_ip"):
+            return self.eager(block, x, context, temb, image_rotary_emb, joint_attention_kwargs)
+        h, gate, *mlp = block.norm1(x, emb=temb)
+        h_context, gate_context, *mlp_context = block.norm1_context(context, emb=temb)
+        attn = block.attn
+
+        def attend(h: Tensor, h_context: Tensor) -> tuple[Tensor, Tensor]:
+            return attn(hidden_states=h, encoder_hidden_states=h_context, image_rotary_emb=image_rotary_emb)
+
+        x, context = self._attended(attn, attend, x, context, (gate, gate_context), h, h_context)
+        x = feed_forward(self, block.ff, block.norm2, x, *mlp)
+        context = feed_forward(self, block.ff_context, block.norm2_context, context, *mlp_context)
+        return _clipped(context), x
+
+
+@register
+class FluxSingleTransformerBlock(Family):
+    """x + gate * proj_out([attn(h), gelu(proj_mlp h)]), h = modulate(norm x), x the context and the image as one stream
+
+    The one-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
+    Use: zb.accelerate(transformer); attention processors stay as they are.
+    Inference while the gate or proj_out is zero: attention, MLP and projection are not run; with zero gate rows in
+    norm.linear nothing is.
+    Training forward while zero: they run once, without a graph.
+    Training backward while zero: the gate's (or proj_out's) gradient alone; the rest are zeros.
+    """
+
+    name = "FluxSingleTransformerBlock"
+    classes = ("FluxSingleTransformerBlock",)
+
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        return lacks(block, "norm.linear", "proj_mlp", "act_mlp", "proj_out", "attn")
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"gate": gate_rows(block.norm.linear, 3, 2), "proj_out": held_by(block.proj_out, block.proj_out.weight)}
+
+    def example(self, block: Any) -> tuple:
+        return _streams(block.norm.linear.in_features)
+
+    def forward(
+        self,
+        block: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        text = encoder_hidden_states.shape[1]
+        if joint_attention_kwargs or not is_plain_linear(block.proj_out) or hidden_states.dim() != 3:
+            return self.eager(
+                block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if not gates_stay_zero(self, block, block.norm.linear, (2,), 3):
+            h, gate = block.norm(x, emb=temb)
+            x = self._branch(block, x, h, gate, image_rotary_emb)
+        x = _clipped(x)
+        return x[:, :text], x[:, text:]
+
+    def _branch(self, block: Any, x: Tensor, h: Tensor, gate: Tensor, rotary: Any) -> Tensor:
+        proj = block.proj_out
+
+        def before_proj(h: Tensor) -> Tensor:
+            mlp = block.act_mlp(block.proj_mlp(h))
+            return torch.cat([block.attn(hidden_states=h, image_rotary_emb=rotary), mlp], dim=2)
+
+        modules = (block.attn, block.proj_mlp, block.act_mlp)
+        y = residual_branch(
+            self.name,
+            self.zero_skip,
+            x,
+            before_proj,
+            proj,
+            gate,
+            (h,),
+            modules=modules,
+            random=any(map(draws, modules)),
+        )
+        if y is not None:
+            return y
+        if not zero.bypassable((proj,)):
+            return gated(x, gate, proj(before_proj(h)))
+        return functional.linear_gate_residual(
+            before_proj(h), proj.weight, proj.bias, gate, x, zero_skip=self.zero_skip
+        )
+
+
+def _clipped(x: Tensor) -> Tensor:
+    """diffusers keeps fp16 streams finite."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

@@ -1,0 +1,157 @@
+"""facebookresearch/DiT and what was built on it: willisma/SiT, chuanyangjin/fast-DiT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import functional, zero
+from ...blocks import layers as _common
+from ...nn.dit import fused_final, fused_half
+from ...nn.residual import residual_branch
+from ..family import Family, lacks, register
+from .adaln import copied, gates_stay_zero
+
+_NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops take, or are watched by hooks"
+
+
+def plain_norm(norm: Any) -> bool:
+    """A LayerNorm of the last dimension without parameters."""
+    return type(norm).forward is nn.LayerNorm.forward and norm.weight is None and len(norm.normalized_shape) == 1
+
+
+def inactive(dropout: Any) -> bool:
+    """Dropout that does nothing now."""
+    return isinstance(dropout, nn.Identity) or isinstance(dropout, nn.Dropout) and not (dropout.training and dropout.p)
+
+
+class _Modulated(Family):
+    """What blocks and final layers share: plain norms, and the attributes they are known by."""
+
+    parts: tuple[str, ...]
+
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+        missing = lacks(block, *self.parts)
+        return missing or (None if self._fits(block) else _NOT_PLAIN)
+
+    def _fits(self, block: Any) -> bool:
+        raise NotImplementedError
+
+
+@register
+class DiTBlock(_Modulated):
+    """x = x + gate_msa * attn(modulate(norm1 x)), then x + gate_mlp * mlp(modulate(norm2 x)); adaLN zero at the start.
+
+    Source: facebookresearch/DiT `models.DiTBlock`, SiT, fast-DiT; timm's Attention and Mlp.
+    Use: zb.accelerate(model). torch.utils.checkpoint around the block works as before.
+    Inference: while the gates' rows of adaLN_modulation are zero the block returns a copy of x.
+    Training forward: attention and mlp run once without a graph, for the gradient of the gates; their last linear not,
+    when it is itself zero.
+    Training backward: only adaLN_modulation's gate rows get a gradient, everything else is exact zeros.
+    """
+
+    name = "DiTBlock"
+    classes = ("DiTBlock", "SiTBlock")
+    parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation.1")
+
+    def _fits(self, block: Any) -> bool:
+        return plain_norm(block.norm1) and plain_norm(block.norm2) and zero.bypassable((block.norm1, block.norm2))
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        linear = block.adaLN_modulation[-1]
+        rows = [tuple(t.chunk(6)[i] for t in (linear.weight, linear.bias)) for i in (2, 5)]
+        return {"attn": rows[0], "mlp": rows[1]}
+
+    def example(self, block: Any) -> tuple:
+        D = block.adaLN_modulation[-1].in_features
+        return torch.randn(2, 4, D), torch.randn(2, D)
+
+    def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
+        if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
+            return self.eager(block, x, c)
+        if gates_stay_zero(self, block, block.adaLN_modulation[-1], (2, 5), 6):
+            return copied(x)
+        vectors = block.adaLN_modulation(c).chunk(6, dim=1)
+        x = self._half(x, vectors[:3], block.norm1, block.attn, _attention_parts(block.attn))
+        return self._half(x, vectors[3:], block.norm2, block.mlp, _mlp_parts(block.mlp))
+
+    def _half(self, x: Tensor, vectors: tuple, norm: Any, layer: nn.Module, parts: tuple | None) -> Tensor:
+        if parts is not None:
+            first, between, tail, *modules = parts
+            return fused_half(self.name, self.zero_skip, x, vectors, norm.eps, first, between, tail, tuple(modules))
+        shift, scale, gate = vectors
+
+        def body(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+            return layer(functional.layer_norm_modulate(x, shift, scale, eps=norm.eps))
+
+        y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x, shift, scale), modules=(layer,))
+        return functional.gate_residual(x, gate, body(x, shift, scale)) if y is None else y
+
+
+def _attention_parts(attn: Any) -> tuple | None:
+    """(qkv, what lies between, proj, the norms between) of timm's Attention; None: it is to be called as a whole."""
+    if type(attn).__name__ != "Attention" or lacks(attn, "qkv", "proj", "num_heads", "attn_drop", "proj_drop"):
+        return None
+    plain = _common.is_plain_linear(attn.qkv) and _common.is_plain_linear(attn.proj)
+    between = [m for name, m in attn.named_children() if name not in ("qkv", "proj")]
+    q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+    known = all(inactive(m) or m in (q_norm, k_norm) for m in between)
+    if not (plain and known and inactive(attn.attn_drop) and inactive(attn.proj_drop) and zero.bypassable((attn,))):
+        return None
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = q if q_norm is None else q_norm(q)
+        k = k if k_norm is None else k_norm(k)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    return attn.qkv, attend, attn.proj, *(m for m in (q_norm, k_norm) if m is not None)
+
+
+def _mlp_parts(mlp: Any) -> tuple | None:
+    """(fc1, the activation's name, fc2) of timm's Mlp; None: it is to be called as a whole."""
+    if type(mlp).__name__ != "Mlp" or lacks(mlp, "fc1", "act", "fc2") or type(mlp.act) not in (nn.GELU, nn.SiLU):
+        return None
+    rest = [m for name, m in mlp.named_children() if name not in ("fc1", "act", "fc2")]
+    plain = _common.is_plain_linear(mlp.fc1) and _common.is_plain_linear(mlp.fc2)
+    if not (plain and all(map(inactive, rest)) and zero.bypassable((mlp,))):
+        return None
+    if type(mlp.act) is nn.SiLU:
+        return mlp.fc1, "silu", mlp.fc2
+    return mlp.fc1, "gelu_tanh" if mlp.act.approximate == "tanh" else "gelu", mlp.fc2
+
+
+@register
+class FinalLayer(_Modulated):
+    """linear(norm_final(x) * (1 + scale) + shift), both linears zero at the start.
+
+    Source: facebookresearch/DiT `models.FinalLayer`, SiT, fast-DiT.
+    Use: zb.accelerate(model).
+    Inference: while linear is zero the result is its bias; norm, modulation and linear are skipped.
+    Training forward: linear is skipped; norm and modulation run for its gradient.
+    Training backward: only linear's gradients are computed, the others are exact zeros.
+    """
+
+    name = "FinalLayer"
+    classes = ("FinalLayer",)
+    parts: tuple[str, ...] = ("norm_final", "linear", "adaLN_modulation.1")
+
+    def _fits(self, block: Any) -> bool:
+        norm, linear = block.norm_final, block.linear
+        return plain_norm(norm) and _common.is_plain_linear(linear) and zero.bypassable((norm, linear))
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"linear": (block.linear.weight,)}
+
+    def example(self, block: Any) -> tuple:
+        linear = block.adaLN_modulation[-1]
+        return torch.randn(2, 4, block.linear.in_features), torch.randn(2, linear.in_features)
+
+    def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
+        if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
+            return self.eager(block, x, c)
+        modulation, eps = block.adaLN_modulation, block.norm_final.eps
+        return fused_final(self.name, self.zero_skip, (x, c), eps, modulation, block.linear, (modulation,))

@@ -1,0 +1,74 @@
+"""peft's LoRA layers (`tuners/lora/layer.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...nn.residual import residual_branch
+from ..family import Family, lacks, register
+
+
+@register
+class LoRA(Family):
+    """y = base(x) + B(A(dropout x)) * scaling, once for each active adapter; Linear and Conv1d/2d/3d
+
+    B is zero at the start. Source: Hu et al. 2021; peft tuners/lora/layer.py. Variants (DoRA and others), merged and
+    disabled adapters, and mixed batches are left to peft.
+    Use: zb.accelerate(model) after the adapters are injected; merging and switching them works as before.
+    Inference while B is zero: A and B are not run.
+    Training forward while zero: A, without a graph.
+    Training backward while zero: B's gradient; A's and the branch's part of x's are zeros.
+    """
+
+    name = "LoRA"
+    classes = ("LoraLayer",)
+    dense_backend = "eager"
+
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        if not {c.__name__ for c in type(block).__mro__} & {"Linear", "Conv1d", "Conv2d", "Conv3d"}:
+            return "a LoRA layer with a forward of its own (embedding or quantised)"
+        missing = lacks(block, "base_layer", "lora_A", "lora_B", "lora_dropout", "scaling")
+        if missing is None and (getattr(block, "lora_variant", None) or any(block.use_dora.values())):
+            return "it is a variant of LoRA"
+        return missing
+
+    def claims(self, block: Any) -> Iterator[nn.Module]:
+        yield block
+        for adapters in (block.lora_A, block.lora_B, block.lora_dropout):
+            yield from adapters.modules()
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {f"lora_B.{name}": (B.weight,) for name, B in block.lora_B.items()}
+
+    def example(self, block: Any) -> tuple:
+        A = next(iter(block.lora_A.values()))
+        if isinstance(A, nn.Linear):
+            return (torch.randn(2, 3, A.in_features),)
+        sizes = [d * (k - 1) + 3 for d, k in zip(A.dilation, A.kernel_size, strict=True)]
+        return (torch.randn(2, A.in_channels, *sizes),)
+
+    def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = [name for name in block.active_adapters if name in block.lora_A]
+        plain = not (block.disable_adapters or block.merged or getattr(block, "lora_variant", None) or args or kwargs)
+        if not plain or any(block.use_dora[name] for name in adapters):
+            return self.eager(block, x, *args, **kwargs)
+        result = block.base_layer(x)
+        dtype = result.dtype
+        for name in adapters:
+            x = block._cast_input_dtype(x, block.lora_A[name].weight.dtype)
+            result = self._added(block, name, result, x)
+        return result.to(dtype)
+
+    def _added(self, block: Any, name: str, result: Tensor, x: Tensor) -> Tensor:
+        A, B, dropout, scaling = block.lora_A[name], block.lora_B[name], block.lora_dropout[name], block.scaling[name]
+        y = None
+        if B.bias is None:
+            y = residual_branch(
+                self.name, self.zero_skip, result, lambda x: A(dropout(x)) * scaling, B, None, (x,),
+                modules=(A, dropout),
+            )  # fmt: skip
+        return result + B(A(dropout(x))) * scaling if y is None else y

@@ -1,0 +1,97 @@
+"""PixArt-alpha and PixArt-sigma (PixArt-alpha/PixArt-alpha `diffusion/model/nets`): adaLN-single, cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import zero
+from ..._compose import bare_residual
+from ...blocks import layers as _common
+from ...nn.dit import fused_final
+from ..family import register
+from .dit import DiTBlock, FinalLayer, _mlp_parts
+
+
+@register
+class PixArtBlock(DiTBlock):
+    """x = x + gate_msa * attn(modulate(norm1 x)); x = x + cross_attn(x, y, mask); x = x + gate_mlp * mlp(modulate(norm2
+    x)); the six vectors are scale_shift_table + t; cross_attn.proj zero at the start.
+
+    Source: PixArt-alpha/PixArt-alpha and PixArt-sigma, `PixArtBlock`, `PixArtMSBlock`.
+    Use: zb.accelerate(model).
+    Inference: while cross_attn.proj is zero the cross-attention is skipped.
+    Training forward: cross_attn.proj is skipped.
+    Training backward: of the cross-attention only proj's gradients are computed, the others are exact zeros.
+    """
+
+    name = "PixArtBlock"
+    classes = ("PixArtBlock", "PixArtMSBlock")
+    parts: tuple[str, ...] = ("norm1", "attn", "cross_attn.proj", "norm2", "mlp", "scale_shift_table")
+
+    def claims(self, block: nn.Module) -> Iterable[nn.Module]:
+        """All but the projection, which a single layer's family skips in training."""
+        return [m for m in block.modules() if m is not block.cross_attn.proj]
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"cross_attn": (block.cross_attn.proj.weight,)}
+
+    def example(self, block: Any) -> tuple:
+        D = block.scale_shift_table.shape[1]
+        return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, 6 * D)
+
+    def forward(  # type: ignore[override]
+        self, block: Any, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, **kwargs: Any
+    ) -> Tensor:
+        dropped = getattr(block, "drop_path", None)
+        active = dropped is not None and block.training and getattr(dropped, "drop_prob", 0.0)
+        if x.dim() != 3 or active or kwargs or not self._fits(block):
+            return self.eager(block, x, y, t, mask, **kwargs)
+        vectors = (block.scale_shift_table[None] + t.reshape(x.shape[0], 6, -1)).unbind(1)
+        x = self._half(x, vectors[:3], block.norm1, block.attn, None)
+        x = self._cross_attention(block, x, y, mask)
+        return self._half(x, vectors[3:], block.norm2, block.mlp, _mlp_parts(block.mlp))
+
+    def _cross_attention(self, block: Any, x: Tensor, y: Tensor, mask: Any) -> Tensor:
+        layer = block.cross_attn
+        proj = layer.proj
+        judged = not torch.is_grad_enabled() and _common.is_plain_linear(proj) and not _common.may_draw(layer)
+        if judged and zero.may_skip_branch(self.name, self.zero_skip, proj.weight) and zero.bypassable((layer,)):
+            found = zero.is_exactly_zero(proj.weight)
+            zero.count(self.name, found)
+            if found:
+                return bare_residual(x, proj.bias, None, -1, proj.weight.dtype, None)
+        return x + layer(x, y, mask)
+
+
+@register
+class T2IFinalLayer(FinalLayer):
+    """linear(norm_final(x) * (1 + scale) + shift), (shift, scale) = scale_shift_table + t; linear zero at the start.
+
+    Source: PixArt-alpha/PixArt-alpha and PixArt-sigma, `T2IFinalLayer`.
+    Use: zb.accelerate(model).
+    Inference: while linear is zero the result is its bias; norm, modulation and linear are skipped.
+    Training forward: linear is skipped; norm and modulation run for its gradient.
+    Training backward: only linear's gradients are computed, the others are exact zeros.
+    """
+
+    name = "T2IFinalLayer"
+    classes = ("T2IFinalLayer",)
+    parts: tuple[str, ...] = ("norm_final", "linear", "scale_shift_table")
+
+    def example(self, block: Any) -> tuple:
+        D = block.linear.in_features
+        return torch.randn(2, 4, D), torch.randn(2, D)
+
+    def forward(self, block: Any, x: Tensor, t: Tensor) -> Tensor:
+        if x.dim() != 3 or t.dim() != 2 or not self._fits(block):
+            return self.eager(block, x, t)
+
+        def modulation(t: Tensor, table: Tensor) -> Tensor:
+            return table[None] + t[:, None]
+
+        activations = (x, t, block.scale_shift_table)
+        return fused_final(self.name, self.zero_skip, activations, block.norm_final.eps, modulation, block.linear)

@@ -1,0 +1,91 @@
+"""timm's normalizer-free residual blocks (`models/nfnet.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import zero
+from ...nn.residual import residual_branch
+from ..family import Family, lacks, register
+
+
+@register
+class NormFreeBlock(Family):
+    """y = shortcut(x) + alpha * skipinit_gain * attn(conv3(act(conv2(act(conv1(act(x) * beta))))))
+
+    The scalar skipinit_gain (SkipInit, De & Smith 2020), or conv3's gain, is zero at the start. Source: timm
+    models/nfnet.py.
+    Use: zb.accelerate(model).
+    Inference while it is zero: nothing of the branch is run (but for conv3's bias where its gain is the zero one).
+    Training forward while skipinit_gain is zero: the branch runs once, without a graph; conv3's gain: as ever.
+    Training backward while skipinit_gain is zero: its gradient alone; the rest are zeros.
+    """
+
+    name = "NormFreeBlock"
+    classes = ("NormFreeBlock",)
+
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        if not hasattr(block, "skipinit_gain"):
+            return "it has no skipinit_gain"
+        return lacks(block, "act1", "conv1", "act2", "conv2", "act3", "conv3", "alpha", "beta", "drop_path")
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        if block.skipinit_gain is not None:
+            return {"skipinit_gain": (block.skipinit_gain,)}
+        gain = getattr(block.conv3, "gain", None)
+        return {} if gain is None else {"conv3": (gain,)}
+
+    def claims(self, block: nn.Module) -> tuple[nn.Module, ...]:
+        return (block,)
+
+    def example(self, block: Any) -> tuple:
+        return (torch.randn(2, block.conv1.in_channels, 8, 8),)
+
+    def forward(self, block: Any, x: Tensor) -> Tensor:
+        modules = (
+            block.conv1, block.act2, block.conv2, block.act2b, block.conv2b, block.attn, block.act3, block.conv3,
+            block.attn_last, block.drop_path,
+        )  # fmt: skip
+        present = tuple(m for m in modules if m is not None)
+        gain = block.skipinit_gain
+        if gain is None:
+            bias = self._constant(block, present)
+            if bias is not None:
+                shortcut = x if block.downsample is None else block.downsample(block.act1(x) * block.beta)
+                return shortcut + bias
+        start = block.act1(x) * block.beta
+        shortcut = x if block.downsample is None else block.downsample(start)
+        if gain is None:
+            return self._branch(block, start) * block.alpha + shortcut
+        y = residual_branch(
+            self.name, self.zero_skip, shortcut, lambda t: self._branch(block, t), None, (gain * block.alpha).view(1),
+            (start,), modules=present,
+        )  # fmt: skip
+        return self._branch(block, start).mul_(gain) * block.alpha + shortcut if y is None else y
+
+    def _branch(self, block: Any, out: Tensor) -> Tensor:
+        out = block.conv2(block.act2(block.conv1(out)))
+        if block.conv2b is not None:
+            out = block.conv2b(block.act2b(out))
+        if block.attn is not None:
+            out = block.attn_gain * block.attn(out)
+        out = block.conv3(block.act3(out))
+        if block.attn_last is not None:
+            out = block.attn_gain * block.attn_last(out)
+        return block.drop_path(out)
+
+    def _constant(self, block: Any, modules: tuple[nn.Module, ...]) -> Tensor | None:
+        """What the branch adds without gradients while conv3's gain is zero: its bias times alpha."""
+        gain, bias = getattr(block.conv3, "gain", None), block.conv3.bias
+        if torch.is_grad_enabled() or gain is None or bias is None or block.attn_last is not None:
+            return None
+        if block.drop_path.training and not isinstance(block.drop_path, nn.Identity):
+            return None
+        if not zero.may_skip_branch(self.name, self.zero_skip, gain) or not zero.bypassable(modules):
+            return None
+        found = zero.is_exactly_zero(gain)
+        zero.count(self.name, found)
+        return bias[:, None, None] * block.alpha if found else None

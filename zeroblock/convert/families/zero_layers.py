@@ -1,0 +1,59 @@
+"""Single layers that are zero when accelerate() finds them, wherever they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import zero
+from ...blocks import layers as _common
+from ...nn.zero_layers import skip_zero_layer
+from ..family import Family, register
+
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@register
+class ZeroLayer(Family):
+    """y = layer(x), a convolution or linear layer of torch.nn that is zero now and belongs to no other family.
+
+    Source: `zero_module` and the zero convolutions of lllyasviel/ControlNet, output convolutions of U-Nets,
+    GLIDE and PixArt projections.
+    Use: zb.accelerate(model) after the weights are loaded: layers that are zero then are found.
+    Inference: while the weight is zero the result is the bias; the layer is skipped.
+    Training forward: the layer is skipped.
+    Training backward: only the layer's own gradients are computed, x gets exact zeros.
+    """
+
+    name = "ZeroLayer"
+    classes = ()
+    inner = True
+
+    def knows(self, block: nn.Module) -> bool:
+        return type(block) in _KINDS and _is_plain(block) and zero.is_exactly_zero(block.weight.detach())
+
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+        return None
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"": (block.weight,)}
+
+    def example(self, block: Any) -> tuple:
+        if isinstance(block, nn.Linear):
+            return (torch.randn(2, 3, block.in_features),)
+        sizes = [d * (k - 1) + 3 for d, k in zip(block.dilation, block.kernel_size, strict=True)]
+        return (torch.randn(2, block.in_channels, *sizes),)
+
+    def made(self, kind: type) -> None:
+        # It is a plain layer still, whose weight the blocks around it may read.
+        (_common._LINEAR_FORWARDS if issubclass(kind, nn.Linear) else _common._CONV_FORWARDS).add(kind.forward)
+
+    def forward(self, block: nn.Module, input: Tensor) -> Tensor:
+        y = skip_zero_layer(self.name, self.zero_skip, block, input) if _is_plain(block) else None
+        return self.eager(block, input) if y is None else y
+
+
+def _is_plain(block: nn.Module) -> bool:
+    return _common.is_plain_conv(block) or _common.is_plain_linear(block)

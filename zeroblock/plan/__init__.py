@@ -1,0 +1,1 @@
+"""Which way a step takes: measured once per situation, kept on disk."""

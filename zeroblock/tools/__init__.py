@@ -1,0 +1,1 @@
+"""The programs behind `python -m zeroblock`, and the small models they use."""
