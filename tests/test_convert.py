@@ -187,7 +187,7 @@ def test_proof_leaves_no_trace():
     net = Net()
     state, weights = torch.get_rng_state(), {n: p.clone() for n, p in net.state_dict().items()}
     net.blocks[0].register_forward_hook(lambda *_: pytest.fail("a hook ran"))
-    zb.convert._proof._proved.clear()
+    zb.convert.proof._proved.clear()
     zb.accelerate(net)
     assert torch.equal(torch.get_rng_state(), state) and net.training
     assert all(torch.equal(p, weights[n]) for n, p in net.state_dict().items())
@@ -235,7 +235,7 @@ def test_class_extended_after_accelerate():
 
 def test_proof_does_not_depend_on_the_surroundings():
     """accelerate() where inference, autocast, a device or another default dtype are switched on around it."""
-    zb.convert._proof._proved.clear()
+    zb.convert.proof._proved.clear()
     net = Net()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -97,10 +97,10 @@ def is_zero(block):
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(name, monkeypatch):
     """By the comparison with the untouched copy, where the proof is switched off."""
-    family = zb.convert._core.FAMILIES["ResBlock"]
+    family = zb.convert.family.FAMILIES["ResBlock"]
     monkeypatch.setattr(family, "forward", PLANTED[name](family.forward))
-    monkeypatch.setattr(zb.convert._proof, "disagreement", lambda *_: None)
-    monkeypatch.setattr(zb.convert._core, "_classes", {})
+    monkeypatch.setattr(zb.convert.proof, "disagreement", lambda *_: None)
+    monkeypatch.setattr(zb.convert.family, "_classes", {})
     case = Case(
         lambda: eager.ResBlock(64, 16, 0.0, use_scale_shift_norm=True),
         lambda: (torch.randn(2, 64, 4, 4), torch.randn(2, 16)),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks, zero
 from ..backends import available as _backends
-from . import proof as _proof
+from . import proof
 from .families import FAMILIES
 from .family import Family, accelerated_class, applied
 from .report import Branch, LeftAlone, Report
@@ -156,7 +156,7 @@ def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> 
         accelerated_class(type(block), family)
     except TypeError as error:
         return f"its class cannot be extended: {error}"
-    return _proof.disagreement(family.specimen(block), family)
+    return proof.disagreement(family.specimen(block), family)
 
 
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
