@@ -22,10 +22,10 @@ needs_onednn = pytest.mark.skipif(not _packed.ONEDNN, reason="this build of torc
 @pytest.fixture(autouse=True)
 def nothing_stays_frozen():
     yield
-    if _packed._copies:
+    if _packed.copies:
         gc.collect()
-    left = len(_packed._copies)
-    _packed._copies.clear()
+    left = len(_packed.copies)
+    _packed.copies.clear()
     assert not left, "a test's copies outlive its modules"
 
 

@@ -15,6 +15,11 @@ LAYOUTS = ("contiguous", "channels-last", "strided")
 Make = Callable[..., torch.Tensor]
 
 
+def registered(op: str) -> torch._ops.OpOverload:
+    """The op as the dispatcher knows it: what a compiler, a mode or a tensor subclass calls."""
+    return getattr(torch.ops.zeroblock, op).default
+
+
 def maker(dtype: torch.dtype, layout: str) -> Make:
     """make(*size): random values. channels-last: dense in another dimension order; strided: a slice of a larger one."""
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +97,7 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
 
 
 def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
-    """The calls of `op`_bwd that the formulas in _autograd.py make after op(*args) gave out."""
+    """The calls of `op`_bwd that the backward of the op makes after op(*args) gave out."""
     dy = like(*out[0].shape).to(out[0].dtype)
     if op == "group_norm_silu":
         x, groups, w, b, _, scale, shift, silu = args

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from zeroblock.plan import planned as _plan
-from zeroblock.plan.measure import bucket
+from zeroblock.plan.describe import bucket
 from zeroblock.plan.planned import PlannedOp
 
 
@@ -52,7 +52,7 @@ def double() -> Iterator[PlannedOp]:
     try:
         yield planned
     finally:
-        del _plan.OPS["double"]
+        del _plan.STEPS["double"]
 
 
 BIG = _plan.WORTH_MEASURING

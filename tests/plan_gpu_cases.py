@@ -1,8 +1,10 @@
-"""GPU plans without a GPU: CPU tensors take the planned steps of `_gpu.py`, and backends can be stood in for."""
+"""GPU plans without a GPU: CPU tensors take the planned steps of backends/gpu, and backends can be stood in for."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -11,35 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zeroblock as zb
-from zeroblock import zero
 from zeroblock.backends import available as _backends
-from zeroblock.backends import eager as _library
-from zeroblock.backends.gpu import convs as _gpu_convs
-from zeroblock.backends.gpu import gemms as _gpu_gemms
-from zeroblock.backends.gpu import norms_gates as _gpu
+from zeroblock.backends.eager import EAGER, Eager
+from zeroblock.backends.flagged import FlaggedSteps
+from zeroblock.backends.gpu import norms_gates
+from zeroblock.backends.gpu.conv_grads import CONV_DGRAD, CONV_WGRAD
+from zeroblock.backends.gpu.convs import CONV_RESIDUAL, NORM_CONV_RESIDUAL
+from zeroblock.backends.gpu.linear import LINEAR_GATE_RESIDUAL
 from zeroblock.plan import planned as _plan
 from zeroblock.plan.planned import PlannedOp
-from zeroblock.reference import dropout_keep, is_zero, modulation
+from zeroblock.reference import is_zero, modulation
+from zeroblock.steps.flag import EXECUTED, skipped
 
 from .plan_cases import FakeTimer
 
-STEPS: list[PlannedOp] = [
-    *_gpu.STEPS.values(), _gpu.CONV, _gpu.NORM_CONV, _gpu.DGRAD, _gpu.WGRAD, _gpu.LINEAR,
-]  # fmt: skip
-WHO_JUDGES = {"auto": zero.DEVICE, "sync": zero.HOST, "never": zero.NEVER}
-_select = _backends.select
+NORMS_GATES: list[PlannedOp] = [step for step in vars(norms_gates).values() if isinstance(step, PlannedOp)]
+STEPS = [*NORMS_GATES, CONV_RESIDUAL, NORM_CONV_RESIDUAL, CONV_DGRAD, CONV_WGRAD, LINEAR_GATE_RESIDUAL]
 
 
 @contextlib.contextmanager
 def planned_on_the_cpu() -> Iterator[pytest.MonkeyPatch]:
     """Every call in the block chooses as on a GPU, and is worth a measurement."""
 
-    def select(op, x):
-        return _gpu if x.dtype in _backends.DTYPES else _select(op, x)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_backends, "select", select)
-        patch.setattr(zero, "test_of", lambda op, policy, weight: WHO_JUDGES[policy])
+        patch.setattr(_backends, "_forced", "gpu")
         for step in STEPS:
             patch.setattr(step, "worth", 0)
         yield patch
@@ -52,7 +49,7 @@ def prefer(patch: pytest.MonkeyPatch, name: str) -> set[tuple[str, str]]:
 
     def rule(step: PlannedOp):
         def way(*args):
-            found = next((n for n in step._takers(args) if n == name or n.startswith(name + " ")), "library")
+            found = next((n for n in step.takers(*args) if n == name or n.startswith(name + " ")), "library")
             ran.add((step.name, found))
             return found
 
@@ -63,94 +60,85 @@ def prefer(patch: pytest.MonkeyPatch, name: str) -> set[tuple[str, str]]:
     return ran
 
 
-class Backend:
-    """Stands in for the Triton or CUDA backend on CPU tensors: the library's arithmetic, its flags read. `flags` are
-    those that its convolutions and linears saw, `calls` the primitives called."""
-
-    MISSING, device = None, "cpu"
+class StandIn(FlaggedSteps, Eager):
+    """For the Triton or CUDA backend on CPU tensors: the library's arithmetic, flags read. `flags` are those that its
+    convolutions and linears saw, `calls` the kernels called."""
 
     def __init__(self, name: str):
-        self.NAME, self.flags, self.calls = name, [], []
+        self.name, self.flags, self.calls = name, [], []
 
-    def __getattr__(self, name: str):
-        if name.startswith("_") or not hasattr(_library, name):
-            raise AttributeError(name)
+    def kernel(self, name, *args, split=False, per_thread=None):
+        """A norm, gate or activation."""
+        self.calls.append(name)
+        return getattr(EAGER, name)(*args)
 
-        def primitive(*args, split=False, per_thread=None, **kwargs):
-            self.calls.append(name)
-            return getattr(_library, name)(*args, **kwargs)
-
-        return primitive
-
-    def why_not(self, op, x):
-        return None
-
-    def why_not_own(self, op, h, weight, gate, residual, padding):
-        return None if self.NAME == "triton" or op != "linear_gate_residual" else "no linears"
+    def why_not_own(self, op, h, weight, gate, residual, padding, config=None):
+        if config is not None and config.endswith("x64") != (weight.dtype != torch.float32):
+            return "no configuration"
+        return None if self.name == "triton" or op != "linear_gate_residual" else "no linears"
 
     def why_not_folded(self, x, weight, residual, keep):
         return "not here"
 
-    def has_gemm(self, config, dtype):
-        return config.endswith("x64") == (dtype != torch.float32)
-
     def gemm_by_size(self, x, weight, rows):
         return "64x64x32" if x.dtype == torch.float32 else "64x64x64"
 
-    def zero_flags(self, tensors, any_of=False):
-        self.calls.append("zero_flags")
-        flags = is_zero(*tensors).to(torch.int32)
-        return flags.max().view(1) if any_of else flags
+    def zero_flag(self, tensors):
+        self.calls.append("zero_flag")
+        return is_zero(*tensors).to(torch.int32).max().view(1)
 
-    def _own(self, y: Tensor, bare: Tensor, flag: Tensor | None) -> Tensor:
+    def _own(self, y: Tensor, alone: Tensor, flag: Tensor | None) -> Tensor:
         self.flags.append(flag if flag is None else int(flag))
-        return bare if self.flags[-1] else y
+        return alone if self.flags[-1] else y
 
-    def conv(self, h, weight, bias, residual, padding, flag, config=None):
+    def own_conv(self, h, weight, bias, residual, padding, flag, config=None):
         self.calls.append("conv")
         y = F.conv2d(h, weight, bias, padding=padding)
         residual = 0 if residual is None else residual
-        bare = torch.zeros_like(y) if bias is None else torch.zeros_like(y) + bias[:, None, None]
-        return self._own(y + residual, bare + residual, flag)
+        alone = torch.zeros_like(y) if bias is None else torch.zeros_like(y) + bias[:, None, None]
+        return self._own(y + residual, alone + residual, flag)
 
-    def conv_dgrad(self, dy, weight, padding, flag, config=None):
+    def own_conv_dgrad(self, dy, weight, padding, flag, config=None):
         dh = F.conv_transpose2d(dy, weight, padding=padding)
         return self._own(dh, torch.zeros_like(dh), flag)
 
-    def conv_wgrad(self, dy, h, weight, padding, config=None):
+    def own_conv_wgrad(self, dy, h, weight, padding, config=None):
         return torch.nn.grad.conv2d_weight(h, weight.shape, dy, padding=padding)
 
-    def linear_gate_residual(self, h, weight, bias, gate, residual, flag, save_branch, config=None):
+    def own_linear_gate(self, call, flag, config=None):
+        backend, h, weight, bias, gate, residual, activation, _, save_branch = call
+        h = h if activation is None else backend.activation(h, activation, flag)
         branch = F.linear(h, weight, bias)
         gated = [t if gate is None else modulation(gate) * t for t in (branch, torch.zeros_like(branch) + bias)]
         residual = 0 if residual is None else residual
-        return self._own(*(residual + t for t in gated), flag), branch if save_branch else None
+        y = self._own(*(residual + t for t in gated), flag)
+        return y, branch if save_branch else y.new_empty(0), skipped(h, EXECUTED) if flag is None else flag
 
     def group_moments(self, x, groups, eps, flag=None):
-        return _library.group_norm_silu(x, groups, None, None, eps, None, None, False)[1:]
+        return EAGER.group_norm_silu(x, groups, None, None, eps, None, None, False)[1:]
 
-    def group_norm_silu_conv_residual(
-        self, x, mean, rstd, nw, nb, scale, shift, weight, bias, residual, statistics=False, flag=None
-    ):
-        h = _library.group_norm_silu(x, mean.shape[1], nw, nb, 1e-5, scale, shift, True)[0]
-        return self.conv(dropout_keep(h, None, 0.0), weight, bias, residual, weight.shape[2] // 2, flag), None
+    def norm_conv(self, x, mean, rstd, norm, weight, bias, residual, flag=None):
+        groups, norm_weight, norm_bias, eps, scale, shift, _, _ = norm
+        h = EAGER.group_norm_silu(x, groups, norm_weight, norm_bias, eps, scale, shift, True)[0]
+        return self.own_conv(h, weight, bias, residual, weight.shape[2] // 2, flag)
 
 
 @contextlib.contextmanager
-def stand_ins() -> Iterator[dict[str, Backend]]:
+def stand_ins() -> Iterator[dict[str, StandIn]]:
     """`planned_on_the_cpu` with stand-ins for both GPU backends."""
-    backends = {name: Backend(name) for name in ("triton", "cuda")}
+    backends = {name: StandIn(name) for name in ("triton", "cuda")}
     with planned_on_the_cpu() as patch:
         for name, backend in backends.items():
-            patch.setitem(_backends._lazy, name, backend)
-        patch.setattr(_gpu_gemms, "TRITON", backends["triton"])
-        patch.setattr(_gpu_convs, "TRITON", backends["triton"])
-        patch.setattr(_gpu_convs, "CUDA", backends["cuda"])
+            patch.setitem(_backends._loaded, name, backend)
+        for step in NORMS_GATES:
+            for candidate in [c for c in step.candidates.values() if c.name != "library"]:
+                run = functools.partial(backends[candidate.name.split()[0]].kernel, step.name)
+                patch.setitem(step.candidates, candidate.name, dataclasses.replace(candidate, run=run))
         yield backends
 
 
 @pytest.fixture(name="backends")
-def backends_fixture() -> Iterator[dict[str, Backend]]:
+def backends_fixture() -> Iterator[dict[str, StandIn]]:
     with stand_ins() as found:
         yield found
 
@@ -185,7 +173,7 @@ OPS = (
     "gate_residual_layer_norm_modulate", "conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual",
 )  # fmt: skip
 # Without triton the GEMMs of OPS[6:] have no ways of their own to choose among.
-TRITON = pytest.mark.skipif(not _gpu.LINEAR.candidates.keys() - {"library"}, reason="triton is not installed")
+TRITON = pytest.mark.skipif(not LINEAR_GATE_RESIDUAL.candidates.keys() - {"library"}, reason="triton is not installed")
 _TAILS = [pytest.param(op, marks=TRITON) for op in OPS[6:]]
 ops, tails = (pytest.mark.parametrize("op", found) for found in ([*OPS[:6], *_TAILS], _TAILS))
 # The planned steps that a call and its backward take, the op's own first.
@@ -219,4 +207,4 @@ def run(op, grad=False, dtype=torch.float32, **options):
 
 def choices() -> dict[str, str]:
     """What was chosen by measurement, by step."""
-    return {key.split(maxsplit=1)[0]: entry.choice for key, entry in _plan._open_store().entries.items()}
+    return {key.split(maxsplit=1)[0]: entry.choice for key, entry in _plan.open_store().entries.items()}

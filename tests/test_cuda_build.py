@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroblock.backends import cuda as _cuda
+from zeroblock.backends.cuda import CUDA
 
 from .simt import emulated, static
 
@@ -118,11 +118,11 @@ def test_an_architecture_that_cannot_be_is_refused(source, archs, message):
 def test_a_launch_error_is_an_exception_with_the_name_of_the_op(op):
     x, image = torch.randn(2, 3, 16), torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
     calls = {
-        "zero_flag": lambda: _cuda.zero_flags([x]),
-        "group_norm_silu": lambda: _cuda.group_norm_silu(x, 3, None, None, 1e-5, None, None, True),
-        "layer_norm_modulate": lambda: _cuda.layer_norm_modulate(x, None, None, None, None, 1e-6, False),
-        "gate_residual": lambda: _cuda.gate_residual(x, x[0, 0], x),
-        "conv_residual": lambda: _cuda.conv_residual(image, image.new_zeros(8, 8, 1, 1), None, None),
+        "zero_flag": lambda: CUDA.are_zero([x]),
+        "group_norm_silu": lambda: CUDA.group_norm_silu(x, 3, None, None, 1e-5, None, None, True),
+        "layer_norm_modulate": lambda: CUDA.layer_norm_modulate(x, None, None, None, None, 1e-6, False),
+        "gate_residual": lambda: CUDA.gate_residual(x, x[0, 0], x),
+        "conv_residual": lambda: CUDA.conv_and_statistics(image, image.new_zeros(8, 8, 1, 1), None, None),
     }
     with emulated.emulated(), emulated.refusing(), pytest.raises(RuntimeError, match=f"{op}: the CUDA kernel was not"):
         calls[op]()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zeroblock.backends import cuda as _cuda
+from zeroblock.backends.cuda import CUDA
 from zeroblock.testing import assert_bitwise_equal, poison_empty, use_backend
 from zeroblock.testing.cases import Case
 from zeroblock.testing.draw import Draw
@@ -49,9 +49,9 @@ def _inputs(layout):
 
 def _both(x, dy, weight, bias, scale, shift, flag=None):
     with poison_empty():
-        forward = _cuda.group_norm_silu(x, 2, weight, bias, 1e-5, scale, shift, True, flag)
+        forward = CUDA.group_norm_silu(x, 2, weight, bias, 1e-5, scale, shift, True, flag)
         mean, rstd = (torch.zeros(2, 2), torch.ones(2, 2)) if flag is not None else forward[1:]
-        backward = _cuda.group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, 2, True, flag)
+        backward = CUDA.group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, 2, True, flag)
     return [*forward, *backward]
 
 
@@ -83,7 +83,7 @@ def test_a_gpu_without_clusters_or_without_room_for_them_takes_two_passes(layout
 def test_a_zero_branch_is_left_by_the_whole_cluster(layout):
     x, *rest = _inputs(layout)
     with emulated.emulated(), emulated.gpu(SHARED[layout], 8):
-        zero = _cuda.zero_flags([torch.zeros(3)])
+        zero = CUDA.are_zero([torch.zeros(3)])
         y, mean, rstd, *gradients = _both(x * float("nan"), *rest, flag=zero)
     assert y.isnan().all() and mean.isnan().all() and rstd.isnan().all()  # nothing was written
     assert all(not g.any() for g in gradients)
@@ -106,7 +106,7 @@ def test_a_zero_branch_is_left_by_the_whole_cluster(layout):
 def test_launches_at_shapes_of_unets(layout, shape, sm_80, sm_90):
     form = torch.channels_last if layout == "nhwc" else torch.contiguous_format
     x = torch.empty(shape, dtype=torch.bfloat16).to(memory_format=form)
-    call = lambda: _cuda.group_norm_silu(x, 32, None, None, 1e-5, None, None, True)  # noqa: E731
+    call = lambda: CUDA.group_norm_silu(x, 32, None, None, 1e-5, None, None, True)  # noqa: E731
     for name, expected in (("sm_80", sm_80), ("sm_90", sm_90)):
         with emulated.emulated(), emulated.gpu(*emulated.GPUS[name]):
             launches = emulated.recorded(call)

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zeroblock.backends import cuda as _cuda
+from zeroblock.backends.base import GroupNorm
+from zeroblock.backends.cuda import CUDA
+from zeroblock.backends.cuda_convs import conv_takes
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty
 from zeroblock.testing.draw import Draw
 
@@ -56,7 +58,7 @@ def test_conv_residual(cuda, shape, dtype):
     for seed in range(3):
         inputs = _inputs(shape, dtype, cuda, seed)
         with poison_empty():
-            y, _ = _cuda.conv_residual(*inputs)
+            y, _ = CUDA.conv_and_statistics(*inputs)
         assert y.is_contiguous(memory_format=torch.channels_last)
         stacks.append([y, _eager(*inputs), _eager(*(t.double() for t in inputs))])
     assert_error_budget(*(torch.stack(column) for column in zip(*stacks, strict=True)), "y", draws=True)
@@ -72,8 +74,9 @@ def test_group_norm_silu_conv_residual(cuda, shape, dtype):
         draw = Draw(dtype, seed=seed + 100, device=cuda)
         norm = [draw.vector(C, 1.0), draw.vector(C), *draw.chunks(x.shape[0], C, 2)]
         with poison_empty():
-            _, mean, rstd = _cuda.group_norm_silu(x, groups, *norm[:2], 1e-5, *norm[2:], True)
-            y, _ = _cuda.group_norm_silu_conv_residual(x, mean, rstd, *norm, weight, bias, residual)
+            _, mean, rstd = CUDA.group_norm_silu(x, groups, *norm[:2], 1e-5, *norm[2:], True)
+            whole = GroupNorm(groups, *norm[:2], 1e-5, *norm[2:], None, 0.0)
+            y = CUDA.norm_conv(x, mean, rstd, whole, weight, bias, residual)
 
         def eager(x, weight, bias, residual, *norm, groups=groups):
             return _eager(_norm(x, groups, *norm), weight, bias, residual)
@@ -90,8 +93,8 @@ def test_statistics_of_the_output(cuda, shape):
         x, weight, bias, residual = _inputs(shape, torch.bfloat16, cuda, seed)
         residual = residual + 30  # a mean far above the deviation
         with poison_empty():
-            y, partial = _cuda.conv_residual(x, weight, bias, residual, statistics=True)
-            mean, rstd = _cuda.moments(y, partial, weight.shape[0] // 4, 1e-5)
+            y, partial = CUDA.conv_and_statistics(x, weight, bias, residual, statistics=True)
+            mean, rstd = CUDA.moments(y, partial, weight.shape[0] // 4, 1e-5)
         exact, eager = (y.to(dtype).reshape(*mean.shape, -1) for dtype in (torch.float64, torch.float32))
         stacks["mean"].append([mean, eager.mean(2), exact.mean(2)])
         stacks["rstd"].append([rstd, *((t.var(2, correction=0) + 1e-5).rsqrt() for t in (eager, exact))])
@@ -105,20 +108,20 @@ def test_a_zero_branch_is_not_computed(cuda, shape, dtype):
     """With the flag set the input and the weight are not even read: NaN in both changes nothing."""
     x, weight, bias, residual = _inputs(shape, dtype, cuda)
     nan = torch.full_like(x, float("nan"))
-    zero = _cuda.zero_flags([torch.zeros_like(weight)])
+    zero = CUDA.are_zero([torch.zeros_like(weight)])
     with poison_empty():
-        y, partial = _cuda.conv_residual(nan, weight * float("nan"), bias, residual, statistics=True, flag=zero)
+        y, partial = CUDA.conv_and_statistics(nan, weight * float("nan"), bias, residual, statistics=True, flag=zero)
     expected = (residual.float() + bias.float()[:, None, None]).to(dtype)
     assert_bitwise_equal(y, expected)
-    mean, _ = _cuda.moments(y, partial, 1, 1e-5)
+    mean, _ = CUDA.moments(y, partial, 1, 1e-5)
     assert torch.allclose(mean, y.float().mean((1, 2, 3))[:, None], atol=1e-5)
-    y, _ = _cuda.conv_residual(x, weight, bias, residual, flag=_cuda.zero_flags([weight]))
-    assert_bitwise_equal(y, _cuda.conv_residual(x, weight, bias, residual)[0])
+    y, _ = CUDA.conv_and_statistics(x, weight, bias, residual, flag=CUDA.are_zero([weight]))
+    assert_bitwise_equal(y, CUDA.conv_and_statistics(x, weight, bias, residual)[0])
 
 
 def test_without_bias_and_residual(cuda):
     x, weight, _, _ = _inputs(SHAPES["ragged"], torch.bfloat16, cuda)
-    y, _ = _cuda.conv_residual(x, weight, None, None)
+    y, _ = CUDA.conv_and_statistics(x, weight, None, None)
     assert_error_budget(
         y, F.conv2d(x, weight, padding=1), F.conv2d(x.double(), weight.double(), padding=1), "conv alone"
     )
@@ -130,7 +133,7 @@ def test_the_same_bits_in_any_order_of_threads_and_blocks(cuda):
     inputs, results = _inputs(SHAPES["ragged"], torch.bfloat16, cuda), []
     for seed in (0, 1, 2):
         with emulated.emulated(seed):
-            results.append(_cuda.conv_residual(*inputs, statistics=True))
+            results.append(CUDA.conv_and_statistics(*inputs, statistics=True))
     for y, partial in results[1:]:
         assert_bitwise_equal(y, results[0][0])
         assert_bitwise_equal(partial, results[0][1])
@@ -138,8 +141,8 @@ def test_the_same_bits_in_any_order_of_threads_and_blocks(cuda):
 
 def test_what_the_convolution_does_not_take_is_refused(cuda):
     x, weight, bias, residual = _inputs(SHAPES["one-tile"], torch.bfloat16, cuda)
-    assert _cuda.conv_takes(x, weight, [1, 1])
-    assert not _cuda.conv_takes(x, weight, [0, 0]) and not _cuda.conv_takes(x.float(), weight.float(), [1, 1])
+    assert conv_takes(x, weight, [1, 1])
+    assert not conv_takes(x, weight, [0, 0]) and not conv_takes(x.float(), weight.float(), [1, 1])
     for bad in (x.float(), x[:, :28]):
         with pytest.raises(RuntimeError, match="conv_residual: the CUDA kernel takes bfloat16 or float16"):
-            _cuda.conv_residual(bad, weight[:, : bad.shape[1]].to(bad.dtype), bias, residual)
+            CUDA.conv_and_statistics(bad, weight[:, : bad.shape[1]].to(bad.dtype), bias, residual)

@@ -20,9 +20,9 @@ MISSING = _backends.missing("triton")
 if MISSING is not None:
     pytest.skip(f"the triton backend cannot run: {MISSING}", allow_module_level=True)
 
-from zeroblock.kernels import _launch  # noqa: E402
+from zeroblock.kernels import _launch, group_norm_silu_bwd  # noqa: E402
 
-from zeroblock.backends import triton as _triton  # noqa: E402
+from zeroblock.backends.triton import TRITON  # noqa: E402
 
 DEVICE = "cpu" if _backends.interprets() else "cuda"
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
@@ -188,10 +188,10 @@ def test_captured_backward_of_the_norm():
     x, dy, flag = draw.normal(2, 24, 6, 5), draw.normal(2, 24, 6, 5), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     vectors = (draw.normal(24), draw.normal(24), draw.normal(2, 24), draw.normal(2, 24))
     for split in (False, True):
-        _, mean, rstd = _triton.group_norm_silu(x, 4, *vectors[:2], 1e-5, *vectors[2:], True)
+        _, mean, rstd = TRITON.group_norm_silu(x, 4, *vectors[:2], 1e-5, *vectors[2:], True)
         arguments = (dy, x, mean, rstd, *vectors, 4, True, False, flag)
         with poison_empty(), _launch.recording() as launches:
-            grads = _triton._group_norm_bwd.backward(*arguments, split=split)
+            grads = group_norm_silu_bwd.backward(*arguments, split=split)
         expected = [g.clone() for g in grads]
         for value in (1, 0):
             flag.fill_(value)

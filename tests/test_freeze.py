@@ -11,11 +11,11 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock import testing
+from zeroblock.backends.select import select
 from zeroblock.plan import planned as _plan
 from zeroblock.steps import conv as _conv
 from zeroblock.steps import linear as _linear
 from zeroblock.steps import packed as _packed
-from zeroblock.steps import winograd as _winograd
 
 from .freeze_cases import DTYPES, LAYOUTS, blocks, compare, needs_onednn, randomise
 from .freeze_cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
@@ -30,13 +30,15 @@ _USED: dict[str, int] = {}
 def packed_runs(monkeypatch):
     """Counts the calls that used copies: a test that compares results must also know that they were."""
     _USED.clear()
-    winograd = _winograd.conv
+    backend = select("conv_residual", torch.zeros(1))
+    if backend.winograd is not None:
+        winograd = backend.winograd
 
-    def watched(*args, packed=None, **kwargs):
-        _USED["conv"] = _USED.get("conv", 0) + (packed is not None)
-        return winograd(*args, packed=packed, **kwargs)
+        def watched(x, affine, weight, prepared, *rest):
+            _USED["conv"] = _USED.get("conv", 0) + (prepared is not None)
+            return winograd.conv(x, affine, weight, prepared, *rest)
 
-    monkeypatch.setattr(_winograd, "conv", watched)
+        monkeypatch.setattr(backend, "winograd", winograd._replace(conv=watched))
     for op in (_conv.CONV, _linear.LINEAR):
         candidate = op.candidates["packed"]
 
@@ -159,7 +161,7 @@ def test_a_whole_model(packed_runs):
     compare(frozen, oracle, torch.randn(2, 3, 8, 8))
     assert packed_runs("linear") == 2
     assert "4 layers packed" in str(report) and "frozen" in repr(frozen)
-    assert report.nbytes == sum(c.nbytes() for c in _packed._copies.values())
+    assert report.nbytes == sum(c.nbytes() for c in _packed.copies.values())
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])

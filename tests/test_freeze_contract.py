@@ -100,7 +100,7 @@ def test_zero_layers_fold_to_their_bias(layout, bias):
 
 def test_zero_branches_are_decided_once(monkeypatch):
     from zeroblock import zero
-    from zeroblock.backends import available as _backends
+    from zeroblock.backends.select import select
 
     torch.manual_seed(0)
     block, dit = zb.nn.ResBlock(32, 16, 0.0).eval(), zb.nn.DiTBlock(32, 2).eval()
@@ -113,7 +113,7 @@ def test_zero_branches_are_decided_once(monkeypatch):
         assert torch.equal(dit(t, c), t)  # the gates' rows are remembered by the first call
         testing.reset_counters()
         scanned = []
-        primitives = _backends.select("is_zero", x)
+        primitives = select("is_zero", x)
         scan = primitives.is_zero
         monkeypatch.setattr(primitives, "is_zero", lambda t: (scanned.append(t.shape), scan(t))[1])
         for got, y in zip((block(x, emb), dit(t, c)), expected, strict=True):
@@ -130,7 +130,7 @@ def test_train_unfreezes():
     model[0].train()
     assert frozen_layers(model) == 1 and type(model[0]) is nn.Conv2d and model[0].training
     model.train()
-    assert frozen_layers(model) == 0 and not _packed._copies
+    assert frozen_layers(model) == 0 and not _packed.copies
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -139,7 +139,7 @@ def test_load_state_dict_unfreezes(assign):
     other = randomise(copy.deepcopy(model), seed=1)
     zb.freeze(model)
     model.load_state_dict(other.state_dict(), assign=assign)
-    assert frozen_layers(model) == 0 and not _packed._copies
+    assert frozen_layers(model) == 0 and not _packed.copies
     with torch.no_grad():
         testing.assert_bitwise_equal(model(x), other(x))
 
@@ -149,7 +149,7 @@ def test_moving_and_casting_unfreeze(move):
     model, _ = model_and_input()
     zb.freeze(model)
     move(model)
-    assert frozen_layers(model) == 0 and not _packed._copies
+    assert frozen_layers(model) == 0 and not _packed.copies
 
 
 def test_unfreeze_and_freeze_again():
@@ -159,7 +159,7 @@ def test_unfreeze_and_freeze_again():
         first, second = zb.freeze(model), zb.freeze(model)
         assert first == second and frozen_layers(model) == 2
         zb.unfreeze(model)
-        assert type(model[0]) is nn.Conv2d and not _packed._copies
+        assert type(model[0]) is nn.Conv2d and not _packed.copies
         testing.assert_bitwise_equal(model(x), expected)
         zb.unfreeze(model)
         model[0].weight.mul_(2)

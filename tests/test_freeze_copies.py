@@ -66,20 +66,20 @@ def test_tied_weights_share_a_copy():
     model = randomise(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     model[1].weight = model[0].weight
     report = zb.freeze(model)
-    assert report.packed == ["0", "1"] and report.nbytes == _packed._copies[id(model[0].weight)].nbytes()
+    assert report.packed == ["0", "1"] and report.nbytes == _packed.copies[id(model[0].weight)].nbytes()
     zb.unfreeze(model[0])
     assert _packed.is_frozen(model[1].weight) and not _packed.is_frozen(model[0].bias)
     zb.unfreeze(model[1])
-    assert not _packed._copies
+    assert not _packed.copies
 
 
 def test_copies_die_with_the_model():
     model, _ = model_and_input()
     zb.freeze(model)
-    assert len(_packed._copies) == 4
+    assert len(_packed.copies) == 4
     del model
     gc.collect()
-    assert not _packed._copies
+    assert not _packed.copies
 
 
 class Doubled(nn.Linear):
@@ -115,10 +115,10 @@ def test_only_modules(function):
 
 def test_other_preparations_register(monkeypatch):
     """The hook for Winograd: a packer's copy is kept beside oneDNN's, counted, and found by geometry."""
-    monkeypatch.setitem(_packed.CONV_PACKERS, "sum", lambda w, geometry: w.detach().sum((2, 3)).contiguous())
+    monkeypatch.setitem(_packed.CONV_PACKERS, "sum", lambda backend, w, geometry: w.detach().sum((2, 3)).contiguous())
     model = randomise(nn.Conv2d(8, 4, 3, padding=1))
     report = zb.freeze(model)
-    copies = _packed._copies[id(model.weight)]
+    copies = _packed.copies[id(model.weight)]
     geometry = _conv.unit_geometry([1, 1])
     assert set(copies.convs) == {("onednn", geometry), ("sum", geometry)}
     assert report.nbytes == copies.nbytes() > 8 * 4 * 4 + model.weight.nbytes
@@ -141,4 +141,4 @@ def test_measured_choices_of_frozen_layers_are_right(layout):
         fake = lambda name, run, device: 0.5 if name == winner else 1.0  # noqa: B023, E731
         with _plan.use(timer=fake):
             compare(model, oracle, x)
-            assert {e.choice for e in _plan._open_store().entries.values()} == {winner}
+            assert {e.choice for e in _plan.open_store().entries.values()} == {winner}

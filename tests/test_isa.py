@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zeroblock.backends import available as _backends
+from zeroblock.backends.select import select
 from zeroblock.testing import CPU_MISSING, use_backend
 from zeroblock.testing.cases import CASES, DTYPES
 from zeroblock.testing.parity import assert_deterministic, assert_parity
@@ -85,11 +85,15 @@ def avx2(avx2_library, monkeypatch):
     """The cpu backend on the AVX2 kernels."""
     module = importlib.import_module("zeroblock.backends.cpu")
     replaced = 0
+    of_avx2 = lambda op: getattr(avx2_library, op._opname).default  # noqa: E731
     for name, op in vars(module).copy().items():
         if isinstance(op, torch._ops.OpOverload) and op.namespace == "zeroblock":
-            monkeypatch.setattr(module, name, getattr(avx2_library, op._opname).default)
+            monkeypatch.setattr(module, name, of_avx2(op))
             replaced += 1
-    assert replaced >= 11 and _backends.select("group_norm_silu", torch.empty(1)) is module
+    backend = module.CPU
+    monkeypatch.setattr(backend, "winograd", type(backend.winograd)(*map(of_avx2, backend.winograd)))
+    monkeypatch.setattr(backend, "residual_if_zero", of_avx2(backend.residual_if_zero))
+    assert replaced >= 11 and select("group_norm_silu", torch.empty(1)) is backend
     assert avx2_library._cpu_isa() == "avx2"
     with use_backend("cpu"):
         yield module

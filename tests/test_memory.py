@@ -13,14 +13,14 @@ import torch
 from torch.autograd.profiler import profile
 
 import zeroblock as zb
-from zeroblock.plan import planned as _plan
+from zeroblock.plan.mode import fixed_rule
 from zeroblock.steps import winograd as _winograd
 from zeroblock.testing import CPU_MISSING, eager, use_backend
 
 if CPU_MISSING is not None:
     pytestmark = pytest.mark.skip(reason=f"the cpu backend cannot run: {CPU_MISSING}")
 else:
-    from zeroblock.backends import cpu as _cpu
+    from zeroblock.backends.cpu import CPU
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 SHAPE = (4, 64, 24, 24)  # larger than any weight of the block
@@ -85,8 +85,8 @@ def test_a_resblock_allocates_no_activation_that_eager_does_not(dtype, layout, f
         zb.freeze(own.eval())
     with use_backend("cpu"), torch.set_grad_enabled(mode == "training"):
         if dtype is torch.float32:
-            assert _winograd.choose(_cpu, inputs[0], own.in_layers[2].weight, (1, 1)) == 2, "the rule takes Winograd"
-        with _plan.fixed_rule():
+            assert _winograd.choose(CPU, inputs[0], own.in_layers[2].weight, (1, 1)) == 2, "the rule takes Winograd"
+        with fixed_rule():
             theirs, ours = (allocations(step(block, inputs, mode)) for block in (plain, own))
     zb.unfreeze(own)
     activation = inputs[0].nbytes
@@ -109,7 +109,10 @@ SCRATCH = """
 import json, sys
 from pathlib import Path
 import torch
-from zeroblock import _cpu, _winograd
+from zeroblock.backends.cpu import CPU
+from zeroblock.steps import winograd
+from zeroblock.steps.conv import ConvCall, unit_geometry
+from zeroblock.steps.conv_bwd import ConvGradsCall
 torch.set_num_threads(2)
 
 def status(name):
@@ -123,10 +126,11 @@ def growth(call):
 
 x, weight = torch.randn(1, 64, 448, 448), torch.randn(64, 64, 3, 3)
 tile = int(sys.argv[1])
-conv = lambda x: _winograd.conv(_cpu, x, weight, None, None, (1, 1), tile=tile)
-grads = lambda mask: lambda: _winograd.conv_grads(_cpu, x, x, weight, False, (1, 1), mask, tile=tile)
+conv = lambda x: winograd.conv(tile, ConvCall(CPU, x, weight, None, None, unit_geometry((1, 1))))
+conv_grads = lambda x, mask: winograd.conv_grads(tile, ConvGradsCall(CPU, x, x, weight, False, (1, 1), mask))
+grads = lambda mask: lambda: conv_grads(x, mask)
 small = x[:, :, :24, :24].contiguous()
-conv(small), _winograd.conv_grads(_cpu, small, small, weight, False, (1, 1), (True, True, False), tile=tile)
+conv(small), conv_grads(small, (True, True, False))
 kept = status("VmRSS")
 found = [growth(lambda: conv(x)), growth(grads((True, False, False))), growth(grads((False, True, False)))]
 print(json.dumps({"activation": x.nbytes, "growth": found, "kept": status("VmRSS") - kept}))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import zeroblock as zb
-from zeroblock.backends import available as _backends
+from zeroblock.backends.select import select
 from zeroblock.testing.cases import CASES, DTYPES, Case
 from zeroblock.testing.draw import Draw
 from zeroblock.testing.parity import assert_parity, evaluate, floating, leaves
@@ -101,7 +101,7 @@ def test_fp32_vectors_with_half_precision_activations(backend, device, name, dty
 
 def test_each_backend_runs_its_own_primitives(backend, device):
     for dtype in DTYPES:
-        assert _backends.select("group_norm_silu", torch.empty(1, dtype=dtype, device=device)).NAME == backend
+        assert select("group_norm_silu", torch.empty(1, dtype=dtype, device=device)).name == backend
 
 
 # ---- is_zero --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import torch
 
 import zeroblock as zb
 from zeroblock import testing
+from zeroblock.plan import mode
 from zeroblock.plan import planned as _plan
-from zeroblock.plan.measure import bucket, choose, measure
+from zeroblock.plan.describe import bucket
+from zeroblock.plan.measure import choose, measure
 from zeroblock.steps import conv as _conv
 
 from .plan_cases import BIG, FakeTimer, chosen, double, never, x3, x4
@@ -103,11 +105,8 @@ def test_situations_are_told_apart(op):
         op(x4.double(), BIG)
         op(torch.ones(8)[::2], BIG)
         assert rounds() == 5
-        _plan.state.training = True
-        try:
+        with mode.training():
             op(x4, BIG)
-        finally:
-            _plan.state.training = False
         assert rounds() == 6
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
@@ -130,7 +129,7 @@ def test_reduced_precision_needs_permission(op):
     with _plan.use(timer=timer):
         assert chosen(op, x4) in ("fast", "picky")
         assert op.explain(x4, BIG).not_taken["coarse"] == "needs reduced float32 precision"
-        with _plan.allow_reduced():
+        with mode.allow_reduced():
             assert chosen(op, x4) == "coarse"
         assert chosen(op, x4) in ("fast", "picky")
         torch.set_float32_matmul_precision("high")
@@ -145,9 +144,9 @@ def test_training_is_marked_around_a_differentiable_op():
     seen = []
     planned = _conv.CONV
     before = planned.candidates["library"]
-    spy = lambda *args: (seen.append(_plan.state.training), before.run(*args))[1]  # noqa: E731
+    spy = lambda *args: (seen.append(mode.is_training()), before.run(*args))[1]  # noqa: E731
     with _plan.use("fixed"):
-        planned.library = planned.candidates["library"] = _plan.Candidate("library", spy, before.why_not)
+        planned.library = planned.candidates["library"] = _plan.Candidate("library", spy)
         try:
             h, w = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
             zb.conv_residual(h, w, None, None)
@@ -157,7 +156,7 @@ def test_training_is_marked_around_a_differentiable_op():
         finally:
             planned.library = planned.candidates["library"] = before
             _plan.forget()
-    assert seen == [False, True, False] and not _plan.state.training
+    assert seen == [False, True, False] and not mode.is_training()
 
 
 # ---- the fixed rule -------------------------------------------------------------------------------------------------

@@ -9,14 +9,19 @@ import torch
 import zeroblock as zb
 from zeroblock import zero
 from zeroblock.backends import available as _backends
-from zeroblock.backends.gpu import norms_gates as _gpu
+from zeroblock.backends.gpu import norms_gates
 from zeroblock.plan import measure as _plan_measure
+from zeroblock.plan import mode
 from zeroblock.plan import planned as _plan
 from zeroblock.plan import store as _plan_store
 from zeroblock.testing import assert_bitwise_equal
 
 from .plan_cases import FakeTimer, never
 from .plan_gpu_cases import (
+    CONV_RESIDUAL,
+    LINEAR_GATE_RESIDUAL,
+    NORM_CONV_RESIDUAL,
+    NORMS_GATES,
     OPS,
     OPTIONS,
     TAKEN,
@@ -56,7 +61,11 @@ def test_every_step_is_measured_once_and_the_fastest_kept(op, grad, backends):
 @pytest.mark.parametrize(("seconds", "kept"), [(0.5, False), (0.99, True), (1.0, True), (1.01, True), (3.0, True)])
 def test_a_slower_candidate_is_never_chosen(op, seconds, kept, backends):
     """The rule's way is preferred among equals, and the library's stays where nothing beats it."""
-    own = {name for step in (*_gpu.STEPS.values(), _gpu.CONV, _gpu.NORM_CONV, _gpu.LINEAR) for name in step.candidates}
+    own = {
+        name
+        for step in (*NORMS_GATES, CONV_RESIDUAL, NORM_CONV_RESIDUAL, LINEAR_GATE_RESIDUAL)
+        for name in step.candidates
+    }
     with _plan.use(timer=Timer({name: seconds for name in own if name.startswith(("triton", "cuda"))})):
         run(op)
         choice = choices()[TAKEN[op][0]]
@@ -78,7 +87,7 @@ def test_configurations_of_the_dtype_compete(op, dtype, backends):
 def test_situations_are_told_apart(backends):
     timer = FakeTimer()
     with _plan.use(timer=timer):
-        known = lambda: len(_plan._open_store().entries)  # noqa: E731
+        known = lambda: len(_plan.open_store().entries)  # noqa: E731
         x = torch.randn(2, 7, 8)
         calls = [
             lambda: zb.layer_norm_modulate(x, None, None),
@@ -175,13 +184,13 @@ def test_a_rule_holds(op, where, backends, monkeypatch):
         elif where == "deterministic":
             stack.enter_context(_deterministic())
         elif where == "dispatcher":
-            stack.enter_context(_plan.fixed_rule())
+            stack.enter_context(mode.fixed_rule())
         run(op, grad=True)
         assert choices() == {}
     convolution = "conv" in op
     assert ("conv" in backends["triton"].calls) is False
     assert (len(backends["triton"].flags) > 0) == (op == "linear_gate_residual")
-    own = [name for name in backends["triton"].calls if name != "zero_flags"]
+    own = [name for name in backends["triton"].calls if name != "zero_flag"]
     assert own or op in ("conv_residual", "linear_gate_residual")
     assert not backends["cuda"].calls and not backends["cuda"].flags
     assert zero.executed.get(op, 0) > 0 or not (convolution or op == "linear_gate_residual")
@@ -215,7 +224,7 @@ def test_compiled_calls_go_by_the_rule(backends):
 
 
 def test_small_tensors_go_by_the_rule(backends, monkeypatch):
-    monkeypatch.setattr(_gpu.gate_residual, "worth", _gpu.WORTH)
+    monkeypatch.setattr(norms_gates.GATE_RESIDUAL, "worth", norms_gates.WORTH)
     with _plan.use(timer=never):
         run("gate_residual")
         assert "too small" in str(zb.explain("gate_residual", **inputs("gate_residual")))
@@ -225,7 +234,7 @@ def test_small_tensors_go_by_the_rule(backends, monkeypatch):
 def test_without_backends_the_library_runs():
     with planned_on_the_cpu() as patch, _plan.use(timer=never):
         for name in ("triton", "cuda"):
-            patch.setitem(_backends._lazy, name, None)
+            patch.setitem(_backends._loaded, name, None)
         for op in OPS:
             run(op, grad=True)
             why = zb.explain(op, **inputs(op), **OPTIONS[op])

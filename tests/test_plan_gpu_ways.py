@@ -9,8 +9,12 @@ import torch
 
 import zeroblock as zb
 from zeroblock.backends import available as _backends
+from zeroblock.backends.base import GroupNorm
 from zeroblock.backends.gpu import gemms as _gpu_gemms
+from zeroblock.backends.gpu.norms_gates import PER_THREAD
 from zeroblock.plan import planned as _plan
+from zeroblock.steps.flag import NEVER
+from zeroblock.steps.linear import LinearGateCall
 from zeroblock.testing.cases import CASES, Case
 from zeroblock.testing.parity import assert_parity
 
@@ -19,7 +23,7 @@ from .simt import emulated
 
 pytestmark = pytest.mark.interpreted
 INTERPRETS = _backends.interprets()
-TRITON = _backends._load("triton")
+TRITON = _backends.triton()
 NORMS = (
     "group_norm_silu-film", "layer_norm_modulate-chunks", "rms_norm_modulate-affine-prime", "gate_residual-one",
     "gate_residual_layer_norm_modulate-gate-bd",
@@ -108,6 +112,11 @@ def test_a_zero_weight_stops_the_cuda_kernels(op):
 # ---- ahead of time --------------------------------------------------------------------------------------------------
 
 
+def _gemm_takes(config: str, dtype: torch.dtype) -> bool:
+    h = torch.empty(2, 8, 8, dtype=dtype, device="meta")
+    return "no configuration" not in str(TRITON.why_not_own("linear_gate_residual", h, h[0], None, None, None, config))
+
+
 def _facts(launch) -> tuple:
     """What a GEMM-shaped launch compiles to, as far as a plan can change it."""
     a = launch.arguments
@@ -138,20 +147,21 @@ def test_what_a_plan_may_choose_is_compiled_ahead_of_time():
         for channels, side in ((320, 64), (1280, 8)):  # tiles enough, and so few that the reduction is split
             for kernel in (1, 3):
                 x, w = new(2, channels, side, side, dtype=dtype), new(channels, channels, kernel, kernel, dtype=dtype)
-                yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.conv(x, w, None, None, p, None, config)
-                yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.conv_dgrad(x, w, p, None, config)
-                if config in TRITON.WGRADS:
-                    yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.conv_wgrad(x, x, w, p, config)
+                yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.own_conv(x, w, None, None, p, None, config)
+                yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.own_conv_dgrad(x, w, p, None, config)
+                if config in _gpu_gemms.WGRADS:
+                    yield lambda x=x, w=w, p=[kernel // 2] * 2: TRITON.own_conv_wgrad(x, x, w, p, config)
             h, w = new(2, side * side, channels, dtype=dtype), new(640, channels, dtype=dtype)
-            yield lambda h=h, w=w: TRITON.linear_gate_residual(h, w, None, None, None, None, False, config)
-        if config in TRITON.FOLDS:
+            call = LinearGateCall(TRITON, h, w, None, None, None, None, NEVER, False)
+            yield lambda call=call: TRITON.own_linear_gate(call, None, config)
+        if config in _gpu_gemms.FOLDS:
             x, w = new(2, 320, 64, 64, dtype=dtype), new(192, 320, 1, 1, dtype=dtype)
-            args = (x, 32, None, None, 1e-5, None, None, w, None, None, [0, 0], None, config)
-            yield lambda: TRITON.folded_norm_conv(*args)
+            norm = GroupNorm(32, None, None, 1e-5, None, None, None, 0.0)
+            yield lambda: TRITON.folded_norm_conv(x, norm, w, None, None, [0, 0], None, config)
 
-    for config in TRITON.GEMMS:
+    for config in _gpu_gemms.CONFIGS:
         for dtype in _backends.DTYPES:
-            if TRITON.has_gemm(config, dtype):
+            if _gemm_takes(config, dtype):
                 missing = recorded(calls(config, dtype)) - compiled
                 assert not missing, (config, dtype, missing)
 
@@ -176,6 +186,8 @@ def test_tiles_of_norms_and_gates_are_compiled_ahead_of_time():
 
     modules = (gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate)
     compiled = recorded(case for module in modules for case in module.COMPILE_CASES.values())
+    from zeroblock.backends.triton import why_not_tile
+
     for D in (128, 384, 1152, 3072, 6144):
         x, row = (torch.empty(*size, D, dtype=torch.bfloat16, device="meta") for size in ((2, 64), (2,)))
         stat = torch.empty(2, 64, device="meta")
@@ -187,9 +199,9 @@ def test_tiles_of_norms_and_gates_are_compiled_ahead_of_time():
             "gate_residual_layer_norm_modulate": (x, row, x, row, row, 1e-6),
             "gate_residual_layer_norm_modulate_bwd": (x, x, x, stat, stat, row, x, row, row),
         }
-        for op, (own, *others) in TRITON.PER_THREAD.items():
+        for op, (own, *others) in PER_THREAD.items():
             run = functools.partial(getattr(TRITON, op), *arguments[op])
             assert recorded([run]) == recorded([functools.partial(run, per_thread=own)])
-            for per_thread in others if TRITON.why_not_tile(op, x) is None else ():
+            for per_thread in others if why_not_tile(op, x) is None else ():
                 found = recorded([functools.partial(run, per_thread=per_thread)])
                 assert found <= compiled and found != recorded([run]), (op, D, per_thread)

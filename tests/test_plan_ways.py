@@ -7,10 +7,13 @@ import torch
 
 import zeroblock as zb
 from zeroblock import testing
-from zeroblock.backends import available as _backends
+from zeroblock.backends.select import select
 from zeroblock.plan import planned as _plan
-from zeroblock.steps import conv as _conv
-from zeroblock.steps import linear as _linear
+from zeroblock.plan.mode import allow_reduced
+from zeroblock.steps.conv import CONV, ConvCall, unit_geometry
+from zeroblock.steps.conv_bwd import CONV_BWD, ConvGradsCall, conv_grads
+from zeroblock.steps.linear import LINEAR, LinearCall
+from zeroblock.steps.packed import ONEDNN
 
 from .plan_cases import FakeTimer
 
@@ -18,8 +21,8 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def primitives():
-    return _backends.select("conv_residual", torch.zeros(1))
+def backend():
+    return select("conv_residual", torch.zeros(1))
 
 
 def conv_arguments(layout, weight_layout, dtype, with_residual):
@@ -39,19 +42,19 @@ def conv_arguments(layout, weight_layout, dtype, with_residual):
 def test_every_way_of_a_convolution_is_right(layout, weight_layout, dtype, with_residual):
     h, weight, bias, residual = conv_arguments(layout, weight_layout, dtype, with_residual)
     kept = None if residual is None else residual.clone()
-    args = (primitives(), h, weight, bias, residual, _conv.unit_geometry([1, 1]))
+    call = ConvCall(backend(), h, weight, bias, residual, unit_geometry([1, 1]))
     eager = torch.conv2d(h, weight, bias, padding=1)
     exact = torch.conv2d(h.double(), weight.double(), bias.double(), padding=1)
     eager, exact = (eager, exact) if residual is None else (residual + eager, residual.double() + exact)
-    takers = _conv.CONV._takers(args)
+    takers = CONV.takers(call)
     expected = {"library", "other layout"}
-    if layout == "nhwc" and with_residual and _conv.ONEDNN:
+    if layout == "nhwc" and with_residual and ONEDNN:
         expected.add("oneDNN residual")
-    if primitives().NAME == "cpu":
+    if backend().name == "cpu":
         expected.add("winograd 2x2" if dtype == "fp32" else "winograd 4x4")
     assert set(takers) == expected
     for name, candidate in takers.items():
-        got = candidate.run(*args)
+        got = candidate.run(call)
         testing.assert_error_budget(got, eager, exact, name)
         assert got.stride() == eager.stride(), name
     if residual is not None:
@@ -64,14 +67,14 @@ def test_every_way_of_a_convolution_is_right(layout, weight_layout, dtype, with_
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_way_of_a_convolutions_backward_is_right(layout, weight_layout, dtype, mask):
     h, weight, _, dy = conv_arguments(layout, weight_layout, dtype, True)
-    args = (primitives(), dy, h, weight, True, [1, 1], mask)
-    eager = _conv.conv_grads(*args[1:])
-    exact = _conv.conv_grads(dy.double(), h.double(), weight.double(), True, [1, 1], mask)
-    takers = _conv.CONV_BWD._takers(args)
+    call = ConvGradsCall(backend(), dy, h, weight, True, (1, 1), mask)
+    eager = conv_grads(*call[1:])
+    exact = conv_grads(dy.double(), h.double(), weight.double(), True, [1, 1], mask)
+    takers = CONV_BWD.takers(call)
     worse = mask[0] if layout == "nchw" else mask[1]
     assert ("other layout" in takers) == (dtype == "bf16" or not worse)
     for name, candidate in takers.items():
-        results = zip(("dh", "dweight", "dbias"), mask, candidate.run(*args), eager, exact, strict=True)
+        results = zip(("dh", "dweight", "dbias"), mask, candidate.run(call), eager, exact, strict=True)
         for what, asked, got, e, x in results:
             if asked:
                 testing.assert_error_budget(got, e, x, f"{name} {what}")
@@ -87,25 +90,24 @@ def test_every_way_of_a_linear_layer_is_right(features, activation):
     g = torch.Generator().manual_seed(6)
     x, weight, bias = (torch.randn(*s, generator=g) for s in ((3, 41, features), (67, features), (67,)))
     weight /= features**0.5
-    P = primitives()
-    args = (P, x, weight, bias, activation)
+    call = LinearCall(backend(), x, weight, bias, activation)
     eager = apply_activation(torch.nn.functional.linear(x, weight, bias), activation)
     exact = apply_activation(torch.nn.functional.linear(x.double(), weight.double(), bias.double()), activation)
-    takers = _linear.LINEAR._takers(args)
-    assert set(takers) == ({"library", "oneDNN"} if _linear.ONEDNN else {"library"})
+    takers = LINEAR.takers(call)
+    assert set(takers) == ({"library", "oneDNN"} if ONEDNN else {"library"})
     for name, candidate in takers.items():
-        testing.assert_error_budget(candidate.run(*args), eager, exact, name)
+        testing.assert_error_budget(candidate.run(call), eager, exact, name)
 
 
 def test_float32_stays_with_the_more_exact_layout():
     """oneDNN's channels-last kernels add long float32 chains up with more error; the user may allow it."""
     h, w = torch.randn(1, 64, 8, 8), torch.randn(64, 64, 3, 3)
-    P, geometry = primitives(), _conv.unit_geometry([1, 1])
-    there = lambda h, w: "other layout" in _conv.CONV._takers((P, h, w, None, None, geometry))  # noqa: E731
+    geometry = unit_geometry([1, 1])
+    there = lambda h, w: "other layout" in CONV.takers(ConvCall(backend(), h, w, None, None, geometry))  # noqa: E731
     assert not there(h, w)
     assert there(h.to(memory_format=torch.channels_last), w) and there(h.bfloat16(), w.bfloat16())
     assert there(h, w[:, :16]), "a short chain"
-    with _plan.allow_reduced():
+    with allow_reduced():
         assert there(h, w)
 
 
@@ -129,14 +131,14 @@ def test_measured_plans_of_a_whole_step_are_right(dtype, layout):
     timer = FakeTimer(other_layout=0.1, library=0.5)
     with _plan.use(timer=timer):
         got = grads(zb.group_norm_silu_conv_residual, DTYPES[dtype])
-        entries = dict(_plan._open_store().entries)
+        entries = dict(_plan.open_store().entries)
     from zeroblock import reference
 
     eager = grads(reference.group_norm_silu_conv_residual, DTYPES[dtype])
     exact = grads(reference.group_norm_silu_conv_residual, torch.float64)
     choices = {key.split()[0]: e.choice for key, e in entries.items()}
     expected = {"conv": "other layout", "conv_bwd": "other layout"}
-    if primitives().NAME == "cpu":
+    if backend().name == "cpu":
         expected |= {"norm_conv": "library", "norm_conv_bwd": "library"}
         expected["conv_bwd"] = "library" if dtype == "fp32" else "other layout"
     assert choices == expected and any("training" in key for key in entries)

@@ -6,11 +6,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from zeroblock import ops, zero
+from zeroblock import zero
 from zeroblock.backends import available as _backends
 from zeroblock.testing import use_backend
 
-from .op_calls import backward_calls, forward_calls, maker
+from .op_calls import backward_calls, forward_calls, maker, registered
 from .test_compile import FUNCTIONS, _assert_same, _inputs, _op_names, _results
 
 pytestmark = pytest.mark.interpreted
@@ -19,7 +19,7 @@ functions = pytest.mark.parametrize("name", FUNCTIONS)
 
 @pytest.fixture
 def interpreter():
-    if _backends._load("triton") is None or not _backends.interprets():
+    if _backends.triton() is None or not _backends.interprets():
         pytest.skip("triton is missing or does not interpret (TRITON_INTERPRET=1 was not set)")
     torch._dynamo.reset()
     with use_backend("triton"):
@@ -29,7 +29,7 @@ def interpreter():
 
 def _on_device(op: str, args: tuple) -> tuple:
     """The arguments with the zero test on the device instead of on the host."""
-    names = [a.name for a in getattr(ops, op)._schema.arguments]
+    names = [a.name for a in registered(op)._schema.arguments]
     if "zero_skip" not in names:
         return args
     at = names.index("zero_skip")
@@ -37,7 +37,7 @@ def _on_device(op: str, args: tuple) -> tuple:
 
 
 def _has_zero_weight(op: str, args: tuple) -> bool:
-    names = [a.name for a in getattr(ops, op)._schema.arguments]
+    names = [a.name for a in registered(op)._schema.arguments]
     return "zero_skip" in names and not args[names.index("weight")].any()
 
 
@@ -51,18 +51,18 @@ def test_opcheck(op, interpreter):
         for t in args:
             if isinstance(t, torch.Tensor) and t.is_floating_point():
                 t.requires_grad_()
-        torch.library.opcheck(getattr(ops, op), args)
+        torch.library.opcheck(registered(op), args)
         with torch.no_grad():
-            out = getattr(ops, op)(*args)
+            out = registered(op)(*args)
         out = out if isinstance(out, tuple) else (out,)
         for backward in backward_calls(op, args, out, make)[:1]:
             backward = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in backward)
-            torch.library.opcheck(getattr(ops, f"{op}_bwd"), backward, test_utils=("test_schema", "test_faketensor"))
+            torch.library.opcheck(registered(f"{op}_bwd"), backward, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_is_zero(interpreter):
     tensors = [torch.zeros(3, 5), torch.ones(2, dtype=torch.bfloat16), torch.zeros(0)]
-    torch.library.opcheck(ops.is_zero, (tensors,))
+    torch.library.opcheck(registered("is_zero"), (tensors,))
 
 
 @functions
@@ -96,9 +96,9 @@ def test_fake_cuda_tensors(op, layout):
         return torch.empty(size)
 
     def run(args, like):
-        out = getattr(ops, op)(*args)
+        out = registered(op)(*args)
         out = out if isinstance(out, tuple) else (out,)
-        return *out, *(t for call in backward_calls(op, args, out, like) for t in getattr(ops, f"{op}_bwd")(*call))
+        return *out, *(t for call in backward_calls(op, args, out, like) for t in registered(f"{op}_bwd")(*call))
 
     with use_backend("reference"), torch.no_grad():
         expected = run(args, like)

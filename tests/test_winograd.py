@@ -1,12 +1,18 @@
 """Winograd convolutions: exact on integers, within the error budget, chosen by the rule, the same for any threads."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from zeroblock.backends.reference import REFERENCE
 from zeroblock.steps import winograd as _winograd
+from zeroblock.steps.conv import CONV as CONV_STEP
+from zeroblock.steps.conv import ConvCall, unit_geometry
+from zeroblock.steps.conv_bwd import CONV_BWD, ConvGradsCall
+from zeroblock.steps.norm_conv import NORM_CONV, NORM_CONV_BWD
 from zeroblock.testing import CPU_MISSING, assert_bitwise_equal, poison_empty, saved_activation_bytes, use_backend
 from zeroblock.testing.cases import IMAGES, Case
 from zeroblock.testing.draw import Draw
@@ -15,7 +21,7 @@ from zeroblock.testing.parity import assert_deterministic, assert_parity
 if CPU_MISSING is not None:
     pytestmark = pytest.mark.skip(reason=f"the cpu backend cannot run: {CPU_MISSING}")
 else:
-    from zeroblock.backends import cpu as P
+    from zeroblock.backends.cpu import CPU
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 layouts = pytest.mark.parametrize("layout", FORMATS, ids=("nchw", "nhwc"))
@@ -56,18 +62,17 @@ def cpu_backend():
 
 @pytest.fixture
 def called(monkeypatch):
-    """The tiles of the Winograd calls made so far."""
+    """The tiles of the Winograd ways taken so far."""
     found = []
 
-    def watched(function):
-        def run(*args, **kwargs):
-            found.append(kwargs["tile"])
-            return function(*args, **kwargs)
+    def watched(tile, run):
+        return lambda call: (found.append(tile), run(call))[1]
 
-        return run
-
-    for name in ("conv", "conv_grads"):
-        monkeypatch.setattr(_winograd, name, watched(getattr(_winograd, name)))
+    for step in (CONV_STEP, NORM_CONV, CONV_BWD, NORM_CONV_BWD):
+        for tile in (2, 4):
+            candidate = step.candidates[_winograd.plan_name(tile)]
+            replaced = dataclasses.replace(candidate, run=watched(tile, candidate.run))
+            monkeypatch.setitem(step.candidates, candidate.name, replaced)
     return found
 
 
@@ -76,8 +81,9 @@ def half(monkeypatch):
     """Winograd by rule in half precision too, where only a measurement chooses it."""
     rule = _winograd.choose
 
-    def choose(P, x, weight, padding):
-        return 4 if _winograd.is_half(x) and _winograd.usable(P, x, weight, padding) else rule(P, x, weight, padding)
+    def choose(backend, x, weight, padding):
+        half = _winograd.is_half(x) and _winograd.usable(backend, x, weight, padding)
+        return 4 if half else rule(backend, x, weight, padding)
 
     monkeypatch.setattr(_winograd, "choose", choose)
 
@@ -133,6 +139,15 @@ SIZES = [(1, 1), (1, 2), (3, 3), (4, 9), (7, 6), (5, 131), (18, 17)]
 CHANNELS = [(1, 1), (3, 40), (33, 5), (16, 32)]
 
 
+def conv(tile, x, weight, bias, residual, padding, prepared=None):
+    call = ConvCall(CPU, x, weight, bias, residual, unit_geometry(padding))
+    return _winograd.conv(tile, call, prepared=prepared)
+
+
+def conv_grads(tile, dy, x, weight, has_bias, padding, mask):
+    return _winograd.conv_grads(tile, ConvGradsCall(CPU, dy, x, weight, has_bias, tuple(padding), mask))
+
+
 def _integers(seed, *size, step=1):
     return torch.randint(-3, 4, size, generator=torch.Generator().manual_seed(seed)).float() * step
 
@@ -152,9 +167,9 @@ def test_small_tile_is_exact_on_small_integers(layout, weight_layout, padding):
         dy = _integers(4, *exact.shape, step=4).to(memory_format=layout)
         pads, what = [padding, padding], f"{N, C, K, H, W}"
         with poison_empty():
-            y = _winograd.conv(P, x, weight, bias, residual, pads, tile=2)
-            packed = _winograd.conv(P, x, weight, bias, residual, pads, tile=2, packed=_winograd.pack(P, weight, 2))
-            grads = _winograd.conv_grads(P, dy, x, weight, True, pads, (True, True, True), tile=2)
+            y = conv(2, x, weight, bias, residual, pads)
+            packed = conv(2, x, weight, bias, residual, pads, _winograd.pack(CPU, weight, 2))
+            grads = conv_grads(2, dy, x, weight, True, pads, (True, True, True))
         assert torch.equal(y.double(), exact + residual.double()), what
         assert torch.equal(packed, y), what
         expected = torch.ops.aten.convolution_backward(
@@ -176,8 +191,8 @@ def test_large_tile_is_as_exact_as_documented(layout, C, K, H, W):
     x, dy = (torch.randn(2, n, H, W, generator=g).to(memory_format=layout) for n in (C, K))
     weight = torch.randn(K, C, 3, 3, generator=g) / (3 * C**0.5)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    y = _winograd.conv(P, x, weight, None, None, (1, 1), tile=4)
-    got = (y, *_winograd.conv_grads(P, dy, x, weight, False, (1, 1), (True, True, False), tile=4)[:2])
+    y = conv(4, x, weight, None, None, (1, 1))
+    got = (y, *conv_grads(4, dy, x, weight, False, (1, 1), (True, True, False))[:2])
     expected = torch.ops.aten.convolution_backward(
         dy.double(), x.double(), weight.double(), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
     )
@@ -189,8 +204,8 @@ def test_large_tile_is_as_exact_as_documented(layout, C, K, H, W):
 
 def _step(x, weight, bias, residual, dy):
     with poison_empty():
-        y = _winograd.conv(P, x, weight, bias, residual, (1, 1), tile=4)
-        return y, *_winograd.conv_grads(P, dy, x, weight, True, (1, 1), (True, True, False), tile=4)[:2]
+        y = conv(4, x, weight, bias, residual, (1, 1))
+        return y, *conv_grads(4, dy, x, weight, True, (1, 1), (True, True, False))[:2]
 
 
 @layouts
@@ -216,7 +231,7 @@ def test_what_is_not_finite_stays_visible(tile):
     for value in (float("nan"), float("inf")):
         x, weight = torch.randn(1, 32, 12, 12), torch.randn(32, 32, 3, 3)
         x[0, 5, 6, 7] = value
-        y = _winograd.conv(P, x, weight, None, None, (1, 1), tile=tile)
+        y = conv(tile, x, weight, None, None, (1, 1))
         library = torch.isfinite(F.conv2d(x, weight, padding=1))
         assert not torch.isfinite(y[~library]).any() and torch.isfinite(y[..., :2, :2]).all()
 
@@ -225,9 +240,9 @@ def test_what_is_not_finite_stays_visible(tile):
 
 
 def test_the_rule(called, fast):
-    def choose(*size, K=64, k=3, dtype=torch.float32, padding=(1, 1), primitives=P):
+    def choose(*size, K=64, k=3, dtype=torch.float32, padding=(1, 1), backend=CPU):
         weight = torch.empty(K, size[1], k, k, dtype=dtype)
-        return _winograd.choose(primitives, torch.empty(size, dtype=dtype), weight, padding)
+        return _winograd.choose(backend, torch.empty(size, dtype=dtype), weight, padding)
 
     assert choose(2, 64, 32, 32) == 4 and choose(2, 64, 32, 32, padding=(0, 0)) == 4
     torch.set_float32_matmul_precision("highest")
@@ -239,23 +254,21 @@ def test_the_rule(called, fast):
     ]  # fmt: skip
     assert not any(refused)
     with use_backend("reference"):
-        from zeroblock.backends import reference as _plain
-
-        assert not choose(2, 64, 32, 32, primitives=_plain)
+        assert not choose(2, 64, 32, 32, backend=REFERENCE)
     grouped = torch.empty(64, 32, 3, 3)
-    assert not _winograd.choose(P, torch.empty(2, 64, 32, 32), grouped, (1, 1))
+    assert not _winograd.choose(CPU, torch.empty(2, 64, 32, 32), grouped, (1, 1))
     holes = torch.empty(64, 64, 3, 6)[..., ::2]
-    assert not _winograd.choose(P, torch.empty(2, 64, 32, 32), holes, (1, 1))
+    assert not _winograd.choose(CPU, torch.empty(2, 64, 32, 32), holes, (1, 1))
     assert (_winograd.tile_for("strict"), _winograd.tile_for("fast")) == (2, 4)
 
 
 def test_a_residual_of_another_layout_or_shape_is_added():
     x, weight = torch.randn(2, 32, 9, 8), torch.randn(32, 32, 3, 3)
-    y = _winograd.conv(P, x, weight, None, None, (1, 1), tile=2)
+    y = conv(2, x, weight, None, None, (1, 1))
     for residual in (
         torch.randn_like(y).to(memory_format=torch.channels_last), torch.randn(32, 1, 1), torch.randn_like(y).double()
     ):  # fmt: skip
-        got = _winograd.conv(P, x, weight, None, residual, (1, 1), tile=2)
+        got = conv(2, x, weight, None, residual, (1, 1))
         assert_bitwise_equal(got, residual + y)
         assert got.stride() == (residual + y).stride()
 
@@ -263,4 +276,4 @@ def test_a_residual_of_another_layout_or_shape_is_added():
 def test_packed_weights_of_another_shape_are_refused():
     x, weight = torch.randn(1, 32, 8, 8), torch.randn(64, 32, 3, 3)
     with pytest.raises(RuntimeError, match="packed has another shape"):
-        _winograd.conv(P, x, weight, None, None, (1, 1), tile=4, packed=_winograd.pack(P, weight, 2))
+        conv(4, x, weight, None, None, (1, 1), _winograd.pack(CPU, weight, 2))

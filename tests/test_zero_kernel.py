@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from zeroblock.backends import available as _backends
+from zeroblock.backends.select import CPU as P
 from zeroblock.testing import CPU_MISSING
 
 from .zero_cases import same
 
-P = _backends._cpu
 pytestmark = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +55,7 @@ def test_sums_with_a_bias_in_both_layouts(shape, dtype, threads):
                 last = layout is torch.channels_last
                 same(P.residual_if_zero(weight, None, 1, 1, x, bias, last), expected)
                 same(P.add_bias(x, bias, 1), expected)
-                same(P.add_bias_(x.clone(), bias, 1), expected)
+                same(P.add_bias_in_place(x.clone(), bias, 1), expected)
     finally:
         torch.set_num_threads(before)
 

@@ -1,7 +1,7 @@
 """`freeze` and `unfreeze`: weights prepared for inference, on the user's word that they stay as they are.
 
 A frozen convolution or linear layer becomes an instance of a subclass made for it; parameters, state_dict and
-isinstance stay. The copies live beside the weight (`_packed.py`), where the fused ops of zeroblock.nn find them too.
+isinstance stay. The copies live beside the weight (`steps/packed.py`), where the ops of zeroblock.nn find them too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import zero
-from ._compose import bare_residual, conv_size, empty_conv_output
-from .backends import available as _backends
+from .backends.select import select
 from .blocks import layers as _common
 from .blocks.skip import conv_padding
-from .steps import packed as _packed
-from .steps.conv import CONV
+from .ops.residual_alone import residual_alone
+from .steps import packed
+from .steps.conv import CONV, ConvCall, conv_size, empty_conv_output
+from .steps.packed import Geometry
 
 
 @dataclasses.dataclass
@@ -70,7 +71,7 @@ class _Frozen(nn.Module):
         return f"{super().extra_repr()}, frozen"
 
 
-def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> _packed.Copy | None:
+def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> packed.Copy | None:
     """What freeze keeps for the weight where this call may use it: plain inference on x, else None."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter):
         return None
@@ -81,7 +82,7 @@ def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> _packed.Copy | None:
         return None  # the library's layer knows its backward
     if any(t.dtype != weight.dtype or t.device != weight.device for t in tensors):
         return None  # the library's layer says what is wrong
-    return None if torch.is_autocast_enabled(x.device.type) else _packed.find(weight)
+    return None if torch.is_autocast_enabled(x.device.type) else packed.find(weight)
 
 
 class FrozenConv(_Frozen):
@@ -97,8 +98,8 @@ class FrozenConv(_Frozen):
             stride, padding, dilation, _ = geometry
             size = conv_size((x.shape[0], *x.shape[2:]), weight, padding, stride, dilation)
             empty = lambda: empty_conv_output(x, weight, size, weight.dtype)  # noqa: E731
-            return bare_residual(None, bias, None, 1, weight.dtype, empty)
-        return CONV(_backends.select("conv_residual", x), x, weight, bias, None, geometry)
+            return residual_alone(None, bias, None, 1, weight.dtype, empty)
+        return CONV(ConvCall(select("conv_residual", x), x, weight, bias, None, geometry))
 
 
 class FrozenLinear(_Frozen, nn.Linear):
@@ -110,8 +111,8 @@ class FrozenLinear(_Frozen, nn.Linear):
         zero.count("frozen_linear", copy.zero)
         if copy.zero:
             empty = lambda: x.new_empty(*x.shape[:-1], self.out_features)  # noqa: E731
-            return bare_residual(None, bias, None, -1, weight.dtype, empty)
-        return _backends.select("linear_gate_residual", x).linear(x, weight, bias)
+            return residual_alone(None, bias, None, -1, weight.dtype, empty)
+        return select("linear_gate_residual", x).linear(x, weight, bias)
 
 
 _common._LINEAR_FORWARDS.add(FrozenLinear.forward)
@@ -136,9 +137,9 @@ def _frozen_class(original: type[nn.Module]) -> type[nn.Module]:
     return _classes[original]
 
 
-def _geometry(conv: nn.Module) -> _packed.Geometry | None:
+def _geometry(conv: nn.Module) -> Geometry | None:
     padding, overhang = conv_padding(conv)
-    return None if any(overhang) else (tuple(conv.stride), padding, tuple(conv.dilation), conv.groups)
+    return None if any(overhang) else Geometry(tuple(conv.stride), padding, tuple(conv.dilation), conv.groups)
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -151,12 +152,12 @@ def _why_not(module: nn.Module) -> str | None:
     if zero.is_exactly_zero(weight):
         return None
     if isinstance(module, nn.Linear):
-        return "its weight is empty" if weight.numel() == 0 else _packed.why_not_packed(weight)
+        return "its weight is empty" if weight.numel() == 0 else packed.why_not_packed(weight)
     if weight.dim() not in (4, 5):
         return "oneDNN packs convolutions in two and three dimensions"
     if _geometry(module) is None:
         return "padding on one side only"
-    return _packed.why_not_packed(weight)
+    return packed.why_not_packed(weight)
 
 
 def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
@@ -178,7 +179,7 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
         raise TypeError(f"freeze: model must be a Module, got {type(model).__name__}")
     unfreeze(model)
     report = FreezeReport(check=check)
-    copies: dict[int, _packed.Copy] = {}
+    copies: dict[int, packed.Copy] = {}
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, layers)]:
         why = _why_not(module)
@@ -192,14 +193,17 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
     return report
 
 
-def _freeze_layer(module: nn.Module, check: bool) -> _packed.Copy:
+def _freeze_layer(module: nn.Module, check: bool) -> packed.Copy:
     weight, bias = module.weight, module.bias
-    copy = _packed.add(weight, zero.is_exactly_zero(weight), check)
+    copy = packed.add(weight, zero.is_exactly_zero(weight), check)
     if bias is not None:
-        _packed.add(bias, zero.is_exactly_zero(bias), check)
+        packed.add(bias, zero.is_exactly_zero(bias), check)
     if not copy.zero:
         geometry = None if isinstance(module, nn.Linear) else _geometry(module)
-        copy.pack_linear() if geometry is None else copy.pack_conv(geometry)
+        if geometry is None:
+            copy.pack_linear()
+        else:
+            copy.pack_conv(select("conv_residual", weight), geometry)
     module.__class__ = _frozen_class(type(module))
     return copy
 
@@ -211,7 +215,7 @@ def _thaw(module: nn.Module) -> None:
     module.__class__ = original
     for parameter in (module.weight, module.bias):
         if parameter is not None:
-            _packed.drop(parameter)
+            packed.drop(parameter)
 
 
 def unfreeze(model: nn.Module) -> None:
@@ -223,9 +227,9 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def _refuse_frozen(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _packed._copies:
+    if not packed.copies:
         return
-    frozen = _packed.any_frozen([p for group in optimizer.param_groups for p in group["params"]])
+    frozen = packed.any_frozen([p for group in optimizer.param_groups for p in group["params"]])
     if frozen is not None:
         raise RuntimeError(
             f"zeroblock: {type(optimizer).__name__}.step would change a frozen parameter of shape "

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import _checks, ops, zero
 from . import reference as ref
 from ._autocast import autocast
-from ._lane import call
 
 
 def group_norm_silu(
@@ -45,7 +44,7 @@ def group_norm_silu(
     _checks.choice(op, "activation", activation, ("silu", None))
     if zero.transforms_active():
         return ref.group_norm_silu(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    return call(ops.group_norm_silu, x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
+    return ops.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
 
 
 def group_norm_silu_conv_residual(
@@ -96,10 +95,8 @@ def group_norm_silu_conv_residual(
             dropout_p=dropout_p, padding=pad,
         )  # fmt: skip
     skip = zero.test_of(op, zero_skip, weight)
-    return call(
-        ops.group_norm_silu_conv_residual, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p,
-        weight, bias, residual, pad, skip,
-    )[0]  # fmt: skip
+    norm = num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p
+    return ops.group_norm_silu_conv_residual(x, *norm, weight, bias, residual, pad, skip)[0]
 
 
 def conv_residual(
@@ -127,7 +124,7 @@ def conv_residual(
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
-    return call(ops.conv_residual, h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight))[0]
+    return ops.conv_residual(h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight))[0]
 
 
 def layer_norm_modulate(
@@ -153,7 +150,7 @@ def layer_norm_modulate(
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias)
-    return call(ops.layer_norm_modulate, x, shift, scale, weight, bias, eps)[0]
+    return ops.layer_norm_modulate(x, shift, scale, weight, bias, eps)[0]
 
 
 def rms_norm_modulate(
@@ -170,7 +167,7 @@ def rms_norm_modulate(
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
     if zero.transforms_active():
         return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight)
-    return call(ops.rms_norm_modulate, x, shift, scale, weight, eps)[0]
+    return ops.rms_norm_modulate(x, shift, scale, weight, eps)[0]
 
 
 def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
@@ -187,7 +184,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     _checks.gate(op, gate, branch.shape)
     if zero.transforms_active():
         return ref.gate_residual(residual, gate, branch)
-    return call(ops.gate_residual, residual, gate, branch)
+    return ops.gate_residual(residual, gate, branch)
 
 
 def gate_residual_layer_norm_modulate(
@@ -211,7 +208,7 @@ def gate_residual_layer_norm_modulate(
     if not residual.dtype == branch.dtype == gate.dtype:
         dtype = ref.promoted(residual, gate, branch)
         residual, branch = residual.to(dtype), branch.to(dtype)
-    return call(ops.gate_residual_layer_norm_modulate, residual, gate, branch, shift, scale, eps)[:2]
+    return ops.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps)[:2]
 
 
 def layer_norm_modulate_linear(
@@ -236,7 +233,7 @@ def layer_norm_modulate_linear(
     _checks.same_dtype(op, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps=eps)
-    return call(ops.layer_norm_modulate_linear, x, shift, scale, weight, bias, eps)[0]
+    return ops.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps)[0]
 
 
 def linear_gate_residual(
@@ -272,7 +269,7 @@ def linear_gate_residual(
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
     skip = zero.test_of(op, zero_skip, weight)
     save_branch = gate is not None and gate.requires_grad and torch.is_grad_enabled()
-    return call(ops.linear_gate_residual, h, weight, bias, gate, residual, activation, skip, save_branch)[0]
+    return ops.linear_gate_residual(h, weight, bias, gate, residual, activation, skip, save_branch)[0]
 
 
 def is_zero(*tensors: Tensor) -> Tensor:
@@ -286,4 +283,4 @@ def is_zero(*tensors: Tensor) -> Tensor:
     """
     named = {f"tensors[{i}]": t for i, t in enumerate(tensors)}
     _checks.floating("is_zero", len(tensors), **named)
-    return call(ops.is_zero, list(tensors))
+    return ops.is_zero(list(tensors))

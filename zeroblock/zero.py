@@ -2,7 +2,7 @@
 
 A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolution or linear layer, `gate` optional.
 
-1. Zero means every element is +0 or -0, judged on the bits. Only plain floating strided tensors are ever judged.
+1. Zero means every element is +0 or -0, by its bits. Only plain floating strided tensors are ever tested.
 2. The values decide, at that call: on the CPU an early-exit scan before each use; on a GPU a kernel writes a flag that
    zeroblock's own kernels of the op read. Nothing is remembered between calls, unless `zeroblock.freeze` decided on the
    user's word.
@@ -20,7 +20,7 @@ Policies: "auto" (never synchronises a device: CPU branches are skipped, an op's
 calls there run), "sync" (reads the verdict back from the device and skips whole branches; refused during CUDA-graph
 capture), "never" (eager's behaviour, NaN and all).
 Under torch.compile and export the ops' own test applies: the tail is skipped, the body runs. This module decides;
-`_branch.py` executes a skipped branch and its backward, `_compose.py` a skipped op.
+`blocks/skip.py` executes a skipped branch and its backward, `ops/residual_alone.py` a skipped op.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _nn_module
 
-from .backends import available as _backends
-from .steps import packed as _packed
+from .backends.available import kernels_run_on_host
+from .backends.select import select
+from .steps import packed
+from .steps.flag import DEVICE as DEVICE
+from .steps.flag import DTYPES as DTYPES
+from .steps.flag import HOST as HOST
+from .steps.flag import NEVER as NEVER
+from .steps.flag import may_test as may_test
 
 POLICIES = ("auto", "sync", "never")
-# Who knows the verdict on an op's weight: nobody asks, the host, the device alone.
-NEVER, HOST, DEVICE = 0, 1, 2
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 executed: dict[str, int] = {}
 skipped: dict[str, int] = {}
@@ -61,20 +64,14 @@ def reset_counters() -> None:
     skipped.clear()
 
 
-def may_judge(t: Tensor) -> bool:
-    """Only plain floating strided tensors are judged (rule 1)."""
-    plain = type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
-    return plain and t.dtype in DTYPES and t.device.type != "meta"
-
-
 def is_exactly_zero(t: Tensor) -> bool:
-    """Every element is +0 or -0; False for any tensor that may not be judged. Reads device memory back."""
-    copy = _packed.find(t) if _packed._copies else None
+    """Every element is +0 or -0; False for any tensor that may not be tested (rule 1). Reads device memory back."""
+    copy = packed.find(t) if packed.copies else None
     if copy is not None:
-        return copy.zero  # decided by `freeze`, on the user's word
-    if not may_judge(t):
+        return copy.zero  # decided by `freeze`
+    if not may_test(t):
         return False
-    return _backends.select("is_zero", t).is_zero(t)
+    return select("is_zero", t).is_zero(t)
 
 
 _reference_only = 0
@@ -101,8 +98,8 @@ def test_of(op: str, policy: str, weight: Tensor) -> int:
     """How an op tests its weight at this call: not (NEVER), with the verdict on the host (HOST), or with a flag that
     kernels read (DEVICE). A device is read back under "sync" only."""
     if policy == "auto":
-        host = weight.device.type == "cpu" and _backends.forced() not in ("triton", "cuda")
-        return HOST if host or _packed.is_frozen(weight) else DEVICE
+        host = weight.device.type == "cpu" and kernels_run_on_host()
+        return HOST if host or packed.is_frozen(weight) else DEVICE
     if policy == "never":
         return NEVER
     if policy != "sync":

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the emulator and lends them to `zeroblock._cuda` on CPU tensors.
+"""Builds the CUDA kernels for the emulator and lends them to the CUDA backend on CPU tensors.
 
 Objects, programs and the library are cached under build/simt by a hash of everything that goes into them.
 """
@@ -218,8 +218,8 @@ def emulated(seed: int = 1) -> Iterator[None]:
 
     Blocks and threads run in a random order that `seed` chooses anew for every launch; seed 0 keeps them in order.
     """
-    from zeroblock.backends import cuda as _cuda
+    from zeroblock.backends.cuda import CUDA
 
     _loaded().simt_seed(seed)
-    with _cuda.library(NAMESPACE, "cpu"):
+    with CUDA.using(NAMESPACE, "cpu"):
         yield

@@ -150,7 +150,8 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
     import emulated
     import torch
 
-    from zeroblock.backends import cuda as _cuda
+    from zeroblock.backends.base import GroupNorm
+    from zeroblock.backends.cuda import CUDA
 
     def t(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16)
@@ -161,18 +162,17 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
     def norm(x, dy=None):
         v, N, C = t(x.shape[1]), *x.shape[:2]
         if dy is None:
-            return lambda: _cuda.group_norm_silu(x, 32, v, v, 1e-5, t(N, C), t(N, C), True)
+            return lambda: CUDA.group_norm_silu(x, 32, v, v, 1e-5, t(N, C), t(N, C), True)
         stats = torch.empty(N, 32)
-        return lambda: _cuda.group_norm_silu_bwd(dy, x, stats, stats, v, v, t(N, C), t(N, C), 32, True)
+        return lambda: CUDA.group_norm_silu_bwd(dy, x, stats, stats, v, v, t(N, C), t(N, C), 32, True)
 
     def conv(C: int, K: int, size: int, normed: bool):
         x, y, stats = image(8, C, size, size), image(8, K, size, size), torch.empty(8, 32)
         if not normed:
-            return lambda: _cuda.conv_residual(x, image(K, C, 3, 3), t(K), y)
+            return lambda: CUDA.conv_and_statistics(x, image(K, C, 3, 3), t(K), y)
         v, film = t(C), t(8, C)
-        return lambda: _cuda.group_norm_silu_conv_residual(
-            x, stats, stats, v, v, film, film, image(K, C, 3, 3), t(K), y
-        )
+        whole = GroupNorm(32, v, v, 1e-5, film, film, None, 0.0)
+        return lambda: CUDA.norm_conv(x, stats, stats, whole, image(K, C, 3, 3), t(K), y)
 
     x, v, stats = t(32, 256, 1152), t(32, 1152), torch.empty(32, 256)
     nchw, nhwc, flat, small = t(8, 320, 64, 64), image(8, 320, 64, 64), image(8, 1280, 8, 8), t(1, 320, 64, 64)
@@ -203,23 +203,23 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
         (norm(flat, flat), [bwd.format("true", 0), finish]),
         (norm(nhwc, nhwc), [*norms(bwd, "true", totals), finish]),
         (norm(huge_nhwc, huge_nhwc), [bwd.format("true", 1), *totals, bwd.format("true", 2), finish]),
-        (lambda: _cuda.layer_norm_modulate(x, v, v, None, None, 1e-6, False), ["row_norm_fwd_kernel<bf16,8,false>"]),
-        (lambda: _cuda.gate_residual_layer_norm_modulate(x, v, x, v, v, 1e-6), ["row_norm_fwd_kernel<bf16,8,true>"]),
+        (lambda: CUDA.layer_norm_modulate(x, v, v, None, None, 1e-6, False), ["row_norm_fwd_kernel<bf16,8,false>"]),
+        (lambda: CUDA.gate_residual_layer_norm_modulate(x, v, x, v, v, 1e-6), ["row_norm_fwd_kernel<bf16,8,true>"]),
         (
-            lambda: _cuda.layer_norm_modulate_bwd(x, x, stats, stats, v, v, None, None, False),
+            lambda: CUDA.layer_norm_modulate_bwd(x, x, stats, stats, v, v, None, None, False),
             ["row_norm_bwd_kernel<bf16,8,false>", row_finish],
         ),
         (
-            lambda: _cuda.gate_residual_layer_norm_modulate_bwd(x, x, x, stats, stats, v, x, v, v),
+            lambda: CUDA.gate_residual_layer_norm_modulate_bwd(x, x, x, stats, stats, v, x, v, v),
             ["row_norm_bwd_kernel<bf16,8,true>", row_finish],
         ),
-        (lambda: _cuda.gate_residual(x, v, x), ["gate_residual_fwd_kernel<bf16,8>"]),
-        (lambda: _cuda.gate_residual_bwd(x, v, x, True, True), ["gate_residual_bwd_kernel<bf16,8>", gate_finish]),
+        (lambda: CUDA.gate_residual(x, v, x), ["gate_residual_fwd_kernel<bf16,8>"]),
+        (lambda: CUDA.gate_residual_bwd(x, v, x, True, True), ["gate_residual_bwd_kernel<bf16,8>", gate_finish]),
         (conv(640, 640, 32, True), ["conv_residual_kernel<bf16,128,true>"]),
         (conv(640, 640, 32, False), ["conv_residual_kernel<bf16,128,false>"]),
         (conv(320, 320, 64, True), ["conv_residual_kernel<bf16,64,true>"]),
         (conv(320, 320, 64, False), ["conv_residual_kernel<bf16,64,false>"]),
-        (lambda: _cuda.zero_flags([image(640, 640, 3, 3)]), ["set_flags_kernel", "zero_flag_kernel"]),
+        (lambda: CUDA.are_zero([image(640, 640, 3, 3)]), ["set_flags_kernel", "zero_flag_kernel"]),
     ]
     found: dict[str, tuple[int, int, int]] = {}
     with emulated.emulated(), emulated.gpu(*emulated.GPUS[target]):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import zero
-from ..backends import available as _backends
+from ..backends.select import select
 from . import skip as _branch
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -41,7 +41,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 def linear(module: nn.Linear, h: Tensor, activation: str | None = None) -> Tensor:
     """act(module(h)) of a plain linear layer, for inference: by the fastest way of its backend."""
     h = h.to(module.weight.dtype)
-    return _backends.select("linear_gate_residual", h).linear(h, module.weight, module.bias, activation)
+    return select("linear_gate_residual", h).linear(h, module.weight, module.bias, activation)
 
 
 # Filled with the forwards of zeroblock's own subclasses by zero_layers.py.

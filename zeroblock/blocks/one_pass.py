@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layout import channels_last_format
-from ..backends import available as _backends
+from ..backends.select import select
 from ..steps import packed as _packed
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -27,16 +27,16 @@ def residual_if_zero(layer: nn.Module, residual: Tensor, parts: int = 1, which: 
     own, parameters = layer.__dict__, layer._parameters
     weight: Any = parameters["weight"]
     bias = parameters.get("bias")
-    P, dtype = _backends.select("add_bias", residual), residual.dtype
+    P, dtype = select("add_bias", residual), residual.dtype
     if (
-        P.NAME != "cpu"
+        P.residual_if_zero is None
         or type(residual) not in _PLAIN
         or residual.layout is not torch.strided
         or not _takes(weight, dtype)
         or (bias is not None and not _takes(bias, dtype))
         or "weight" in own  # an attribute that hides the parameter
         or "bias" in own
-        or (_packed._copies and any(t is not None and _packed.is_frozen(t) for t in (weight, bias)))
+        or (_packed.copies and any(t is not None and _packed.is_frozen(t) for t in (weight, bias)))
         or torch.is_autocast_enabled("cpu")
         or torch._C._get_tracing_state() is not None  # torch.jit.trace would record the undefined result
     ):

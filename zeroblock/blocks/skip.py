@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
-from .._compose import bare_residual, conv_size, empty_conv_output
-from .._compose_linear import linear_grads
-from ..backends import available as _backends
+from ..backends.select import select
+from ..ops.residual_alone import residual_alone as bare_residual
 from ..reference import channel_view, modulation
+from ..steps.conv import conv_size, empty_conv_output
+from ..steps.linear import linear_grads
 
 
 def conv_padding(conv: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -77,7 +78,7 @@ class Tail:
             return torch.convolution(self._padded(h), weight, bias, *self._conv_arguments())
         if torch.is_grad_enabled():
             return F.linear(h, weight, bias)
-        return _backends.select("linear_gate_residual", h).linear(h, weight, bias)
+        return select("linear_gate_residual", h).linear(h, weight, bias)
 
     def output_size(self, h: Tensor) -> tuple[int, ...]:
         m = self.module
@@ -101,7 +102,7 @@ class Tail:
         """(dweight, dbias) where mask asks, computed in the layer's dtype."""
         dy, h = dy.to(self.dtype), h.to(self.dtype)
         if not self.is_conv:
-            P = _backends.select("linear_gate_residual_bwd", dy)
+            P = select("linear_gate_residual_bwd", dy)
             dweight, dbias = linear_grads(P, dy, h, weight, True, [False, *mask])[1:]
         else:
             inside = mask[1] and not self.bias_apart
@@ -260,7 +261,7 @@ def _as_in_forward(parameters: Sequence[Owned]) -> Iterator[None]:
 def _gate_grad(tail: Tail, dy: Tensor, gate: Tensor, output: Tensor) -> Tensor:
     """sum of dy * output over the dimensions along which the gate is broadcast."""
     if not tail.is_conv or gate.numel() == 1:
-        primitives = _backends.select("gate_residual_bwd", output)
+        primitives = select("gate_residual_bwd", output)
         return primitives.gate_residual_bwd(dy.to(output.dtype), gate, output, True, False)[0]
     wide = torch.promote_types(dy.dtype, torch.float32)
     grad = dy.to(wide) * output.to(wide)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import _checks, zero
 from ..backends import available as _backends
+from ..backends.select import select
 from . import proof
 from .families import FAMILIES
 from .family import Family, accelerated_class, applied
@@ -161,7 +162,7 @@ def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> 
 
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
     for name, tensors in family.branches(block).items():
-        chosen = _backends.select("group_norm_silu", tensors[0]).NAME if family.backend == "auto" else family.backend
+        chosen = select("group_norm_silu", tensors[0]).name if family.backend == "auto" else family.backend
         backend = family.dense_backend or chosen
         yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend)
 

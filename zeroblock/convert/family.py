@@ -48,7 +48,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..backends import available as _backends
-from ..plan import planned as _plan
+from ..plan import mode as _mode
 
 FAMILIES: dict[str, type[Family]] = {}
 
@@ -172,7 +172,7 @@ def _replacement(method: Callable, family: Family) -> Callable:
             if backend != "auto":
                 options.enter_context(_backends.use_backend(backend))
             if fast:
-                options.enter_context(_plan.allow_reduced())
+                options.enter_context(_mode.allow_reduced())
             return forward(self, *args, **kwargs)
 
     return replaced

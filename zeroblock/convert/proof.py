@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import planned as _plan
+from ..plan import mode as _mode
 from .family import Family, accelerated_class
 
 # Both run in float32: what rounds differently is below, another formula is far above.
@@ -80,7 +80,7 @@ def _neutral() -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch.device("cpu"))
-        stack.enter_context(_plan.fixed_rule())
+        stack.enter_context(_mode.fixed_rule())
         torch.set_default_dtype(torch.float32)
         try:
             yield

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional, zero
-from .._compose import bare_residual
 from ..blocks import layers as _common
 from ..blocks.one_pass import residual_if_zero
 from ..blocks.skip import Branch, Tail, skipped_branch
+from ..ops.residual_alone import residual_alone as bare_residual
 from ..reference import apply_activation
 from ..steps import packed as _packed
 from .residual import residual_branch
@@ -104,7 +104,7 @@ class DiTBlock(nn.Module):
         if y is not NotImplemented:
             return y
         rows = (t.detach().unflatten(0, (6, -1))[i] for i in (2, 5) for t in (weight, bias))
-        zeros = _packed.verdict("gate rows", (weight, bias), lambda: all(map(zero.is_exactly_zero, rows)))
+        zeros = _packed.decide_once("gate rows", (weight, bias), lambda: all(map(zero.is_exactly_zero, rows)))
         return bare_residual(x, None, None, -1, x.dtype, None) if zeros else None
 
     def _plain_inference(self, modulation: tuple[Tensor, ...]) -> bool:

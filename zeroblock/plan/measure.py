@@ -1,4 +1,4 @@
-"""How plans are measured and chosen, and how a situation is described in the cache and to people."""
+"""How plans are measured and chosen."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import importlib.metadata
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROUNDS, MIN_ROUNDS, SECONDS = 7, 3, 0.3
 MARGIN = 1.03  # what counts as equally fast
@@ -40,7 +39,7 @@ def time_call(name: str, run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    runs: dict[str, Callable[[], Any]], device: torch.device, timer: Callable[..., float] = time_call
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, timer: Callable[..., float] = time_call
 ) -> dict[str, float | None]:
     """Least seconds of each run, all warm and in turns: what else the machine did is in the others.
 
@@ -110,38 +109,3 @@ def cpu_model() -> str:
 
 def _cpu() -> str:
     return f"{cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def bucket(n: int) -> int:
-    """n rounded up to one of four steps per octave: what is this close in size shares a measurement."""
-    step = 1 << max(0, n.bit_length() - 3)
-    return -(-n // step) * step
-
-
-def layout_name(t: Tensor) -> str:
-    if t.is_contiguous():
-        return "contiguous"
-    if t.dim() in (4, 5):
-        format = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
-        return "channels-last" if t.is_contiguous(memory_format=format) else "strided"
-    return "transposed" if t.dim() == 2 and t.t().is_contiguous() else "strided"
-
-
-def describe_images(t: Tensor) -> str:
-    """[N, C, *S] with batch and space in buckets."""
-    sizes = [bucket(n) if d != 1 else n for d, n in enumerate(t.shape)]
-    return f"{dtype_name(t)}{sizes} {layout_name(t)}"
-
-
-def describe_rows(t: Tensor) -> str:
-    """[..., K] as a matrix, its rows in buckets."""
-    rows = t.numel() // max(1, t.shape[-1])
-    return f"{dtype_name(t)}[{bucket(rows)}, {t.shape[-1]}] {layout_name(t)}"
-
-
-def describe_weight(t: Tensor) -> str:
-    return f"{list(t.shape)} {layout_name(t)}"
-
-
-def dtype_name(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")

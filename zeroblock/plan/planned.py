@@ -1,20 +1,21 @@
 """Which way an op takes: candidates by name, measured once per situation, one mechanism for every device.
 
-A `PlannedOp` is a step of a composition (a convolution with its residual, a GEMM) that can be done in several ways,
+A `PlannedOp` is a step of an op (a convolution with its residual, a GEMM) that can be done in several ways,
 each exact within the op's error budget. Its candidates are registered by name; the first is the library's own way and
 takes everything. The first call in a situation (op, shape bucket, dtype, layout, device, number of threads, inference
 or training, reduced precision or not) times the candidates that take it, in turns, and keeps the fastest; the library's
-way stays unless another was really faster. The verdict is shared by everything in the process and kept on disk
-(`_plan_store.py`); after that a call costs one dictionary look-up.
+way stays unless another was really faster. The choice is shared by everything in the process and kept on disk
+(`store.py`); after that a call costs one dictionary look-up.
 
-The fixed rule (each op's `rule`, a function of the shapes alone) decides instead of a measurement
+The fixed rule (each step's `rule`, a function of the shapes alone, and before it the `rule` that a candidate may bring)
+decides instead of a measurement
 - in calls that come through the dispatcher: torch.compile, export, tensor subclasses, dispatch modes;
 - under torch.use_deterministic_algorithms, and with ZEROBLOCK_PLAN=fixed (read once, at import);
 - during CUDA-graph capture where nothing was measured before, and while another thread is measuring;
 - for work too small to be worth a measurement.
 
 A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
-(`state.measuring`): a branch that is zero at its first call will not stay so.
+(`mode.measuring`): a branch that is zero at its first call will not stay so.
 
 Candidates round differently, so that a first measurement may decide last bits as cudnn.benchmark does; the disk cache
 keeps the decision for later processes. What a candidate computes in `reduced` float32 precision it is given only where
@@ -31,71 +32,31 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from . import store as _plan_store
+from . import store as _store
 from .measure import choose, measure, place, time_call
+from .mode import FIXED, is_fixed, is_training, mode, reduced_allowed
 from .store import Entry, Store
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 POLICIES = ("measure", "fixed")
-WORTH_MEASURING = 1 << 25  # floating-point operations, a third of a millisecond on one core
-MEMORY = 1 << 14  # situations remembered; shapes that never repeat must not fill the memory
+WORTH_MEASURING = 1 << 25  # floating-point operations, a third of a millisecond on one core (guess)
+MEMORY = 1 << 14  # situations remembered: shapes that never repeat must not fill the memory (guess)
 
 _policy = os.environ.get("ZEROBLOCK_PLAN", "measure")
 if _policy not in POLICIES:
     raise ValueError(f"ZEROBLOCK_PLAN must be one of {', '.join(POLICIES)}, got {_policy!r}")
 _lock = threading.RLock()
-_store: Store | None = None
+_opened: Store | None = None
+_timer: Callable[..., float] = time_call
 _deterministic = torch._C._get_deterministic_algorithms
 _precision = torch._C._get_float32_matmul_precision
 _threads = torch.get_num_threads
-
-
-class _State(threading.local):
-    """What this thread's calls are: one number, because reading a thread's attribute costs as much as a flag."""
-
-    mode = 0
-    measuring = False
-    FIXED, TRAINING, REDUCED = 1, 2, 4
-
-
-def _flag(bit: int) -> property:
-    def write(self: _State, on: bool) -> None:
-        self.mode = self.mode | bit if on else self.mode & ~bit
-
-    return property(lambda self: bool(self.mode & bit), write)
-
-
-class _Flags(_State):
-    fixed, training, reduced = (_flag(bit) for bit in (_State.FIXED, _State.TRAINING, _State.REDUCED))
-
-
-state = _Flags()
-
-
-@contextlib.contextmanager
-def fixed_rule() -> Iterator[None]:
-    """No measured choice in the block (this thread)."""
-    before, state.fixed = state.fixed, True
-    try:
-        yield
-    finally:
-        state.fixed = before
-
-
-@contextlib.contextmanager
-def allow_reduced() -> Iterator[None]:
-    """Candidates of reduced float32 precision may run in the block (this thread)."""
-    before, state.reduced = state.reduced, True
-    try:
-        yield
-    finally:
-        state.reduced = before
-
-
-timer = time_call
 
 
 @contextlib.contextmanager
@@ -103,46 +64,59 @@ def use(
     policy: str = "measure", *, timer: Callable[..., float] = time_call, directory: Path | None = None
 ) -> Iterator[None]:
     """For tests and benchmarks: plans of their own in the block, by another timer, kept elsewhere (None: in memory)."""
-    global _policy, _store
-    before = _policy, _store, globals()["timer"]
-    _policy, _store, globals()["timer"] = policy, Store(directory), timer
+    global _policy, _opened, _timer
+    before = _policy, _opened, _timer
+    _policy, _opened, _timer = policy, Store(directory), timer
     forget()
     try:
         yield
     finally:
-        _policy, _store, globals()["timer"] = before
+        _policy, _opened, _timer = before
         forget()
 
 
 def forget() -> None:
     """Drops what this process remembers; the store keeps what it has."""
-    for op in OPS.values():
-        op._memory.clear()
+    for step in STEPS.values():
+        step._memory.clear()
 
 
-def _open_store() -> Store:
-    global _store
-    if _store is None:
-        _store = Store(_plan_store.DIRECTORY)
-    return _store
+def open_store() -> Store:
+    global _opened
+    if _opened is None:
+        _opened = Store(_store.DIRECTORY)
+    return _opened
 
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _takes_all(*args: object, **kwargs: object) -> None:
+    return None
+
+
+def _no(*args: object, **kwargs: object) -> bool:
+    return False
+
+
+def _the_library(*args: object, **kwargs: object) -> str:
+    return "library"
+
+
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One way. why_not(*args) is the reason it does not take them, or None, and reduced(*args) whether it takes them in
-    reduced float32 precision; both read metadata only."""
+class Candidate(Generic[P, R]):
+    """One way. why_not(*args) is the reason it does not take them, or None; reduced(*args) whether it takes them in
+    reduced float32 precision; rule(*args) whether it is to run where nothing is measured. All read metadata only."""
 
     name: str
-    run: Callable[..., Any]
-    why_not: Callable[..., str | None]
-    reduced: Callable[..., bool] = lambda *args: False
+    run: Callable[P, R]
+    why_not: Callable[P, str | None] = _takes_all
+    reduced: Callable[P, bool] = _no
+    rule: Callable[P, bool] | None = None
 
-    def usable(self, args: tuple) -> bool:
-        return self.why_not(*args) is None and (not self.reduced(*args) or reduced_allowed())
+    def usable(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        return self.why_not(*args, **kwargs) is None and (not self.reduced(*args, **kwargs) or reduced_allowed())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,72 +137,82 @@ class Explanation:
         return "\n".join(lines)
 
 
-class PlannedOp:
-    """A step with several ways, called as op(*args); all ways take the same arguments and return the same.
+class PlannedOp(Generic[P, R]):
+    """A step with several ways, called as step(*args); all ways take the same arguments and return the same.
 
     signature(*args): everything a choice may depend on, hashable, cheap. describe(*args): the same for people and for
-    the cache, sizes in buckets. work(*args): floating-point operations, worth measuring from `worth` on. lead: which
-    argument names the device.
-    rule(*args): the name of the candidate to run where nothing is measured; the library's where that takes no part.
+    the cache, sizes in buckets. work(*args): floating-point operations, worth measuring from `worth` on. device_arg:
+    the argument whose `device` is the call's.
+    rule(*args): the name of the candidate to run where nothing is measured and no candidate's own rule holds; the
+    library's where that one does not take the call.
     """
 
     def __init__(
         self,
         name: str,
-        library: Callable[..., Any],
+        library: Callable[P, R],
         *,
-        signature: Callable[..., tuple],
-        describe: Callable[..., str],
-        work: Callable[..., int],
-        lead: int = 0,
-        rule: Callable[..., str] = lambda *args: "library",
+        signature: Callable[P, tuple],
+        describe: Callable[P, str],
+        work: Callable[P, int],
+        rule: Callable[P, str] = _the_library,
+        device_arg: int = 0,
         worth: int = WORTH_MEASURING,
     ):
         self.name, self.signature, self.describe, self.work, self.rule = name, signature, describe, work, rule
-        self.lead, self.worth = lead, worth
-        self.library = Candidate("library", library, lambda *args: None)
+        self.device_arg, self.worth = device_arg, worth
+        self.library = Candidate("library", library)
         self.candidates = {"library": self.library}
-        self._memory: dict[tuple, Callable[..., Any]] = {}
-        OPS[name] = self
+        self._memory: dict[tuple, Callable[P, R]] = {}
+        STEPS[name] = self
 
     def add(
         self,
         name: str,
-        run: Callable[..., Any],
-        why_not: Callable[..., str | None] = lambda *args: None,
-        reduced: Callable[..., bool] = lambda *args: False,
+        run: Callable[P, R],
+        why_not: Callable[P, str | None] = _takes_all,
+        *,
+        reduced: Callable[P, bool] = _no,
+        rule: Callable[P, bool] | None = None,
     ) -> None:
         """Registers another way."""
-        self.candidates[name] = Candidate(name, run, why_not, reduced)
+        self.candidates[name] = Candidate(name, run, why_not, reduced, rule)
         self._memory.clear()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if len(self.candidates) == 1:
-            return self.library.run(*args)
-        mode = state.mode
-        if mode & _State.FIXED or _deterministic():
-            return self._fixed(args).run(*args)
-        key = self.signature(*args), mode, _threads(), _precision()
+            return self.library.run(*args, **kwargs)
+        bits = mode.bits
+        if bits & FIXED or _deterministic():
+            return self._fixed(*args, **kwargs).run(*args, **kwargs)
+        key = self.signature(*args, **kwargs), bits, _threads(), _precision()
         run = self._memory.get(key)
         if run is None:
-            run = self._resolve(key, args)
-        return run(*args)
+            run = self._resolve(key, *args, **kwargs)
+        return run(*args, **kwargs)
 
-    def _takers(self, args: tuple) -> dict[str, Candidate]:
-        return {name: c for name, c in self.candidates.items() if c.usable(args)}
+    def takers(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Candidate[P, R]]:
+        """The candidates that take this call."""
+        return {name: c for name, c in self.candidates.items() if c.usable(*args, **kwargs)}
 
-    def _fixed(self, args: tuple) -> Candidate:
-        candidate = self.candidates.get(self.rule(*args), self.library)
-        return candidate if candidate.usable(args) else self.library
+    def _fixed(self, *args: P.args, **kwargs: P.kwargs) -> Candidate[P, R]:
+        for candidate in self.candidates.values():
+            if candidate.rule is not None and candidate.rule(*args, **kwargs) and candidate.usable(*args, **kwargs):
+                return candidate
+        candidate = self.candidates.get(self.rule(*args, **kwargs), self.library)
+        return candidate if candidate.usable(*args, **kwargs) else self.library
 
-    def _resolve(self, key: tuple, args: tuple) -> Callable[..., Any]:
-        fixed, device = self._fixed(args), args[self.lead].device
-        takers = self._takers(args)
-        if _policy == "measure" and len(takers) > 1 and self.work(*args) >= self.worth:
-            if _capturing(device) or not _lock.acquire(blocking=False):
+    def _device(self, args: tuple[Any, ...]) -> torch.device:
+        return args[self.device_arg].device
+
+    def _resolve(self, key: tuple, /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
+        fixed = self._fixed(*args, **kwargs)
+        takers = self.takers(*args, **kwargs)
+        if _policy == "measure" and len(takers) > 1 and self.work(*args, **kwargs) >= self.worth:
+            if _capturing(self._device(args)) or not _lock.acquire(blocking=False):
                 return fixed.run
             try:
-                chosen = takers[self._measured(args, takers, fixed.name).choice]
+                chosen = takers[self._measured(fixed.name, takers, *args, **kwargs).choice]
             finally:
                 _lock.release()
         else:
@@ -238,48 +222,47 @@ class PlannedOp:
         self._memory[key] = chosen.run
         return chosen.run
 
-    def _situation(self, args: tuple, takers: dict[str, Candidate]) -> str:
+    def _situation(self, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs) -> str:
         """The cache's key. Who competed belongs to it: a new candidate, or one more that takes part, measures anew."""
-        mode = "training" if state.training else "inference"
+        kind = "training" if is_training() else "inference"
         precision = "reduced" if reduced_allowed() else "full"
-        parts = (
-            f"{self.name} {self.describe(*args)}", f"{mode}, {precision} precision", place(args[self.lead].device),
-            ", ".join(takers),
-        )  # fmt: skip
-        return " | ".join(parts)
+        what = f"{self.name} {self.describe(*args, **kwargs)}"
+        return f"{what} | {kind}, {precision} precision | {place(self._device(args))} | {', '.join(takers)}"
 
-    def _measured(self, args: tuple, takers: dict[str, Candidate], preferred: str) -> Entry:
-        store, situation = _open_store(), self._situation(args, takers)
+    def _measured(
+        self, preferred: str, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Entry:
+        store, situation = open_store(), self._situation(takers, *args, **kwargs)
         entry = store.entries.get(situation)
         if entry is None or entry.choice not in takers:
-            runs: dict[str, Callable[[], Any]] = {n: functools.partial(c.run, *args) for n, c in takers.items()}
-            before, state.measuring = state.measuring, True
+            runs = {name: functools.partial(c.run, *args, **kwargs) for name, c in takers.items()}
+            before, mode.measuring = mode.measuring, True
             try:
                 with torch.no_grad():
-                    times = measure(runs, args[self.lead].device, timer)
+                    times = measure(runs, self._device(args), _timer)
             finally:
-                state.measuring = before
+                mode.measuring = before
             entry = Entry(choose(times, preferred), times)
             store.add(situation, entry)
         return entry
 
-    def explain(self, *args: Any) -> Explanation:
+    def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
         """What a call would do now. Measures nothing."""
-        takers, fixed = self._takers(args), self._fixed(args)
+        takers, fixed = self.takers(*args, **kwargs), self._fixed(*args, **kwargs)
         not_taken = {
-            name: c.why_not(*args) or "needs reduced float32 precision"
+            name: c.why_not(*args, **kwargs) or "needs reduced float32 precision"
             for name, c in self.candidates.items()
             if name not in takers
         }
-        entry = _open_store().entries.get(self._situation(args, takers))
+        entry = open_store().entries.get(self._situation(takers, *args, **kwargs))
         times = {} if entry is None else {n: None if t is None else t * 1e3 for n, t in entry.times.items()}
-        if state.fixed or _deterministic():
+        if is_fixed() or _deterministic():
             choice, why = fixed.name, "fixed rule: deterministic algorithms are asked for"
         elif _policy == "fixed":
             choice, why = fixed.name, "fixed rule: ZEROBLOCK_PLAN=fixed"
         elif len(takers) == 1:
             choice, why = fixed.name, "the only way here"
-        elif self.work(*args) < self.worth:
+        elif self.work(*args, **kwargs) < self.worth:
             choice, why = fixed.name, "fixed rule: too small to be worth measuring"
         elif entry is not None:
             choice, why = entry.choice, "the fastest as measured"
@@ -288,9 +271,4 @@ class PlannedOp:
         return Explanation(self.name, choice, why, times, not_taken)
 
 
-OPS: dict[str, PlannedOp] = {}
-
-
-def reduced_allowed() -> bool:
-    """Whether the user allowed reduced float32 precision."""
-    return state.reduced or _precision() != "highest"
+STEPS: dict[str, PlannedOp[..., Any]] = {}

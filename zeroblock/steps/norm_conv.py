@@ -1,85 +1,144 @@
-"""Half a ResBlock, residual + conv(dropout(silu(group_norm x))), as planned steps (`_plan.py`): forward and backward.
+"""Half a ResBlock, residual + conv(dropout(silu(group_norm x))), as planned steps: forward and backward.
 
-The library's way puts the norm's kernel in front of a convolution that plans for itself (`_conv.py`).
+The library's way puts the norm's kernel in front of a convolution that plans for itself (`conv.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.base import Backend, ConvGrads, GroupNorm, MaybeTensor
 from ..plan.planned import PlannedOp
 from ..reference import dropout_keep
-from .conv import CONV, CONV_BWD
+from .conv import CONV, ConvCall
+from .conv_bwd import CONV_BWD, ConvGradsCall
+from .packed import Geometry
 
 
-def hidden(P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, dtype, **flag):
-    """(dropout(silu(norm x)) in `dtype`, mean, rstd); flag: what stops the kernel, on the device"""
-    h, mean, rstd = P.group_norm_silu(x, num_groups, norm_weight, norm_bias, eps, scale, shift, True, **flag)
-    return dropout_keep(h.to(dtype), keep, dropout_p), mean, rstd
+def normalised(
+    backend: Backend, x: Tensor, norm: GroupNorm, dtype: torch.dtype, flag: MaybeTensor = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dropout(silu(norm x)) in `dtype`, mean, rstd); a flag that is set stops the kernel."""
+    groups, weight, bias, eps, scale, shift, keep, p = norm
+    h, mean, rstd = backend.group_norm_silu(x, groups, weight, bias, eps, scale, shift, True, flag)
+    return dropout_keep(h.to(dtype), keep, p), mean, rstd
 
 
-def _norm_then_conv(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
-    h, mean, rstd = hidden(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight.dtype)
-    return CONV(P, h, weight, bias, residual, geometry), mean, rstd
+def norm_grads(
+    backend: Backend, dh: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: GroupNorm, flag: MaybeTensor = None
+) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+    """The gradients of (x, norm weight, norm bias, scale, shift), dh that of `normalised`."""
+    dz = dropout_keep(dh, norm.keep, norm.dropout_p).to(x.dtype)
+    return backend.group_norm_silu_bwd(
+        dz, x, mean, rstd, norm.weight, norm.bias, norm.scale, norm.shift, norm.num_groups, True, flag
+    )
 
 
-def _norm(x, num_groups, nw, nb, scale, shift, keep, weight) -> tuple:
-    return num_groups, x.dtype, weight.dtype, nw is None, nb is None, scale is None, shift is None, keep is None
+def _norm_signature(x: Tensor, norm: GroupNorm, weight: Tensor) -> tuple:
+    groups, norm_weight, bias, _, scale, shift, keep, _ = norm
+    absent = (norm_weight is None, bias is None, scale is None, shift is None, keep is None)
+    return groups, x.dtype, weight.dtype, absent
 
 
-def _description(conv: str, num_groups, scale, shift, keep) -> str:
-    extra = ", FiLM" * (scale is not None or shift is not None) + ", dropout" * (keep is not None)
-    return f"{conv}, {num_groups} groups{extra}"
+def describe_norm(norm: GroupNorm) -> str:
+    film = ", FiLM" if norm.scale is not None or norm.shift is not None else ""
+    dropout = ", dropout" if norm.keep is not None else ""
+    return f"{norm.num_groups} groups{film}{dropout}"
 
 
-def _signature(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
-    norm = _norm(x, num_groups, nw, nb, scale, shift, keep, weight)
-    return norm, CONV.signature(P, x, weight, bias, residual, geometry)
+class NormConvCall(NamedTuple):
+    """residual + conv(normalised x)"""
+
+    backend: Backend
+    x: Tensor
+    norm: GroupNorm
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    geometry: Geometry
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def conv(self) -> ConvCall:
+        """Its convolution, x standing for what the norm gives."""
+        backend, x, _, weight, bias, residual, geometry = self
+        return ConvCall(backend, x, weight, bias, residual, geometry)
+
+    def signature(self) -> tuple:
+        return _norm_signature(self.x, self.norm, self.weight), self.conv.signature()
+
+    def describe(self) -> str:
+        return f"{self.conv.describe()}, {describe_norm(self.norm)}"
+
+    def work(self) -> int:
+        return self.conv.work()
 
 
-def _describe(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight, bias, residual, geometry):
-    return _description(CONV.describe(P, x, weight, bias, residual, geometry), num_groups, scale, shift, keep)
+def norm_then_conv(call: NormConvCall) -> tuple[Tensor, Tensor, Tensor]:
+    backend, x, norm, weight, bias, residual, geometry = call
+    h, mean, rstd = normalised(backend, x, norm, weight.dtype)
+    return CONV(ConvCall(backend, h, weight, bias, residual, geometry)), mean, rstd
 
 
-# (y, mean, rstd) as (P, x, num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p, weight, bias,
-# residual, geometry). The rule is that of the convolution.
+# (y, mean, rstd)
 NORM_CONV = PlannedOp(
     "norm_conv",
-    _norm_then_conv,
-    signature=_signature,
-    describe=_describe,
-    work=lambda P, x, *rest: CONV.work(P, x, *rest[8:]),
-    lead=1,
-    rule=lambda P, x, *rest: CONV.rule(P, x, *rest[8:]),
+    norm_then_conv,
+    signature=NormConvCall.signature,
+    describe=NormConvCall.describe,
+    work=NormConvCall.work,
 )
 
 
-def _recomputed_then_conv_grads(
-    P, dy, x, mean, rstd, num_groups, nw, nb, eps, scale, shift, keep, p, weight, has_bias, padding, mask
-):
-    h, _, _ = hidden(P, x, num_groups, nw, nb, eps, scale, shift, keep, p, weight.dtype)
-    return CONV_BWD(P, dy, h, weight, has_bias, padding, mask)
+class NormConvGradsCall(NamedTuple):
+    """(dh, dweight, dbias) of conv(h), h = normalised x, each only where mask asks."""
+
+    backend: Backend
+    dy: Tensor
+    x: Tensor
+    mean: Tensor
+    rstd: Tensor
+    norm: GroupNorm
+    weight: Tensor
+    has_bias: bool
+    padding: tuple[int, ...]
+    mask: Sequence[bool]
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def conv(self) -> ConvGradsCall:
+        """Its convolution, x standing for h."""
+        return ConvGradsCall(self.backend, self.dy, self.x, self.weight, self.has_bias, self.padding, self.mask)
+
+    def signature(self) -> tuple:
+        return _norm_signature(self.x, self.norm, self.weight), self.conv.signature()
+
+    def describe(self) -> str:
+        return f"{self.conv.describe()}, {describe_norm(self.norm)}"
+
+    def work(self) -> int:
+        return self.conv.work()
 
 
-def _bwd_signature(
-    P, dy, x, mean, rstd, num_groups, nw, nb, eps, scale, shift, keep, p, weight, has_bias, padding, mask
-):
-    norm = _norm(x, num_groups, nw, nb, scale, shift, keep, weight)
-    return norm, CONV_BWD.signature(P, dy, x, weight, has_bias, padding, mask)
+def _recomputed_then_conv_grads(call: NormConvGradsCall) -> ConvGrads:
+    h, _, _ = normalised(call.backend, call.x, call.norm, call.weight.dtype)
+    return CONV_BWD(ConvGradsCall(call.backend, call.dy, h, call.weight, call.has_bias, call.padding, call.mask))
 
 
-def _bwd_describe(
-    P, dy, x, mean, rstd, num_groups, nw, nb, eps, scale, shift, keep, p, weight, has_bias, padding, mask
-):
-    return _description(CONV_BWD.describe(P, dy, x, weight, has_bias, padding, mask), num_groups, scale, shift, keep)
-
-
-# (dh, dweight, dbias), h = dropout(silu(norm x)), as (P, dy, x, mean, rstd, num_groups, norm_weight, norm_bias, eps,
-# scale, shift, keep, dropout_p, weight, has_bias, padding, mask).
 NORM_CONV_BWD = PlannedOp(
     "norm_conv_bwd",
     _recomputed_then_conv_grads,
-    signature=_bwd_signature,
-    describe=_bwd_describe,
-    work=lambda P, dy, x, *rest: CONV_BWD.work(P, dy, x, *rest[-4:]),
-    lead=1,
-    rule=lambda P, dy, x, *rest: CONV_BWD.rule(P, dy, x, *rest[-4:]),
+    signature=NormConvGradsCall.signature,
+    describe=NormConvGradsCall.describe,
+    work=NormConvGradsCall.work,
 )

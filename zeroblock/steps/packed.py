@@ -1,21 +1,32 @@
-"""What `zb.freeze` keeps for a weight: packed copies for oneDNN, and the verdict whether it is zero.
+"""What `zb.freeze` keeps for a weight: packed copies for oneDNN, and whether the weight is zero.
 
 No cheap test proves a copy current (fused optimizers and writes through .data leave no trace), so copies exist only
-between `freeze` and `unfreeze`, on the user's word. What a cheap test does show, another address or version, raises at
-the next use; freeze(check=True) keeps the original and compares every bit at every use. Other ways of preparing a
-weight register in `CONV_PACKERS`.
+between `freeze` and `unfreeze`, while the user promises not to write the weight. What a cheap test does show, another
+address or version, raises at the next use; freeze(check=True) keeps the original and compares every bit at every use.
+Other ways of preparing a convolution's weight register in `CONV_PACKERS` (steps/winograd.py).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
+from .._layout import CHANNELS_LAST
+from ..backends.base import Backend
+
+
+class Geometry(NamedTuple):
+    """Of a convolution; one number per dimension of space."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
 
 ONEDNN = torch.backends.mkldnn.is_available()
 _reorder_conv: Any = torch.ops.mkldnn._reorder_convolution_weight if ONEDNN else None
@@ -47,16 +58,16 @@ def why_not_packed(weight: Tensor) -> str | None:
     return None if supported.get(weight.dtype, False) else f"oneDNN packs no {weight.dtype} on this processor"
 
 
-def _pack_conv(weight: Tensor, geometry: Geometry) -> Tensor | None:
+def _pack_conv(backend: Backend, weight: Tensor, geometry: Geometry) -> Tensor | None:
     stride, padding, dilation, groups = geometry
-    if weight.dim() not in (4, 5) or why_not_packed(weight) is not None:
+    if weight.dim() not in CHANNELS_LAST or why_not_packed(weight) is not None:
         return None
-    layout = torch.channels_last if weight.dim() == 4 else torch.channels_last_3d
-    return _reorder_conv(weight.detach().contiguous(memory_format=layout), padding, stride, dilation, groups, None)
+    dense = weight.detach().contiguous(memory_format=CHANNELS_LAST[weight.dim()])
+    return _reorder_conv(dense, padding, stride, dilation, groups, None)
 
 
-# name: (weight, geometry) -> its prepared copy, or None where that way does not apply.
-CONV_PACKERS: dict[str, Callable[[Tensor, Geometry], Tensor | None]] = {"onednn": _pack_conv}
+# name: (backend, weight, geometry) -> the weight prepared, or None where that way does not apply.
+CONV_PACKERS: dict[str, Callable[[Backend, Tensor, Geometry], Tensor | None]] = {"onednn": _pack_conv}
 
 
 def _bits(t: Tensor) -> Tensor:
@@ -76,7 +87,7 @@ class Copy:
         self.original = parameter.detach().clone() if check else None
         self.convs: dict[tuple[str, Geometry], Tensor] = {}
         self.pieces: list[Tensor] = []
-        self.verdicts: dict[str, bool] = {}
+        self.decisions: dict[str, bool] = {}
         self.owners = 0
 
     def _alive(self) -> Tensor:
@@ -84,10 +95,10 @@ class Copy:
         assert parameter is not None
         return parameter
 
-    def pack_conv(self, geometry: Geometry) -> None:
+    def pack_conv(self, backend: Backend, geometry: Geometry) -> None:
         weight = self._alive()
         for name, pack in CONV_PACKERS.items():
-            if (name, geometry) not in self.convs and (packed := pack(weight, geometry)) is not None:
+            if (name, geometry) not in self.convs and (packed := pack(backend, weight, geometry)) is not None:
                 self.convs[name, geometry] = packed
 
     def pack_linear(self) -> None:
@@ -120,62 +131,63 @@ class Copy:
             )
 
 
-_copies: dict[int, Copy] = {}
+copies: dict[int, Copy] = {}
 
 
 def _forget(key: int, copy: Copy) -> None:
-    if _copies.get(key) is copy:
-        del _copies[key]
+    if copies.get(key) is copy:
+        del copies[key]
 
 
 def add(parameter: Tensor, zero: bool, check: bool) -> Copy:
     """The copy of this parameter, made if there is none, with one owner more."""
-    copy = _current(parameter)
+    copy = current(parameter)
     if copy is None:
-        copy = _copies[id(parameter)] = Copy(parameter, zero, check)
+        copy = copies[id(parameter)] = Copy(parameter, zero, check)
     copy.owners += 1
     return copy
 
 
 def drop(parameter: Tensor) -> None:
     """One owner less."""
-    copy = _current(parameter)
+    copy = current(parameter)
     if copy is not None:
         copy.owners -= 1
         if copy.owners == 0:
             _forget(id(parameter), copy)
 
 
-def _current(t: Tensor) -> Copy | None:
-    copy = _copies.get(id(t)) if _copies else None
+def current(t: Tensor) -> Copy | None:
+    """What freeze keeps for t, not verified."""
+    copy = copies.get(id(t)) if copies else None
     return copy if copy is not None and copy.parameter() is t else None
 
 
 def is_frozen(t: Tensor) -> bool:
-    return bool(_copies) and _current(t) is not None
+    return bool(copies) and current(t) is not None
 
 
 def find(t: Tensor) -> Copy | None:
     """What freeze keeps for t, verified; None where t is not frozen."""
-    if not _copies:
+    if not copies:
         return None
-    copy = _current(t)
+    copy = current(t)
     if copy is not None:
         copy.verify()
     return copy
 
 
-def verdict(name: str, parameters: tuple[Tensor, ...], decide: Callable[[], bool]) -> bool:
+def decide_once(name: str, parameters: tuple[Tensor, ...], decide: Callable[[], bool]) -> bool:
     """decide(), remembered while every parameter is frozen."""
-    copies = [find(p) for p in parameters]
-    if any(c is None for c in copies):
+    found = [find(p) for p in parameters]
+    first = found[0]
+    if first is None or None in found:
         return decide()
-    verdicts: dict[str, Any] = copies[0].verdicts  # type: ignore[union-attr]
-    if name not in verdicts:
-        verdicts[name] = decide()
-    return verdicts[name]
+    if name not in first.decisions:
+        first.decisions[name] = decide()
+    return first.decisions[name]
 
 
 def any_frozen(tensors: list[Tensor]) -> Tensor | None:
     """The first frozen one among these."""
-    return next((t for t in tensors if is_frozen(t)), None) if _copies else None
+    return next((t for t in tensors if is_frozen(t)), None) if copies else None

@@ -1,7 +1,7 @@
 """What the planned steps of convolutions and linears on a GPU share: their candidates, their rule, the zero flag.
 
-An own kernel reads the flag of its weight on the device where zero_skip is zero.DEVICE, the library's cannot: a step
-whose choice is "library" has no zero path under "auto" (`has_zero_path`). Rule where nothing is measured: under DEVICE
+An own kernel reads the flag of its weight on the device where zero_skip is DEVICE, the library's cannot: a step whose
+choice is "library" has no zero path under "auto". Rule where nothing is measured: under DEVICE
 Triton's GEMM, in the configuration that its launcher picks by size, for linears and 1x1 convolutions; the library for
 wider ones, for which it has algorithms that an implicit GEMM does not match, and where no flag is read.
 """
@@ -9,59 +9,87 @@ wider ones, for which it has algorithms that an implicit GEMM does not match, an
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ... import zero
-from ..._compose import EXECUTED, _verdict
-from ...plan import planned as _plan
-from ...plan.measure import dtype_name
-from .. import available as _backends
+from ...plan.mode import mode
+from ...steps.flag import DEVICE, EXECUTED, skipped
+from .. import available
+from ..base import Backend, MaybeTensor
+from ..flagged import FlaggedSteps
 
-TRITON: Any = _backends._load("triton")
-CONFIGS: tuple[str, ...] = () if TRITON is None else tuple(TRITON.GEMMS)
-FOLDS: tuple[str, ...] = () if TRITON is None else tuple(TRITON.FOLDS)
-WGRADS: tuple[str, ...] = () if TRITON is None else tuple(TRITON.WGRADS)
-# (candidate, backend, options of its launcher)
-CANDIDATES: list[tuple[str, str, dict[str, str]]] = [
-    *((f"triton {config}", "triton", {"config": config}) for config in CONFIGS), ("cuda", "cuda", {})
-]  # fmt: skip
+CONFIGS: tuple[str, ...] = ()
+FOLDS: tuple[str, ...] = ()
+WGRADS: tuple[str, ...] = ()
+if available.triton() is not None:
+    from .. import triton_gemms
+
+    CONFIGS, FOLDS, WGRADS = tuple(triton_gemms.GEMMS), tuple(triton_gemms.FOLDS), tuple(triton_gemms.WGRADS)
 
 
-def has_zero_path(choice: str) -> bool:
-    return choice != "library"
+class OwnGemm(NamedTuple):
+    """One way of a convolution or linear beside the library's."""
+
+    backend_name: str
+    config: str | None
+
+    @property
+    def name(self) -> str:
+        return self.backend_name if self.config is None else f"{self.backend_name} {self.config}"
+
+    @property
+    def backend(self) -> FlaggedSteps:
+        found = available.gpu_backend(self.backend_name)
+        assert found is not None
+        return found
+
+    def why_not(
+        self,
+        op: str,
+        h: Tensor,
+        weight: Tensor,
+        gate: MaybeTensor,
+        residual: MaybeTensor,
+        padding: Sequence[int] | None,
+    ) -> str | None:
+        reason = available.why_not(self.backend_name, op, h)
+        return reason or self.backend.why_not_own(op, h, weight, gate, residual, padding, self.config)
+
+
+TRITON_GEMMS = [OwnGemm("triton", config) for config in CONFIGS]
+OWN_GEMMS = [*TRITON_GEMMS, OwnGemm("cuda", None)]
 
 
 @functools.lru_cache
-def _executed(device: torch.device) -> Tensor:
+def _not_zero(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
-def judge(P, tensors: list[Tensor], zero_skip: int) -> Tensor | None:
+def zero_flag(backend: Backend, tensors: list[Tensor], zero_skip: int) -> MaybeTensor:
     """int32 [1] on the device, whether one of the tensors is zero; None where the op does not ask.
 
     While a plan is measured the tensors are scanned, but the answer is 0: tails are zero when they are new, and what
     is fastest at skipping would be kept for the rest of the training.
     """
-    if zero_skip != zero.DEVICE:
+    if zero_skip != DEVICE:
         return None
-    flag = P.zero_flags(tensors, any_of=True)
-    return _executed(flag.device) if _plan.state.measuring else flag
+    return forward_flag(backend.zero_flag(tensors))
 
 
-def settled(flag: Tensor | None) -> Tensor | None:
-    """Forward's flag for a kernel of backward, 0 while a plan is measured."""
-    return _executed(flag.device) if flag is not None and _plan.state.measuring else flag
+def forward_flag(flag: MaybeTensor) -> MaybeTensor:
+    """A flag as kernels get it: 0 while a plan is measured."""
+    return _not_zero(flag.device) if flag is not None and mode.measuring else flag
 
 
-def verdict(flag: Tensor | None, like: Tensor) -> Tensor:
-    """What the op returns of a flag."""
-    return _verdict(like, EXECUTED) if flag is None else flag
+def skipped_or(flag: MaybeTensor, like: Tensor) -> Tensor:
+    """What the op reports of a flag."""
+    return skipped(like, EXECUTED) if flag is None else flag
 
 
-def settings(x: Tensor) -> tuple:
+def library_settings(x: Tensor) -> tuple:
     """What the time of the library's kernels, and the arithmetic in fp32, depends on beside the tensors."""
     if x.dtype != torch.float32:
         return (torch._C._get_cudnn_benchmark(),)
@@ -73,19 +101,22 @@ def describe_flag(flagged: bool) -> str:
     return "flagged" if flagged else "no flag"
 
 
-def why_not(backend: str, op: str, options: dict[str, str], h, weight, gate, residual, padding) -> str | None:
-    reason = _backends.why_not(backend, op, h)
-    if reason is not None:
-        return reason
-    module: Any = _backends._load(backend)
-    if options and not module.has_gemm(options["config"], weight.dtype):
-        return f"no configuration for {dtype_name(weight)}"
-    return module.why_not_own(op, h, weight, gate, residual, padding)
-
-
-def rule(op: str, rows: int, factor: Tensor, h, weight, gate, residual, padding, flagged: bool) -> str:
+def rule(
+    op: str,
+    rows: int,
+    factor: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    gate: MaybeTensor,
+    residual: MaybeTensor,
+    padding: Sequence[int] | None,
+    flagged: bool,
+) -> str:
     """The name of the candidate where nothing is measured; rows of the result, and what they are multiplied with."""
     narrow = weight.dim() == 2 or weight.shape[2:].numel() == 1
-    if flagged and narrow and why_not("triton", op, {}, h, weight, gate, residual, padding) is None:
-        return f"triton {TRITON.gemm_by_size(h, factor, rows)}"
-    return "library"
+    triton = available.triton()
+    if not (flagged and narrow) or triton is None:
+        return "library"
+    if OwnGemm("triton", None).why_not(op, h, weight, gate, residual, padding) is not None:
+        return "library"
+    return f"triton {triton.gemm_by_size(h, factor, rows)}"

@@ -2,60 +2,72 @@
 
 from __future__ import annotations
 
-from ... import _compose_linear, zero
-from ...plan.measure import describe_rows, describe_weight, dtype_name
+from functools import partial
+
+from torch import Tensor
+
+from ...plan.describe import describe_operand, describe_rows, describe_weight, dtype_name
 from ...plan.planned import PlannedOp
-from .. import available as _backends
-from .gemms import CANDIDATES, describe_flag, judge, rule, settings, why_not
+from ...steps.flag import DEVICE
+from ...steps.linear import LinearGateCall, library_linear_gate
+from .gemms import TRITON_GEMMS, OwnGemm, describe_flag, library_settings, rule, zero_flag
 
 
-def _linear_describe(P, h, weight, bias, gate, residual, activation, zero_skip, save_branch):
+def _signature(call: LinearGateCall) -> tuple:
+    _, h, weight, bias, gate, residual, activation, zero_skip, save_branch = call
+    return (
+        (h.shape, h.stride(), h.dtype, h.device),
+        (weight.shape, weight.stride(), weight.dtype),
+        bias is None,
+        gate if gate is None else (gate.shape, gate.dtype),
+        residual if residual is None else (residual.stride(), residual.dtype),
+        (activation, zero_skip, save_branch),
+        library_settings(h),
+    )
+
+
+def _describe(call: LinearGateCall) -> str:
+    _, h, weight, bias, gate, residual, activation, zero_skip, save_branch = call
     parts = [
         f"{describe_rows(h)} * {describe_weight(weight)} {dtype_name(weight)}",
-        describe_flag(zero_skip == zero.DEVICE),
+        describe_flag(zero_skip == DEVICE),
     ]
     for name, t in (("bias", bias), ("gate", gate), ("residual", residual)):
         if t is not None:
-            parts.append(f"{name} {dtype_name(t)} {'one' if t.dim() == 1 and t.numel() == 1 else f'{t.dim()}-D'}")
-    return ", ".join([*parts, f"{activation}", *(["branch kept"] if save_branch else []), f"{settings(h)}"])
+            parts.append(f"{name} {describe_operand(t)}")
+    parts.append(f"{activation}")
+    if save_branch:
+        parts.append("branch kept")
+    return ", ".join([*parts, f"{library_settings(h)}"])
 
 
-# (y, branch, verdict) as (P, h, weight, bias, gate, residual, activation, zero_skip, save_branch).
-LINEAR = PlannedOp(
+def _work(call: LinearGateCall) -> int:
+    return 2 * call.h.numel() * call.weight.shape[0]
+
+
+def _rule(call: LinearGateCall) -> str:
+    _, h, weight, _, gate, residual, _, zero_skip, _ = call
+    rows, flagged = h.shape[:-1].numel(), zero_skip == DEVICE
+    return rule("linear_gate_residual", rows, weight, h, weight, gate, residual, None, flagged)
+
+
+def _own(gemm: OwnGemm, call: LinearGateCall) -> tuple[Tensor, Tensor, Tensor]:
+    flag = zero_flag(call.backend, call.tested(), call.zero_skip)
+    return gemm.backend.own_linear_gate(call, flag, gemm.config)
+
+
+def _why_not(gemm: OwnGemm, call: LinearGateCall) -> str | None:
+    return gemm.why_not("linear_gate_residual", call.h, call.weight, call.gate, call.residual, None)
+
+
+# (y, branch, skipped)
+LINEAR_GATE_RESIDUAL = PlannedOp(
     "linear_gate_residual",
-    _compose_linear.library_linear,
-    signature=lambda P, h, weight, bias, gate, residual, activation, zero_skip, save_branch: (
-        h.shape, h.stride(), h.dtype, h.device, weight.shape, weight.stride(), weight.dtype, bias is None,
-        gate if gate is None else (gate.shape, gate.dtype),
-        residual if residual is None else (residual.stride(), residual.dtype),
-        activation, zero_skip, save_branch, settings(h),
-    ),
-    describe=_linear_describe,
-    work=lambda P, h, weight, *rest: 2 * h.numel() * weight.shape[0],
-    lead=1,
-    rule=lambda P, h, weight, bias, gate, residual, activation, zero_skip, save_branch: (
-        rule(
-            "linear_gate_residual", h.shape[:-1].numel(), weight, h, weight, gate, residual, None,
-            zero_skip == zero.DEVICE,
-        )
-    ),
-)  # fmt: skip
-
-
-def _add(name: str, backend: str, options: dict[str, str]) -> None:
-    def run(P, h, weight, bias, gate, residual, activation, zero_skip, save_branch):
-        flag = judge(P, [weight] if gate is None or save_branch else [weight, gate], zero_skip)
-        module = _backends._load(backend)
-        return _compose_linear.own_linear(
-            P, module, h, weight, bias, gate, residual, activation, flag, save_branch, **options
-        )
-
-    def refuses(P, h, weight, bias, gate, residual, activation, zero_skip, save_branch):
-        return why_not(backend, "linear_gate_residual", options, h, weight, gate, residual, None)
-
-    LINEAR.add(name, run, refuses)
-
-
-for _candidate in CANDIDATES:
-    if _candidate[1] == "triton":
-        _add(*_candidate)
+    library_linear_gate,
+    signature=_signature,
+    describe=_describe,
+    work=_work,
+    rule=_rule,
+)
+for _gemm in TRITON_GEMMS:
+    LINEAR_GATE_RESIDUAL.add(_gemm.name, partial(_own, _gemm), partial(_why_not, _gemm))

@@ -1,156 +1,126 @@
-"""The primitives on a GPU, each a planned step (`_plan.py`): the library's kernels (`_library.py`), Triton's
-configurations, the CUDA kernels. `_backends.select` gives this module for GPU tensors unless a backend is forced.
+"""Norms, gates and activations on a GPU, each a planned step: the library's kernels (`eager.py`), Triton's
+configurations, the CUDA kernels.
 
 Where nothing is measured (capture, torch.compile, deterministic algorithms, ZEROBLOCK_PLAN=fixed, tensors of less than
 WORTH bytes) the rule is: Triton with the configuration that its launcher picks by size, else the CUDA kernel, else the
-library. "triton x16" is Triton's kernel with 16 numbers of a tile per thread, instead of the launcher's own choice.
-Convolutions and linears: `_gpu_convs.py`, `_gpu_linear.py`; their candidates and rule: `_gpu_gemms.py`.
+library. "triton x16" is Triton's kernel with 16 numbers of a tile per thread, instead of the launcher's own choice;
+"triton split" a group norm in two passes over more programs, also where one program holds a group.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, ParamSpec, TypeVar, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ... import reference as ref
-from ...plan.measure import describe_images, describe_rows, dtype_name
+from ...plan.describe import describe_images, describe_operand, describe_rows
 from ...plan.planned import PlannedOp
-from .. import available as _backends
-from .. import eager as _library
-from ..eager import add_bias as _library_add_bias
-from .gemms import TRITON
+from ...steps.flag import is_plain_tensor
+from .. import available
+from ..base import Backend
+from ..eager import EAGER
 
-NAME = "planned"
-WORTH = 1 << 18  # bytes of the leading tensor: less takes a GPU a launch, whatever runs
-_TENSORS = (Tensor, nn.Parameter)
-STEPS: dict[str, PlannedOp] = {}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WORTH = 1 << 18  # bytes of the first tensor: less takes a GPU a launch, whatever runs (guess)
+CUDA = available.cuda()
+INSTALLED = available.triton() is not None
+# Where triton is not installed `why_not` says so, and the methods that stand in are never called.
+TRITON: Backend = available.triton() or EAGER
+PER_THREAD: dict[str, tuple[int, ...]] = {}
+if INSTALLED:
+    from ..triton import PER_THREAD, why_not_tile
 
 
-def signature(*args: Any) -> tuple:
+def signature(*args: Any, **_: Any) -> tuple:
     """Of any arguments: layout, dtype and place of the tensors, the values of the rest."""
-    return tuple([(a.shape, a.stride(), a.dtype, a.device) if type(a) in _TENSORS else a for a in args])
+    return tuple([(a.shape, a.stride(), a.dtype, a.device) if is_plain_tensor(a) else a for a in args])
 
 
-def describe(names: list[str], lead: int, args: tuple) -> str:
-    """The leading tensor in buckets; of the others what distinguishes kernels: dtype and number of dimensions."""
-    x = args[lead]
+def _describe(names: list[str], device_arg: int, *args: Any) -> str:
+    """The first tensor in buckets; of the others what distinguishes kernels."""
+    x = args[device_arg]
     parts = [describe_images(x) if x.dim() > 3 else describe_rows(x)]
-    for i, (name, a) in enumerate(zip(names, args, strict=True)):
+    for i, (name, a) in enumerate(zip(names, args, strict=False)):  # a flag may be left out
         if isinstance(a, Tensor):
-            if i != lead:
-                kind = "one" if a.dim() == 1 and a.numel() == 1 else f"{a.dim()}-D"
-                parts.append(f"{name} {dtype_name(a)} {kind}")
+            if i != device_arg:
+                parts.append(f"{name} {describe_operand(a)}")
         elif a is not None and name != "eps":
             parts.append(f"{name}={a}")
     return ", ".join(parts)
 
 
-def _own(backend: str, name: str, lead: int, options: dict[str, Any]) -> tuple[Callable, Callable]:
-    """(run, why_not) of a backend's primitive."""
-
-    def run(*args):
-        return getattr(_backends._load(backend), name)(*args, **options)
-
-    def refuses(*args):
-        reason = _backends.why_not(backend, name, args[lead])
-        return TRITON.why_not_tile(name, args[lead]) if reason is None and "per_thread" in options else reason
-
-    return run, refuses
+def _bytes(device_arg: int, *args: Any) -> int:
+    return args[device_arg].numel() * args[device_arg].element_size()
 
 
-def _step(name: str, lead: int = 0, backends: tuple[str, ...] = ("triton", "cuda"), split: bool = False) -> PlannedOp:
-    def rule(*args):
-        return next((b for b in backends if _backends.why_not(b, name, args[lead]) is None), "library")
+def _why_not(backend: str, name: str, device_arg: int, *args: Any) -> str | None:
+    return available.why_not(backend, name, args[device_arg])
 
-    library = getattr(_library, name)
-    names = list(inspect.signature(library).parameters)
-    step = PlannedOp(
+
+def _why_not_tile(name: str, device_arg: int, *args: Any) -> str | None:
+    return available.why_not("triton", name, args[device_arg]) or why_not_tile(name, args[device_arg])
+
+
+def _rule(backends: tuple[str, ...], name: str, device_arg: int, *args: Any) -> str:
+    return next((b for b in backends if available.why_not(b, name, args[device_arg]) is None), "library")
+
+
+def _step(
+    library: Callable[P, R], triton: Callable[P, R], cuda: Callable[P, R] | None, *, device_arg: int = 0
+) -> PlannedOp[P, R]:
+    """The step named as the methods given: by the library, by Triton, by CUDA (None: it has no such kernel)."""
+    name = library.__name__
+    step: PlannedOp[P, R] = PlannedOp(
         name,
         library,
         signature=signature,
-        describe=lambda *args: describe(names, lead, args),
-        work=lambda *args: args[lead].numel() * args[lead].element_size(),
-        lead=lead,
-        rule=rule,
+        describe=partial(_describe, list(inspect.signature(library).parameters), device_arg),
+        work=partial(_bytes, device_arg),
+        rule=partial(_rule, ("triton", "cuda") if cuda is not None else ("triton",), name, device_arg),
+        device_arg=device_arg,
         worth=WORTH,
     )
-    for backend in backends:
-        step.add(backend, *_own(backend, name, lead, {}))
-    if split:  # a group in two passes over more programs, also where one program holds it
-        step.add("triton split", *_own("triton", name, lead, {"split": True}))
-    for per_thread in () if TRITON is None else TRITON.PER_THREAD.get(name, ())[1:]:
-        step.add(f"triton x{per_thread}", *_own("triton", name, lead, {"per_thread": per_thread}))
-    STEPS[name] = step
+    step.add("triton", triton, partial(_why_not, "triton", name, device_arg))
+    if cuda is not None:
+        step.add("cuda", cuda, partial(_why_not, "cuda", name, device_arg))
+    # Triton's kernel as a plan may ask for it beside the launcher's own choice.
+    choose = cast("Callable[..., R]", triton)
+    if name.startswith("group_norm") and INSTALLED:
+        step.add("triton split", partial(choose, split=True), partial(_why_not, "triton", name, device_arg))
+    for per_thread in PER_THREAD.get(name, ())[1:]:
+        run = partial(choose, per_thread=per_thread)
+        step.add(f"triton x{per_thread}", run, partial(_why_not_tile, name, device_arg))
     return step
 
 
-_group_norm_silu = _step("group_norm_silu", split=True)
-_group_norm_silu_bwd = _step("group_norm_silu_bwd", lead=1, split=True)
-layer_norm_modulate = _step("layer_norm_modulate")
-layer_norm_modulate_bwd = _step("layer_norm_modulate_bwd", lead=1)
-gate_residual = _step("gate_residual")
-gate_residual_bwd = _step("gate_residual_bwd", lead=2)
-gate_residual_layer_norm_modulate = _step("gate_residual_layer_norm_modulate")
-gate_residual_layer_norm_modulate_bwd = _step("gate_residual_layer_norm_modulate_bwd", lead=1)
-_activation = _step("activation", backends=("triton",))
-activation_bwd = _step("activation_bwd", lead=1, backends=("triton",))
-
-
-def group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag=None):
-    return _group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu, flag)
-
-
-def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, flag=None):
-    return _group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, flag)
-
-
-def activation(x, name, flag=None):
-    return _activation(x, name, flag)
-
-
-def linear(x, weight, bias, activation=None):
-    """act(x @ weight.T + bias)"""
-    y = torch.nn.functional.linear(x, weight, bias)
-    return y if activation is None else _activation(y, activation, None)
-
-
-def _backend(op: str, x: Tensor) -> Any:
-    """The first backend with kernels for a step that is not planned, or None."""
-    name = next((b for b in ("triton", "cuda") if _backends.why_not(b, op, x) is None), None)
-    return None if name is None else _backends._load(name)
-
-
-def add_bias(x, bias, dim):
-    module = _backend("add_bias", x)
-    return (_library_add_bias if module is None else module.add_bias)(x, bias, dim)
-
-
-def zero_flags(tensors: list[Tensor], any_of: bool = False) -> Tensor:
-    """Integers or bools [len(tensors)] on their device: which are exactly zero; with any_of int32 [1], whether one is.
-    Nothing is read back."""
-    module = _backend("is_zero", tensors[0])
-    if module is not None:
-        return module.zero_flags(tensors, any_of)
-    flags = ref.is_zero(*tensors)
-    return flags.any().view(1).to(torch.int32) if any_of else flags
-
-
-def is_zero(t: Tensor) -> bool:
-    """Reads the answer back to the host."""
-    return bool(zero_flags([t])[0])
-
-
-def why_library(op: str, h: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    """CONV, NORM_CONV and LINEAR decide, the own GEMMs among their candidates."""
-    return "the plan decides"
-
-
-from .convs import CONV as CONV  # noqa: E402  (these steps call the primitives above)
-from .convs import DGRAD as DGRAD  # noqa: E402
-from .convs import NORM_CONV as NORM_CONV  # noqa: E402
-from .convs import WGRAD as WGRAD  # noqa: E402
-from .linear import LINEAR as LINEAR  # noqa: E402
+GROUP_NORM_SILU = _step(EAGER.group_norm_silu, TRITON.group_norm_silu, CUDA.group_norm_silu)
+GROUP_NORM_SILU_BWD = _step(
+    EAGER.group_norm_silu_bwd, TRITON.group_norm_silu_bwd, CUDA.group_norm_silu_bwd, device_arg=1
+)
+LAYER_NORM_MODULATE = _step(EAGER.layer_norm_modulate, TRITON.layer_norm_modulate, CUDA.layer_norm_modulate)
+LAYER_NORM_MODULATE_BWD = _step(
+    EAGER.layer_norm_modulate_bwd,
+    TRITON.layer_norm_modulate_bwd,
+    CUDA.layer_norm_modulate_bwd,
+    device_arg=1,
+)
+GATE_RESIDUAL = _step(EAGER.gate_residual, TRITON.gate_residual, CUDA.gate_residual)
+GATE_RESIDUAL_BWD = _step(EAGER.gate_residual_bwd, TRITON.gate_residual_bwd, CUDA.gate_residual_bwd, device_arg=2)
+GATE_RESIDUAL_LAYER_NORM_MODULATE = _step(
+    EAGER.gate_residual_layer_norm_modulate,
+    TRITON.gate_residual_layer_norm_modulate,
+    CUDA.gate_residual_layer_norm_modulate,
+)
+GATE_RESIDUAL_LAYER_NORM_MODULATE_BWD = _step(
+    EAGER.gate_residual_layer_norm_modulate_bwd,
+    TRITON.gate_residual_layer_norm_modulate_bwd,
+    CUDA.gate_residual_layer_norm_modulate_bwd,
+    device_arg=1,
+)
+ACTIVATION = _step(EAGER.activation, TRITON.activation, None)
+ACTIVATION_BWD = _step(EAGER.activation_bwd, TRITON.activation_bwd, None, device_arg=1)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import functional, zero
-from ..._compose import bare_residual
 from ...blocks import layers as _common
 from ...nn.residual import residual_branch
+from ...ops.residual_alone import residual_alone as bare_residual
 from ...reference import modulation
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)  # the last one stands for the others in torch.export

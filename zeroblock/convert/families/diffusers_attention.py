@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._autocast import autocast_dtype
-from ..._compose import bare_residual
+from ...ops.residual_alone import residual_alone as bare_residual
 from ..family import lacks, register
 from .whole_skip import InferenceSkip
 

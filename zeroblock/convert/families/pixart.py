@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import zero
-from ..._compose import bare_residual
 from ...blocks import layers as _common
 from ...nn.dit import fused_final
+from ...ops.residual_alone import residual_alone as bare_residual
 from ..family import register
 from .dit import DiTBlock, FinalLayer, _mlp_parts
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ... import zero
 from ..._autocast import autocast_dtype
-from ..._compose import bare_residual
 from ...blocks import layers as _common
+from ...ops.residual_alone import residual_alone as bare_residual
 from ..family import Family, lacks, register
 
 # What each of the two packages calls in turn; names that a block lacks, or has as None, are passed over.

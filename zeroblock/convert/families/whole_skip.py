@@ -54,7 +54,7 @@ class InferenceSkip(Family):
         if torch.is_grad_enabled():
             return False
         tensors = self.holders(block)
-        if not tensors or not all(map(zero.may_judge, tensors)):
+        if not tensors or not all(map(zero.may_test, tensors)):
             return False
         if not zero.may_skip_branch(self.name, self.zero_skip, tensors[0]):
             return False

@@ -1,0 +1,274 @@
+"""What a backend is: the kernels and steps that the ops are made of, under one name and signature each.
+
+`reference`, `eager`, `cpu`, `triton`, `cuda` and `gpu` are its subclasses. An op asks `select` for a call's backend and
+calls one method. A result that does not apply is None.
+
+`flag`, where a method takes it, is an int32 tensor [1] on the device of the op: while it is not 0 the kernel leaves
+early, and its result is not used. Backends whose kernels cannot read it ignore it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan.planned import Explanation, PlannedOp
+
+MaybeTensor = Tensor | None
+Step = tuple[PlannedOp[..., Any], tuple[Any, ...]]  # and the arguments it is called with
+ConvGrads = tuple[MaybeTensor, MaybeTensor, MaybeTensor]  # of (h, weight, bias), each where a mask asks for it
+
+
+class GroupNorm(NamedTuple):
+    """dropout(silu(group_norm(x) * (1 + scale) + shift)): all of it but x."""
+
+    num_groups: int
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    eps: float
+    scale: Tensor | None  # [N, C]
+    shift: Tensor | None  # [N, C]
+    keep: Tensor | None  # bool, like x: dropout's mask
+    dropout_p: float
+
+
+class WinogradKernels(NamedTuple):
+    """Of csrc/cpu/winograd; `steps/winograd.py` settles their arguments."""
+
+    conv: Callable[..., Tensor]
+    weight_grad: Callable[..., Tensor]
+    pack: Callable[..., Tensor]
+    statistics: Callable[..., tuple[Tensor, Tensor]]
+    affine: Callable[..., Tensor]
+
+
+class Backend:
+    """One way to run the ops. N samples, C channels, G groups, *S space; B samples, T tokens, D features."""
+
+    name: str
+    device: str = "cpu"  # the type of device whose tensors it takes
+    missing: str | None = None  # why it cannot run anything here
+    winograd: WinogradKernels | None = None
+    # residual + bias where a weight is exactly zero, test and sum in one pass (`blocks/one_pass.py`).
+    residual_if_zero: Callable[..., Tensor | None] | None = None
+
+    def why_not(self, op: str, x: Tensor) -> str | None:
+        """None when the kernels take a call of `op` with first tensor x, else the reason."""
+        return None
+
+    # ---- for `explain` ------------------------------------------------------------------------------------------
+
+    def steps(self, op: str, arguments: dict[str, Any], training: bool) -> Iterator[Step]:
+        """The planned steps that a dense call of `op` takes, its own first; arguments by name, as in functional.py."""
+        return iter(())
+
+    def why_no_zero_path(self, op: str, arguments: dict[str, Any], plans: Sequence[Explanation]) -> str | None:
+        """Why no flag on the device stops the convolution or linear of an op; None where one does."""
+        return "the weight is tested on the host"
+
+    # ---- norms --------------------------------------------------------------------------------------------------
+
+    def group_norm_silu(
+        self,
+        x: Tensor,
+        num_groups: int,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        eps: float,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+        flag: MaybeTensor = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, mean, rstd); x [N, C, *S], mean and rstd [N, G]."""
+        raise NotImplementedError
+
+    def group_norm_silu_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        num_groups: int,
+        silu: bool,
+        flag: MaybeTensor = None,
+    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        """The gradients of (x, weight, bias, scale, shift)."""
+        raise NotImplementedError
+
+    def layer_norm_modulate(
+        self,
+        x: Tensor,
+        shift: MaybeTensor,
+        scale: MaybeTensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        eps: float,
+        rms: bool,
+    ) -> tuple[Tensor, MaybeTensor, Tensor]:
+        """(y, mean, rstd); x [B, T, D], mean (None where rms) and rstd [B, T]."""
+        raise NotImplementedError
+
+    def layer_norm_modulate_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: MaybeTensor,
+        rstd: Tensor,
+        shift: MaybeTensor,
+        scale: MaybeTensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        rms: bool,
+    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        """The gradients of (x, shift, scale, weight, bias)."""
+        raise NotImplementedError
+
+    # ---- gates --------------------------------------------------------------------------------------------------
+
+    def gate_residual(self, residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+        """residual + gate * branch."""
+        raise NotImplementedError
+
+    def gate_residual_bwd(
+        self, dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool
+    ) -> tuple[MaybeTensor, MaybeTensor]:
+        """The gradients of (gate, branch), each only where it is needed."""
+        raise NotImplementedError
+
+    def gate_residual_layer_norm_modulate(
+        self, residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x_new, y, mean, rstd): x_new = residual + gate * branch, y its modulated norm."""
+        raise NotImplementedError
+
+    def gate_residual_layer_norm_modulate_bwd(
+        self,
+        dx_new: MaybeTensor,
+        dy: Tensor,
+        x_new: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        gate: Tensor,
+        branch: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of (residual, gate, branch, shift, scale)."""
+        raise NotImplementedError
+
+    # ---- activations, biases, the zero test ---------------------------------------------------------------------
+
+    def activation(self, x: Tensor, name: str, flag: MaybeTensor = None) -> Tensor:
+        """ "silu", "gelu" (erf) or "gelu_tanh" of x."""
+        raise NotImplementedError
+
+    def activation_bwd(self, dy: Tensor, x: Tensor, name: str, need_y: bool) -> tuple[Tensor, MaybeTensor]:
+        """(dx, y): y = act(x) comes with it where it is needed."""
+        raise NotImplementedError
+
+    def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
+        """x + (bias + 0) along `dim` (1 or -1), x dense in one of the two layouts; a bias of None adds 0."""
+        raise NotImplementedError
+
+    def add_bias_in_place(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
+        """add_bias, which may write into x."""
+        return self.add_bias(x, bias, dim)
+
+    def is_zero(self, t: Tensor) -> bool:
+        """Whether every element is +0 or -0. Reads the answer back to the host."""
+        raise NotImplementedError
+
+    def are_zero(self, tensors: list[Tensor]) -> Tensor:
+        """bool [len(tensors)] on their device: which are exactly zero. Nothing is read back from a device."""
+        raise NotImplementedError
+
+    def zero_flag(self, tensors: list[Tensor]) -> Tensor:
+        """int32 [1] on their device: whether one of the tensors is exactly zero. Nothing is read back."""
+        return self.are_zero(tensors).any().view(1).to(torch.int32)
+
+    # ---- convolutions and linear layers: steps ------------------------------------------------------------------
+
+    def conv_residual(
+        self,
+        h: Tensor,
+        weight: Tensor,
+        bias: MaybeTensor,
+        residual: MaybeTensor,
+        padding: tuple[int, ...],
+        zero_skip: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(residual + conv(h), skipped) of a weight that the host has not found zero (steps/flag.py)."""
+        raise NotImplementedError
+
+    def conv_grads(
+        self,
+        dy: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        flag: MaybeTensor,
+        has_bias: bool,
+        padding: tuple[int, ...],
+        mask: Sequence[bool],
+    ) -> ConvGrads:
+        """The gradients of (h, weight, bias) of conv(h)."""
+        raise NotImplementedError
+
+    def norm_conv_residual(
+        self,
+        x: Tensor,
+        norm: GroupNorm,
+        weight: Tensor,
+        bias: MaybeTensor,
+        residual: MaybeTensor,
+        padding: tuple[int, ...],
+        zero_skip: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(residual + conv(norm(x)), mean, rstd, skipped)."""
+        raise NotImplementedError
+
+    def norm_conv_grads(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        norm: GroupNorm,
+        weight: Tensor,
+        flag: MaybeTensor,
+        has_bias: bool,
+        padding: tuple[int, ...],
+        mask: Sequence[bool],
+    ) -> tuple[MaybeTensor, ...]:
+        """The gradients of (x, norm weight, norm bias, scale, shift, weight, bias); mask: the first five, then each."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, weight: Tensor, bias: MaybeTensor, activation: str | None = None) -> Tensor:
+        """act(x @ weight.T + bias)."""
+        raise NotImplementedError
+
+    def norm_linear(self, h: Tensor, weight: Tensor, bias: MaybeTensor) -> Tensor:
+        """linear(h) of a norm's result, the forward step of layer_norm_modulate_linear."""
+        return self.linear(h, weight, bias)
+
+    def linear_gate_residual(
+        self,
+        h: Tensor,
+        weight: Tensor,
+        bias: MaybeTensor,
+        gate: MaybeTensor,
+        residual: MaybeTensor,
+        activation: str | None,
+        zero_skip: int,
+        save_branch: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(residual + gate * linear(act(h)), branch, skipped); branch, the linear's output, where it is to be saved for
+        the gate's gradient, else empty."""
+        raise NotImplementedError

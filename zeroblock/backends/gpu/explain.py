@@ -1,0 +1,97 @@
+"""Which planned steps a call on a GPU takes, for `explain`: forward, and backward where it will run.
+
+Tensors that stand for others have their shape, dtype and layout; nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_conv_size, unit_geometry
+from ...steps.flag import DEVICE, NEVER
+from ...steps.linear import LinearGateCall
+from ..base import Backend, GroupNorm, MaybeTensor, Step
+from ..dense import ConvArguments
+from . import norms_gates as steps
+from .conv_grads import CONV_DGRAD, CONV_WGRAD, DgradCall, WgradCall
+from .convs import CONV_RESIDUAL, NORM_CONV_RESIDUAL, FlaggedConvCall, FlaggedNormConvCall
+from .linear import LINEAR_GATE_RESIDUAL
+
+
+def steps_of(backend: Backend, op: str, a: dict[str, Any], training: bool) -> Iterator[Step]:
+    """The op's own step first."""
+    if op == "group_norm_silu":
+        norm = GroupNorm(a["num_groups"], a["weight"], a["bias"], a["eps"], a["scale"], a["shift"], None, 0.0)
+        for backward in (False, True) if training else (False,):
+            yield _group_norm(a["x"], norm, a["activation"] == "silu", backward)
+    elif op in ("layer_norm_modulate", "rms_norm_modulate", "layer_norm_modulate_linear"):
+        yield from _row_norm(backend, op, a, training)
+    elif op == "gate_residual":
+        residual, gate, branch = a["residual"], a["gate"], a["branch"]
+        yield steps.GATE_RESIDUAL, (residual, gate, branch)
+        if training:
+            yield steps.GATE_RESIDUAL_BWD, (residual, gate, branch, True, True)
+    elif op == "gate_residual_layer_norm_modulate":
+        x, gate, shift, scale = a["branch"], a["gate"], a["shift"], a["scale"]
+        yield steps.GATE_RESIDUAL_LAYER_NORM_MODULATE, (a["residual"], gate, x, shift, scale, a["eps"])
+        if training:
+            stat = _statistics(x, *x.shape[:2])
+            yield steps.GATE_RESIDUAL_LAYER_NORM_MODULATE_BWD, (x, x, x, stat, stat, gate, x, shift, scale)
+    elif op == "linear_gate_residual":
+        h, weight, gate = a["h"], a["weight"], a["gate"]
+        kept = training and gate is not None and gate.requires_grad
+        inputs = h, weight, a["bias"], gate, a["residual"], a["activation"], a["zero_skip"], kept
+        yield LINEAR_GATE_RESIDUAL, (LinearGateCall(backend, *inputs),)
+    elif op in ("conv_residual", "group_norm_silu_conv_residual"):
+        yield from _convolution(backend, ConvArguments.of(op, a), a["zero_skip"], training)
+
+
+def _statistics(x: Tensor, *size: int) -> Tensor:
+    return x.new_empty(size, dtype=torch.float32)
+
+
+def _group_norm(x: Tensor, norm: GroupNorm, silu: bool, backward: bool, flag: MaybeTensor = None) -> Step:
+    groups, weight, bias, eps, scale, shift, _, _ = norm
+    if not backward:
+        return steps.GROUP_NORM_SILU, (x, groups, weight, bias, eps, scale, shift, silu, flag)
+    stat = _statistics(x, x.shape[0], groups)
+    return steps.GROUP_NORM_SILU_BWD, (x, x, stat, stat, weight, bias, scale, shift, groups, silu, flag)
+
+
+def _row_norm(backend: Backend, op: str, a: dict[str, Any], training: bool) -> Iterator[Step]:
+    x, rms, linear = a["x"], op.startswith("rms"), op.endswith("linear")
+    weight, bias = (None, None) if linear else (a["weight"], a.get("bias"))
+    operands, stat = (a["shift"], a["scale"], weight, bias), _statistics(x, *x.shape[:2])
+    yield steps.LAYER_NORM_MODULATE, (x, *operands, a["eps"], rms)
+    if linear:
+        h = torch.empty_like(x, dtype=a["weight"].dtype)
+        call = LinearGateCall(backend, h, a["weight"], a["bias"], None, None, None, NEVER, False)
+        yield LINEAR_GATE_RESIDUAL, (call,)
+    if training:
+        yield steps.LAYER_NORM_MODULATE_BWD, (x, x, None if rms else stat, stat, *operands, rms)
+
+
+def _convolution(backend: Backend, a: ConvArguments, zero_skip: int, training: bool) -> Iterator[Step]:
+    x, h, norm, weight, bias, residual, padding = a
+    flag = h.new_empty(1, dtype=torch.int32) if zero_skip == DEVICE else None
+    if norm is None:
+        yield CONV_RESIDUAL, (FlaggedConvCall(backend, h, weight, bias, residual, padding, zero_skip),)
+    else:
+        call = FlaggedNormConvCall(backend, x, norm, weight, bias, residual, padding, zero_skip)
+        yield NORM_CONV_RESIDUAL, (call,)
+        choice = NORM_CONV_RESIDUAL.explain(call).choice
+        if "fused" not in choice and "folded" not in choice:
+            yield _group_norm(x, norm, True, False, None if choice == "library" else flag)
+    yield CONV, (ConvCall(backend, h, weight, bias, residual, unit_geometry(padding)),)
+    if not training:
+        return
+    dy = empty_conv_output(h, weight, unit_conv_size(h, weight, padding), h.dtype)
+    has_bias = bias is not None
+    yield CONV_DGRAD, (DgradCall(backend, dy, h, weight, flag, padding),)
+    yield CONV_WGRAD, (WgradCall(backend, dy, h, weight, has_bias, padding, (True, has_bias)),)
+    if norm is not None:
+        yield _group_norm(x, norm, True, True, flag)

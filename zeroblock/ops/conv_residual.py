@@ -1,0 +1,119 @@
+"""conv_residual: residual + conv(h), stride 1; without the convolution while its weight is exactly zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference as ref
+from ..backends.base import ConvGrads, MaybeTensor
+from ..backends.select import select
+from ..steps.conv import empty_conv_output, unit_conv_size
+from ..steps.conv_bwd import conv_grads
+from ..steps.flag import DEVICE, ZERO_WEIGHT, found_by_host, skipped
+from . import shapes
+from .register import Grads, Op, filled, through
+from .residual_alone import residual_alone, weight_is_zero, zero_grad
+
+FORWARD = Op(
+    "conv_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip) "
+    "-> (Tensor, Tensor)",
+    residual=3,
+)
+BACKWARD = Op(
+    "conv_residual_bwd(Tensor dy, Tensor h, Tensor weight, Tensor skipped, int zero_skip, int[] padding, "
+    "bool has_bias, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    device_arg=1,
+)
+
+
+def conv_residual_alone(
+    h: Tensor, weight: Tensor, bias: MaybeTensor, residual: MaybeTensor, padding: Sequence[int]
+) -> Tensor:
+    """The result while the weight is zero; of h the shape and layout are used."""
+
+    def empty() -> Tensor:
+        return empty_conv_output(h, weight, unit_conv_size(h, weight, padding), weight.dtype)
+
+    return residual_alone(residual, bias, None, 1, weight.dtype, empty)
+
+
+@FORWARD.forward
+def conv_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    padding: Sequence[int],
+    zero_skip: int,
+    *,
+    direct: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(y, skipped)"""
+    if not direct and (route := FORWARD.route(h, weight, bias, residual)):
+        return route(h, weight, bias, residual, padding, zero_skip)
+    if weight_is_zero("conv_residual", zero_skip, weight):
+        return conv_residual_alone(h, weight, bias, residual, padding), skipped(h, ZERO_WEIGHT)
+    return select("conv_residual", h).conv_residual(h, weight, bias, residual, tuple(padding), zero_skip)
+
+
+@FORWARD.fake
+def _fake(
+    h: Tensor, weight: Tensor, bias: MaybeTensor, residual: MaybeTensor, padding: Sequence[int], zero_skip: int
+) -> tuple[Tensor, Tensor]:
+    return shapes.add(residual, ref.conv(h, weight, bias, padding)), shapes.flag(h)
+
+
+@BACKWARD.forward
+def conv_residual_bwd(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    skipped: Tensor,
+    zero_skip: int,
+    padding: Sequence[int],
+    has_bias: bool,
+    mask: Sequence[bool],
+    *,
+    direct: bool = False,
+) -> ConvGrads:
+    """The gradients of (h, weight, bias), each only where mask asks"""
+    if not direct and (route := BACKWARD.route(dy, h, weight, skipped)):
+        return route(dy, h, weight, skipped, zero_skip, padding, has_bias, mask)
+    dy = dy.to(weight.dtype)
+    if found_by_host(skipped, zero_skip):
+        _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, (False, mask[1], mask[2]))  # eager's, exactly
+        return zero_grad(h) if mask[0] else None, dweight, dbias
+    flag = skipped if zero_skip == DEVICE else None
+    return select("conv_residual_bwd", h).conv_grads(dy, h, weight, flag, has_bias, tuple(padding), mask)
+
+
+@BACKWARD.fake
+def _fake_bwd(
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    skipped: Tensor,
+    zero_skip: int,
+    padding: Sequence[int],
+    has_bias: bool,
+    mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    return filled(conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, mask), dy)
+
+
+def _reference(
+    h: Tensor, weight: Tensor, bias: MaybeTensor, residual: MaybeTensor, padding: Sequence[int], zero_skip: int
+) -> Tensor:
+    return ref.conv_residual(h, weight, bias, None, padding=padding)
+
+
+@FORWARD.backward(through(_reference))
+def _backward(inputs: Sequence[Any], needed: Sequence[bool], dy: Tensor, skipped: Tensor) -> Grads:
+    h, weight, bias, _, padding, zero_skip = inputs
+    grads: ConvGrads = (None, None, None)
+    if any(needed[:3]):
+        grads = conv_residual_bwd(dy, h, weight, skipped, zero_skip, padding, bias is not None, needed[:3])
+    return *grads, None, None, None

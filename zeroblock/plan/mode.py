@@ -1,0 +1,63 @@
+"""What the calls of a thread are: under the fixed rule, of a training step, allowed reduced float32 precision.
+
+One number holds all three: reading an attribute of a thread's own costs as much as testing a bit (every planned step
+reads it, benchmarks/overhead.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+FIXED, TRAINING, REDUCED = 1, 2, 4
+
+_precision = torch._C._get_float32_matmul_precision
+
+
+class _Mode(threading.local):
+    bits = 0
+    measuring = False  # a plan is being measured: a zero flag is not acted on
+
+
+mode = _Mode()
+
+
+@contextlib.contextmanager
+def _with(bits: int, on: bool = True) -> Iterator[None]:
+    before = mode.bits
+    mode.bits = before | bits if on else before & ~bits
+    try:
+        yield
+    finally:
+        mode.bits = before
+
+
+def fixed_rule() -> contextlib.AbstractContextManager[None]:
+    """No measured choice in the block (this thread)."""
+    return _with(FIXED)
+
+
+def allow_reduced(on: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Ways of reduced float32 precision may run in the block (this thread); False: only by the user's own setting."""
+    return _with(REDUCED, on)
+
+
+def training(on: bool = True) -> contextlib.AbstractContextManager[None]:
+    """The calls of the block are those of a training step (this thread)."""
+    return _with(TRAINING, on)
+
+
+def is_training() -> bool:
+    return bool(mode.bits & TRAINING)
+
+
+def is_fixed() -> bool:
+    return bool(mode.bits & FIXED)
+
+
+def reduced_allowed() -> bool:
+    """Whether the user allowed reduced float32 precision."""
+    return bool(mode.bits & REDUCED) or _precision() != "highest"

@@ -1,0 +1,35 @@
+"""How an op tests whether its weight is exactly zero, and what it reports of it (contract: zero.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# `zero_skip` of an op: its weight is not tested; tested on the host; tested by a kernel, whose flag the op's own
+# kernels read on the device, so that the host never knows.
+NEVER, HOST, DEVICE = 0, 1, 2
+
+# `skipped` of an op, int32 [1] on its device: it ran; its weight was zero; its gate was. Under DEVICE it is the flag.
+EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_plain_tensor(t: object) -> bool:
+    """A Tensor or Parameter, not a subclass, which may compute anything."""
+    return type(t) is Tensor or type(t) is nn.Parameter
+
+
+def may_test(t: Tensor) -> bool:
+    """Only plain floating strided tensors with values are ever tested."""
+    return is_plain_tensor(t) and t.layout is torch.strided and t.dtype in DTYPES and t.device.type != "meta"
+
+
+def skipped(like: Tensor, what: int) -> Tensor:
+    """What an op on the device of `like` reports."""
+    return torch.full((1,), what, dtype=torch.int32, device=like.device)
+
+
+def found_by_host(skipped: Tensor, zero_skip: int) -> int:
+    """What forward reported where the host found it; a flag on the device is not read back."""
+    return int(skipped) if zero_skip == HOST else EXECUTED
