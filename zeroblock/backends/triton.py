@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import zero
 from .._layout import as_layout, channels_last_format
-from ..kernels import _gemm
+from ..kernels import _dtypes, _gemm
 from ..kernels import activation as _activation
 from ..kernels import add_bias as _add_bias
 from ..kernels import conv_residual as _conv
@@ -81,10 +81,10 @@ def group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_group
 
 # Numbers that a thread holds, by op: the launcher's own choice, then what a plan may choose as well (`per_thread`).
 PER_THREAD: dict[str, tuple[int, ...]] = {
-    "layer_norm_modulate": _layer_norm.FORWARD, "layer_norm_modulate_bwd": _layer_norm.BACKWARD,
+    "layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD, "layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
     "gate_residual": _gate_residual.PER_THREAD, "gate_residual_bwd": _gate_residual.PER_THREAD,
-    "gate_residual_layer_norm_modulate": _layer_norm.FORWARD,
-    "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD,
+    "gate_residual_layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
+    "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
 }  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def activation_bwd(dy, x, name, need_y):
 
 # What a plan may choose among, by name; compiled ahead of time in CI (COMPILE_CASES of the kernels).
 GEMMS = {f"{c.BM}x{c.BN}x{c.BK}": c for c in (*_gemm.HALF, *_gemm.FULL)}
-FOLDS = [name for name, c in GEMMS.items() if any(c in _gemm.folding_configs(d) for d in _gemm.DTYPES)]
+FOLDS = [name for name, c in GEMMS.items() if any(c in _gemm.folding_configs(d) for d in _dtypes.DTYPES)]
 
 
 def _launch_plan(config: str | None, x: Tensor, weight: Tensor, rows: int) -> tuple | None:
@@ -247,7 +247,7 @@ def conv_dgrad(dy, weight, padding, flag, config=None):
     return _conv.conv_dgrad(dy, weight, padding, flag, plan)
 
 
-WGRADS = [name for name, c in GEMMS.items() if any(c in _conv.wgrad_configs(d) for d in _gemm.DTYPES)]
+WGRADS = [name for name, c in GEMMS.items() if any(c in _conv.wgrad_configs(d) for d in _dtypes.DTYPES)]
 
 
 def conv_wgrad(dy, h, weight, padding, config=None):
