@@ -52,7 +52,8 @@ def configs(dtype: torch.dtype) -> tuple[Config, ...]:
 
 
 def folding_configs(dtype: torch.dtype) -> tuple[Config, ...]:
-    """Those that also have registers for the operand that passes through them (`conv_residual`, fold)."""
+    """Those that also have registers for the operand that passes through them in `conv_residual` with `fold`: 32 values
+    per thread (spills: python -m tests.triton.static)."""
     return tuple(c for c in configs(dtype) if c.BM * c.BK <= 32 * 32 * c.num_warps)
 
 

@@ -67,7 +67,8 @@ FINISH_WARPS = 8  # for three sums side by side (registers: python -m tests.trit
 
 
 def tile(D: int, per_thread: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK_D, num_warps): rows enough for four warps, two of up to 1024, and for a row the warps it takes."""
+    """(ROWS, BLOCK_D, num_warps): a long row takes the warps that hold it; of short ones a tile has enough for four
+    warps, two at least up to 1024 numbers, 32 at most (registers: python -m tests.triton.static)."""
     block = power_of_2(D)
     elements = max(block, 128 * per_thread, min(2 * block, 2048))
     return min(32, elements // block), block, elements // (32 * per_thread)
