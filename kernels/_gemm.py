@@ -1,8 +1,10 @@
-"""What the GEMM-shaped kernels share: tile order, configurations, the epilogue, and the sum over split reductions.
+"""What the GEMM-shaped kernels share: configurations, tile order, the epilogue, and the sum over a split reduction.
 
-Everything multiplies rows [M, K] by weight rows [N, K] into fp32 tiles [BM, BN]. When the tiles alone cannot fill the
-GPU, the reduction is split into `splits` parts that write fp32 partial tiles [splits, M, N]; `sum_splits` adds them in
-the order of the parts and runs the epilogue, so the result never depends on scheduling.
+math    rows [M, K] times weight rows [N, K], in fp32 tiles [BM, BN].
+grid    one program per tile. Where tiles are too few to fill the GPU, the reduction of each is split: `splits` programs
+        write partial sums [splits, M, N] in fp32, and `sum_splits`, one program per 16 x 128 results, adds them.
+order   partial sums first to last, so that the result never depends on scheduling.
+zero    the loop over the reduction, or over the partial sums, runs no iteration; the epilogue runs as ever.
 """
 
 from __future__ import annotations
@@ -13,11 +15,18 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._launch import launch
+from ._rows import cdiv, is_skipped
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ASSUMED_SMS = 132  # where there is no device to ask
+ASSUMED_SMS = 132  # where there is no device to ask: an H100 SXM's, by its data sheet
+# Tile rows that run side by side and share weight tiles in L2; steps that a part of a split reduction has at least;
+# parts at most. (guess)
+GROUP, LEAST_STEPS, MOST_SPLITS = 8, 8, 8
+# A program's tile of the sum over splits: sums of 16 results per thread, in 16-byte accesses
+# (access widths: python -m tests.triton.static).
+SUM_ROWS, SUM_COLUMNS = 16, 128
 
 
 class Config(NamedTuple):
@@ -30,7 +39,9 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# From the most reuse per byte to the most programs. fp32 tiles are half as deep, for the same bytes per stage.
+# From the most reuse per byte to the most programs; fp32 tiles are half as deep, for the same bytes per stage. None
+# spills, and the shared memory of each fits every target (python -m tests.triton.static). The plan measures which one
+# is the fastest on the user's GPU; `choose` is the rule before that.
 HALF = (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3))
 FULL = (Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3))
 
@@ -41,7 +52,8 @@ def configs(dtype: torch.dtype) -> tuple[Config, ...]:
 
 
 def folding_configs(dtype: torch.dtype) -> tuple[Config, ...]:
-    """Those that also have registers for the operand that passes through them (`conv_residual`, fold)."""
+    """Those that also have registers for the operand that passes through them in `conv_residual` with `fold`: 32 values
+    per thread (spills: python -m tests.triton.static)."""
     return tuple(c for c in configs(dtype) if c.BM * c.BK <= 32 * 32 * c.num_warps)
 
 
@@ -50,20 +62,16 @@ def sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else ASSUMED_SMS
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def choose(M: int, N: int, K: int, shipped: tuple[Config, ...], device: torch.device) -> tuple[Config, int]:
     """(configuration, splits) before anything is measured: the largest tiles that give every SM one, else the
-    smallest ones with the reduction split, each part at least eight steps long."""
+    smallest ones with the reduction split."""
     count = sms(device)
     for config in shipped:
         if cdiv(M, config.BM) * cdiv(N, config.BN) >= count:
             return config, 1
     config = shipped[-1]
     tiles = max(1, cdiv(M, config.BM) * cdiv(N, config.BN))
-    return config, max(1, min(count // tiles, cdiv(K, config.BK) // 8, 8))
+    return config, max(1, min(count // tiles, cdiv(K, config.BK) // LEAST_STEPS, MOST_SPLITS))
 
 
 def precision(dtype: torch.dtype, setting: str) -> str:
@@ -81,9 +89,7 @@ def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def epilogue(
-    acc, rows, row_mask, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y
-):  # fmt: skip
+def epilogue(acc, rows, row_mask, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y):
     """Writes y = residual + gate * (acc + bias), and branch = acc + bias where asked; returns y in fp32, rounded.
 
     rows, cols: int32 indices into y [M, N]; gate at [row // T, row % T, col] by its strides.
@@ -108,38 +114,71 @@ def epilogue(
 
 
 @triton.jit
-def is_zero(flag):
-    """The verdict of zero_flag, 1 when the branch is zero; no flag means dense."""
-    zero = 0
-    if flag is not None:
-        zero = (tl.load(flag) != 0).to(tl.int32)
-    return zero
-
-
-@triton.jit
 def _sum_splits(
-    partial, bias, gate, gate_b, gate_t, gate_d, T, residual, flag, branch, y, M, N, part, splits,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """partial [splits, M, N] fp32, added first to last, then the epilogue; a zero branch reads no partials."""
+    partial,
+    bias,
+    gate,
+    gate_b,
+    gate_t,
+    gate_d,
+    T,
+    residual,
+    flag,
+    branch,
+    y,
+    M,
+    N,
+    part,
+    splits,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The sum of partial [splits, M, N], then the epilogue; `part` is M * N. A zero branch reads no partial sums."""
     rows, cols = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-    for _ in range(0, splits * (1 - is_zero(flag))):
+    for _ in range(0, splits * (1 - is_skipped(flag))):
         acc += tl.load(partial + at, mask=mask, other=0.0)
         at += part
     epilogue(acc, rows, rows < M, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y)
 
 
-def sum_splits(partial, bias, gate, gate_strides, T, residual, flag, branch, y):
+def sum_splits(
+    partial: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    gate_strides: tuple[int, int, int | None],
+    T: int,
+    residual: Tensor | None,
+    flag: Tensor | None,
+    branch: Tensor | None,
+    y: Tensor,
+) -> None:
+    """y (and branch) from partial sums [splits, M, N]; the operands are those of `epilogue`."""
     splits, M, N = partial.shape
     gate_b, gate_t, gate_d = gate_strides
     launch(
-        _sum_splits, (cdiv(M, 16), cdiv(N, 128)), partial=partial, bias=bias, gate=gate, gate_b=gate_b, gate_t=gate_t,
-        gate_d=gate_d, T=T, residual=residual, flag=flag, branch=branch, y=y, M=M, N=N, part=M * N, splits=splits,
-        BM=16, BN=128,
-    )  # fmt: skip
+        _sum_splits,
+        (cdiv(M, SUM_ROWS), cdiv(N, SUM_COLUMNS)),
+        partial=partial,
+        bias=bias,
+        gate=gate,
+        gate_b=gate_b,
+        gate_t=gate_t,
+        gate_d=gate_d,
+        T=T,
+        residual=residual,
+        flag=flag,
+        branch=branch,
+        y=y,
+        M=M,
+        N=N,
+        part=M * N,
+        splits=splits,
+        BM=SUM_ROWS,
+        BN=SUM_COLUMNS,
+    )
 
 
 def check_rows(op: str, M: int) -> None:

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-_POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
-}  # fmt: skip
+from ._dtypes import NAMES
+
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -66,7 +64,7 @@ class Launch:
                 return tuple(specialise((*path, i), v, False) for i, v in enumerate(value))
             if isinstance(value, torch.Tensor):
                 attributes[path] = _DIVISIBLE
-                return _POINTERS[value.dtype]
+                return f"*{NAMES[value.dtype]}"
             if isinstance(value, float):
                 return "fp32"
             if value % 16 == 0:

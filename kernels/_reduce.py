@@ -1,7 +1,9 @@
-"""The second stage of deterministic reductions over programs.
+"""The second stage of a sum over programs, in a fixed order and without atomics.
 
-Kernels write one partial sum per program, [B, P, D] fp32; this one adds up the P of each sample in a fixed order:
-partials p, p + 16, p + 32, ... in 16 lanes, then the lanes as a tree. Grid: blocks of D x B.
+math    out[b, d] = sum over p of parts[b, p, d]; the first stage wrote one partial sum per program, [B, P, D] in fp32.
+grid    (blocks of D, B).
+order   LANES partial sums side by side, each every LANES-th one from first to last; then the lanes as a tree.
+zero    none, the kernel takes no flag.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv
+from ._dtypes import DTYPES, long_name
 from ._launch import launch
+from ._rows import cdiv
 
+# Partial sums side by side, and columns of a program: rows of 256 bytes, no spills (python -m tests.triton.static).
 LANES, COLUMNS = 16, 64
 
 
@@ -44,8 +48,6 @@ def sum_partials(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 COMPILE_CASES = {
-    f"sum_partials-{dtype}": lambda dtype=dtype: sum_partials(
-        torch.empty(8, 32, 1152, device="meta"), getattr(torch, dtype)
-    )
-    for dtype in ("float32", "bfloat16", "float16")
+    f"sum_partials-{long_name(dtype)}": lambda dtype=dtype: sum_partials(torch.empty(8, 32, 1152, device="meta"), dtype)
+    for dtype in DTYPES
 }

@@ -1,7 +1,10 @@
-"""y = act(x) and dx = dy * act'(x), elementwise on dense tensors; silu, gelu (erf) and gelu_tanh.
+"""activation: y = act(x) and dx = dy * act'(x) on dense tensors; silu, gelu (erf) and gelu_tanh.
 
-Grid: blocks of elements. gelu_tanh is x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3): the same number without a
-tanh. Backward gives act(x) as well when asked. Bytes: 2ns; backward 3ns, 4ns with y.
+math    act(x) = x * s(x) in fp32. gelu_tanh is x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3): the same number
+        without a tanh. Backward recomputes y = act(x) as well where it is needed.
+grid    blocks of elements. 2ns bytes; backward 3ns, 4ns with y.
+order   no sums.
+zero    flag != 0 (the branch is zero): forward reads and writes nothing, y is undefined. Backward takes no flag.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, is_skipped
+from ._dtypes import long_name
 from ._launch import launch
+from ._rows import cdiv, is_skipped
 
 KINDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+# Elements and warps of a program: 16 per thread, in 16-byte accesses (access widths: python -m tests.triton.static).
 BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
-def gate_of(x, KIND: tl.constexpr):
+def factor(x, KIND: tl.constexpr):
     """(s, s') with act(x) = x * s(x)."""
     if KIND == 0:
         s = tl.sigmoid(x)
@@ -39,20 +44,20 @@ def _forward(x, y, flag, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
         if is_skipped(flag):
             return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
-    s, slope = gate_of(v, KIND)
-    tl.store(y + at, v * s, mask=at < n)
+    value = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+    s, _ = factor(value, KIND)
+    tl.store(y + at, value * s, mask=at < n)
 
 
 @triton.jit
 def _backward(dy, x, dx, y, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
-    g = tl.load(dy + at, mask=at < n, other=0.0).to(tl.float32)
-    s, slope = gate_of(v, KIND)
-    tl.store(dx + at, g * (s + v * slope), mask=at < n)
+    value = tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)
+    grad = tl.load(dy + at, mask=at < n, other=0.0).to(tl.float32)
+    s, slope = factor(value, KIND)
+    tl.store(dx + at, grad * (s + value * slope), mask=at < n)
     if y is not None:
-        tl.store(y + at, v * s, mask=at < n)
+        tl.store(y + at, value * s, mask=at < n)
 
 
 def forward(x: Tensor, name: str, flag: Tensor | None = None) -> Tensor:
@@ -67,9 +72,7 @@ def backward(dy: Tensor, x: Tensor, name: str, need_y: bool) -> tuple[Tensor, Te
     """(dx, y or None); dy and x dense in one order."""
     dx, y = torch.empty_like(x), torch.empty_like(x) if need_y else None
     n = x.numel()
-    launch(
-        _backward, (cdiv(n, BLOCK),), num_warps=WARPS, dy=dy, x=x, dx=dx, y=y, n=n, KIND=KINDS[name], BLOCK=BLOCK
-    )  # fmt: skip
+    launch(_backward, (cdiv(n, BLOCK),), num_warps=WARPS, dy=dy, x=x, dx=dx, y=y, n=n, KIND=KINDS[name], BLOCK=BLOCK)
     return dx, y
 
 
@@ -81,6 +84,6 @@ def _compile(name: str, dtype: torch.dtype) -> None:
 
 
 COMPILE_CASES = {
-    f"activation-{name}-{str(dtype)[6:]}": lambda name=name, dtype=dtype: _compile(name, dtype)
+    f"activation-{name}-{long_name(dtype)}": lambda name=name, dtype=dtype: _compile(name, dtype)
     for name, dtype in (*((name, torch.bfloat16) for name in KINDS), ("silu", torch.float32), ("silu", torch.float16))
 }

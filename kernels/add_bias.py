@@ -1,7 +1,10 @@
-"""y = x + bias along the channels of a dense x; without a bias x + 0, which turns -0 into +0 as a sum does.
+"""add_bias: y = x + bias along the channels of a dense x, which is what is left of a zero branch.
 
-x is seen as [rows, columns]: channels are its columns (linears, channels-last) or its rows, modulo C (images). What is
-left of a zero branch. Grid: (row blocks, column blocks). Bytes: 2ns.
+math    x is seen as [rows, columns]; its channels are the columns (linear layers, channels-last images) or the rows
+        modulo C (contiguous images). Without a bias x + 0, which turns -0 into +0 as the sum of a branch would.
+grid    (row blocks, column blocks). 2ns bytes.
+order   no sums.
+zero    none, this kernel is the zero path.
 """
 
 from __future__ import annotations
@@ -11,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, power_of_2
+from ._dtypes import long_name
 from ._launch import launch
+from ._rows import cdiv, power_of_2
 
+# Elements and warps of a program: 16 per thread, in 16-byte accesses (access widths: python -m tests.triton.static).
 ELEMENTS, WARPS = 2048, 4
 
 
 @triton.jit
-def _add_bias(
-    x, bias, y, rows, columns, C, COLUMN_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):  # fmt: skip
+def _add_bias(x, bias, y, rows, columns, C, COLUMN_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
@@ -43,9 +46,19 @@ def add_bias(x: Tensor, bias: Tensor | None, columns: int, column_bias: bool) ->
     block = min(ELEMENTS, power_of_2(columns))
     height = max(1, ELEMENTS // block)
     launch(
-        _add_bias, (cdiv(rows, height), cdiv(columns, block)), num_warps=WARPS, x=x, bias=bias, y=y, rows=rows,
-        columns=columns, C=1 if bias is None else bias.numel(), COLUMN_BIAS=column_bias, ROWS=height, COLS=block,
-    )  # fmt: skip
+        _add_bias,
+        (cdiv(rows, height), cdiv(columns, block)),
+        num_warps=WARPS,
+        x=x,
+        bias=bias,
+        y=y,
+        rows=rows,
+        columns=columns,
+        C=1 if bias is None else bias.numel(),
+        COLUMN_BIAS=column_bias,
+        ROWS=height,
+        COLS=block,
+    )
     return y
 
 
@@ -57,6 +70,6 @@ def _compile(C: int, pixels: int, dtype: torch.dtype) -> None:
 
 
 COMPILE_CASES = {
-    f"add_bias-{C}-{str(dtype)[6:]}": lambda C=C, dtype=dtype: _compile(C, 4096, dtype)
+    f"add_bias-{C}-{long_name(dtype)}": lambda C=C, dtype=dtype: _compile(C, 4096, dtype)
     for C, dtype in ((320, torch.bfloat16), (320, torch.float16), (320, torch.float32), (1152, torch.bfloat16))
 }

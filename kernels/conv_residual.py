@@ -10,13 +10,12 @@ norm    with `fold` the tile loader applies act(h * a[n, c] + b[n, c]) before th
         `partial` the epilogue also writes the mean and the centred squares of y per tile and channel, from which
         `group_norm_silu_conv_residual.statistics` makes those of the next GroupNorm.
 
-Input gradient: the same kernel on dy with the taps mirrored (`conv_dgrad`). Weight gradient: `conv_wgrad`, one program
-per tile of (output channels x input channels) of one tap and part of the pixels, partial sums added in order.
+Backward: dh is the same kernel on dy with the taps mirrored (`conv_dgrad`); dweight is `_conv_wgrad`, one program per
+tile of (output channels x input channels) of one tap and a range of pixels, the ranges added first to last; dbias is
+the library's sum of dy.
 
-How to call, all tensors on one device, the current one: `why_not(h, weight, residual)` is None or the reason against;
-`conv_residual(h, weight, bias, residual, padding, flag)`, `conv_dgrad(dy, weight, padding, flag)` -> dh,
-`conv_wgrad(dy, h, weight.shape, padding)` -> dweight (fp32 sums, dy's dtype, half precision only). Any memory format is
-taken; formats other than channels-last are copied first. The bias gradient is the library's sum of dy.
+Launchers, for tensors on one device: `conv_residual`, `conv_dgrad`, `conv_wgrad` (half precision alone); `why_not` says
+which calls they do not take. Formats other than channels-last are copied first.
 """
 
 from __future__ import annotations
@@ -29,20 +28,47 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _gemm
-from ._gemm import Config, cdiv, epilogue, is_zero, tile_of
+from ._dtypes import DTYPES, NAMES
+from ._gemm import GROUP, Config, epilogue, tile_of
 from ._launch import launch
+from ._rows import cdiv, is_skipped
 
 NHWC = torch.channels_last
-GROUP = 8
+# conv_wgrad: programs per SM that splitting the pixels aims at, steps of a range at least, ranges at most. (guess)
+WGRAD_PER_SM, WGRAD_LEAST_STEPS, WGRAD_MOST_SPLITS = 2, 8, 32
 
 
 @triton.jit
 def _conv_residual(
-    x, weight, bias, residual, flag, y, fold, partial, workspace, images, H, W, P, Q, CIN, COUT, split_steps,
-    KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, SILU: tl.constexpr,
-    PER_IMAGE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x,
+    weight,
+    bias,
+    residual,
+    flag,
+    y,
+    fold,
+    partial,
+    workspace,
+    images,
+    H,
+    W,
+    P,
+    Q,
+    CIN,
+    COUT,
+    split_steps,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    SILU: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
     GROUP: tl.constexpr,
-):  # fmt: skip
+):
     image_tiles = tl.cdiv(P * Q, BM)
     tiles_m = images * image_tiles if PER_IMAGE else tl.cdiv(images * P * Q, BM)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tl.cdiv(COUT, BN), GROUP)
@@ -61,8 +87,8 @@ def _conv_residual(
 
     steps_per_tap = tl.cdiv(CIN, BK)
     start = tl.program_id(1) * split_steps
-    zero = is_zero(flag)
-    stop = tl.minimum(start + split_steps, KH * KW * steps_per_tap) * (1 - zero)
+    skipped = is_skipped(flag)
+    stop = tl.minimum(start + split_steps, KH * KW * steps_per_tap) * (1 - skipped)
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(start, stop):
         tap = step // steps_per_tap
@@ -80,14 +106,15 @@ def _conv_residual(
                 h *= tl.sigmoid(h)
             a = tl.where(a_mask, h, 0.0).to(weight.dtype.element_ty)
         b = tl.load(
-            weight + w_rows[None, :] + (tap * CIN + c)[:, None], mask=(c < CIN)[:, None] & (cols < COUT)[None, :],
+            weight + w_rows[None, :] + (tap * CIN + c)[:, None],
+            mask=(c < CIN)[:, None] & (cols < COUT)[None, :],
             other=0.0,
-        )  # fmt: skip
+        )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     if workspace is not None:
         part = workspace + tl.program_id(1).to(tl.int64) * images * P * Q * COUT
-        mask = row_mask[:, None] & (cols < COUT)[None, :] & (zero == 0)
+        mask = row_mask[:, None] & (cols < COUT)[None, :] & (not skipped)
         tl.store(part + rows.to(tl.int64)[:, None] * COUT + cols[None, :], acc, mask=mask)
     else:
         v = epilogue(acc, rows, row_mask, cols, COUT, bias, None, 0, 0, 0, 1, residual, None, y)
@@ -102,10 +129,25 @@ def _conv_residual(
 
 @triton.jit
 def _conv_wgrad(
-    dy, x, workspace, images, H, W, P, Q, CIN, COUT, split_pixels,
-    KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    workspace,
+    images,
+    H,
+    W,
+    P,
+    Q,
+    CIN,
+    COUT,
+    split_pixels,
+    KW: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """workspace[split, o, tap, c] = sum over this split's pixels m of dy[m, o] * x[pixel(m) + tap, c]."""
     tiles_n = tl.cdiv(CIN, BN)
     o = tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)
@@ -136,9 +178,9 @@ def why_not(h: Tensor, weight: Tensor, residual: Tensor | None = None) -> str | 
         return f"the kernel is 2-D, the convolution has {weight.dim() - 2} dimensions"
     if weight.shape[1] != h.shape[1]:
         return "the kernel has no groups"
-    if weight.dtype not in _gemm.DTYPES or h.dtype != weight.dtype:
+    if weight.dtype not in DTYPES or h.dtype != weight.dtype:
         return f"the kernel takes one dtype of fp32, bf16 and fp16, got {h.dtype} and {weight.dtype}"
-    if residual is not None and residual.dtype not in _gemm.DTYPES:
+    if residual is not None and residual.dtype not in DTYPES:
         return f"no kernel for a residual of {residual.dtype}"
     return None
 
@@ -153,10 +195,17 @@ def output_size(h: Tensor, weight: Tensor, padding: list[int]) -> tuple[int, int
 
 
 def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: list[int],
-    flag: Tensor | None = None, fold: Tensor | None = None, silu: bool = False, want_partial: bool = False,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: list[int],
+    flag: Tensor | None = None,
+    fold: Tensor | None = None,
+    silu: bool = False,
+    want_partial: bool = False,
     plan: tuple[Config, int] | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
     """(y, partial); fold [N, 2, Cin] fp32; partial [N, tiles, 2, Cout] fp32, or None. plan: (configuration, splits)."""
     size = output_size(x, weight, padding)
     (images, COUT, P, Q), (_, CIN, KH, KW), (H, W) = size, weight.shape, x.shape[2:]
@@ -184,21 +233,53 @@ def run(
         workspace = x.new_empty((splits, images * P * Q, COUT), dtype=torch.float32)
     tiles_m = images * tiles if per_image else cdiv(images * P * Q, config.BM)
     launch(
-        _conv_residual, (tiles_m * cdiv(COUT, config.BN), splits), num_warps=config.num_warps,
-        num_stages=config.num_stages, x=x, weight=weight, bias=bias, residual=residual, flag=flag, y=y, fold=fold,
-        partial=partial, workspace=workspace, images=images, H=H, W=W, P=P, Q=Q, CIN=CIN, COUT=COUT,
-        split_steps=split_steps, KH=KH, KW=KW, PAD_H=padding[0], PAD_W=padding[1], SILU=silu, PER_IMAGE=per_image,
-        PRECISION=_precision(weight.dtype), BM=config.BM, BN=config.BN, BK=config.BK, GROUP=GROUP,
-    )  # fmt: skip
+        _conv_residual,
+        (tiles_m * cdiv(COUT, config.BN), splits),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        flag=flag,
+        y=y,
+        fold=fold,
+        partial=partial,
+        workspace=workspace,
+        images=images,
+        H=H,
+        W=W,
+        P=P,
+        Q=Q,
+        CIN=CIN,
+        COUT=COUT,
+        split_steps=split_steps,
+        KH=KH,
+        KW=KW,
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        SILU=silu,
+        PER_IMAGE=per_image,
+        PRECISION=_precision(weight.dtype),
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        GROUP=GROUP,
+    )
     if workspace is not None:
         _gemm.sum_splits(workspace, bias, None, (0, 0, 0), 1, residual, flag, None, y)
     return y, partial
 
 
 def conv_residual(
-    h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: list[int],
-    flag: Tensor | None = None, plan: tuple[Config, int] | None = None,
-) -> Tensor:  # fmt: skip
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: list[int],
+    flag: Tensor | None = None,
+    plan: tuple[Config, int] | None = None,
+) -> Tensor:
     """residual + conv(h) + bias, [N, Cout, P, Q] channels-last; flag: one element, not 0 when weight is all zero."""
     return run(h, weight, bias, residual, padding, flag, plan=plan)[0]
 
@@ -215,7 +296,7 @@ def conv_dgrad(
 
 
 def wgrad_configs(dtype: torch.dtype) -> tuple[Config, ...]:
-    """The largest tiles and the smallest: between them four warps have too few registers on sm_100."""
+    """The largest tiles and the smallest; those between spill on sm_100 (python -m tests.triton.static)."""
     return () if dtype == torch.float32 else (_gemm.configs(dtype)[0], _gemm.configs(dtype)[-1])
 
 
@@ -235,17 +316,37 @@ def conv_wgrad(
     config = wgrad_configs(dy.dtype)[-1] if config is None else config
     tiles = cdiv(COUT, config.BM) * cdiv(CIN, config.BN)
     pixels = images * P * Q
-    splits = max(1, min(_gemm.sms(dy.device) * 2 // (tiles * KH * KW), cdiv(pixels, 8 * config.BK), 32))
+    wanted = WGRAD_PER_SM * _gemm.sms(dy.device) // (tiles * KH * KW)
+    splits = max(1, min(wanted, cdiv(pixels, WGRAD_LEAST_STEPS * config.BK), WGRAD_MOST_SPLITS))
     split_pixels = cdiv(cdiv(pixels, splits), config.BK) * config.BK
     splits = cdiv(pixels, split_pixels) if pixels else 0
     workspace = h.new_empty((splits, COUT, KH, KW, CIN), dtype=torch.float32)
     if splits == 0:
         return h.new_zeros(weight_size).contiguous(memory_format=NHWC)
     launch(
-        _conv_wgrad, (tiles, KH * KW, splits), num_warps=config.num_warps, num_stages=config.num_stages, dy=dy, x=h,
-        workspace=workspace, images=images, H=H, W=W, P=P, Q=Q, CIN=CIN, COUT=COUT, split_pixels=split_pixels, KW=KW,
-        PAD_H=padding[0], PAD_W=padding[1], PRECISION=_precision(dy.dtype), BM=config.BM, BN=config.BN, BK=config.BK,
-    )  # fmt: skip
+        _conv_wgrad,
+        (tiles, KH * KW, splits),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        dy=dy,
+        x=h,
+        workspace=workspace,
+        images=images,
+        H=H,
+        W=W,
+        P=P,
+        Q=Q,
+        CIN=CIN,
+        COUT=COUT,
+        split_pixels=split_pixels,
+        KW=KW,
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        PRECISION=_precision(dy.dtype),
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+    )
     dweight = torch.empty(weight_size, dtype=dy.dtype, device=dy.device, memory_format=NHWC)
     rows = workspace.view(splits, COUT, -1)
     _gemm.sum_splits(rows, None, None, (0, 0, 0), 1, None, None, None, dweight)
@@ -263,7 +364,8 @@ def _case(dtype: torch.dtype, N: int, C: int, size: int, O: int, k: int, config:
 
 
 def _compile_cases():
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+    for dtype in DTYPES:
+        name = NAMES[dtype]
         for config in _gemm.configs(dtype):
             for k in (3, 1):
                 name_of = f"conv_residual-{k}x{k}-{config.BM}x{config.BN}-{name}"

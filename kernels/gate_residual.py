@@ -1,12 +1,15 @@
-"""y = residual + gate * branch, one rounding; gate per sample [B, D], per token [B, T, D], per channel [D] or one [1].
+"""gate_residual: y = residual + gate * branch; the gate is per sample, per token, per channel or a single number.
 
-Every operand is seen as [B, T, D]: a [D] gate is one sample of B * T tokens, a single gate one row of all elements.
-Grid: (row blocks, column blocks, B); columns are few and rows many, so that a per-sample gate is read rarely.
-Zero path: where `flag` says that the branch is zero, y = residual + gate * bias and branch is not read.
+math    fp32, rounded once. Every tensor is seen as [B, T, D]: a gate [D] is one sample of B * T tokens, a gate [1] one
+        row of all elements.
+grid    (row blocks, column blocks, B); tiles are narrow and tall, so that a per-sample gate is read rarely. 3ns bytes.
+zero    flag != 0 (the branch is zero): y = residual + gate * bias, and branch is not read.
 
-Backward: dbranch = dy * gate; dgate = sum of dy * branch over what shares a gate: one partial per program in fp32,
-added up in a fixed order by `sum_partials` (a per-token gate needs none). Bytes: forward 3ns, backward 3ns (2ns without
-dgate), 4ns for a per-token gate.
+Backward: dbranch = dy * gate, dgate = sum of dy * branch over what shares a gate. 3ns bytes, 2ns without dgate, 4ns for
+a per-token gate.
+
+order   a program adds its rows in order into one partial sum per column, [B, P, D] in fp32; `sum_partials` adds the P.
+        A per-token gate needs no sum.
 """
 
 from __future__ import annotations
@@ -18,15 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import PER_SAMPLE, PER_TOKEN, cdiv, is_skipped, operand_rows, power_of_2, sample_row, token_rows
+from ._dtypes import long_name
 from ._launch import launch
 from ._reduce import sum_partials
+from ._rows import PER_SAMPLE, PER_TOKEN, PROGRAMS, cdiv, is_skipped, operand_rows, power_of_2, sample_row, token_rows
 
-# One gate for everything: the gate is a scalar, its gradient the sum over the whole tile.
+# A fourth kind of operand: one number for everything, whose gradient is the sum over the whole tile.
 SINGLE = 3
-# A tile: COLUMNS (or fewer) x enough rows for ELEMENTS; programs of backward sum up to STEPS tiles.
-COLUMNS, ELEMENTS, STEPS, PROGRAMS = 128, 4096, 16, 1024
-# Numbers of a tile that each thread holds: the launchers' own choice, and what a plan may choose as well.
+# A tile is COLUMNS columns (or fewer) and as many rows as make ELEMENTS: rows of 128 numbers are whole sectors, and no
+# tile spills (python -m tests.triton.static).
+COLUMNS, ELEMENTS = 128, 4096
+# Tiles of a program of backward, at most: then it writes one partial sum per column of 512 rows (bytes:
+# python -m tests.triton.traffic_cases).
+STEPS = 16
+# Elements per thread: the first is the default, a measuring plan tries the other as well. Neither spills
+# (python -m tests.triton.static).
 PER_THREAD = (32, 16)
 
 
@@ -38,9 +47,20 @@ def tile(D: int, kind: int) -> tuple[int, int]:
 
 @triton.jit
 def _forward(
-    residual, gate, branch, bias, y, flag, T, D, gate_b, gate_t,
-    ROWS: tl.constexpr, COLS: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
+    residual,
+    gate,
+    branch,
+    bias,
+    y,
+    flag,
+    T,
+    D,
+    gate_b,
+    gate_t,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GATE: tl.constexpr,
+):
     b = tl.program_id(2).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64), T, d, D, ROWS)
@@ -59,9 +79,21 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, gate, branch, dbranch, dgate, part_dgate, T, D, steps, gate_b, gate_t,
-    ROWS: tl.constexpr, COLS: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
+    dy,
+    gate,
+    branch,
+    dbranch,
+    dgate,
+    part_dgate,
+    T,
+    D,
+    steps,
+    gate_b,
+    gate_t,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    GATE: tl.constexpr,
+):
     b = tl.program_id(2).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     if GATE == 3:
@@ -103,19 +135,37 @@ def gate_strides(gate: Tensor) -> tuple[int, int]:
 
 
 def forward(
-    residual: Tensor, gate: Tensor, branch: Tensor, dtype: torch.dtype, flag: Tensor | None = None,
-    bias: Tensor | None = None, per_thread: int = PER_THREAD[0],
-) -> Tensor:  # fmt: skip
+    residual: Tensor,
+    gate: Tensor,
+    branch: Tensor,
+    dtype: torch.dtype,
+    flag: Tensor | None = None,
+    bias: Tensor | None = None,
+    per_thread: int = PER_THREAD[0],
+) -> Tensor:
     """y in `dtype`, like residual; residual and branch dense in one order, the gate with dense rows."""
     B, T, D, kind = sizes(branch, gate)
     rows, columns = tile(D, kind)
     y = torch.empty_like(residual, dtype=dtype)
     gate_b, gate_t = gate_strides(gate)
     launch(
-        _forward, (cdiv(T, rows), cdiv(D, columns), B), num_warps=ELEMENTS // (32 * per_thread),
-        residual=residual, gate=gate, branch=branch, bias=bias, y=y, flag=flag, T=T, D=D,
-        gate_b=gate_b, gate_t=gate_t, ROWS=rows, COLS=columns, GATE=kind,
-    )  # fmt: skip
+        _forward,
+        (cdiv(T, rows), cdiv(D, columns), B),
+        num_warps=ELEMENTS // (32 * per_thread),
+        residual=residual,
+        gate=gate,
+        branch=branch,
+        bias=bias,
+        y=y,
+        flag=flag,
+        T=T,
+        D=D,
+        gate_b=gate_b,
+        gate_t=gate_t,
+        ROWS=rows,
+        COLS=columns,
+        GATE=kind,
+    )
     return y
 
 
@@ -137,10 +187,24 @@ def backward(
         part = branch.new_empty(size, dtype=torch.float32)
     gate_b, gate_t = gate_strides(gate)
     launch(
-        _backward, (programs, blocks, B), num_warps=ELEMENTS // (32 * per_thread),
-        dy=dy, gate=gate, branch=branch, dbranch=dbranch, dgate=dgate, part_dgate=part, T=T, D=D, steps=steps,
-        gate_b=gate_b, gate_t=gate_t, ROWS=rows, COLS=columns, GATE=kind,
-    )  # fmt: skip
+        _backward,
+        (programs, blocks, B),
+        num_warps=ELEMENTS // (32 * per_thread),
+        dy=dy,
+        gate=gate,
+        branch=branch,
+        dbranch=dbranch,
+        dgate=dgate,
+        part_dgate=part,
+        T=T,
+        D=D,
+        steps=steps,
+        gate_b=gate_b,
+        gate_t=gate_t,
+        ROWS=rows,
+        COLS=columns,
+        GATE=kind,
+    )
     if part is not None:
         dgate = sum_partials(part, gate.dtype).view(gate.shape)
     return dgate, dbranch
@@ -162,7 +226,7 @@ def _compile(D: int, dtype: torch.dtype, kind: str) -> None:
 
 
 COMPILE_CASES = {
-    f"gate_residual-{D}-{str(dtype)[6:]}-{kind}{'-unaligned' * (D % 8 > 0)}": partial(_compile, D, dtype, kind)
+    f"gate_residual-{D}-{long_name(dtype)}-{kind}{'-unaligned' if D % 8 else ''}": partial(_compile, D, dtype, kind)
     for D, dtype, kind in (
         *((1152, torch.bfloat16, kind) for kind in ("sample", "token", "channel", "single")),
         *((1152, dtype, "sample") for dtype in (torch.float16, torch.float32)),

@@ -1,60 +1,65 @@
-"""y = silu(group_norm(x) * (1 + scale) + shift), forward; x [N, C, *S] contiguous or channels-last (_images.py).
+"""group_norm_silu: y = silu(group_norm(x) * (1 + scale) + shift), x [N, C, *S] contiguous or channels-last.
 
-One read (`_one_read`): grid (N, groups / GROUPS); a program holds its groups in registers: the mean, the centred
-squares and the mean of what is left, which corrects both, then the result. 2ns.
-Split (`_moments`, `_combine`, `_apply`): grids (pixel parts, channel blocks, N): mean and centred squares of each
-channel over a part of the pixels, [N, parts, C]; combined per group in a fixed order (Chan et al. 1983); x is read
-again. 3ns. For groups of more than 40960 numbers.
-Zero path: a program whose branch is zero (`flag`) leaves at once; mean and rstd are then 0, y is undefined.
+math    fp32: the mean, then the centred squares together with the mean of the centred values, a rounding error by which
+        both are corrected. mean and rstd [N, G] are saved for backward. Tiles: _group_tiles.py.
+grid    one read, for groups of up to 40960 values: `_one_read`, (N, groups / GROUPS); a program keeps its groups in
+        registers. 2ns bytes.
+        split, for larger groups: `_moments`, (pixel parts, channel blocks, N), mean and centred squares of each channel
+        over a part of the pixels, [N, parts, C]; `_combine`, (G, N), mean and rstd; `_apply`, (pixel blocks, channel
+        blocks, N), reads x again. 3ns bytes.
+order   tiles of a group first to last; parts of a group by Chan et al. 1983, first to last. No atomics.
+zero    flag != 0 (the branch is zero): every program leaves at once, mean and rstd are set to 0, y is undefined.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import is_skipped, power_of_2, silu
-from ._images import (
-    NUMBERS,
+from ._dtypes import float_of, long_name
+from ._group_tiles import (
     affine,
     affines,
-    again,
     along_channels,
+    as_words,
     by_group,
     flat,
     flat_lanes,
     group_lanes,
     group_row,
-    halves_of,
     item,
-    number,
+    opaque,
+    pack,
     per_group,
     per_lane,
     tile_at,
-    word,
-    words_of,
+    unpack,
+    values_per_word,
 )
 from ._launch import launch
+from ._rows import is_skipped, power_of_2, silu
 
-# (most words of a program, num_warps) by numbers of a word. Twice as many words of two numbers still fit, but take the
-# compiler a minute.
+# (most words of a program, num_warps) by values in a word. Twice as many words of two values still fit, but take the
+# compiler a minute (compile time and registers: python -m tests.triton.static).
 ONE_READ = {1: ((2048, 4), (40960, 8)), 2: ((2048, 4), (20480, 8))}
-COMBINE = 64
+# Parts that `_combine` takes at a time, and elements of them (registers: python -m tests.triton.static).
+COMBINE_PARTS, COMBINE_ELEMENTS = 64, 2048
 
 
 @triton.jit
 def _one_read(
-    x, weight, bias, scale, shift, y, mean, rstd, flag, HW, G, size, scale_n, shift_n, eps, zero, C: tl.constexpr,
-    CPG: tl.constexpr, T: tl.constexpr, SILU: tl.constexpr, AXIS: tl.constexpr, HALVES: tl.constexpr,
-    GROUPS: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIXELS: tl.constexpr, COUNTS: tl.constexpr,
-    FIRST: tl.constexpr, BLOCKS: tl.constexpr,
+    x, weight, bias, scale, shift, y, mean, rstd, flag, HW, G, size, scale_n, shift_n, eps, zero,
+    C: tl.constexpr, CPG: tl.constexpr, DTYPE: tl.constexpr, SILU: tl.constexpr, AXIS: tl.constexpr,
+    PER_WORD: tl.constexpr, GROUPS: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIXELS: tl.constexpr,
+    COUNTS: tl.constexpr, FIRST: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """x and y in words, HW of them along the pixels; the first pass loads, two more work on what is held, each with
+    """x and y in words, HW of them along the pixels; the first pass loads, two more work on what is kept, each with
     offsets and masks of its own (`again`)."""
     n = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
@@ -64,56 +69,56 @@ def _one_read(
             tl.store(mean + groups, tl.zeros([GROUPS], tl.float32))
             tl.store(rstd + groups, tl.zeros([GROUPS], tl.float32))
             return
-    STEP: tl.constexpr = HALVES if AXIS == 1 else 1  # channels of a word
+    CPW: tl.constexpr = PER_WORD if AXIS == 1 else 1  # channels of a word
     first_channel = first_group * CPG
-    start = n * (C // STEP) * HW + first_group.to(tl.int64) * (CPG // STEP) * (HW if AXIS == 0 else 1)
+    start = n * (C // CPW) * HW + first_group.to(tl.int64) * (CPG // CPW) * (HW if AXIS == 0 else 1)
     x += start
     y += start
-    tiles = ()
+    loaded = ()
     m = tl.zeros([GROUPS], tl.float32)
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
         total = 0.0
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, PIXELS[i])
             words = tl.load(x + at, mask=mask, other=0)
-            tiles = tiles + (words,)
-            for h in tl.static_range(HALVES):
-                total += number(words, h, HALVES, T)
+            loaded = loaded + (words,)
+            for h in tl.static_range(PER_WORD):
+                total += unpack(words, h, PER_WORD, DTYPE)
         m += per_group(tl.sum(total, 1 - AXIS), GROUPS)
     m /= size
-    left = tl.zeros([GROUPS], tl.float32)
+    error = tl.zeros([GROUPS], tl.float32)
     squares = tl.zeros([GROUPS], tl.float32)
-    held = ()
+    kept = ()
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
         total = 0.0
         square = 0.0
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j + zero, C // STEP, HW + zero, AXIS, PIXELS[i])
-            words = again(tiles[item(FIRST, i) + j], zero)
-            held = held + (words,)
-            for h in tl.static_range(HALVES):
-                v = tl.where(mask, number(words, h, HALVES, T) - per_lane(m, WIDTHS[i], AXIS), 0.0)
+            at, mask = tile_at(lane, valid, j + zero, C // CPW, HW + zero, AXIS, PIXELS[i])
+            words = opaque(loaded[item(FIRST, i) + j], zero)
+            kept = kept + (words,)
+            for h in tl.static_range(PER_WORD):
+                v = tl.where(mask, unpack(words, h, PER_WORD, DTYPE) - per_lane(m, WIDTHS[i], AXIS), 0.0)
                 total += v
                 square += v * v
-        left += per_group(tl.sum(total, 1 - AXIS), GROUPS)
+        error += per_group(tl.sum(total, 1 - AXIS), GROUPS)
         squares += per_group(tl.sum(square, 1 - AXIS), GROUPS)
-    # The squares are those about m; moving the mean by `left` takes left^2 from their average.
-    left /= size
-    m += left
-    r = tl.rsqrt(tl.maximum(squares / size - left * left, 0.0) + eps)
+    # The squares are those about m; moving the mean by `error` takes error^2 from their average.
+    error /= size
+    m += error
+    r = tl.rsqrt(tl.maximum(squares / size - error * error, 0.0) + eps)
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
-        gains, offsets = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, STEP)
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        all_a, all_c = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, CPW)
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j + zero + zero, C // STEP, HW + zero + zero, AXIS, PIXELS[i])
-            words = again(held[item(FIRST, i) + j], zero)
+            at, mask = tile_at(lane, valid, j + zero + zero, C // CPW, HW + zero + zero, AXIS, PIXELS[i])
+            words = opaque(kept[item(FIRST, i) + j], zero)
             out = tl.zeros_like(words)
-            for h in tl.static_range(HALVES):
-                z = (number(words, h, HALVES, T) - per_lane(m, WIDTHS[i], AXIS)) * per_lane(r, WIDTHS[i], AXIS)
-                z = z * along_channels(gains[h % STEP], AXIS) + along_channels(offsets[h % STEP], AXIS)
-                out |= word(silu(z) if SILU else z, h, HALVES, T)
+            for h in tl.static_range(PER_WORD):
+                z = (unpack(words, h, PER_WORD, DTYPE) - per_lane(m, WIDTHS[i], AXIS)) * per_lane(r, WIDTHS[i], AXIS)
+                z = z * along_channels(all_a[h % CPW], AXIS) + along_channels(all_c[h % CPW], AXIS)
+                out |= pack(silu(z) if SILU else z, h, PER_WORD, DTYPE)
             tl.store(y + at, out, mask=mask)
     tl.store(mean + groups, m)
     tl.store(rstd + groups, r)
@@ -121,9 +126,17 @@ def _one_read(
 
 @triton.jit
 def _moments(
-    x, part_mean, part_squares, flag, C, HW, steps,
-    AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    x,
+    part_mean,
+    part_squares,
+    flag,
+    C,
+    HW,
+    steps,
+    AXIS: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     if flag is not None:
         if is_skipped(flag):
             return
@@ -140,11 +153,11 @@ def _moments(
         weight = tl.maximum(count, 1).to(tl.float32)
         mean = tl.sum(v, 1 - AXIS) / weight
         v = tl.where(mask, v - along_channels(mean, AXIS), 0.0)
-        left = tl.sum(v, 1 - AXIS) / weight
-        d = mean + left - m
+        error = tl.sum(v, 1 - AXIS) / weight
+        delta = mean + error - m
         part = count.to(tl.float32) / tl.maximum(seen + count, 1).to(tl.float32)
-        squares += tl.sum(v * v, 1 - AXIS) - weight * left * left + d * d * part * seen.to(tl.float32)
-        m += d * part
+        squares += tl.sum(v * v, 1 - AXIS) - weight * error * error + delta * delta * part * seen.to(tl.float32)
+        m += delta * part
         seen += count.to(tl.int32)
     at = (n * tl.num_programs(0) + tl.program_id(0)) * C + channel
     tl.store(part_mean + at, m, mask=valid)
@@ -153,10 +166,23 @@ def _moments(
 
 @triton.jit
 def _combine(
-    part_mean, part_squares, mean, rstd, flag, C, HW, G, size, parts, part_pixels, eps,
-    CPG: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """mean and rstd of one group; grid (G, N)."""
+    part_mean,
+    part_squares,
+    mean,
+    rstd,
+    flag,
+    C,
+    HW,
+    G,
+    size,
+    parts,
+    part_pixels,
+    eps,
+    CPG: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """mean and rstd of one group."""
     n = tl.program_id(1).to(tl.int64)
     if flag is not None:
         if is_skipped(flag):
@@ -184,9 +210,26 @@ def _combine(
 
 @triton.jit
 def _apply(
-    x, weight, bias, scale, shift, y, mean, rstd, flag, C, HW, G, scale_n, shift_n,
-    CPG: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    y,
+    mean,
+    rstd,
+    flag,
+    C,
+    HW,
+    G,
+    scale_n,
+    shift_n,
+    CPG: tl.constexpr,
+    AXIS: tl.constexpr,
+    LANES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SILU: tl.constexpr,
+):
     if flag is not None:
         if is_skipped(flag):
             return
@@ -201,47 +244,107 @@ def _apply(
     tl.store(y + at, silu(z) if SILU else z, mask=mask)
 
 
+def combine_parts(width: int) -> int:
+    """Parts that `_combine` takes at a time, of groups padded to `width` channels."""
+    return max(1, min(COMBINE_PARTS, COMBINE_ELEMENTS // width))
+
+
 def sample_stride(v: Tensor | None) -> int:
     return 0 if v is None else v.stride(0)
 
 
+def norm_operands(
+    x: Tensor,
+    num_groups: int,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    flag: Tensor | None,
+) -> dict[str, Any]:
+    """What the kernels that read x have in common, forward and backward."""
+    return {
+        **{"mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "flag": flag},
+        **{"C": x.shape[1], "G": num_groups, "CPG": x.shape[1] // num_groups, "SILU": silu},
+        **{"scale_n": sample_stride(scale), "shift_n": sample_stride(shift)},
+    }
+
+
 def forward(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None,
-    shift: Tensor | None, apply_silu: bool, last: bool, flag: Tensor | None = None, *, split: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    apply_silu: bool,
+    last: bool,
+    flag: Tensor | None = None,
+    *,
+    split: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd) of x dense in its layout (`last`: channels-last); scale, shift [N, C] with dense rows."""
     N, C = x.shape[:2]
     pixels, channels = math.prod(x.shape[2:]), C // num_groups
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(N, num_groups, dtype=torch.float32) for _ in range(2))
-    operands = {
-        "weight": weight, "bias": bias, "scale": scale, "shift": shift, "mean": mean, "rstd": rstd, "flag": flag,
-        "G": num_groups, "CPG": channels, "SILU": apply_silu, "C": C, "scale_n": sample_stride(scale),
-        "shift_n": sample_stride(shift),
-    }  # fmt: skip
-    halves = halves_of(channels, pixels, last, x, y)
-    held = None if split else by_group(channels, pixels, num_groups, last, halves, ONE_READ[halves])
-    if held is not None:
+    operands = norm_operands(x, num_groups, mean, rstd, weight, bias, scale, shift, apply_silu, flag)
+    per_word = values_per_word(channels, pixels, last, x, y)
+    on_chip = None if split else by_group(channels, pixels, num_groups, last, per_word, ONE_READ[per_word])
+    if on_chip is not None:
         launch(
-            _one_read, (N, num_groups // held.GROUPS), **vars(held), **operands, x=words_of(x, halves),
-            y=words_of(y, halves), HW=pixels if last else pixels // halves, size=channels * pixels, eps=eps, zero=0,
-            T=NUMBERS[x.dtype],
-        )  # fmt: skip
+            _one_read,
+            (N, num_groups // on_chip.GROUPS),
+            **vars(on_chip),
+            **operands,
+            x=as_words(x, per_word),
+            y=as_words(y, per_word),
+            HW=pixels if last else pixels // per_word,
+            size=channels * pixels,
+            eps=eps,
+            zero=0,
+            DTYPE=float_of(x.dtype),
+        )
         return y, mean, rstd
-    cut = flat(N, C, pixels, last)
-    shape = {"AXIS": cut.AXIS, "LANES": cut.LANES, "PIXELS": cut.PIXELS, "num_warps": cut.num_warps}
-    part_mean, part_squares = (x.new_empty(N, cut.parts, C, dtype=torch.float32) for _ in range(2))
+    tiles = flat(N, C, pixels, last)
+    part_mean, part_squares = (x.new_empty(N, tiles.parts, C, dtype=torch.float32) for _ in range(2))
     launch(
-        _moments, (cut.parts, cut.channel_blocks, N), x=x, part_mean=part_mean, part_squares=part_squares, flag=flag,
-        C=C, HW=pixels, steps=cut.steps, **shape,
-    )  # fmt: skip
+        _moments,
+        (tiles.parts, tiles.channel_blocks, N),
+        x=x,
+        part_mean=part_mean,
+        part_squares=part_squares,
+        flag=flag,
+        C=C,
+        HW=pixels,
+        steps=tiles.steps,
+        **tiles.options,
+    )
     width = power_of_2(channels)
     launch(
-        _combine, (num_groups, N), part_mean=part_mean, part_squares=part_squares, mean=mean, rstd=rstd, flag=flag,
-        C=C, HW=pixels, G=num_groups, size=channels * pixels, parts=cut.parts, part_pixels=cut.PIXELS * cut.steps,
-        eps=eps, CPG=channels, WIDTH=width, BLOCK=max(1, min(COMBINE, 2048 // width)),
-    )  # fmt: skip
-    launch(_apply, (cut.pixel_blocks, cut.channel_blocks, N), **operands, **shape, x=x, y=y, HW=pixels)
+        _combine,
+        (num_groups, N),
+        part_mean=part_mean,
+        part_squares=part_squares,
+        mean=mean,
+        rstd=rstd,
+        flag=flag,
+        C=C,
+        HW=pixels,
+        G=num_groups,
+        size=channels * pixels,
+        parts=tiles.parts,
+        part_pixels=tiles.PIXELS * tiles.steps,
+        eps=eps,
+        CPG=channels,
+        WIDTH=width,
+        BLOCK=combine_parts(width),
+    )
+    launch(_apply, (tiles.pixel_blocks, tiles.channel_blocks, N), **operands, **tiles.options, x=x, y=y, HW=pixels)
     return y, mean, rstd
 
 
@@ -267,8 +370,8 @@ def compile_cases(op: str, compile_one):
     cases += [(320, 64, dtype, last, False) for dtype in (torch.float32, torch.float16) for last in (False, True)]
     cases += [(640, 32, dtype, last, True) for dtype in (half, torch.float32) for last in (False, True)]
     names = [
-        f"{op}-{C}x{side}-{str(dtype)[6:]}-{'nhwc' if last else 'nchw'}{'-split' * split}"
-        f"{'-unaligned' * (last and not split and C // 32 % 8 > 0)}"
+        f"{op}-{C}x{side}-{long_name(dtype)}-{'nhwc' if last else 'nchw'}{'-split' if split else ''}"
+        f"{'-unaligned' if last and not split and C // 32 % 8 else ''}"
         for C, side, dtype, last, split in cases
     ]
     return {name: partial(compile_one, *case) for name, case in zip(names, cases, strict=True)}

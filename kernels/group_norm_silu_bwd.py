@@ -1,15 +1,20 @@
-"""Backward of group_norm_silu: xhat = (x - mean) * rstd, z = (xhat * weight + bias) * (1 + scale) + shift (tiles:
-_images.py).
+"""Backward of group_norm_silu: xhat = (x - mean) * rstd, z = (xhat * weight + bias) * (1 + scale) + shift.
 
-dz = dy * silu'(z), g = dz * weight * (1 + scale), dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with means over the
-group. Everything else follows from two sums per channel of each sample, A = sum of dz and B = sum of dz * xhat [N, C]:
-the group's means are sums of A and B times weight * (1 + scale); dshift = A, dscale = weight * B + bias * A, and
-dweight (dbias) is the sum over the samples of (1 + scale) * B (A). Sums are taken in a fixed order, no atomics.
+math    dz = dy * silu'(z), g = dz * weight * (1 + scale), dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), means over
+        the group. All else follows from two sums per sample and channel, [N, C]:
 
-One read (`_one_read`): grid (N, groups / GROUPS); a program holds x and dy of its groups. 3ns.
-Split (`_sums`, `_combine`, `_apply`): partial A and B [N, parts, C]; combined; x and dy are read again. 5ns. For groups
-of more than 40960 16-bit numbers or 20480 in fp32: 164 of the 256 KB of registers hold x and dy.
-`_parameters` ends both. Zero path: where `flag` says that the branch is zero every gradient is 0, nothing is read.
+          sum_dz = sum of dz                dshift = sum_dz
+          sum_dz_xhat = sum of dz * xhat    dscale = weight * sum_dz_xhat + bias * sum_dz
+                                            dweight, dbias = (1 + scale) * sum_dz_xhat, sum_dz, added over the samples
+
+        and the group's means are sums of these two times weight * (1 + scale). Tiles: _group_tiles.py.
+grid    one read, for groups of up to 40960 16-bit or 20480 fp32 values: `_one_read`, (N, groups / GROUPS); a program
+        keeps x and dy of its groups in registers. 3ns bytes.
+        split, for larger groups: `_sums`, (pixel parts, channel blocks, N), partial sums [N, parts, C]; `_combine`,
+        (G, N); `_apply`, (pixel blocks, channel blocks, N), reads x and dy again. 5ns bytes.
+        `_parameters`, (channel blocks), ends both.
+order   tiles of a channel, parts and samples first to last. No atomics.
+zero    flag != 0 (the branch is zero): every gradient is 0, x and dy are not read.
 """
 
 from __future__ import annotations
@@ -21,35 +26,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, is_skipped, power_of_2, silu_grad
-from ._images import (
-    NUMBERS,
+from ._dtypes import float_of
+from ._group_tiles import (
     affine,
     affines,
-    again,
     along_channels,
+    as_words,
     by_group,
     channel_row,
     flat,
     flat_lanes,
     group_lanes,
     group_row,
-    halves_of,
     item,
-    number,
+    opaque,
+    pack,
     per_group,
     per_lane,
     tile_at,
-    word,
-    words_of,
+    unpack,
+    values_per_word,
 )
 from ._launch import launch
-from .group_norm_silu import COMBINE, compile_cases, sample_stride
+from ._rows import cdiv, is_skipped, power_of_2, silu_grad
+from .group_norm_silu import combine_parts, compile_cases, norm_operands, sample_stride
 
-# (most words of x in a program, num_warps)
+# (most words of x in a program, num_warps): x and dy take 164 of the 256 KB of registers
+# (spills: python -m tests.triton.static).
 ONE_READ = ((2048, 4), (20480, 8))
-# Channels of a program of `_parameters`.
-COLUMNS = 64
+# Channels and warps of a program of `_parameters`: one per thread (registers: python -m tests.triton.static).
+COLUMNS, COLUMN_WARPS = 64, 2
 
 
 @triton.jit
@@ -63,7 +69,7 @@ def _terms(x, dy, m, r, a, c, SILU: tl.constexpr):
 
 @triton.jit
 def _added(totals, i: tl.constexpr, v):
-    """A pair with v added to number i."""
+    """A pair with v added to its entry i."""
     if i == 0:
         return (totals[0] + v, totals[1])
     else:
@@ -72,93 +78,101 @@ def _added(totals, i: tl.constexpr, v):
 
 @triton.jit
 def _one_read(
-    dy, x, mean, rstd, weight, bias, scale, shift, dx, sum_a, sum_b, flag, HW, G, size, scale_n, shift_n, zero,
-    C: tl.constexpr, CPG: tl.constexpr, T: tl.constexpr, SILU: tl.constexpr, AXIS: tl.constexpr, HALVES: tl.constexpr,
-    GROUPS: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIXELS: tl.constexpr, COUNTS: tl.constexpr,
-    FIRST: tl.constexpr, BLOCKS: tl.constexpr,
+    dy, x, mean, rstd, weight, bias, scale, shift, dx, sum_dz, sum_dz_xhat, flag, HW, G, size, scale_n, shift_n, zero,
+    C: tl.constexpr, CPG: tl.constexpr, DTYPE: tl.constexpr, SILU: tl.constexpr, AXIS: tl.constexpr,
+    PER_WORD: tl.constexpr, GROUPS: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIXELS: tl.constexpr,
+    COUNTS: tl.constexpr, FIRST: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """dy, x and dx in words, HW of them along the pixels; what is held of x and dy serves two passes."""
     n = tl.program_id(0).to(tl.int64)
     first_group = tl.program_id(1) * GROUPS
-    STEP: tl.constexpr = HALVES if AXIS == 1 else 1  # channels of a word
+    CPW: tl.constexpr = PER_WORD if AXIS == 1 else 1  # channels of a word
     first_channel = first_group * CPG
-    start = n * (C // STEP) * HW + first_group.to(tl.int64) * (CPG // STEP) * (HW if AXIS == 0 else 1)
+    start = n * (C // CPW) * HW + first_group.to(tl.int64) * (CPG // CPW) * (HW if AXIS == 0 else 1)
     dy += start
     x += start
     dx += start
-    sum_a += n * C + first_channel
-    sum_b += n * C + first_channel
+    sum_dz += n * C + first_channel
+    sum_dz_xhat += n * C + first_channel
     if flag is not None:
         if is_skipped(flag):
             for i in tl.static_range(BLOCKS):
-                lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
+                lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
                 for j in tl.static_range(item(COUNTS, i)):
-                    at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+                    at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, PIXELS[i])
                     tl.store(dx + at, tl.zeros_like(at), mask=mask)
-                for s in tl.static_range(STEP):
-                    tl.store(sum_a + lane * STEP + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
-                    tl.store(sum_b + lane * STEP + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
+                for s in tl.static_range(CPW):
+                    tl.store(sum_dz + lane * CPW + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
+                    tl.store(sum_dz_xhat + lane * CPW + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
             return
     m = tl.load(mean + n * G + first_group + tl.arange(0, GROUPS))
     r = tl.load(rstd + n * G + first_group + tl.arange(0, GROUPS))
-    mean_a = tl.zeros([GROUPS], tl.float32)
-    mean_b = tl.zeros([GROUPS], tl.float32)
-    xs = ()
-    dys = ()
+    mean_g = tl.zeros([GROUPS], tl.float32)
+    mean_g_xhat = tl.zeros([GROUPS], tl.float32)
+    kept_x = ()
+    kept_dy = ()
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
-        gains, offsets = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, STEP)
-        totals_a = (0.0, 0.0)
-        totals_b = (0.0, 0.0)
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        all_a, all_c = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, CPW)
+        totals_dz = (0.0, 0.0)
+        totals_dz_xhat = (0.0, 0.0)
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j, C // STEP, HW, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, PIXELS[i])
             x_words = tl.load(x + at, mask=mask, other=0)
             dy_words = tl.load(dy + at, mask=mask, other=0)
-            xs = xs + (x_words,)
-            dys = dys + (dy_words,)
-            for h in tl.static_range(HALVES):
+            kept_x = kept_x + (x_words,)
+            kept_dy = kept_dy + (dy_words,)
+            for h in tl.static_range(PER_WORD):
                 xhat, dz = _terms(
-                    number(x_words, h, HALVES, T), number(dy_words, h, HALVES, T), per_lane(m, WIDTHS[i], AXIS),
-                    per_lane(r, WIDTHS[i], AXIS), along_channels(gains[h % STEP], AXIS),
-                    along_channels(offsets[h % STEP], AXIS), SILU,
-                )  # fmt: skip
-                totals_a = _added(totals_a, h % STEP, dz)
-                totals_b = _added(totals_b, h % STEP, dz * xhat)
-        for s in tl.static_range(STEP):
-            lane_a = tl.sum(totals_a[s], 1 - AXIS)
-            lane_b = tl.sum(totals_b[s], 1 - AXIS)
-            tl.store(sum_a + lane * STEP + s, lane_a, mask=valid)
-            tl.store(sum_b + lane * STEP + s, lane_b, mask=valid)
-            mean_a += per_group(lane_a * gains[s], GROUPS)
-            mean_b += per_group(lane_b * gains[s], GROUPS)
-    mean_a /= size
-    mean_b /= size
+                    unpack(x_words, h, PER_WORD, DTYPE),
+                    unpack(dy_words, h, PER_WORD, DTYPE),
+                    per_lane(m, WIDTHS[i], AXIS),
+                    per_lane(r, WIDTHS[i], AXIS),
+                    along_channels(all_a[h % CPW], AXIS),
+                    along_channels(all_c[h % CPW], AXIS),
+                    SILU,
+                )
+                totals_dz = _added(totals_dz, h % CPW, dz)
+                totals_dz_xhat = _added(totals_dz_xhat, h % CPW, dz * xhat)
+        for s in tl.static_range(CPW):
+            lane_dz = tl.sum(totals_dz[s], 1 - AXIS)
+            lane_dz_xhat = tl.sum(totals_dz_xhat[s], 1 - AXIS)
+            tl.store(sum_dz + lane * CPW + s, lane_dz, mask=valid)
+            tl.store(sum_dz_xhat + lane * CPW + s, lane_dz_xhat, mask=valid)
+            mean_g += per_group(lane_dz * all_a[s], GROUPS)
+            mean_g_xhat += per_group(lane_dz_xhat * all_a[s], GROUPS)
+    mean_g /= size
+    mean_g_xhat /= size
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // STEP, GROUPS)
-        gains, offsets = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, STEP)
+        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        all_a, all_c = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, CPW)
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j + zero, C // STEP, HW + zero, AXIS, PIXELS[i])
-            x_words = again(xs[item(FIRST, i) + j], zero)
-            dy_words = again(dys[item(FIRST, i) + j], zero)
+            at, mask = tile_at(lane, valid, j + zero, C // CPW, HW + zero, AXIS, PIXELS[i])
+            x_words = opaque(kept_x[item(FIRST, i) + j], zero)
+            dy_words = opaque(kept_dy[item(FIRST, i) + j], zero)
             out = tl.zeros_like(x_words)
-            for h in tl.static_range(HALVES):
+            for h in tl.static_range(PER_WORD):
                 xhat, dz = _terms(
-                    number(x_words, h, HALVES, T), number(dy_words, h, HALVES, T), per_lane(m, WIDTHS[i], AXIS),
-                    per_lane(r, WIDTHS[i], AXIS), along_channels(gains[h % STEP], AXIS),
-                    along_channels(offsets[h % STEP], AXIS), SILU,
-                )  # fmt: skip
-                g = dz * along_channels(gains[h % STEP], AXIS) - per_lane(mean_a, WIDTHS[i], AXIS)
-                g -= xhat * per_lane(mean_b, WIDTHS[i], AXIS)
-                out |= word(g * per_lane(r, WIDTHS[i], AXIS), h, HALVES, T)
+                    unpack(x_words, h, PER_WORD, DTYPE),
+                    unpack(dy_words, h, PER_WORD, DTYPE),
+                    per_lane(m, WIDTHS[i], AXIS),
+                    per_lane(r, WIDTHS[i], AXIS),
+                    along_channels(all_a[h % CPW], AXIS),
+                    along_channels(all_c[h % CPW], AXIS),
+                    SILU,
+                )
+                g = dz * along_channels(all_a[h % CPW], AXIS) - per_lane(mean_g, WIDTHS[i], AXIS)
+                g -= xhat * per_lane(mean_g_xhat, WIDTHS[i], AXIS)
+                out |= pack(g * per_lane(r, WIDTHS[i], AXIS), h, PER_WORD, DTYPE)
             tl.store(dx + at, out, mask=mask)
 
 
 @triton.jit
 def _sums(
-    dy, x, mean, rstd, weight, bias, scale, shift, part_a, part_b, flag, C, HW, G, steps, scale_n, shift_n,
+    dy, x, mean, rstd, weight, bias, scale, shift, part_dz, part_dz_xhat, flag, C, HW, G, steps, scale_n, shift_n,
     CPG: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Partial A and B; grid (parts, channel blocks, N)."""
+    """The partial sums of a part of the pixels."""
     if flag is not None:
         if is_skipped(flag):
             return
@@ -167,57 +181,62 @@ def _sums(
     a, c = affine(weight, bias, scale, shift, n, channel, valid, scale_n, shift_n)
     r = group_row(rstd, n, G, channel, valid, CPG, AXIS)
     m = group_row(mean, n, G, channel, valid, CPG, AXIS)
-    lane_a = tl.zeros([LANES], tl.float32)
-    lane_b = tl.zeros([LANES], tl.float32)
+    lane_dz = tl.zeros([LANES], tl.float32)
+    lane_dz_xhat = tl.zeros([LANES], tl.float32)
     for step in range(steps):
         block = tl.program_id(0).to(tl.int64) * steps + step
         at, mask = tile_at(channel, valid, block, C, HW, AXIS, PIXELS)
         at += n * C * HW
         xhat, dz = _terms(
-            tl.load(x + at, mask=mask, other=0.0).to(tl.float32), tl.load(dy + at, mask=mask, other=0.0).to(tl.float32),
-            m, r, along_channels(a, AXIS), along_channels(c, AXIS), SILU,
-        )  # fmt: skip
-        lane_a += tl.sum(dz, 1 - AXIS)
-        lane_b += tl.sum(dz * xhat, 1 - AXIS)
+            tl.load(x + at, mask=mask, other=0.0).to(tl.float32),
+            tl.load(dy + at, mask=mask, other=0.0).to(tl.float32),
+            m,
+            r,
+            along_channels(a, AXIS),
+            along_channels(c, AXIS),
+            SILU,
+        )
+        lane_dz += tl.sum(dz, 1 - AXIS)
+        lane_dz_xhat += tl.sum(dz * xhat, 1 - AXIS)
     at = (n * tl.num_programs(0) + tl.program_id(0)) * C + channel
-    tl.store(part_a + at, lane_a, mask=valid)
-    tl.store(part_b + at, lane_b, mask=valid)
+    tl.store(part_dz + at, lane_dz, mask=valid)
+    tl.store(part_dz_xhat + at, lane_dz_xhat, mask=valid)
 
 
 @triton.jit
 def _combine(
-    part_a, part_b, weight, scale, sum_a, sum_b, group_a, group_b, flag, C, G, size, parts, scale_n,
+    part_dz, part_dz_xhat, weight, scale, sum_dz, sum_dz_xhat, mean_g, mean_g_xhat, flag, C, G, size, parts, scale_n,
     CPG: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A and B of one group's channels, and the group's means of g and g * xhat; grid (G, N)."""
+    """The sums of one group's channels, and the group's means of g and g * xhat."""
     n = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, WIDTH)
     channel = tl.program_id(0) * CPG + lane
     inside = lane < CPG
-    total_a = tl.zeros([BLOCK, WIDTH], tl.float32)
-    total_b = tl.zeros([BLOCK, WIDTH], tl.float32)
+    total_dz = tl.zeros([BLOCK, WIDTH], tl.float32)
+    total_dz_xhat = tl.zeros([BLOCK, WIDTH], tl.float32)
     skipped = is_skipped(flag)
     for p0 in range(0, parts, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         mask = (p < parts)[:, None] & inside[None, :] & (not skipped)
         at = (n * parts + p)[:, None] * C + channel[None, :]
-        total_a += tl.load(part_a + at, mask=mask, other=0.0)
-        total_b += tl.load(part_b + at, mask=mask, other=0.0)
-    lane_a = tl.sum(total_a, 0)
-    lane_b = tl.sum(total_b, 0)
-    tl.store(sum_a + n * C + channel, lane_a, mask=inside)
-    tl.store(sum_b + n * C + channel, lane_b, mask=inside)
+        total_dz += tl.load(part_dz + at, mask=mask, other=0.0)
+        total_dz_xhat += tl.load(part_dz_xhat + at, mask=mask, other=0.0)
+    lane_dz = tl.sum(total_dz, 0)
+    lane_dz_xhat = tl.sum(total_dz_xhat, 0)
+    tl.store(sum_dz + n * C + channel, lane_dz, mask=inside)
+    tl.store(sum_dz_xhat + n * C + channel, lane_dz_xhat, mask=inside)
     a, c = affine(weight, None, scale, None, n, channel, inside, scale_n, 0)
-    tl.store(group_a + n * G + tl.program_id(0), tl.sum(lane_a * a, 0) / size)
-    tl.store(group_b + n * G + tl.program_id(0), tl.sum(lane_b * a, 0) / size)
+    tl.store(mean_g + n * G + tl.program_id(0), tl.sum(lane_dz * a, 0) / size)
+    tl.store(mean_g_xhat + n * G + tl.program_id(0), tl.sum(lane_dz_xhat * a, 0) / size)
 
 
 @triton.jit
 def _apply(
-    dy, x, mean, rstd, weight, bias, scale, shift, dx, group_a, group_b, flag, C, HW, G, scale_n, shift_n,
+    dy, x, mean, rstd, weight, bias, scale, shift, dx, mean_g, mean_g_xhat, flag, C, HW, G, scale_n, shift_n,
     CPG: tl.constexpr, AXIS: tl.constexpr, LANES: tl.constexpr, PIXELS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """dx; grid (pixel blocks, channel blocks, N)."""
+    """dx of a tile."""
     n = tl.program_id(2).to(tl.int64)
     channel, valid = flat_lanes(C, LANES)
     at, mask = tile_at(channel, valid, tl.program_id(0).to(tl.int64), C, HW, AXIS, PIXELS)
@@ -230,19 +249,24 @@ def _apply(
     a = along_channels(a, AXIS)
     r = group_row(rstd, n, G, channel, valid, CPG, AXIS)
     xhat, dz = _terms(
-        tl.load(x + at, mask=mask, other=0.0).to(tl.float32), tl.load(dy + at, mask=mask, other=0.0).to(tl.float32),
-        group_row(mean, n, G, channel, valid, CPG, AXIS), r, a, along_channels(c, AXIS), SILU,
-    )  # fmt: skip
-    g = dz * a - group_row(group_a, n, G, channel, valid, CPG, AXIS)
-    g -= xhat * group_row(group_b, n, G, channel, valid, CPG, AXIS)
+        tl.load(x + at, mask=mask, other=0.0).to(tl.float32),
+        tl.load(dy + at, mask=mask, other=0.0).to(tl.float32),
+        group_row(mean, n, G, channel, valid, CPG, AXIS),
+        r,
+        a,
+        along_channels(c, AXIS),
+        SILU,
+    )
+    g = dz * a - group_row(mean_g, n, G, channel, valid, CPG, AXIS)
+    g -= xhat * group_row(mean_g_xhat, n, G, channel, valid, CPG, AXIS)
     tl.store(dx + at, g * r, mask=mask)
 
 
 @triton.jit
 def _parameters(
-    sum_a, sum_b, weight, bias, scale, dweight, dbias, dscale, dshift, N, C, scale_n, BLOCK: tl.constexpr
+    sum_dz, sum_dz_xhat, weight, bias, scale, dweight, dbias, dscale, dshift, N, C, scale_n, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """From A and B: dscale and dshift of every sample, dweight and dbias summed over the samples in their order."""
+    """From the sums: dscale and dshift of every sample, dweight and dbias added over the samples in their order."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < C
     w = channel_row(weight, channel, valid, 1.0)
@@ -251,16 +275,16 @@ def _parameters(
     total_b = tl.zeros_like(w)
     for sample in range(N):
         n = tl.cast(sample, tl.int64)
-        lane_a = tl.load(sum_a + n * C + channel, mask=valid, other=0.0)
-        lane_b = tl.load(sum_b + n * C + channel, mask=valid, other=0.0)
+        lane_dz = tl.load(sum_dz + n * C + channel, mask=valid, other=0.0)
+        lane_dz_xhat = tl.load(sum_dz_xhat + n * C + channel, mask=valid, other=0.0)
         gain = tl.where(valid, 1.0, 0.0)
         if scale is not None:
             gain += channel_row(scale + n * scale_n, channel, valid, 0.0)
-            tl.store(dscale + n * C + channel, w * lane_b + b * lane_a, mask=valid)
+            tl.store(dscale + n * C + channel, w * lane_dz_xhat + b * lane_dz, mask=valid)
         if dshift is not None:
-            tl.store(dshift + n * C + channel, lane_a, mask=valid)
-        total_w += gain * lane_b
-        total_b += gain * lane_a
+            tl.store(dshift + n * C + channel, lane_dz, mask=valid)
+        total_w += gain * lane_dz_xhat
+        total_b += gain * lane_dz
     if weight is not None:
         tl.store(dweight + channel, total_w, mask=valid)
     if bias is not None:
@@ -272,55 +296,91 @@ def _like(v: Tensor | None) -> Tensor | None:
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, num_groups: int, apply_silu: bool, last: bool,
-    flag: Tensor | None = None, *, split: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    apply_silu: bool,
+    last: bool,
+    flag: Tensor | None = None,
+    *,
+    split: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias, dscale, dshift), each in the dtype of its operand; dy and x dense in one layout."""
     N, C = x.shape[:2]
     pixels, channels = math.prod(x.shape[2:]), C // num_groups
     dx = torch.empty_like(x)
-    sum_a, sum_b = (x.new_empty(N, C, dtype=torch.float32) for _ in range(2))
-    scale_n, shift_n = sample_stride(scale), sample_stride(shift)
-    operands = {
-        "mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "flag": flag,
-        "G": num_groups, "CPG": channels, "SILU": apply_silu, "C": C, "scale_n": scale_n, "shift_n": shift_n,
-    }  # fmt: skip
-    halves = halves_of(channels, pixels, last, x, dy)
-    held = None if split else by_group(channels, pixels, num_groups, last, halves, ONE_READ)
-    if held is not None:
-        words = {name: words_of(t, halves) for name, t in (("dy", dy), ("x", x), ("dx", dx))}
+    sums = {name: x.new_empty(N, C, dtype=torch.float32) for name in ("sum_dz", "sum_dz_xhat")}
+    operands = norm_operands(x, num_groups, mean, rstd, weight, bias, scale, shift, apply_silu, flag)
+    per_word = values_per_word(channels, pixels, last, x, dy)
+    on_chip = None if split else by_group(channels, pixels, num_groups, last, per_word, ONE_READ)
+    if on_chip is not None:
+        words = {name: as_words(t, per_word) for name, t in (("dy", dy), ("x", x), ("dx", dx))}
         launch(
-            _one_read, (N, num_groups // held.GROUPS), **vars(held), **operands, **words, sum_a=sum_a, sum_b=sum_b,
-            HW=pixels if last else pixels // halves, size=channels * pixels, zero=0, T=NUMBERS[x.dtype],
-        )  # fmt: skip
+            _one_read,
+            (N, num_groups // on_chip.GROUPS),
+            **vars(on_chip),
+            **operands,
+            **words,
+            **sums,
+            HW=pixels if last else pixels // per_word,
+            size=channels * pixels,
+            zero=0,
+            DTYPE=float_of(x.dtype),
+        )
     else:
-        cut = flat(N, C, pixels, last)
-        shape = {"AXIS": cut.AXIS, "LANES": cut.LANES, "PIXELS": cut.PIXELS, "num_warps": cut.num_warps}
+        tiles = flat(N, C, pixels, last)
         operands |= {"dy": dy, "x": x, "HW": pixels}
-        part_a, part_b = (x.new_empty(N, cut.parts, C, dtype=torch.float32) for _ in range(2))
-        launch(
-            _sums, (cut.parts, cut.channel_blocks, N), **operands, part_a=part_a, part_b=part_b, steps=cut.steps,
-            **shape,
-        )  # fmt: skip
-        group_a, group_b = (x.new_empty(N, num_groups, dtype=torch.float32) for _ in range(2))
+        names = ("part_dz", "part_dz_xhat")
+        partials = {name: x.new_empty(N, tiles.parts, C, dtype=torch.float32) for name in names}
+        grid = tiles.parts, tiles.channel_blocks, N
+        launch(_sums, grid, **operands, **partials, steps=tiles.steps, **tiles.options)
+        means = {name: x.new_empty(N, num_groups, dtype=torch.float32) for name in ("mean_g", "mean_g_xhat")}
         width = power_of_2(channels)
         launch(
-            _combine, (num_groups, N), part_a=part_a, part_b=part_b, weight=weight, scale=scale, sum_a=sum_a,
-            sum_b=sum_b, group_a=group_a, group_b=group_b, flag=flag, C=C, G=num_groups, size=channels * pixels,
-            parts=cut.parts, scale_n=scale_n, CPG=channels, WIDTH=width, BLOCK=max(1, min(COMBINE, 2048 // width)),
-        )  # fmt: skip
-        launch(
-            _apply, (cut.pixel_blocks, cut.channel_blocks, N), **operands, dx=dx, group_a=group_a, group_b=group_b,
-            **shape,
-        )  # fmt: skip
+            _combine,
+            (num_groups, N),
+            **partials,
+            weight=weight,
+            scale=scale,
+            **sums,
+            **means,
+            flag=flag,
+            C=C,
+            G=num_groups,
+            size=channels * pixels,
+            parts=tiles.parts,
+            scale_n=sample_stride(scale),
+            CPG=channels,
+            WIDTH=width,
+            BLOCK=combine_parts(width),
+        )
+        grid = tiles.pixel_blocks, tiles.channel_blocks, N
+        launch(_apply, grid, **operands, **means, dx=dx, **tiles.options)
     dweight, dbias, dscale, dshift = (_like(v) for v in (weight, bias, scale, shift))
     if any(v is not None for v in (weight, bias, scale, shift)):
         launch(
-            _parameters, (cdiv(C, COLUMNS),), num_warps=2, sum_a=sum_a, sum_b=sum_b, weight=weight, bias=bias,
-            scale=scale, dweight=dweight, dbias=dbias, dscale=dscale, dshift=dshift, N=N, C=C, scale_n=scale_n,
+            _parameters,
+            (cdiv(C, COLUMNS),),
+            num_warps=COLUMN_WARPS,
+            **sums,
+            weight=weight,
+            bias=bias,
+            scale=scale,
+            dweight=dweight,
+            dbias=dbias,
+            dscale=dscale,
+            dshift=dshift,
+            N=N,
+            C=C,
+            scale_n=sample_stride(scale),
             BLOCK=COLUMNS,
-        )  # fmt: skip
+        )
     return dx, dweight, dbias, dscale, dshift
 
 

@@ -2,19 +2,18 @@
 
 math    group_norm(x) * (1 + scale) + shift = x * a[n, c] + b[n, c] once mean and rstd are known, so the convolution's
         tile loader computes h = silu(x * a + b) as it reads x (`conv_residual`, `fold`); h never reaches memory.
-kernels 1. `_tile_moments`, one program per tile of pixels x channels: mean and centred squares, one read of x. It is
+grid    1. `_tile_moments`, one program per tile of pixels x channels: mean and centred squares, one read of x. It is
            skipped when the convolution that wrote x left its `partial` behind.
         2. `_fold`, one program per (sample, group): moments of tiles -> mean, rstd -> a, b. A few kilobytes.
         3. `_conv_residual` with `fold`.
-order   tiles are combined pairwise from means and centred squares (Chan), never from sums of squares, in tile order.
+order   tile after tile, combined from means and centred squares (Chan et al. 1983), never from sums of squares.
 zero    flag != 0: 1 and 2 leave at once (mean and rstd are set to 0), 3 writes residual + bias.
 
-When: `why_not` counts. Bytes: 2ns here (1ns with `partial`) against 3ns for the norm kernel and then the convolution.
-Arithmetic: here each element is activated once per tap and tile column, there once, at two special-function operations
-each. By an H100's data sheet (3.6 T special-function op/s, 3.35 TB/s) every further activation costs 0.56 ps and the
-saved pass 0.6 ps in bf16: folding wins up to two activations, which is a 1x1 convolution to at most two tile columns.
-At 3x3 (nine and more) the honest plan is the norm kernel, then `conv_residual`. (Model, not measured.)
-Dropout between the two goes the same way.
+When it pays (`why_not`; a model, no GPU has measured it): bytes are 2ns here (1ns with `partial`), and 3ns for the norm
+kernel and then the convolution. But here each element is activated once per tap and tile column, there once, at two
+special-function operations each. By an H100's data sheet (3.6 T special-function op/s, 3.35 TB/s) every further
+activation costs 0.56 ps and the saved pass 0.6 ps in bf16: folding wins up to two activations, which is a 1x1
+convolution to at most two tile columns. Everything else, and dropout between the two, goes through the norm kernel.
 """
 
 from __future__ import annotations
@@ -25,18 +24,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _gemm, conv_residual
-from ._gemm import Config, cdiv, is_zero
+from ._dtypes import DTYPES, NAMES
+from ._gemm import Config
 from ._launch import launch
+from ._rows import cdiv, is_skipped
 from .conv_residual import NHWC
 
+# A tile of `_tile_moments`, and moments that `_fold` combines at a time; no spills (python -m tests.triton.static).
 TILE_PIXELS, TILE_CHANNELS = 128, 64
-FOLD_ELEMENTS = 2048  # moments combined at a time
+FOLD_ELEMENTS = 2048
 
 
 @triton.jit
 def _tile_moments(x, partial, flag, pixels, C, BM: tl.constexpr, BC: tl.constexpr):
     """partial [N, tiles, 2, C]: mean and centred squares of each channel over BM pixels of x [N, pixels, C]."""
-    if is_zero(flag) == 0:
+    if not is_skipped(flag):
         tiles = tl.cdiv(pixels, BM)
         tile = tl.program_id(0)
         m = tile % tiles * BM + tl.arange(0, BM)
@@ -53,16 +55,33 @@ def _tile_moments(x, partial, flag, pixels, C, BM: tl.constexpr, BC: tl.constexp
 
 @triton.jit
 def _fold(
-    partial, weight, bias, scale, shift, scale_row, shift_row, flag, mean, rstd, fold, pixels, C, G, eps,
-    CPG: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    partial,
+    weight,
+    bias,
+    scale,
+    shift,
+    scale_row,
+    shift_row,
+    flag,
+    mean,
+    rstd,
+    fold,
+    pixels,
+    C,
+    G,
+    eps,
+    CPG: tl.constexpr,
+    BM: tl.constexpr,
+    TILES: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Moments of the tiles of one (sample, group) -> mean, rstd and the rows a, b of fold [N, 2, C]."""
     n, g = tl.program_id(0) // G, tl.program_id(0) % G
     c = g * CPG + tl.arange(0, BC)
     c_mask = tl.arange(0, BC) < CPG
     tiles = tl.cdiv(pixels, BM)
     count, centre, squares = 0.0, 0.0, 0.0
-    for first in range(0, tiles * (1 - is_zero(flag)), TILES):
+    for first in range(0, tiles * (1 - is_skipped(flag)), TILES):
         t = first + tl.arange(0, TILES)
         mask = (t < tiles)[:, None] & c_mask[None, :]
         at = partial + ((n * tiles + t).to(tl.int64) * 2 * C)[:, None] + c[None, :]
@@ -77,7 +96,7 @@ def _fold(
         squares += part + delta * delta * (count * total / (count + total))
         count += total
         centre += delta * (total / count)
-    if is_zero(flag) == 0:
+    if not is_skipped(flag):
         inverse = tl.rsqrt(squares / count + eps)
         a = tl.zeros((BC,), tl.float32) + inverse
         if weight is not None:
@@ -109,7 +128,7 @@ def why_not(x: Tensor, weight: Tensor, residual: Tensor | None = None, keep: Ten
     if reason is not None:
         return reason
     kernel, columns = weight.shape[2] * weight.shape[3], cdiv(weight.shape[0], 128)
-    if kernel * columns > 2:
+    if kernel * columns > 2:  # (model: above)
         return f"every element would be activated {kernel * columns} times (taps x tile columns), which costs more"
     return None
 
@@ -121,16 +140,32 @@ def tile_moments(x: Tensor, flag: Tensor | None = None) -> Tensor:
     tiles = cdiv(pixels, TILE_PIXELS)
     partial = torch.empty((N, tiles, 2, C), dtype=torch.float32, device=x.device)
     launch(
-        _tile_moments, (N * tiles, cdiv(C, TILE_CHANNELS)), num_warps=4, x=x, partial=partial, flag=flag,
-        pixels=pixels, C=C, BM=TILE_PIXELS, BC=TILE_CHANNELS,
-    )  # fmt: skip
+        _tile_moments,
+        (N * tiles, cdiv(C, TILE_CHANNELS)),
+        num_warps=4,
+        x=x,
+        partial=partial,
+        flag=flag,
+        pixels=pixels,
+        C=C,
+        BM=TILE_PIXELS,
+        BC=TILE_CHANNELS,
+    )
     return partial
 
 
 def statistics(
-    partial: Tensor, tile_pixels: int, pixels: int, num_groups: int, weight: Tensor | None, bias: Tensor | None,
-    eps: float, scale: Tensor | None = None, shift: Tensor | None = None, flag: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    partial: Tensor,
+    tile_pixels: int,
+    pixels: int,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    flag: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(mean [N, G], rstd [N, G], fold [N, 2, C]) from a `partial` of tiles of `tile_pixels` pixels."""
     N, _, _, C = partial.shape
     mean, rstd = (partial.new_empty((N, num_groups)) for _ in range(2))
@@ -141,20 +176,49 @@ def statistics(
     channels = C // num_groups
     BC = triton.next_power_of_2(channels)
     launch(
-        _fold, (N * num_groups,), num_warps=4, partial=partial, weight=dense[0], bias=dense[1], scale=scale,
-        shift=shift, scale_row=scale_row, shift_row=shift_row, flag=flag, mean=mean, rstd=rstd, fold=fold,
-        pixels=pixels, C=C, G=num_groups, eps=eps, CPG=channels, BM=tile_pixels, TILES=max(1, FOLD_ELEMENTS // BC),
+        _fold,
+        (N * num_groups,),
+        num_warps=4,
+        partial=partial,
+        weight=dense[0],
+        bias=dense[1],
+        scale=scale,
+        shift=shift,
+        scale_row=scale_row,
+        shift_row=shift_row,
+        flag=flag,
+        mean=mean,
+        rstd=rstd,
+        fold=fold,
+        pixels=pixels,
+        C=C,
+        G=num_groups,
+        eps=eps,
+        CPG=channels,
+        BM=tile_pixels,
+        TILES=max(1, FOLD_ELEMENTS // BC),
         BC=BC,
-    )  # fmt: skip
+    )
     return mean, rstd, fold
 
 
 def group_norm_silu_conv_residual(
-    x: Tensor, num_groups: int, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
-    scale: Tensor | None, shift: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    padding: list[int], flag: Tensor | None = None, silu: bool = True, partial: tuple[Tensor, int] | None = None,
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: list[int],
+    flag: Tensor | None = None,
+    silu: bool = True,
+    partial: tuple[Tensor, int] | None = None,
     plan: tuple[Config, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, rstd); partial: what `conv_residual.run(want_partial=True)` left of x, and its tile's pixels."""
     x = x.contiguous(memory_format=NHWC)
     pixels = x.shape[2] * x.shape[3]
@@ -173,15 +237,26 @@ def _case(dtype: torch.dtype, config: Config):
         flag = torch.empty(1, dtype=torch.bool, device="meta")
         scale, shift = empty(2, 640).chunk(2, dim=1)
         return group_norm_silu_conv_residual(
-            x, 32, empty(320), empty(320), 1e-5, scale, shift, empty(192, 320, 1, 1), empty(192), residual, [0, 0],
-            flag, plan=(config, 1),
-        )  # fmt: skip
+            x,
+            32,
+            empty(320),
+            empty(320),
+            1e-5,
+            scale,
+            shift,
+            empty(192, 320, 1, 1),
+            empty(192),
+            residual,
+            [0, 0],
+            flag,
+            plan=(config, 1),
+        )
 
     return case
 
 
 COMPILE_CASES = {
-    f"group_norm_silu_conv_residual-{config.BM}x{config.BN}-{name}": _case(dtype, config)
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32"))
+    f"group_norm_silu_conv_residual-{config.BM}x{config.BN}-{NAMES[dtype]}": _case(dtype, config)
+    for dtype in DTYPES
     for config in _gemm.folding_configs(dtype)
 }

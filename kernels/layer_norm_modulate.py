@@ -1,13 +1,25 @@
-"""y = norm(x) * weight + bias, then * (1 + scale) + shift, for rows of x [B, T, D]; norm is LayerNorm or RMSNorm.
+"""layer_norm_modulate, rms_norm_modulate: a row norm and its modulation in one pass over x [B, T, D].
 
-Forward: grid (row blocks, B). A program normalises `steps` blocks of ROWS rows of one sample, each row read once and
-held on chip; a per-sample shift and scale is read once per program. mean, rstd [B, T] are kept for backward.
+math    a = xhat * weight + bias with xhat the normalised row, y = a * (1 + scale) + shift; statistics in fp32, the mean
+        first, then the centred squares. mean and rstd [B, T] are saved for backward (RMSNorm: rstd alone).
+grid    (row blocks, B); a program takes `steps` tiles of ROWS rows of one sample, each row read once and kept in
+        registers; a per-sample shift or scale is read once per program. 2ns bytes (n numbers of s bytes).
+zero    none, the kernel takes no flag.
 
-Backward: with xhat the normalised row, da = dy * (1 + scale), g = da * weight:
-dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) (RMS: without mean(g)). Gradients of what rows share come from the
-column sums over a program's rows of dy and of u * xhat (and u), u = dy, or da for a per-token scale: one partial per
-program, [B, P, D]; `_finish` adds them up in a fixed order and applies weight, bias and scale. No atomics.
-Bytes: forward 2ns, backward 3ns and, per sum, 8n / rows of a program, written and read again.
+Backward, 3ns bytes. With da = dy * (1 + scale) and g = da * weight:
+dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for RMSNorm. What rows share has its gradient from
+sums over the rows of a sample:
+
+  sum             gives, by `_finish`                            needed for
+  dy              dshift, dscale (its bias term), dbias          a per-sample shift; bias
+  u * xhat        dscale, dweight                                weight, or a per-sample scale
+  u               dbias                                          bias with a per-token scale
+
+  u is dy, or da where the scale is per token (dweight and dbias then have the scale in them already).
+
+order   a program adds its rows in order into one partial sum per column, [B, P, D] in fp32; `_finish`, grid (blocks of
+        D, B), adds the P of a sample (`_reduce.column_sums`), then dweight and dbias are added over the samples. No
+        atomics. 8n / (rows of a program) bytes per sum.
 """
 
 from __future__ import annotations
@@ -19,51 +31,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
+from ._dtypes import long_name
+from ._launch import launch
+from ._reduce import COLUMNS, LANES, column_sums, sum_partials
+from ._rows import (
     NONE,
     PER_SAMPLE,
     PER_TOKEN,
+    PROGRAMS,
     cdiv,
-    modulated,
     operand_rows,
     power_of_2,
     row_norm_grad,
     row_statistics,
     sample_row,
+    saved_xhat,
     token_rows,
 )
-from ._launch import launch
-from ._reduce import COLUMNS, LANES, column_sums, sum_partials
 
-# Longer rows do not stay in registers in backward.
+# The longest row that backward keeps in registers (spills: python -m tests.triton.static).
 MAX_D = 8192
-# Numbers of a tile that each thread holds, of all row norms: the launchers' own choice, and what a plan may choose as
-# well for rows up to CHOICE. Longer ones leave the registers of a program no choice.
-FORWARD, BACKWARD, CHOICE = (16, 8, 32), (8, 16), 4096
-# Programs that are enough to fill a GPU; fewer rows per program, down to one tile, when there are less. Each program of
-# backward writes partial sums, which another kernel reads: fewer programs, of at least LEAST rows.
-PROGRAMS, BACKWARD_PROGRAMS, LEAST = 1024, 512, 8
+# Elements per thread of all row norms: the first is the default, a measuring plan tries the others as well. None spills
+# (python -m tests.triton.static).
+FORWARD_PER_THREAD = (16, 8, 32)
+BACKWARD_PER_THREAD = (8, 16)
+# Longer rows take all warps of a program: there is nothing to try (registers: python -m tests.triton.static).
+MAX_TUNED_D = 4096
+# A program of backward takes LEAST_ROWS rows or more, so that its partial sums, written and read again, cost at most
+# 1n bytes each (bytes: python -m tests.triton.traffic_cases).
+LEAST_ROWS = 8
+# Programs of backward, and tiles of a program at most, in forward and backward: few enough programs that what each
+# reads once is little, enough to fill a GPU. (guess)
+BACKWARD_PROGRAMS, FORWARD_STEPS, BACKWARD_STEPS = 512, 16, 64
+FINISH_WARPS = 8  # for three sums side by side (registers: python -m tests.triton.static)
 
 
 def tile(D: int, per_thread: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK_D, num_warps): rows enough for four warps, two of up to 1024, and for a row the warps it takes."""
+    """(ROWS, BLOCK_D, num_warps): a long row takes the warps that hold it; of short ones a tile has enough for four
+    warps, two at least up to 1024 numbers, 32 at most (registers: python -m tests.triton.static)."""
     block = power_of_2(D)
     elements = max(block, 128 * per_thread, min(2 * block, 2048))
     return min(32, elements // block), block, elements // (32 * per_thread)
 
 
 def why_not_tile(D: int) -> str | None:
-    return f"rows of {D} numbers leave no choice of tiles" if power_of_2(D) > CHOICE else None
+    return f"rows of {D} numbers leave no choice of tiles" if power_of_2(D) > MAX_TUNED_D else None
+
+
+def per_thread_choices(D: int, shipped: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the shipped values that rows of D numbers may take."""
+    return shipped if why_not_tile(D) is None else shipped[:1]
 
 
 def forward_steps(B: int, T: int, rows: int) -> int:
-    """Tiles of `rows` rows that a program goes through."""
-    return max(1, min(16, B * T // (rows * PROGRAMS), cdiv(T, rows)))
+    """Tiles of `rows` rows that a program takes: one while there are no more than fill a GPU."""
+    return max(1, min(FORWARD_STEPS, B * T // (rows * PROGRAMS), cdiv(T, rows)))
 
 
 def backward_steps(B: int, T: int, rows: int) -> int:
-    wanted = max(LEAST, B * T // BACKWARD_PROGRAMS)
-    return max(1, min(64, wanted // rows, cdiv(T, rows)))
+    wanted = max(LEAST_ROWS, B * T // BACKWARD_PROGRAMS)
+    return max(1, min(BACKWARD_STEPS, wanted // rows, cdiv(T, rows)))
 
 
 def kind_of(v: Tensor | None) -> int:
@@ -86,39 +113,65 @@ def _forward(
     scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
     for step in range(steps):
         t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
-        m, r, z = row_statistics(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), mask, D, eps, RMS)
+        row = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        row_mean, row_rstd, value = row_statistics(row, mask, D, eps, RMS)
         if weight is not None:
-            z *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            value *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
-            z += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        z = modulated(
-            z, shift, shift_row, shift_b, shift_t, scale, scale_row, scale_b, scale_t, b, t, d, mask, SHIFT, SCALE
-        )
-        tl.store(y + at, z, mask=mask)
+            value += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        value *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
+        value += operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
+        tl.store(y + at, value, mask=mask)
         if not RMS:
-            tl.store(mean + b * T + t, m, mask=t < T)
-        tl.store(rstd + b * T + t, r, mask=t < T)
+            tl.store(mean + b * T + t, row_mean, mask=t < T)
+        tl.store(rstd + b * T + t, row_rstd, mask=t < T)
 
 
 def forward(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
-    rms: bool, per_thread: int = FORWARD[0],
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    per_thread: int = FORWARD_PER_THREAD[0],
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """(y, mean, rstd) of a dense x; shift, scale [B, D] or [B, T, D] with dense rows; mean is None for RMS."""
     B, T, D = x.shape
     rows, block, warps = tile(D, per_thread)
     steps = forward_steps(B, T, rows)
     y = torch.empty_like(x)
-    mean, rstd = (None if absent else x.new_empty(B, T, dtype=torch.float32) for absent in (rms, False))
-    assert rstd is not None
+    mean = None if rms else x.new_empty(B, T, dtype=torch.float32)
+    rstd = x.new_empty(B, T, dtype=torch.float32)
     shift_b, shift_t = strides(shift)
     scale_b, scale_t = strides(scale)
     launch(
-        _forward, (cdiv(T, rows * steps), B), num_warps=warps,
-        x=x, shift=shift, scale=scale, weight=weight, bias=bias, y=y, mean=mean, rstd=rstd, T=T, D=D, steps=steps,
-        shift_b=shift_b, shift_t=shift_t, scale_b=scale_b, scale_t=scale_t, eps=eps,
-        ROWS=rows, BLOCK_D=block, SHIFT=kind_of(shift), SCALE=kind_of(scale), RMS=rms,
-    )  # fmt: skip
+        _forward,
+        (cdiv(T, rows * steps), B),
+        num_warps=warps,
+        x=x,
+        shift=shift,
+        scale=scale,
+        weight=weight,
+        bias=bias,
+        y=y,
+        mean=mean,
+        rstd=rstd,
+        T=T,
+        D=D,
+        steps=steps,
+        shift_b=shift_b,
+        shift_t=shift_t,
+        scale_b=scale_b,
+        scale_t=scale_t,
+        eps=eps,
+        ROWS=rows,
+        BLOCK_D=block,
+        SHIFT=kind_of(shift),
+        SCALE=kind_of(scale),
+        RMS=rms,
+    )
     return y, mean, rstd
 
 
@@ -136,11 +189,7 @@ def _backward(
     for step in range(steps):
         t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(rstd + b * T + t, mask=t < T, other=0.0)
-        if not RMS:
-            xhat -= tl.load(mean + b * T + t, mask=t < T, other=0.0)[:, None]
-        xhat = tl.where(mask, xhat * r[:, None], 0.0)
+        xhat, row_rstd = saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS)
         u = g
         if part_dy is not None:
             sum_dy += tl.sum(g, 0)
@@ -159,7 +208,7 @@ def _backward(
             sum_u += tl.sum(u, 0)
         if weight is not None:
             g *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        tl.store(dx + at, row_norm_grad(g, xhat, r, D, RMS), mask=mask)
+        tl.store(dx + at, row_norm_grad(g, xhat, row_rstd, D, RMS), mask=mask)
     at = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
     if part_dy is not None:
         tl.store(part_dy + at, sum_dy, mask=d < D)
@@ -171,9 +220,23 @@ def _backward(
 
 @triton.jit
 def _finish(
-    part_dy, part_uxhat, part_u, weight, bias, scale, dshift, dscale, dweight, dbias, P, D, scale_b,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr,
-):  # fmt: skip
+    part_dy,
+    part_uxhat,
+    part_u,
+    weight,
+    bias,
+    scale,
+    dshift,
+    dscale,
+    dweight,
+    dbias,
+    P,
+    D,
+    scale_b,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr,
+):
     """dshift, dscale of sample b, and what it adds to dweight and dbias."""
     b = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -202,9 +265,17 @@ def _finish(
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, shift: Tensor | None, scale: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, rms: bool, per_thread: int = BACKWARD[0],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rms: bool,
+    per_thread: int = BACKWARD_PER_THREAD[0],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dshift, dscale, dweight, dbias), each in the dtype of its operand; a per-token dshift is dy, left out."""
     B, T, D = x.shape
     rows, block, warps = tile(D, per_thread)
@@ -223,21 +294,55 @@ def backward(
     part_uxhat = partial(weight is not None or kind == PER_SAMPLE)
     part_u = partial(bias is not None and per_token)
     launch(
-        _backward, (programs, B), num_warps=warps,
-        dy=dy, x=x, mean=mean, rstd=rstd, scale=scale, weight=weight, bias=bias, dx=dx,
-        dscale=dscale if per_token else None, part_dy=part_dy, part_uxhat=part_uxhat, part_u=part_u,
-        T=T, D=D, steps=steps, scale_b=scale_rows[0], scale_t=scale_rows[1],
-        ROWS=rows, BLOCK_D=block, SCALE=kind, RMS=rms,
-    )  # fmt: skip
+        _backward,
+        (programs, B),
+        num_warps=warps,
+        dy=dy,
+        x=x,
+        mean=mean,
+        rstd=rstd,
+        scale=scale,
+        weight=weight,
+        bias=bias,
+        dx=dx,
+        dscale=dscale if per_token else None,
+        part_dy=part_dy,
+        part_uxhat=part_uxhat,
+        part_u=part_u,
+        T=T,
+        D=D,
+        steps=steps,
+        scale_b=scale_rows[0],
+        scale_t=scale_rows[1],
+        ROWS=rows,
+        BLOCK_D=block,
+        SCALE=kind,
+        RMS=rms,
+    )
     if part_dy is None and part_uxhat is None and part_u is None:
         return dx, dshift, dscale, None, None
     dweight, dbias = (None if v is None else x.new_empty(B, D, dtype=torch.float32) for v in (weight, bias))
     launch(
-        _finish, (cdiv(D, COLUMNS), B), num_warps=8,
-        part_dy=part_dy, part_uxhat=part_uxhat, part_u=part_u, weight=weight, bias=bias, scale=scale, dshift=dshift,
-        dscale=None if per_token else dscale, dweight=dweight, dbias=dbias, P=programs, D=D, scale_b=scale_rows[0],
-        BLOCK_P=LANES, BLOCK_D=COLUMNS, SCALE=kind,
-    )  # fmt: skip
+        _finish,
+        (cdiv(D, COLUMNS), B),
+        num_warps=FINISH_WARPS,
+        part_dy=part_dy,
+        part_uxhat=part_uxhat,
+        part_u=part_u,
+        weight=weight,
+        bias=bias,
+        scale=scale,
+        dshift=dshift,
+        dscale=None if per_token else dscale,
+        dweight=dweight,
+        dbias=dbias,
+        P=programs,
+        D=D,
+        scale_b=scale_rows[0],
+        BLOCK_P=LANES,
+        BLOCK_D=COLUMNS,
+        SCALE=kind,
+    )
     if weight is not None and dweight is not None:
         dweight = sum_partials(dweight[None], weight.dtype)[0]
     if bias is not None and dbias is not None:
@@ -253,9 +358,9 @@ def _compile(D: int, dtype: torch.dtype, modulation: str, affine: bool, rms: boo
     x, row, stat = new(B, T, D), new(D), new(B, T, of=torch.float32)
     operand = {"none": None, "sample": new(B, 6 * D)[:, :D], "token": new(B, T, D)}[modulation]
     weight, bias = (row, None if rms else row) if affine else (None, None)
-    for per_thread in FORWARD[: 1 if why_not_tile(D) else None]:
+    for per_thread in per_thread_choices(D, FORWARD_PER_THREAD):
         forward(x, operand, operand, weight, bias, 1e-6, rms, per_thread)
-    for per_thread in BACKWARD[: 1 if why_not_tile(D) else None]:
+    for per_thread in per_thread_choices(D, BACKWARD_PER_THREAD):
         backward(x, x, None if rms else stat, stat, operand, operand, weight, bias, rms, per_thread)
 
 
@@ -269,7 +374,7 @@ def _cases():
 
 def _name(D, dtype, modulation, affine, rms):
     op = "rms_norm_modulate" if rms else "layer_norm_modulate"
-    return f"{op}-{D}-{str(dtype)[6:]}-{modulation}{'-affine' * affine}{'-unaligned' * (D % 8 > 0)}"
+    return f"{op}-{D}-{long_name(dtype)}-{modulation}{'-affine' if affine else ''}{'-unaligned' if D % 8 else ''}"
 
 
 COMPILE_CASES = {_name(*case): partial(_compile, *case) for case in _cases()}

@@ -10,10 +10,9 @@ zero    flag != 0 (the weight or the gate is zero): the loop over k runs no iter
 
 The activation is a kernel of its own: in the tile loader it would be evaluated once per tile column, D / BN times per
 element, and cost more than the 2ns bytes it saves (tanh and exp run at a sixty-fourth of the tensor cores' rate).
-Backward is three library GEMMs and the elementwise kernels of gate_residual: nothing is left to fuse but the gate.
+Backward has no kernel here: the library's GEMMs, and those of gate_residual.
 
-How to call, all tensors on one device, the current one: `why_not(h, weight, gate, residual)` is None or the reason
-against; `linear_gate_residual(h, weight, bias, gate, residual, flag, save_branch)` -> (y, branch or None).
+Launcher: `linear_gate_residual`, for tensors on one device; `why_not` says which calls it does not take.
 """
 
 from __future__ import annotations
@@ -24,24 +23,46 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _gemm
-from ._gemm import Config, cdiv, epilogue, is_zero, tile_of
+from ._dtypes import DTYPES, NAMES
+from ._gemm import GROUP, Config, epilogue, tile_of
 from ._launch import launch
-
-GROUP = 8
+from ._rows import cdiv, is_skipped
 
 
 @triton.jit
 def _linear_gate_residual(
-    h, weight, bias, gate, residual, flag, branch, y, workspace, M, N, K, h_row, w_row, gate_b, gate_t, gate_d, T,
-    split_k, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    h,
+    weight,
+    bias,
+    gate,
+    residual,
+    flag,
+    branch,
+    y,
+    workspace,
+    M,
+    N,
+    K,
+    h_row,
+    w_row,
+    gate_b,
+    gate_t,
+    gate_d,
+    T,
+    split_k,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     a_at = rows.to(tl.int64)[:, None] * h_row
     b_at = cols.to(tl.int64)[None, :] * w_row
     start = tl.program_id(1) * split_k
-    zero = is_zero(flag)
-    stop = tl.minimum(start + split_k, K) * (1 - zero)
+    skipped = is_skipped(flag)
+    stop = tl.minimum(start + split_k, K) * (1 - skipped)
     acc = tl.zeros((BM, BN), tl.float32)
     for first in range(start, stop, BK):
         k = first + tl.arange(0, BK)
@@ -50,7 +71,7 @@ def _linear_gate_residual(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if workspace is not None:
         part = workspace + tl.program_id(1).to(tl.int64) * M * N
-        mask = (rows < M)[:, None] & (cols < N)[None, :] & (zero == 0)
+        mask = (rows < M)[:, None] & (cols < N)[None, :] & (not skipped)
         tl.store(part + rows.to(tl.int64)[:, None] * N + cols[None, :], acc, mask=mask)
     else:
         epilogue(acc, rows, rows < M, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y)
@@ -58,10 +79,10 @@ def _linear_gate_residual(
 
 def why_not(h: Tensor, weight: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> str | None:
     """None when the kernel takes the call, else the reason."""
-    if weight.dtype not in _gemm.DTYPES or h.dtype != weight.dtype:
+    if weight.dtype not in DTYPES or h.dtype != weight.dtype:
         return f"the kernel takes one dtype of fp32, bf16 and fp16, got {h.dtype} and {weight.dtype}"
     for name, t in (("gate", gate), ("residual", residual)):
-        if t is not None and t.dtype not in _gemm.DTYPES:
+        if t is not None and t.dtype not in DTYPES:
             return f"no kernel for a {name} of {t.dtype}"
     if gate is not None and gate.dim() > 1 and h.dim() != 3:
         return f"a gate of {gate.dim()} dimensions needs tokens [B, T, K], got {list(h.shape)}"
@@ -84,9 +105,15 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def linear_gate_residual(
-    h: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, residual: Tensor | None,
-    flag: Tensor | None = None, save_branch: bool = False, plan: tuple[Config, int] | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    flag: Tensor | None = None,
+    save_branch: bool = False,
+    plan: tuple[Config, int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """(y, branch): h [..., K], weight [D, K], gate [B, D], [B, T, D], [D] or [1]; y contiguous, in the promoted dtype.
 
     flag: one element, not 0 when the branch is zero. plan: (configuration, splits), else chosen by size.
@@ -111,13 +138,35 @@ def linear_gate_residual(
     workspace = None if splits == 1 else h.new_empty((splits, M, N), dtype=torch.float32)
     strides = gate_b, gate_t, gate_d = _gate_strides(gate)
     launch(
-        _linear_gate_residual, (cdiv(M, config.BM) * cdiv(N, config.BN), splits), num_warps=config.num_warps,
-        num_stages=config.num_stages, h=h, weight=weight, bias=bias, gate=gate, residual=residual, flag=flag,
-        branch=branch, y=y, workspace=workspace, M=M, N=N, K=K, h_row=h.stride(0), w_row=weight.stride(0),
-        gate_b=gate_b, gate_t=gate_t, gate_d=gate_d, T=T, split_k=split_k,
+        _linear_gate_residual,
+        (cdiv(M, config.BM) * cdiv(N, config.BN), splits),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        h=h,
+        weight=weight,
+        bias=bias,
+        gate=gate,
+        residual=residual,
+        flag=flag,
+        branch=branch,
+        y=y,
+        workspace=workspace,
+        M=M,
+        N=N,
+        K=K,
+        h_row=h.stride(0),
+        w_row=weight.stride(0),
+        gate_b=gate_b,
+        gate_t=gate_t,
+        gate_d=gate_d,
+        T=T,
+        split_k=split_k,
         PRECISION=_gemm.precision(weight.dtype, torch.backends.cuda.matmul.fp32_precision),
-        BM=config.BM, BN=config.BN, BK=config.BK, GROUP=GROUP,
-    )  # fmt: skip
+        BM=config.BM,
+        BN=config.BN,
+        BK=config.BK,
+        GROUP=GROUP,
+    )
     if workspace is not None:
         _gemm.sum_splits(workspace, bias, gate, strides, T, residual, flag, branch, y)
     return y, branch
@@ -139,7 +188,8 @@ def _case(dtype: torch.dtype, config: Config, splits: int = 1, gate: str = "bd",
 
 
 def _compile_cases():
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+    for dtype in DTYPES:
+        name = NAMES[dtype]
         for config in _gemm.configs(dtype):
             yield f"linear_gate_residual-{config.BM}x{config.BN}-{name}", _case(dtype, config)
         for gate in ("btd", "d", "one", "none"):

@@ -1,10 +1,13 @@
-"""flags[i] = 1 where every element of tensor i is +0 or -0, else 0; int32, on the device.
+"""zero_flag: whether tensors are exactly zero, as int32 flags that stay on the device.
 
-Judged on the bits, (bits << 1) == 0: denormals and NaN are not zero. `_scan`: grid (programs, tensors); up to MOST
-tensors a launch, their addresses and sizes are arguments, nothing is copied. A program strides over its tensor and
-stops at its first non-zero element: a dense weight costs one block per program, a zero one a single read, |W| bytes.
-`_combine` ORs what the programs found. No atomics and nothing to initialise: every launch writes every word it reads,
-so that a captured graph judges the values of each replay.
+math    flags[i] = 1 where every element of tensor i is +0 or -0, else 0; tested on the bits, (bits << 1) == 0, so that
+        denormals and NaN are not zero.
+grid    `_scan`: (programs, tensors), up to MOST_TENSORS a launch, whose addresses and sizes are arguments. A program
+        strides over its tensor and stops at the first block with a non-zero element: a dense weight costs one block per
+        program, a zero one is read once.
+order   `_combine` ORs what the programs found. No atomics and nothing to initialise: every launch writes every word
+        that is read, so that a captured CUDA graph tests the values of each replay.
+zero    this kernel asks the question; the others read its flags.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv
+from ._dtypes import DTYPES, INTEGERS, long_name
 from ._launch import launch
+from ._rows import cdiv
 
-MOST, BLOCK, PROGRAMS, WARPS = 12, 2048, 256, 8
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+# Tensors of a launch, elements of a block, programs per tensor at most, and warps. (guess)
+MOST_TENSORS, BLOCK, PROGRAMS, WARPS = 12, 2048, 256, 8
 
 
 @triton.jit
@@ -47,25 +51,39 @@ def _combine(found, flags, programs, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def zero_flag(tensors: list[Tensor], any_of: bool = False) -> Tensor:
-    """[len(tensors)] int32, or [1] with any_of (MOST tensors at most): whether one of them is zero. The tensors are
-    dense in some order of dimensions, on one device."""
+    """A flag per tensor, int32 [len(tensors)]; with any_of (MOST_TENSORS at most) one flag: is one of them zero.
+
+    The tensors are on one device, dense in some order of dimensions.
+    """
     device = tensors[0].device
     flags = torch.empty(1 if any_of else len(tensors), dtype=torch.int32, device=device)
-    for first in range(0, len(tensors), MOST):
-        group = tensors[first : first + MOST]
+    for first in range(0, len(tensors), MOST_TENSORS):
+        group = tensors[first : first + MOST_TENSORS]
         sizes = tuple(t.numel() for t in group)
         programs = max(1, min(PROGRAMS, cdiv(max(sizes), BLOCK)))
         found = torch.empty(len(group), programs, dtype=torch.int32, device=device)
-        bits = tuple(t.as_strided((t.numel(),), (1,)).view(_BITS[t.element_size()]) for t in group)
+        bits = tuple(t.as_strided((t.numel(),), (1,)).view(INTEGERS[t.element_size()]) for t in group)
         launch(
-            _scan, (programs, len(group)), num_warps=WARPS, tensors=bits, sizes=sizes, found=found, COUNT=len(group),
+            _scan,
+            (programs, len(group)),
+            num_warps=WARPS,
+            tensors=bits,
+            sizes=sizes,
+            found=found,
+            COUNT=len(group),
             BLOCK=BLOCK,
-        )  # fmt: skip
+        )
         count, grid = (len(group), 1) if any_of else (1, len(group))
         launch(
-            _combine, (grid,), num_warps=1, found=found, flags=flags[first : first + MOST], programs=programs,
-            COUNT=count, BLOCK=PROGRAMS,
-        )  # fmt: skip
+            _combine,
+            (grid,),
+            num_warps=1,
+            found=found,
+            flags=flags[first : first + MOST_TENSORS],
+            programs=programs,
+            COUNT=count,
+            BLOCK=PROGRAMS,
+        )
     return flags
 
 
@@ -74,10 +92,11 @@ def _meta(dtype: torch.dtype, *size: int) -> Tensor:
 
 
 COMPILE_CASES = {
-    f"zero_flag-{str(dtype)[6:]}": lambda dtype=dtype: zero_flag([_meta(dtype, 640, 640, 3, 3)])
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    f"zero_flag-{long_name(dtype)}": lambda dtype=dtype: zero_flag([_meta(dtype, 640, 640, 3, 3)]) for dtype in DTYPES
 }
-COMPILE_CASES["zero_flag-most"] = lambda: zero_flag([_meta(torch.bfloat16, 1152, 1152 + 16 * i) for i in range(MOST)])
+COMPILE_CASES["zero_flag-most"] = lambda: zero_flag(
+    [_meta(torch.bfloat16, 1152, 1152 + 16 * i) for i in range(MOST_TENSORS)]
+)
 COMPILE_CASES["zero_flag-any_of"] = lambda: zero_flag(
     [_meta(torch.bfloat16, 1152, 4608), _meta(torch.float32, 8, 1152)], True
 )

@@ -32,12 +32,12 @@ INTERPRETS: bool = not isinstance(_activation._forward, triton.JITFunction)
 
 # Numbers that a thread holds, by method: the launcher's own choice, then what a plan may choose as well.
 PER_THREAD: dict[str, tuple[int, ...]] = {
-    "layer_norm_modulate": _layer_norm.FORWARD,
-    "layer_norm_modulate_bwd": _layer_norm.BACKWARD,
+    "layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
+    "layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
     "gate_residual": _gate_residual.PER_THREAD,
     "gate_residual_bwd": _gate_residual.PER_THREAD,
-    "gate_residual_layer_norm_modulate": _layer_norm.FORWARD,
-    "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD,
+    "gate_residual_layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
+    "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
 }
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._layout import channels_last_format
-from ..kernels import _gemm
+from ..kernels import _dtypes, _gemm
 from ..kernels import activation as _activation
 from ..kernels import conv_residual as _conv
 from ..kernels import group_norm_silu_conv_residual as _norm_conv
@@ -22,8 +22,8 @@ from .flagged import FlaggedSteps
 
 # What a plan may choose among, by name; compiled ahead of time in CI (COMPILE_CASES of the kernels).
 GEMMS = {f"{c.BM}x{c.BN}x{c.BK}": c for c in (*_gemm.HALF, *_gemm.FULL)}
-FOLDS = [name for name, c in GEMMS.items() if any(c in _gemm.folding_configs(d) for d in _gemm.DTYPES)]
-WGRADS = [name for name, c in GEMMS.items() if any(c in _conv.wgrad_configs(d) for d in _gemm.DTYPES)]
+FOLDS = [name for name, c in GEMMS.items() if any(c in _gemm.folding_configs(d) for d in _dtypes.DTYPES)]
+WGRADS = [name for name, c in GEMMS.items() if any(c in _conv.wgrad_configs(d) for d in _dtypes.DTYPES)]
 
 
 def _launch_plan(config: str | None, x: Tensor, weight: Tensor, rows: int) -> tuple[_gemm.Config, int] | None:

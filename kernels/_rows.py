@@ -1,12 +1,20 @@
-"""Device functions shared by the kernels, and block-size arithmetic."""
+"""What the kernels on rows of tokens share: operands, statistics and the norm's gradient; and block-size arithmetic.
+
+Names of all row kernels: x is [B, T, D]; b, t, d are indices along its dimensions, `at` the offsets of a tile of ROWS
+tokens x BLOCK_D columns, `mask` what of it lies inside. An operand (shift, scale, gate) is a pointer, its strides
+`*_b`, `*_t`, and its kind below; `*_row` is the row that all tokens of a sample share.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# How an operand of a row kernel varies: absent, one row per sample, one row per token.
+# The kind of an operand (SHIFT, SCALE, GATE of a kernel): absent, one row per sample, one row per token. Kernels write
+# the numbers, since Triton takes no globals.
 NONE, PER_SAMPLE, PER_TOKEN = 0, 1, 2
+# Programs that fill a GPU: about eight on each of an H100's 132 SMs (resident blocks: python -m tests.triton.static).
+PROGRAMS = 1024
 
 
 def cdiv(a: int, b: int) -> int:
@@ -31,7 +39,7 @@ def silu_grad(z):
 
 @triton.jit
 def is_skipped(flag):
-    """The verdict of zero_flag on the branch that a kernel belongs to; flag None: the branch is executed."""
+    """Whether zero_flag found the branch that a kernel belongs to zero; without a flag the branch always runs."""
     if flag is None:
         return False
     else:
@@ -40,7 +48,7 @@ def is_skipped(flag):
 
 @triton.jit
 def sample_row(p, b, stride_b, d, D, KIND: tl.constexpr):
-    """[1, BLOCK] fp32: the row of sample b of a per-sample operand; 0 for the other kinds."""
+    """[1, BLOCK_D] fp32: the row of sample b of a per-sample operand; 0 for the other kinds."""
     if KIND == 1:
         return tl.load(p + b * stride_b + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     else:
@@ -49,7 +57,7 @@ def sample_row(p, b, stride_b, d, D, KIND: tl.constexpr):
 
 @triton.jit
 def operand_rows(p, row, b, t, stride_b, stride_t, d, mask, KIND: tl.constexpr):
-    """An operand for the rows t of sample b: `row` from sample_row, or [ROWS, BLOCK] of a per-token operand."""
+    """An operand for the rows t of sample b: `row` from sample_row, or [ROWS, BLOCK_D] of a per-token operand."""
     if KIND == 2:
         return tl.load(p + b * stride_b + t[:, None] * stride_t + d[None, :], mask=mask, other=0.0).to(tl.float32)
     else:
@@ -64,16 +72,8 @@ def token_rows(b, block, T, d, D, ROWS: tl.constexpr):
 
 
 @triton.jit
-def modulated(z, shift, shift_row, shift_b, shift_t, scale, scale_row, scale_b, scale_t, b, t, d, mask,
-              SHIFT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
-    """z * (1 + scale) + shift"""
-    z *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
-    return z + operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
-
-
-@triton.jit
 def row_statistics(x, mask, D, eps, RMS: tl.constexpr):
-    """(mean, rstd, xhat) of the rows of x [ROWS, BLOCK], 0 where masked: mean first, then the centred squares."""
+    """(mean, rstd, xhat) of the rows of x [ROWS, BLOCK_D], 0 where masked: mean first, then the centred squares."""
     if RMS:
         mean = tl.zeros([x.shape[0]], tl.float32)
         centred = x
@@ -85,8 +85,18 @@ def row_statistics(x, mask, D, eps, RMS: tl.constexpr):
 
 
 @triton.jit
+def saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS: tl.constexpr):
+    """(xhat, rstd) of the rows t of sample b by the statistics that forward saved; 0 where masked."""
+    xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    row_rstd = tl.load(rstd + b * T + t, mask=t < T, other=0.0)
+    if not RMS:
+        xhat -= tl.load(mean + b * T + t, mask=t < T, other=0.0)[:, None]
+    return tl.where(mask, xhat * row_rstd[:, None], 0.0), row_rstd
+
+
+@triton.jit
 def row_norm_grad(g, xhat, rstd, D, RMS: tl.constexpr):
-    """rstd * (g - mean(g) - xhat * mean(g * xhat)) along the rows; without the mean(g) of a mean that is not taken."""
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) along the rows; RMSNorm has no mean, and no mean(g)."""
     dx = g - xhat * (tl.sum(g * xhat, 1) / D)[:, None]
     if not RMS:
         dx -= (tl.sum(g, 1) / D)[:, None]

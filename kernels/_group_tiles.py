@@ -1,48 +1,48 @@
-"""How the group norm kernels cut x [N, C, *S] into tiles.
+"""How the group norm kernels cut x [N, C, *S] into tiles, and what they do with a tile.
 
-A tile has lanes of channels and pixels, contiguous along its columns: rows are channels and columns pixels (contiguous
-x, AXIS 0), or rows are pixels and columns channels (channels-last, AXIS 1). AXIS is the tile's dimension of channels;
-per-channel vectors have one element per lane along it.
+Columns of a tile are contiguous in memory: rows are channels and columns pixels (contiguous x, AXIS 0), or rows are
+pixels and columns channels (channels-last x, AXIS 1). AXIS is the tile's dimension of channels; a vector of channels
+has one entry, a lane, for each step along it.
 
-  * by group: a program owns whole groups and keeps them on chip as 32-bit words, each two neighbouring 16-bit numbers
-    (pixels for AXIS 0, channels for AXIS 1) where the sizes allow, or one number (HALVES 1). Its channels are cut into
-    blocks of 2^k lanes; several small groups lie side by side in one block, each padded to 2^k;
-  * flat: a program owns consecutive channels, whatever their groups, and some pixel blocks of them.
+  by group  a program owns GROUPS whole groups and keeps them in registers, as words of PER_WORD values: 2 neighbouring
+            16-bit values (pixels for AXIS 0, channels for AXIS 1) where the sizes allow, else 1. Its channels are cut
+            into blocks of 2^k lanes; small groups lie side by side in one block, each padded to 2^k lanes.
+  flat      a program owns LANES consecutive channels, whatever their groups, and some blocks of PIXELS pixels of them.
+
+Names of the kernels: n a sample, HW its pixels, G groups of CPG channels (WPG words), CPW channels of a word; `at` the
+offsets of a tile, `mask` what of it lies inside, `valid` the lanes that are channels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import cdiv, power_of_2
+from ._dtypes import INTEGERS
+from ._rows import PROGRAMS, cdiv, power_of_2
 
-NUMBERS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-
-def halves_of(channels: int, pixels: int, last: bool, *tensors: Tensor) -> int:
-    """Numbers of a word in which a program reads groups of `channels` x `pixels`: 2 where 16-bit ones pair up."""
+def values_per_word(channels: int, pixels: int, last: bool, *tensors: Tensor) -> int:
+    """Values in a word of groups of `channels` x `pixels`: 2 where 16-bit ones pair up and are aligned, else 1."""
     pairs = (channels if last else pixels) % 2 == 0 and tensors[0].element_size() == 2
     return 2 if pairs and all(t.storage_offset() % 2 == 0 and t.data_ptr() % 4 == 0 for t in tensors) else 1
 
 
-def words_of(t: Tensor, halves: int) -> Tensor:
+def as_words(t: Tensor, per_word: int) -> Tensor:
     """The memory of a dense tensor as one row of words."""
-    dtype = torch.int32 if t.element_size() * halves == 4 else torch.int16
-    return t.as_strided((t.numel(),), (1,)).view(dtype)
+    return t.as_strided((t.numel(),), (1,)).view(INTEGERS[t.element_size() * per_word])
 
 
 @dataclasses.dataclass(frozen=True)
 class ByGroup:
-    """All tiles of a program that owns GROUPS whole groups: for each block of WIDTHS lanes from STARTS on, COUNTS tiles
-    of PIXELS words, the first of them number FIRST."""
+    """The tiles of a program that owns GROUPS whole groups: block i of BLOCKS has WIDTHS[i] lanes from STARTS[i] on,
+    in COUNTS[i] tiles of PIXELS[i] words; the first of these is tile FIRST[i] of the program."""
 
     AXIS: int
-    HALVES: int
+    PER_WORD: int
     GROUPS: int
     STARTS: tuple[int, ...]
     WIDTHS: tuple[int, ...]
@@ -53,25 +53,28 @@ class ByGroup:
     num_warps: int
 
 
-# Words up to which a program takes more than one group, words of an access, and tiles that are unrolled at most.
-SMALL, ACCESS, TILES = 1024, 4, 40
+# Words of an access by a thread: 16 bytes (access widths: python -m tests.triton.static).
+ACCESS = 4
+# Words up to which a program takes more than one group, and tiles of a program at most, all of which the compiler
+# unrolls (registers and compile time: python -m tests.triton.static).
+SMALL, MOST_TILES = 1024, 40
 
 
 def _before(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sum(sizes[:i]) for i in range(len(sizes)))
 
 
-def by_group(channels: int, pixels: int, groups: int, last: bool, halves: int, table: tuple) -> ByGroup | None:
-    """The first entry (words of a program, num_warps) of the table that holds a group of `channels` x `pixels`; None
-    when none does."""
-    lanes, words = (channels // halves, pixels) if last else (channels, pixels // halves)
+def by_group(channels: int, pixels: int, groups: int, last: bool, per_word: int, table: tuple) -> ByGroup | None:
+    """The tiles for groups of `channels` x `pixels`, by the first entry of the table, (most words of a program,
+    num_warps), that holds a group; None when none does."""
+    lanes, words = (channels // per_word, pixels) if last else (channels, pixels // per_word)
     width, length = power_of_2(lanes), power_of_2(words)
     for most, warps in table:
         tile = 32 * warps * ACCESS
         # Groups side by side make a small program worth its start, and fill the sectors of channels-last rows.
         side, area = 1, width * length
         while groups % (2 * side) == 0 and (
-            2 * side * area <= SMALL or (last and width * side < 64 // halves and 2 * side * area <= tile)
+            2 * side * area <= SMALL or (last and width * side < 64 // per_word and 2 * side * area <= tile)
         ):
             side *= 2
         if side > 1 or (last and area <= table[0][0]):
@@ -84,9 +87,9 @@ def by_group(channels: int, pixels: int, groups: int, last: bool, halves: int, t
         sizes = tuple(min(length, max(1, tile // w)) for w in widths)
         counts = tuple(cdiv(words, size) for size in sizes)
         held = sum(w * size * count for w, size, count in zip(widths, sizes, counts, strict=True))
-        if held <= most and sum(counts) <= TILES:
+        if held <= most and sum(counts) <= MOST_TILES:
             return ByGroup(
-                int(last), halves, side, _before(widths), widths, sizes, counts, _before(counts), len(widths), warps
+                int(last), per_word, side, _before(widths), widths, sizes, counts, _before(counts), len(widths), warps
             )
     return None
 
@@ -98,7 +101,7 @@ def item(values, i):
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """Tiles of programs that own LANES consecutive channels; one sums up `steps` pixel blocks of PIXELS each."""
+    """The tiles of a program that owns LANES consecutive channels and `steps` blocks of PIXELS pixels."""
 
     AXIS: int
     LANES: int
@@ -112,9 +115,15 @@ class Flat:
     def parts(self) -> int:
         return cdiv(self.pixel_blocks, self.steps)
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What every kernel of these tiles is launched with."""
+        return {"AXIS": self.AXIS, "LANES": self.LANES, "PIXELS": self.PIXELS, "num_warps": self.num_warps}
 
-# Elements of a flat tile, its channels when they are contiguous, and programs that are enough to fill a GPU.
-FLAT, FLAT_CHANNELS, FLAT_WARPS, PROGRAMS = 4096, 64, 8, 1024
+
+# Elements of a flat tile, its channels when they are contiguous, its warps, and tiles of a program at most
+# (access widths and registers: python -m tests.triton.static; partial sums: python -m tests.triton.traffic_cases).
+FLAT, FLAT_CHANNELS, FLAT_WARPS, FLAT_STEPS = 4096, 64, 8, 16
 
 
 def flat(N: int, C: int, pixels: int, last: bool) -> Flat:
@@ -125,32 +134,32 @@ def flat(N: int, C: int, pixels: int, last: bool) -> Flat:
         width = min(power_of_2(pixels), FLAT)
         lanes = min(power_of_2(C), FLAT // width)
     channel_blocks, pixel_blocks = cdiv(C, lanes), cdiv(pixels, width)
-    steps = max(1, min(16, N * channel_blocks * pixel_blocks // PROGRAMS))
+    steps = max(1, min(FLAT_STEPS, N * channel_blocks * pixel_blocks // PROGRAMS))
     return Flat(int(last), lanes, width, channel_blocks, pixel_blocks, steps, FLAT_WARPS)
 
 
 @triton.jit
-def number(words, i: tl.constexpr, HALVES: tl.constexpr, T: tl.constexpr):
-    """Number i of each word, in fp32."""
-    if HALVES == 1:
-        return words.to(T, bitcast=True).to(tl.float32)
+def unpack(words, i: tl.constexpr, PER_WORD: tl.constexpr, DTYPE: tl.constexpr):
+    """Value i of each word, in fp32."""
+    if PER_WORD == 1:
+        return words.to(DTYPE, bitcast=True).to(tl.float32)
     else:
-        return (words >> (16 * i)).to(tl.int16).to(T, bitcast=True).to(tl.float32)
+        return (words >> (16 * i)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def word(v, i: tl.constexpr, HALVES: tl.constexpr, T: tl.constexpr):
-    """Words whose number i is v, rounded to T, and whose other one is 0."""
-    if HALVES == 1:
-        return v.to(T).to(tl.int32 if T == tl.float32 else tl.int16, bitcast=True)
+def pack(v, i: tl.constexpr, PER_WORD: tl.constexpr, DTYPE: tl.constexpr):
+    """Words whose value i is v, rounded to DTYPE, and whose other one is 0."""
+    if PER_WORD == 1:
+        return v.to(DTYPE).to(tl.int32 if DTYPE == tl.float32 else tl.int16, bitcast=True)
     else:
-        return (v.to(T).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * i)
+        return (v.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * i)
 
 
 @triton.jit
-def again(v, zero):
-    """v, as a value the compiler takes for another one: it would keep the fp32 numbers it once computed from v, as it
-    would the offsets and masks of tiles, in registers that the words need. `zero` is 0 at run time."""
+def opaque(v, zero):
+    """v + 0, where the compiler does not know that `zero` is 0: it then computes again what it computed from v before,
+    instead of keeping that in registers which the words need. Offsets and masks of tiles get the same + zero."""
     return v + zero.to(v.dtype)
 
 
@@ -220,15 +229,15 @@ def affine(weight, bias, scale, shift, n, channel, valid, scale_n, shift_n):
 
 
 @triton.jit
-def affines(weight, bias, scale, shift, n, first, lane, valid, scale_n, shift_n, STEP: tl.constexpr):
-    """The same of words of STEP channels, from channel `first` on: tuples, one entry per channel of a word."""
-    gains = ()
-    offsets = ()
-    for s in tl.static_range(STEP):
-        a, c = affine(weight, bias, scale, shift, n, first + lane * STEP + s, valid, scale_n, shift_n)
-        gains = gains + (a,)
-        offsets = offsets + (c,)
-    return gains, offsets
+def affines(weight, bias, scale, shift, n, first, lane, valid, scale_n, shift_n, CPW: tl.constexpr):
+    """(a, c) of each channel of a word, as two tuples of CPW entries; lanes are words from channel `first` on."""
+    all_a = ()
+    all_c = ()
+    for s in tl.static_range(CPW):
+        a, c = affine(weight, bias, scale, shift, n, first + lane * CPW + s, valid, scale_n, shift_n)
+        all_a = all_a + (a,)
+        all_c = all_c + (c,)
+    return all_a, all_c
 
 
 @triton.jit
