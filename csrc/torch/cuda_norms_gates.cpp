@@ -1,7 +1,5 @@
-// The torch side of the CUDA kernels of norms and gates (stable ABI), as bindings.cpp is that of the CPU kernels:
-// checks what memory safety needs, allocates on the device, fills the parameter block of cuda/cuda_kernels.h and
-// launches on the current stream.
-#include "binding_cuda.h"
+// The torch side of the CUDA kernels of norms and gates (../cuda/cuda_kernels.h).
+#include "cuda.h"
 
 namespace {
 
@@ -10,7 +8,7 @@ namespace {
 cuda::GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                       const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
                                       bool channels_last, const MaybeTensor& zero, std::vector<Tensor>& keep) {
-  cuda::GroupNormSilu p = images<cuda::GroupNormSilu>(x, groups, silu, channels_last);
+  cuda::GroupNormSilu p = image_params<cuda::GroupNormSilu>(x, groups, silu, channels_last);
   p.weight = as_operand(weight, x, {p.C}, keep, "weight");
   p.bias = as_operand(bias, x, {p.C}, keep, "bias");
   p.scale = as_operand(scale, x, {p.N, p.C}, keep, "scale");
@@ -61,27 +59,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
 
 // ---- row norms ------------------------------------------------------------------------------------------------------
 
-void check_tokens(const Tensor& x, const char* what) {
-  STD_TORCH_CHECK(x.dim() == 3 && ZB_IS_HERE(x) && x.is_contiguous(), "zeroblock: ", what, " must be dense [B, T, D]");
-}
-
-// Params with the size and dtype of x, and the flag.
-template <class Params>
-Params token_params(const Tensor& x, const char* what, const MaybeTensor& zero) {
-  check_tokens(x, what);
-  Params p{};
-  p.dtype = dtype_of(x);
-  p.B = x.size(0);
-  p.T = x.size(1);
-  p.D = x.size(2);
-  p.zero = zero_of(zero);
-  return p;
-}
-
 cuda::RowNorm row_norm_params(const Tensor& x, const MaybeTensor& branch, const MaybeTensor& gate,
                               const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& weight,
                               const MaybeTensor& bias, bool rms, const MaybeTensor& zero, std::vector<Tensor>& keep) {
-  auto p = token_params<cuda::RowNorm>(x, "x", zero);
+  auto p = token_params<cuda::RowNorm>(x, "x");
+  p.zero = zero_of(zero);
   p.rms = rms;
   p.x = x.const_data_ptr();
   const std::vector<int64_t> size = {p.B, p.T, p.D};
@@ -158,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
 
 cuda::GateResidual gate_params(const Tensor& branch, const Tensor& gate, const MaybeTensor& zero,
                                std::vector<Tensor>& keep) {
-  auto p = token_params<cuda::GateResidual>(branch, "branch", zero);
+  auto p = token_params<cuda::GateResidual>(branch, "branch");
+  p.zero = zero_of(zero);
   p.branch = branch.const_data_ptr();
   const bool scalar = gate.dim() == 1 && gate.numel() == 1;
   p.gate =

@@ -1,28 +1,9 @@
-// The torch side of the ops on tokens [B, T, D]: layer_norm_modulate, gate_residual and both in one (cpu/*.h). Part of
-// bindings.cpp.
-#pragma once
-
-#include "binding_cpu.h"
+// The torch side of the ops on tokens [B, T, D]: layer_norm_modulate, gate_residual and both in one (../cpu).
+#include "cpu.h"
 
 namespace {
 
 // ---- layer_norm_modulate, rms_norm_modulate -------------------------------------------------------------------------
-
-void check_tokens(const Tensor& x, const char* what) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu() && x.is_contiguous(), "zeroblock: ", what, " must be dense [B, T, D]");
-}
-
-// What the parameters of every op on tokens begin with.
-template <class Params>
-Params token_params(const Tensor& x, const char* what) {
-  check_tokens(x, what);
-  Params p{};
-  p.dtype = dtype_of(x);
-  p.B = x.size(0);
-  p.T = x.size(1);
-  p.D = x.size(2);
-  return p;
-}
 
 LayerNormModulate layer_norm_params(const Tensor& x, const MaybeTensor& shift, const MaybeTensor& scale,
                                     const MaybeTensor& weight, const MaybeTensor& bias, bool rms,
@@ -103,7 +84,7 @@ Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch) {
   return y;
 }
 
-// The gradient of a [D] or [1] gate is summed further by the caller, in fp32.
+// The gradient of a [D] or [1] gate stays fp32: the caller sums it further.
 Tensor as_gate_gradient(const Tensor& dgate, const Tensor& gate) {
   return gate.dim() > 1 ? as_gradient(dgate, gate) : dgate;
 }
