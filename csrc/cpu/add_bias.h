@@ -14,11 +14,9 @@
 namespace zeroblock {
 namespace {
 
-// Work is shared in pieces of so many bytes read or written; a thread takes kLeastPieces at least, so that one is not
-// woken for less than it saves (measured: python benchmarks/run.py --group zero).
-constexpr int64_t kPieceBytes = int64_t{32} << 10;
-constexpr int64_t kLeastPieces = 6;
-constexpr int64_t kMostPieces = 4096;  // keeps the products of piece_begin far from an overflow
+// Work is shared in pieces of kPieceBytes read or written, at most so many: the products of piece_begin must not
+// overflow.
+constexpr int64_t kMostPieces = 4096;
 
 // Where piece k of `pieces` begins among n elements; between first and last in whole units.
 ZB_INLINE int64_t piece_begin(int64_t n, int64_t k, int64_t pieces, int64_t unit) {

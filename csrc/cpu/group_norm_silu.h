@@ -20,11 +20,8 @@
 namespace zeroblock {
 namespace {
 
-// Elements below which a second thread costs more than it saves (measured: python benchmarks/scaling.py).
-constexpr int64_t kGroupNormGrain = 16384;
-constexpr int64_t kGroupNormBlock = 2048;   // elements summed in fp32 before fp64 takes over
-constexpr int64_t kFirstElements = 512;     // elements whose mean is the centre of the first block
-constexpr int64_t kGroupNormChunk = 16384;  // elements of a chunk of rows (64 KB of fp32), within the limits below
+constexpr int64_t kGroupNormBlock = 2048;  // elements summed in fp32 before fp64 takes over
+constexpr int64_t kFirstElements = 512;    // elements whose mean is the centre of the first block
 
 ZB_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ZB_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -35,7 +32,9 @@ ZB_INLINE int64_t group_norm_grain(int64_t elements) { return larger(1, kGroupNo
 // With one position per channel both layouts are the same memory, and rows of C fill the vectors better.
 ZB_INLINE bool group_norm_by_rows(const GroupNormSilu& p) { return p.channels_last || p.S == 1; }
 
-constexpr int64_t kMinRows = 32;   // rows that pay for the three rows of their chunk's statistics
+// Elements of a chunk of rows, 64 KB of fp32, but at least kMinRows of them: the statistics of 12 rows took a quarter
+// of their chunk's time (measured: python benchmarks/run.py --group memory_bound --filter group_norm_silu).
+constexpr int64_t kGroupNormChunk = 16384, kMinRows = 32;
 constexpr int64_t kMaxRows = 128;  // rows summed in fp32 before compensated sums take over
 constexpr int64_t kFirstRows = 8;  // rows whose mean is the centre of the chunk's
 

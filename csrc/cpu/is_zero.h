@@ -10,9 +10,6 @@
 namespace zeroblock {
 namespace {
 
-// Up to this size one thread reads it from its cache faster than others wake up (measured: python benchmarks/run.py
-// --group overhead --filter zero_check_late).
-constexpr int64_t kZeroParallelBytes = int64_t{1} << 20;
 // Bytes read between two tests of the result, a page; and by one piece of parallel work, a part of an L2.
 constexpr int64_t kZeroBlockBytes = 4096;
 constexpr int64_t kZeroChunkBytes = int64_t{256} << 10;

@@ -6,6 +6,13 @@
 namespace zeroblock {
 namespace {
 
+// Work below which a second thread costs more than it saves, since waking one and waiting for it takes some
+// microseconds. python benchmarks/scaling.py shows the times with one thread and with two (guess).
+constexpr int64_t kGrainElements = 32768;                             // of rows and activations
+constexpr int64_t kGroupNormGrain = 16384;                            // elements with a sigmoid each
+constexpr int64_t kZeroParallelBytes = int64_t{1} << 20;              // that is_zero reads
+constexpr int64_t kPieceBytes = int64_t{32} << 10, kLeastPieces = 6;  // of add_bias: a piece, and pieces of a thread
+
 // body(begin, end) over disjoint ranges that cover [begin, end), each at least `grain` long.
 template <class Body>
 ZB_INLINE void parallel(ParallelFor run, int64_t begin, int64_t end, int64_t grain, const Body& body) {

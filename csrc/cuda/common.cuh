@@ -149,7 +149,7 @@ inline int element_size(DType dtype) {
 inline int pack_size(DType dtype) { return 16 / element_size(dtype); }
 
 // Blocks that a launch aims for where it may choose: enough to fill a large GPU several times, few enough that partial
-// sums stay a small part of the traffic (python -m tests.simt.traffic). No GPU has timed them (guess).
+// sums stay a small part of the traffic (python -m tests.cuda.simt.traffic). No GPU has timed them (guess).
 constexpr int64_t kElementwiseBlocks = 1024;   // gate_residual forward and two-pass group norms
 constexpr int64_t kSummingBlocks = 512;        // gate_residual backward: a block writes partial sums
 constexpr int64_t kRowNormBlocks = 256;        // backward of row norms: a block writes three rows of partial sums

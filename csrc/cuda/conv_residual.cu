@@ -29,7 +29,7 @@ namespace {
 constexpr int kTileH = 8, kTileW = 16, kPixels = kTileH * kTileW;
 constexpr int kBlockC = 32;           // input channels of a step
 constexpr int kChunks = kBlockC / 8;  // of 16 bytes
-constexpr int kStages = 4;            // two blocks fit a multiprocessor (python tests/simt/static.py)
+constexpr int kStages = 4;            // two blocks fit a multiprocessor (python tests/cuda/simt/static.py)
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 // The epilogue's staged sums: a row of tile pixels for each warp, the warp's half of BN channels each, padded.

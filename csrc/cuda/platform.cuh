@@ -1,4 +1,5 @@
-// The one seam between nvcc and the emulator of tests/simt: launches, shared memory and inline PTX under one name each.
+// The one seam between nvcc and the emulator of tests/cuda/simt: launches, shared memory and inline PTX under one name
+// each.
 #pragma once
 
 #ifdef ZB_SIMT

@@ -10,7 +10,7 @@
 namespace zeroblock::cuda {
 namespace {
 
-constexpr int kPacks = 2;  // that a thread keeps in registers: no spills (python tests/simt/static.py)
+constexpr int kPacks = 2;  // that a thread keeps in registers: no spills (python tests/cuda/simt/static.py)
 
 // The workspace: partial sums [B, chunks, Q, D], then totals P, X [B, 2, D].
 __host__ __device__ inline int quantities(const RowNorm& p) { return p.branch ? 3 : 2; }

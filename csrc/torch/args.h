@@ -107,15 +107,15 @@ inline void check_like(const Tensor& t, const Tensor& x, const char* what) {
                   " must match x in dtype and size");
 }
 
-// Small vectors are handed to the kernels as dense fp32; keep holds a converted copy for the duration of the call.
-inline const float* as_f32(const MaybeTensor& t, int64_t numel, std::vector<Tensor>& keep, const char* what) {
+// Small vectors are handed to the kernels as dense fp32; copies holds a converted copy for the duration of the call.
+inline const float* as_f32(const MaybeTensor& t, int64_t numel, std::vector<Tensor>& copies, const char* what) {
   if (!t.has_value()) return nullptr;
   STD_TORCH_CHECK(is_here(*t) && t->numel() == numel, "zeroblock: ", what, " must have ", numel, " elements on the ",
                   device_name());
   if (t->scalar_type() == ScalarType::Float && t->is_contiguous())
     return static_cast<const float*>(t->const_data_ptr());
-  keep.push_back(to_f32(*t));
-  return static_cast<const float*>(keep.back().const_data_ptr());
+  copies.push_back(to_f32(*t));
+  return static_cast<const float*>(copies.back().const_data_ptr());
 }
 
 template <class T>

@@ -36,7 +36,7 @@ inline Tensor to_f32(const Tensor& t) {
 }
 
 // A [B, D] operand (or one broadcast row, [D]) becomes fp32 rows; a [B, T, D] operand keeps its strides.
-inline Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& keep, const char* what) {
+inline Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& copies, const char* what) {
   if (!t.has_value()) return {nullptr, false, 0, 0};
   const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
   if (t->dim() == 3) {
@@ -50,7 +50,7 @@ inline Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& 
     return {t->const_data_ptr(), false, t->stride(0), 0};
   }
   const bool one_row = t->dim() == 1;
-  return {as_f32(t, one_row ? D : B * D, keep, what), false, one_row ? 0 : D, 0};
+  return {as_f32(t, one_row ? D : B * D, copies, what), false, one_row ? 0 : D, 0};
 }
 
 // A finished fp32 gradient in the dtype of its operand.
@@ -68,12 +68,12 @@ inline Tensor as_gradient(const Tensor& grad, const MaybeTensor& operand) {
 // The parameters of group_norm_silu that forward, backward and statistics share.
 inline GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                        const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
-                                       bool channels_last, std::vector<Tensor>& keep) {
+                                       bool channels_last, std::vector<Tensor>& copies) {
   GroupNormSilu p = image_params<GroupNormSilu>(x, groups, silu, channels_last);
-  p.weight = as_f32(weight, p.C, keep, "weight");
-  p.bias = as_f32(bias, p.C, keep, "bias");
-  p.scale = as_f32(scale, p.N * p.C, keep, "scale");
-  p.shift = as_f32(shift, p.N * p.C, keep, "shift");
+  p.weight = as_f32(weight, p.C, copies, "weight");
+  p.bias = as_f32(bias, p.C, copies, "bias");
+  p.scale = as_f32(scale, p.N * p.C, copies, "scale");
+  p.shift = as_f32(shift, p.N * p.C, copies, "shift");
   return p;
 }
 

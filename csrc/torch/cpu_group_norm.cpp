@@ -6,8 +6,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
                                                    MaybeTensor shift, int64_t groups, double eps, bool silu,
                                                    bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies);
   Tensor y = dense_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
   const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
@@ -23,12 +23,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
                                                                        MaybeTensor weight, MaybeTensor bias,
                                                                        MaybeTensor scale, MaybeTensor shift,
                                                                        int64_t groups, bool silu, bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies);
   check_like(dy, x, "dy");
   check_dense(dy, channels_last, "dy");
-  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
+  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, copies, "rstd"));
   Tensor dx = dense_like(x);
   Tensor dweight = weight ? f32(x, {p.C}) : absent(), dbias = bias ? f32(x, {p.C}) : absent();
   Tensor dscale = scale ? f32(x, {p.N, p.C}) : absent(), dshift = shift ? f32(x, {p.N, p.C}) : absent();
@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
 
 // Statistics alone: mean and rstd, [N, G] each.
 std::tuple<Tensor, Tensor> group_norm_statistics(Tensor x, int64_t groups, double eps, bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, {}, {}, {}, {}, groups, false, channels_last, keep);
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, {}, {}, {}, {}, groups, false, channels_last, copies);
   Tensor mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
   const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
@@ -62,10 +62,10 @@ std::tuple<Tensor, Tensor> group_norm_statistics(Tensor x, int64_t groups, doubl
 // The norm with these statistics as a map of every channel: [N, 3, C], mean, a and b of z = (x - mean) * a + b.
 Tensor group_norm_affine(Tensor x, Tensor mean, Tensor rstd, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
                          MaybeTensor shift, int64_t groups, bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, true, channels_last, keep);
-  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, true, channels_last, copies);
+  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, copies, "rstd"));
   Tensor affine = f32(x, {p.N, 3, p.C});
   kernels().group_norm_affine(p, data<float>(affine));
   return affine;

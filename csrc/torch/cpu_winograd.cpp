@@ -49,7 +49,7 @@ Winograd winograd_params(const Tensor& x, const MaybeTensor& affine, int64_t out
 // transposed: x is the gradient dy of a convolution with this weight, and the result its dx.
 Tensor winograd_conv(Tensor x, MaybeTensor affine, Tensor weight, MaybeTensor packed, MaybeTensor bias,
                      MaybeTensor residual, int64_t padding, int64_t tile, bool transposed, bool channels_last) {
-  std::vector<Tensor> keep;
+  std::vector<Tensor> copies;
   const WinogradWeight w = winograd_weight(weight, transposed);
   Winograd p = winograd_params(x, affine, w.K, padding, tile, channels_last);
   STD_TORCH_CHECK(w.C == p.C && dtype_of(weight) == p.dtype, "zeroblock: x and weight must agree in channels and type");
@@ -60,7 +60,7 @@ Tensor winograd_conv(Tensor x, MaybeTensor affine, Tensor weight, MaybeTensor pa
                     "zeroblock: packed has another shape than this weight and tile give");
     p.packed = static_cast<const float*>(packed->const_data_ptr());
   }
-  p.bias = as_f32(bias, p.K, keep, "bias");
+  p.bias = as_f32(bias, p.K, copies, "bias");
   const std::vector<int64_t> size = {p.N, p.K, p.OH, p.OW};
   const int64_t plane = p.OH * p.OW, stride[2][4] = {{p.K * plane, plane, p.OW, 1}, {plane * p.K, 1, p.OW * p.K, p.K}};
   Tensor y = allocate(x, 4, size.data(), stride[channels_last], dtype_id(x));

@@ -30,7 +30,7 @@ bool is_dense(const Tensor& t) {
 }
 
 // x + bias without y; bias runs along the innermost dimension in memory (last) or along dimension 1 of a contiguous x.
-AddBias add_bias_params(const Tensor& x, const MaybeTensor& bias, bool last, std::vector<Tensor>& keep) {
+AddBias add_bias_params(const Tensor& x, const MaybeTensor& bias, bool last, std::vector<Tensor>& copies) {
   AddBias p{};
   p.dtype = dtype_of(x);
   p.C = bias ? bias->numel() : 1;
@@ -42,14 +42,14 @@ AddBias add_bias_params(const Tensor& x, const MaybeTensor& bias, bool last, std
   }
   p.R = p.C * p.S > 0 ? x.numel() / (p.C * p.S) : 0;
   STD_TORCH_CHECK(x.is_cpu() && is_dense(x) && p.R * p.C * p.S == x.numel(), "zeroblock: bias does not fit x");
-  if (bias && !(bias->is_contiguous() && is_zero(*bias))) p.bias = as_f32(bias, p.C, keep, "bias");
+  if (bias && !(bias->is_contiguous() && is_zero(*bias))) p.bias = as_f32(bias, p.C, copies, "bias");
   p.x = x.const_data_ptr();
   return p;
 }
 
 Tensor add_bias(Tensor x, MaybeTensor bias, bool last) {
-  std::vector<Tensor> keep;
-  AddBias p = add_bias_params(x, bias, last, keep);
+  std::vector<Tensor> copies;
+  AddBias p = add_bias_params(x, bias, last, copies);
   Tensor y = dense_like(x);
   p.y = y.mutable_data_ptr();
   kernels().add_bias(p, parallel_for);
@@ -57,8 +57,8 @@ Tensor add_bias(Tensor x, MaybeTensor bias, bool last) {
 }
 
 void add_bias_(Tensor x, MaybeTensor bias, bool last) {
-  std::vector<Tensor> keep;
-  AddBias p = add_bias_params(x, bias, last, keep);
+  std::vector<Tensor> copies;
+  AddBias p = add_bias_params(x, bias, last, copies);
   p.y = x.mutable_data_ptr();
   kernels().add_bias(p, parallel_for);
 }
@@ -90,8 +90,8 @@ Tensor residual_if_zero(Tensor weight, MaybeTensor also, int64_t parts, int64_t 
     if (!is_zero_bytes({tests[t].data, tests[t].bytes < kFirstBytes ? tests[t].bytes : kFirstBytes}, size))
       return absent();
   }
-  std::vector<Tensor> keep;
-  AddBias p = add_bias_params(x, bias, last, keep);
+  std::vector<Tensor> copies;
+  AddBias p = add_bias_params(x, bias, last, copies);
   Tensor y = dense_like(x);
   p.y = y.mutable_data_ptr();
   return kernels().residual_if_zero(tests, count, size, p, parallel_for) ? y : absent();

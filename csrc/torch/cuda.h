@@ -1,7 +1,7 @@
 // What the CUDA bindings share: device and stream, launch errors, operands in their own dtype.
 // Nothing waits for the device; a launch that fails becomes a Python exception with the op's name.
 //
-// Under ZB_SIMT (tests/simt) the same files bind the emulated kernels to CPU tensors, in another namespace.
+// Under ZB_SIMT (tests/cuda/simt) the same files bind the emulated kernels to CPU tensors, in another namespace.
 #pragma once
 
 #ifdef ZB_SIMT
@@ -55,7 +55,7 @@ inline Tensor to_f32(const Tensor& t) { return torch::stable::contiguous(torch::
 
 // A small operand in its own dtype when that is fp32 or x's and its last dimension is contiguous, else an fp32 copy.
 // [D], [B, D] or [B, T, D]; the first broadcasts over samples.
-inline Operand as_operand(const MaybeTensor& t, const Tensor& x, std::vector<int64_t> size, std::vector<Tensor>& keep,
+inline Operand as_operand(const MaybeTensor& t, const Tensor& x, std::vector<int64_t> size, std::vector<Tensor>& copies,
                           const char* what) {
   if (!t.has_value()) return {nullptr, DType::kF32, false, 0, 0};
   const int64_t dims = t->dim(), D = size.back();
@@ -69,7 +69,7 @@ inline Operand as_operand(const MaybeTensor& t, const Tensor& x, std::vector<int
   const bool as_it_is = v.scalar_type() == ScalarType::Float || v.scalar_type() == x.scalar_type();
   if (!as_it_is) v = torch::stable::to(v, ScalarType::Float);
   if (D > 1 && v.stride(dims - 1) != 1) v = torch::stable::contiguous(v);
-  keep.push_back(v);
+  copies.push_back(v);
   return {v.const_data_ptr(), dtype_of(v), dims == 3, dims >= 2 ? v.stride(0) : 0, dims == 3 ? v.stride(1) : 0};
 }
 

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
                                          MaybeTensor norm_bias, MaybeTensor scale, MaybeTensor shift, bool partial,
                                          MaybeTensor zero) {
   const Here here(x);
-  std::vector<Tensor> keep;
+  std::vector<Tensor> copies;
   check_image(x, "x");
   check_image(weight, "weight");
   cuda::ConvResidual p{};
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
                   "conv_residual: the CUDA kernel takes bfloat16 or float16, 3x3 or 1x1, channels divisible by 8");
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  p.bias = as_operand(bias, x, {p.K}, keep, "bias");
+  p.bias = as_operand(bias, x, {p.K}, copies, "bias");
   if (residual) {
     check_image(*residual, "residual");
     STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && residual->numel() == p.N * p.H * p.W * p.K,
@@ -69,12 +69,12 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
   if (mean) {
     p.G = mean->size(1);
     STD_TORCH_CHECK(rstd.has_value() && p.G > 0 && p.C % p.G == 0, "conv_residual: mean and rstd must be [N, G]");
-    p.mean = as_f32(mean, p.N * p.G, keep, "mean");
-    p.rstd = as_f32(rstd, p.N * p.G, keep, "rstd");
-    p.norm_weight = as_operand(norm_weight, x, {p.C}, keep, "norm_weight");
-    p.norm_bias = as_operand(norm_bias, x, {p.C}, keep, "norm_bias");
-    p.scale = as_operand(scale, x, {p.N, p.C}, keep, "scale");
-    p.shift = as_operand(shift, x, {p.N, p.C}, keep, "shift");
+    p.mean = as_f32(mean, p.N * p.G, copies, "mean");
+    p.rstd = as_f32(rstd, p.N * p.G, copies, "rstd");
+    p.norm_weight = as_operand(norm_weight, x, {p.C}, copies, "norm_weight");
+    p.norm_bias = as_operand(norm_bias, x, {p.C}, copies, "norm_bias");
+    p.scale = as_operand(scale, x, {p.N, p.C}, copies, "scale");
+    p.shift = as_operand(shift, x, {p.N, p.C}, copies, "shift");
   }
   p.zero = zero_of(zero);
   Tensor y = torch::stable::new_empty(x, {p.N, p.H, p.W, p.K}), statistics = absent();

@@ -32,7 +32,7 @@ ZB_INLINE __m128 row_sums(const Vec4& a) {
   return R == 4 ? lane_sums(a) : lane_sums({total(a), zero(), zero(), zero()});
 }
 template <int R>
-ZB_INLINE void put_rows_of(float* p, __m128 a) {
+ZB_INLINE void store_row_sums(float* p, __m128 a) {
   if (R == 4) {
     _mm_storeu_ps(p, a);
   } else {
@@ -46,7 +46,7 @@ ZB_INLINE __m128 inverse_roots(__m128 squares, int64_t D, float eps) {
   return _mm256_cvtpd_ps(_mm256_div_pd(_mm256_set1_pd(1.0), root));
 }
 
-// y = n * mult + add: scale and shift of one sample with weight and bias folded in, staged once per chunk.
+// y = xhat * mult + add: scale and shift of one sample with weight and bias folded in, staged once per chunk.
 struct SampleModulation {
   alignas(64) float mult[kStagedRow];
   alignas(64) float add[kStagedRow];
@@ -178,10 +178,10 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
     mean3 = mean2;
     if (has_second) {
       rstd3 = inverse_roots(row_sums<R>(squares), D, eps);
-      put_rows_of<R>(rstd + row - R, rstd3);
+      store_row_sums<R>(rstd + row - R, rstd3);
     }
     mean2 = rms || !has_first ? none : _mm_div_ps(row_sums<R>(sums), count);
-    if (has_first && mean != nullptr) put_rows_of<R>(mean + row, mean2);
+    if (has_first && mean != nullptr) store_row_sums<R>(mean + row, mean2);
   }
 }
 

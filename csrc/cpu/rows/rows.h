@@ -11,8 +11,6 @@ namespace {
 // Tokens of one sample that a thread takes at a time. Sums over T are taken per chunk, then over the chunks in order:
 // the result depends on the shape alone. At most 4 * kCascade: see Partials.
 constexpr int64_t kChunkRows = 64;
-// Elements below which a second thread costs more than it saves (measured: python benchmarks/scaling.py).
-constexpr int64_t kGrainElements = 32768;
 // A call that touches more bytes than this writes past the caches: its output would be evicted before it is read, and
 // an ordinary store reads the line first. 383 -> 223 us for gate_residual of fp32 [1, 1024, 1152], whose 14 MB no
 // longer stay in an L3 of 32 MB that virtual machines share (measured: python benchmarks/run.py --filter

@@ -132,6 +132,22 @@ ZB_INLINE Bits either_bit(Bits a, Bits b) { return _mm256_or_si256(a, b); }
 ZB_INLINE bool has_no_bit(Bits a, uint64_t mask) {
   return _mm256_testz_si256(a, _mm256_set1_epi64x(static_cast<int64_t>(mask)));
 }
+ZB_INLINE Bits bits_of(Vec a) { return _mm256_castps_si256(a.v); }
+ZB_INLINE Vec from_bits(Bits a) { return {_mm256_castsi256_ps(a)}; }
+ZB_INLINE Bits with_bits(Bits a, int bits) { return _mm256_or_si256(a, _mm256_set1_epi32(bits)); }
+ZB_INLINE __m128i lower_halves(Bits a) {
+  const __m256i h = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
+  return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+ZB_INLINE void store_lower_halves(void* p, Bits a) { _mm_storeu_si128(static_cast<__m128i*>(p), lower_halves(a)); }
+ZB_INLINE void store_lower_halves(void* p, Bits a, int n) { store_tail_16(p, lower_halves(a), n); }
+ZB_INLINE Bits load_lower_halves(const void* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+ZB_INLINE Bits load_lower_halves(const void* p, int n) { return _mm256_cvtepu16_epi32(load_tail_16(p, n)); }
+ZB_INLINE Bits join_halves(Bits even, Bits odd) { return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa); }
+ZB_INLINE Bits even_halves(Bits a) { return _mm256_and_si256(a, _mm256_set1_epi32(0xffff)); }
+ZB_INLINE Bits odd_halves(Bits a) { return _mm256_srli_epi32(a, 16); }
 template <int size>
 ZB_INLINE Bits without_minus_zero(Bits a, bool* found) {
   const Bits minus_zero = size == 2 ? _mm256_cmpeq_epi16(a, _mm256_set1_epi16(static_cast<int16_t>(0x8000)))

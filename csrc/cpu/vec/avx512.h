@@ -147,6 +147,28 @@ ZB_INLINE Bits either_bit(Bits a, Bits b) { return _mm512_or_si512(a, b); }
 ZB_INLINE bool has_no_bit(Bits a, uint64_t mask) {
   return _mm512_test_epi64_mask(a, _mm512_set1_epi64(static_cast<int64_t>(mask))) == 0;
 }
+ZB_INLINE Bits bits_of(Vec a) { return _mm512_castps_si512(a.v); }
+ZB_INLINE Vec from_bits(Bits a) { return {_mm512_castsi512_ps(a)}; }
+ZB_INLINE Bits with_bits(Bits a, int bits) { return _mm512_or_si512(a, _mm512_set1_epi32(bits)); }
+// The lower halves of the lanes, to 16 bits each in memory and back; a whole vector or the first n.
+ZB_INLINE void store_lower_halves(void* p, Bits a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a));
+}
+ZB_INLINE void store_lower_halves(void* p, Bits a, int n) {
+  _mm256_mask_storeu_epi16(p, tail_mask(n), _mm512_cvtepi32_epi16(a));
+}
+ZB_INLINE Bits load_lower_halves(const void* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+ZB_INLINE Bits load_lower_halves(const void* p, int n) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(tail_mask(n), p));
+}
+// Lower halves side by side in one lane, and apart again.
+ZB_INLINE Bits join_halves(Bits even, Bits odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, even, _mm512_slli_epi32(odd, 16));
+}
+ZB_INLINE Bits even_halves(Bits a) { return _mm512_and_si512(a, _mm512_set1_epi32(0xffff)); }
+ZB_INLINE Bits odd_halves(Bits a) { return _mm512_srli_epi32(a, 16); }
 // -0 becomes +0, in elements of `size` bytes; *found says whether there was one.
 template <int size>
 ZB_INLINE Bits without_minus_zero(Bits a, bool* found) {

@@ -14,7 +14,12 @@ constexpr int kTileRows = 14;
 #else
 constexpr int kTileRows = 6;
 #endif
-constexpr int kGroupTiles = 8 * kTileRows;  // tiles whose products stay in the cache until they are transformed back
+
+// What is worked on at a time: floats and tiles of a chunk (2 MiB of V, near the processor, but each transformed weight
+// should serve many tiles), and tiles whose products M stay in the cache until they are transformed back. python
+// benchmarks/scaling.py shows the times over channels and resolutions (guess).
+constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
+constexpr int kGroupTiles = 8 * kTileRows;
 
 // Channels summed in registers; then the sum goes to memory: one chain over all channels would lose more to rounding
 // than PyTorch's convolution does (tests/test_winograd.py).
@@ -164,10 +169,6 @@ template <class F>
 int64_t packed_panel(int64_t C) {
   return F::n * F::n * panel_point(C);
 }
-
-// Floats and tiles of a chunk: V (2 MiB) should stay in the caches, but a transformed weight should also serve many
-// tiles (measured: python benchmarks/scaling.py).
-constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
 
 // The strips [first, last), a chunk after the other; V is scratch memory of the calling thread.
 template <class F, class T>

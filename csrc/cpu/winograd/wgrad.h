@@ -43,7 +43,7 @@ ZB_LOOPS void gemm_channels(const float* v, const float* dm, int64_t tiles, floa
   }
 }
 
-// A chunk of V and dM: as in fwd.h, with dU in place of the weight (measured: python benchmarks/scaling.py).
+// Floats and tiles of a chunk of V and dM together: twice fwd.h's floats for two operands.
 constexpr int64_t kGradChunkFloats = int64_t{1} << 20, kGradChunkTiles = 64;
 
 // The output channels of the panels [first, last). V is scratch memory of the calling thread; dM of a panel belongs to
