@@ -7,7 +7,9 @@ JOBS ?= 2
 EXTRAS ?= test,models,demo,lint
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*)
+CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/torch csrc/cuda csrc/cpu csrc/cpu/*)))
+CXX_SOURCES := $(CSRC) $(wildcard tests/simt/*.h tests/simt/*.cpp)
+SOURCES := setup.py pyproject.toml $(CSRC)
 
 .PHONY: demo test bench lint format wheel clean
 
@@ -31,13 +33,13 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu* tests/simt/*.h tests/simt/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu* tests/simt/*.h tests/simt/*.cpp
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 wheel: $(STAMP)
 	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .

@@ -1,11 +1,11 @@
-"""Builds zeroblock: the package map (kernels/ becomes zeroblock.kernels) and the optional native extension.
+"""Builds zeroblock: the package map (kernels/ becomes zeroblock.kernels) and the optional native extension of csrc/.
 
-Nothing here needs a GPU, the network or an environment variable. What is built:
-  * CPU kernels, when the compiler targets x86-64: csrc/cpu/kernels.cpp once per instruction set, picked at run time;
-  * CUDA kernels, when csrc/cuda has any and ZEROBLOCK_BUILD_CUDA (auto | 1 | 0) allows it.
-TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") overrides the architectures of the CUDA kernels, MAX_JOBS the compilers at a time.
+Nothing here needs a GPU, the network or an environment variable; csrc/README.md has the variables that are honoured.
+What is built, side by side, and again only where something that it includes has changed:
+  * CPU kernels, when the compiler targets x86-64: csrc/cpu/table.cpp once per instruction set, picked at run time;
+  * CUDA kernels, when ZEROBLOCK_BUILD_CUDA (auto | 1 | 0) allows it;
+  * their bindings, csrc/torch.
 Without a usable compiler the wheel is pure Python; `python -c "import zeroblock; print(zeroblock.info())"` says why.
-CXX and CXXFLAGS are honoured; CXXFLAGS=-march=native makes a wheel for this processor only.
 """
 
 import os
@@ -17,7 +17,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "zeroblock/_version.py").read_text()).group(1)
@@ -29,11 +30,14 @@ ISA_FLAGS = {
     "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:  # metadata and sdist work without torch
-    BuildExtension = None
+CXX = shlex.split(os.environ.get("CXX", "g++"))
+CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
+HIDDEN = ["-fPIC", "-fvisibility=hidden"]
 
+try:
+    from torch.utils import cpp_extension
+except ImportError:  # metadata and sdist work without torch
+    cpp_extension = None
 
 # One cubin each for Ampere, Hopper and Blackwell data-centre parts; PTX of the last serves what comes later. Cubins run
 # on later minor versions too (8.0 on 8.6 and 8.9).
@@ -98,88 +102,98 @@ def cuda_archs() -> tuple[list[str], str]:
     return flags, " ".join(names)
 
 
-def cuda_jobs(build_dir: Path) -> dict[Path, list[str]]:
-    """{object: command} of the torch-free CUDA sources."""
-    flags, _ = cuda_archs()
-    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    common = [str(nvcc_path()), "-std=c++17", "-O3", *flags, *host]
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
-    return {build_dir / f"cuda_{path.stem}.o": [*common, "-c", str(path.relative_to(ROOT))] for path in sources}
-
-
-def cpu_jobs(cxx: str, build_dir: Path) -> dict[Path, list[str]]:
-    """{object: command} of the torch-free CPU sources, one object per instruction set."""
-    user = shlex.split(os.environ.get("CXXFLAGS", ""))
+def cpu_jobs(folder: Path) -> dict[Path, list[str]]:
+    """{object: command} of the torch-free CPU sources, one object of kernels per instruction set."""
     # No contraction: a product that must cancel exactly (g - mean(g)) must not be kept in higher precision.
-    common = [cxx, "-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *user]
-    if "clang" not in cxx:
+    common = [*CXX, "-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", *HIDDEN, *CXXFLAGS]
+    if not any("clang" in word for word in CXX):
         common += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms in the headers of the intrinsics
-    jobs = {build_dir / "dispatch.o": [*common, "-c", "csrc/cpu/dispatch.cpp"]}
+    jobs = {}
     for isa, flags in ISA_FLAGS.items():
         names = [f"-DZB_TABLE=kernels_{isa}", f'-DZB_ISA_NAME="{isa}"']
-        jobs[build_dir / f"kernels_{isa}.o"] = [*common, *flags, *names, "-c", "csrc/cpu/kernels.cpp"]
-    return jobs
+        jobs[folder / f"kernels_{isa}.o"] = [*common, *flags, *names, "-c", "csrc/cpu/table.cpp"]
+    return {**jobs, folder / "pick_isa.o": [*common, "-c", "csrc/cpu/pick_isa.cpp"]}
 
 
-def compile_objects(jobs: dict[Path, list[str]]) -> list[str]:
-    """Runs the compilers side by side. Objects of the same command, newer than their folder's sources, are kept."""
+def cuda_jobs(folder: Path) -> dict[Path, list[str]]:
+    """{object: command} of the torch-free CUDA sources, the longest first."""
+    flags, _ = cuda_archs()
+    common = [str(nvcc_path()), "-std=c++17", "-O3", *flags, "-Xcompiler", ",".join(HIDDEN)]
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    return {folder / f"cuda_{path.stem}.o": [*common, "-c", str(path.relative_to(ROOT))] for path in sources}
 
-    def newest(source: Path) -> float:
-        return max(path.stat().st_mtime for path in [*source.parent.iterdir(), *(ROOT / "csrc").glob("*.h")])
+
+def torch_jobs(folder: Path, cuda: bool) -> dict[Path, list[str]]:
+    """{object: command} of the bindings."""
+    headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    if cuda:
+        macros += [f'-DZB_CUDA_ARCHS="{cuda_archs()[1]}"']
+    common = [*CXX, "-std=c++20", "-O2", "-Wall", *HIDDEN, *macros, *headers, *CXXFLAGS]
+    sources = sorted((ROOT / "csrc/torch").glob("*.cpp" if cuda else "cpu_*.cpp"))
+    return {folder / f"torch_{path.stem}.o": [*common, "-c", str(path.relative_to(ROOT))] for path in sources}
+
+
+def is_current(target: Path, command: list[str]) -> bool:
+    """Whether the object is of this command, and newer than all it was made from, as its compiler listed that (-MD)."""
+    stamp, listed = target.with_suffix(".command"), target.with_suffix(".d")
+    if not (target.exists() and stamp.exists() and listed.exists()) or stamp.read_text() != shlex.join(command):
+        return False
+    sources = listed.read_text().partition(":")[2].replace("\\\n", " ").split()
+    times = [os.stat(path).st_mtime if os.path.exists(path) else float("inf") for path in sources]
+    return max(times) < target.stat().st_mtime
+
+
+def compile_objects(jobs: dict[Path, list[str]]) -> None:
+    """Runs the compilers side by side, MAX_JOBS at a time; objects that are current are kept."""
 
     def compile_one(target: Path, command: list[str]) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stamp = target.with_suffix(".command")
-        known = stamp.read_text() if stamp.exists() and target.exists() else None
-        if known != shlex.join(command) or target.stat().st_mtime < newest(ROOT / command[-1]):
-            subprocess.run([*command, "-o", str(target)], check=True)
-            stamp.write_text(shlex.join(command))
+        if not is_current(target, command):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.with_suffix(".command").unlink(missing_ok=True)
+            dependencies = ["-MD", "-MF", str(target.with_suffix(".d"))]
+            subprocess.run([*command, *dependencies, "-o", str(target)], check=True)
+            target.with_suffix(".command").write_text(shlex.join(command))
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(lambda job: compile_one(*job), jobs.items()))
-    return [str(path) for path in jobs]
+
+
+class Build(build_ext):
+    """Compiles csrc and links zeroblock/_C.so; a failing compiler leaves a pure-Python package that says so."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"  # one file for every Python: torch loads it, not Python
+
+    def build_extension(self, ext: Extension) -> None:
+        cuda = wants_cuda()
+        folder = Path(self.build_temp).resolve() / "csrc"
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            jobs = {**cpu_jobs(folder), **(cuda_jobs(folder) if cuda else {}), **torch_jobs(folder, cuda)}
+            compile_objects(jobs)
+            objects = [*map(str, jobs), *([str(cuda_runtime())] if cuda else [])]
+            libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
+            system = ["-lrt", "-ldl", "-lpthread"] if cuda else []
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = shlex.split(os.environ.get("LDFLAGS", ""))
+            subprocess.run([*CXX, "-shared", *flags, *objects, *libraries, *system, "-o", str(target)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("ZEROBLOCK_BUILD_CUDA") == "1":
+                raise SystemExit(f"ZEROBLOCK_BUILD_CUDA=1, but the build failed: {error}") from error
+            ext.optional = True
+            print(f"zeroblock: native kernels were not built: {error}")
 
 
 def extension() -> dict:
-    """The ext_modules and cmdclass arguments of setup(); empty when the native part cannot be built here."""
-    if BuildExtension is None or platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
+    """The ext_modules, cmdclass and options of setup(); empty when the native part cannot be built here."""
+    if cpp_extension is None or platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
         print("zeroblock: no native CPU kernels are built (they need torch and a Unix compiler for x86-64)")
         return {}
-    cuda = wants_cuda()
-
-    class Build(BuildExtension):
-        """Adds the per-instruction-set objects; a failing compiler leaves a pure-Python package that says so."""
-
-        def build_extension(self, ext):
-            cxx = os.environ.get("CXX", "g++")
-            try:
-                folder = Path(self.build_temp).resolve() / "csrc"
-                ext.extra_objects = compile_objects({**cpu_jobs(cxx, folder), **(cuda_jobs(folder) if cuda else {})})
-                if cuda:
-                    ext.extra_objects.append(str(cuda_runtime()))
-                super().build_extension(ext)
-            except (OSError, subprocess.CalledProcessError) as error:
-                if os.environ.get("ZEROBLOCK_BUILD_CUDA") == "1":
-                    raise SystemExit(f"ZEROBLOCK_BUILD_CUDA=1, but the build failed: {error}") from error
-                ext.optional = True
-                print(f"zeroblock: native CPU kernels were not built: {error}")
-
-    ext = CppExtension(
-        "zeroblock._C",
-        ["csrc/bindings.cpp", *(["csrc/bindings_cuda.cpp", "csrc/bindings_cuda_conv.cpp"] if cuda else [])],
-        include_dirs=[str(ROOT / "csrc")],
-        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.[hc]*"))],
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)]
-        + ([("ZB_CUDA_ARCHS", f'"{cuda_archs()[1]}"')] if cuda else []),
-        libraries=["rt", "dl", "pthread"] if cuda else [],
-        extra_compile_args=["-O2", "-fvisibility=hidden", "-Wall"],
-        py_limited_api=True,
-    )
-    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
     return {
-        "ext_modules": [ext],
-        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
-        "options": options,
+        "ext_modules": [Extension("zeroblock._C", sources=[], py_limited_api=True)],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

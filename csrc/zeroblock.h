@@ -12,7 +12,16 @@
 
 namespace zeroblock {
 
-enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+// Every element type, in one place: X(DType, the kernels' type, torch's ScalarType). bf16 and f16 are defined by
+// cpu/vec/element.h and by cuda/platform.cuh.
+#define ZB_DTYPES(X)       \
+  X(kF32, float, Float)    \
+  X(kBF16, bf16, BFloat16) \
+  X(kF16, f16, Half)
+
+#define ZB_ENUMERATOR(name, type, scalar_type) name,
+enum class DType : int32_t { ZB_DTYPES(ZB_ENUMERATOR) };
+#undef ZB_ENUMERATOR
 
 // The binding hands in the framework's thread pool: run body(ctx, b, e) over disjoint ranges that cover [begin, end).
 using ParallelBody = void (*)(void* ctx, int64_t begin, int64_t end);
@@ -52,7 +61,7 @@ struct Rows {
   int64_t stride_b, stride_t;
 };
 
-// y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: xhat = x * rstd [* weight].
+// y = (xhat [* weight + bias]) * (1 + scale) + shift, xhat = (x - mean) * rstd; rms: mean = 0.
 // x, y, dy, dx are dense [B, T, D]. mean, rstd: [B, T]; mean is null for rms.
 struct LayerNormModulate {
   DType dtype;

@@ -1,6 +1,6 @@
 """The kernels of the instruction set that this processor would not pick, through the same parity check.
 
-The test compiles bindings and kernels once more under another namespace, with a dispatcher that always takes AVX2, and
+The test compiles bindings and kernels once more under another namespace, with a choice that is always AVX2, and
 puts those ops in the place of the installed ones. AVX-512 is what the rest of the suite runs on where it can run.
 """
 
@@ -32,7 +32,7 @@ NATIVE = (
     "gate_residual_layer_norm_modulate",
     "linear_gate_residual",  # the activations
 )
-DISPATCH = """
+PICK_ISA = """
 #include "zeroblock.h"
 namespace zeroblock {
 extern const CpuKernels kernels_avx2;
@@ -44,7 +44,7 @@ const CpuKernels* cpu_kernels() { return &kernels_avx2; }
 def _missing() -> str | None:
     if CPU_MISSING is not None:
         return f"the cpu backend cannot run: {CPU_MISSING}"
-    if not (CSRC / "bindings.cpp").exists():
+    if not (CSRC / "torch").exists():
         return "the C++ sources are not here"
     if shutil.which(CXX[0]) is None:
         return f"the compiler {CXX[0]} is not installed"
@@ -59,14 +59,17 @@ def avx2_library(tmp_path_factory):
     from torch.utils import cpp_extension
 
     folder = tmp_path_factory.mktemp("avx2")
-    (folder / "dispatch.cpp").write_text(DISPATCH)
+    (folder / "pick_isa.cpp").write_text(PICK_ISA)
     headers = [f"-I{CSRC}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
     common = [*CXX, "-std=c++20", "-fPIC", "-Dzeroblock=zeroblock_avx2", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
     table = ["-mavx2", "-mfma", "-mf16c", "-DZB_TABLE=kernels_avx2", '-DZB_ISA_NAME="avx2"']
     jobs = [
-        [*common, "-O0", *headers, "-c", str(CSRC / "bindings.cpp"), "-o", "bindings.o"],
-        [*common, "-O0", *headers, "-c", "dispatch.cpp", "-o", "dispatch.o"],
-        [*common, "-O1", *table, "-c", str(CSRC / "cpu/kernels.cpp"), "-o", "kernels.o"],
+        [*common, "-O1", *table, "-c", str(CSRC / "cpu/table.cpp"), "-o", "table.o"],
+        [*common, "-O0", *headers, "-c", "pick_isa.cpp", "-o", "pick_isa.o"],
+        *(
+            [*common, "-O0", *headers, "-c", str(path), "-o", f"{path.stem}.o"]
+            for path in sorted((CSRC / "torch").glob("cpu_*.cpp"))
+        ),
     ]
     running = [subprocess.Popen(job, cwd=folder, stderr=subprocess.PIPE, text=True) for job in jobs]
     for process in running:

@@ -1,13 +1,15 @@
 // activation: y = act(x) and dx = dy * act'(x) for silu, tanh-gelu and gelu, elementwise on n values of fp32, bf16 or
 // fp16, arithmetic in fp32. x is bounded where act has long become 0 or x, so that no inf - inf or 0 * inf appears.
+// Loop: pieces of kActivationStep elements shared between the threads. No reduction. Zero path: none; the caller
+// decides (add_bias.h).
 #pragma once
 
-#include "rows.h"
+#include "rows/rows.h"
 
 namespace zeroblock {
 namespace {
 
-// Elements of one step of the work: a whole number of vectors, so that only the last step has a tail.
+// Elements of one piece of work: a whole number of vectors, so that only the last piece has a tail.
 constexpr int64_t kActivationStep = 4096;
 
 // act(x) and its derivative.
@@ -67,17 +69,6 @@ struct Gelu {
     const Vec phi = where_negative(bounded, below, one - below);
     return {low * phi, fmadd(bounded * set1(0.398942280f), gauss, phi)};
   }
-
- private:
-#if defined(__AVX512F__)
-  ZB_INLINE static Vec magnitude(Vec a) { return {_mm512_abs_ps(a.v)}; }
-  ZB_INLINE static Vec where_negative(Vec a, Vec yes, Vec no) {
-    return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(_mm512_castps_si512(a.v)), yes.v)};
-  }
-#else
-  ZB_INLINE static Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-  ZB_INLINE static Vec where_negative(Vec a, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, a.v)}; }
-#endif
 };
 
 template <class F>
@@ -107,7 +98,8 @@ void activation_fwd_of(T*, A, const Activation& p, ParallelFor run) {
   const T* const x = static_cast<const T*>(p.x);
   T* const y = static_cast<T*>(p.y);
   const bool streamed = streams(y, kLanes, 2 * p.n * static_cast<int64_t>(sizeof(T)));
-  each_element(run, p.n, [&](int64_t i, auto lanes) { put(y + i, A::at(load(x + i, lanes)).y, lanes, streamed); });
+  each_element(run, p.n,
+               [&](int64_t i, auto lanes) { store_or_stream(y + i, A::at(load(x + i, lanes)).y, lanes, streamed); });
 }
 
 template <class T, class A>
@@ -120,8 +112,8 @@ void activation_bwd_of(T*, A, const Activation& p, ParallelFor run) {
   const bool streamed = streams(dx, kLanes, bytes) && streams(y, kLanes, bytes);
   each_element(run, p.n, [&](int64_t i, auto lanes) {
     const ActValue value = A::at(load(x + i, lanes));
-    put(dx + i, load(dy + i, lanes) * value.slope, lanes, streamed);
-    if (y != nullptr) put(y + i, value.y, lanes, streamed);
+    store_or_stream(dx + i, load(dy + i, lanes) * value.slope, lanes, streamed);
+    if (y != nullptr) store_or_stream(y + i, value.y, lanes, streamed);
   });
 }
 

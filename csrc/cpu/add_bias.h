@@ -1,21 +1,21 @@
-// add_bias: y = x + (bias + 0), bias along one dimension, or y = x + 0: what is left of a zero branch. Its products are
-// +0, so that a bias of -0 and an x of -0 without a bias come out as +0. x is [R, C, S]: NCHW has R = N, channels-last
-// and token layouts have S = 1. fp32, bf16 or fp16, bias fp32, one rounding. y may be x itself.
+// add_bias: y = x + (bias + 0), bias along one dimension, or y = x + 0: the zero path of a residual branch, whose
+// products are all +0, so that a bias of -0, and an x of -0 without a bias, come out as +0. x is [R, C, S]: NCHW has R
+// = N, channels-last and token layouts have S = 1. fp32, bf16 or fp16, bias fp32, one rounding. y may be x itself.
 // Without a bias elements are copied as words, -0 replaced; in place only vectors that hold a -0 are written. Where the
-// caller's thread flushes denormals the addition is carried out, which flushes them as eager's does.
+// calling thread flushes denormals the addition is carried out, which flushes them as eager's does.
 // residual_if_zero: the test of a branch's weights (is_zero.h) and, where they are zero, add_bias, in one parallel
-// region: a thread reads its share of the weights and then forms its share of y. y is garbage when the result is false.
+// region: a thread reads its share of the weights and then forms its share of y. Where they are not, y is left
+// undefined. Loop: pieces of the weights and of y, shared between the threads. No reduction.
 #pragma once
 
 #include "is_zero.h"
-#include "rows.h"
+#include "rows/rows.h"
 
 namespace zeroblock {
 namespace {
 
-// Work is shared in pieces of this many bytes read or written, some of them at least for each thread.
-constexpr int64_t kPieceBytes = int64_t{32} << 10;
-constexpr int64_t kLeastPieces = 6;
+// Work is shared in pieces of kPieceBytes read or written, at most so many: the products of piece_begin must not
+// overflow.
 constexpr int64_t kMostPieces = 4096;
 
 // Where piece k of `pieces` begins among n elements; between first and last in whole units.
@@ -26,48 +26,21 @@ ZB_INLINE int64_t piece_begin(int64_t n, int64_t k, int64_t pieces, int64_t unit
 // Whether this thread's arithmetic treats denormals as zero (bit 6) or flushes them (bit 15).
 ZB_INLINE bool flushes_denormals() { return (_mm_getcsr() & 0x8040u) != 0; }
 
-#if defined(__AVX512F__)
-template <int size>
-ZB_INLINE ZeroVec without_minus_zero(ZeroVec a, bool* changed) {
-  if constexpr (size == 2) {
-    const __mmask32 found = _mm512_cmpeq_epi16_mask(a, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
-    *changed = found != 0;
-    return _mm512_maskz_mov_epi16(~found, a);
-  } else {
-    const __mmask16 found = _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(static_cast<int32_t>(0x80000000u)));
-    *changed = found != 0;
-    return _mm512_maskz_mov_epi32(static_cast<__mmask16>(~found), a);
-  }
-}
-ZB_INLINE void zero_store(char* p, ZeroVec a) { _mm512_storeu_si512(p, a); }
-ZB_INLINE void zero_stream(char* p, ZeroVec a) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), a); }
-#else
-template <int size>
-ZB_INLINE ZeroVec without_minus_zero(ZeroVec a, bool* changed) {
-  const ZeroVec found = size == 2 ? _mm256_cmpeq_epi16(a, _mm256_set1_epi16(static_cast<int16_t>(0x8000)))
-                                  : _mm256_cmpeq_epi32(a, _mm256_set1_epi32(static_cast<int32_t>(0x80000000u)));
-  *changed = _mm256_testz_si256(found, found) == 0;
-  return _mm256_andnot_si256(found, a);
-}
-ZB_INLINE void zero_store(char* p, ZeroVec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
-ZB_INLINE void zero_stream(char* p, ZeroVec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), a); }
-#endif
-
 // y = x + 0 for `bytes` bytes of elements of `size` bytes.
 template <int size>
 ZB_LOOPS void copy_plus_zero(const char* x, char* y, int64_t bytes, bool streamed) {
-  constexpr int64_t step = sizeof(ZeroVec);
+  constexpr int64_t step = sizeof(Bits);
   int64_t k = 0;
   bool changed;
   if (x == y) {
     for (; k + step <= bytes; k += step) {
-      const ZeroVec a = without_minus_zero<size>(zero_load(x + k), &changed);
-      if (changed) zero_store(y + k, a);
+      const Bits a = without_minus_zero<size>(load_bits(x + k), &changed);
+      if (changed) store_bits(y + k, a);
     }
   } else if (streamed) {
-    for (; k + step <= bytes; k += step) zero_stream(y + k, without_minus_zero<size>(zero_load(x + k), &changed));
+    for (; k + step <= bytes; k += step) stream_bits(y + k, without_minus_zero<size>(load_bits(x + k), &changed));
   } else {
-    for (; k + step <= bytes; k += step) zero_store(y + k, without_minus_zero<size>(zero_load(x + k), &changed));
+    for (; k + step <= bytes; k += step) store_bits(y + k, without_minus_zero<size>(load_bits(x + k), &changed));
   }
   for (; k < bytes; k += size) {
     uint32_t bits = 0;
@@ -108,8 +81,9 @@ ZB_LOOPS void add_bias_pieces(const AddBias& p, AddBiasPlan plan, int64_t k, int
       copy_plus_zero<sizeof(T)>(reinterpret_cast<const char*>(x + begin), reinterpret_cast<char*>(y + begin),
                                 (end - begin) * static_cast<int64_t>(sizeof(T)), streamed);
     } else {
-      each_column(begin, end,
-                  [&](int64_t i, auto lanes) ZB_BODY { put(y + i, load(x + i, lanes) + zero, lanes, streamed); });
+      each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
+        store_or_stream(y + i, load(x + i, lanes) + zero, lanes, streamed);
+      });
     }
     return;
   }
@@ -119,12 +93,13 @@ ZB_LOOPS void add_bias_pieces(const AddBias& p, AddBiasPlan plan, int64_t k, int
     T* const out = y + r * width;
     if (plan.by_column) {
       each_column(0, width, [&](int64_t i, auto lanes) ZB_BODY {
-        put(out + i, load(in + i, lanes) + (load(p.bias + i, lanes) + zero), lanes, streamed);
+        store_or_stream(out + i, load(in + i, lanes) + (load(p.bias + i, lanes) + zero), lanes, streamed);
       });
     } else {
       const Vec b = set1(p.bias[r % p.C] + 0.0f);
-      each_column(0, width,
-                  [&](int64_t i, auto lanes) ZB_BODY { put(out + i, load(in + i, lanes) + b, lanes, streamed); });
+      each_column(0, width, [&](int64_t i, auto lanes) ZB_BODY {
+        store_or_stream(out + i, load(in + i, lanes) + b, lanes, streamed);
+      });
     }
   }
 }

@@ -1,24 +1,25 @@
 // gate_residual: y = residual + gate * branch; backward dbranch = gate * dy, dgate = sum over T of dy * branch.
-// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32, y rounded once. One piece of work is a chunk of tokens; dgate is
-// summed over four rows, per chunk in the workspace, then over the chunks in order: deterministic for any number of
-// threads.
+// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32, y rounded once. Loop: chunks of tokens, shared between the
+// threads. Reduction order of dgate: four rows at a time, added to the chunk's sum in the workspace, then over the
+// chunks in order: the same bits for any number of threads. Zero path: none; the caller decides (add_bias.h).
 #pragma once
 
-#include "rows_bf16.h"
+#include "rows/steps.h"
 
 namespace zeroblock {
 namespace {
 
-ZB_INLINE const float* pick(const float* staged, const float*) { return staged; }
-ZB_INLINE const bf16* pick(const float*, const bf16* row) { return row; }
+// The gate of a row in the order of pairs: an fp32 one is staged, a bf16 one has it as it is loaded.
+ZB_INLINE const float* gate_in_pairs(const float* staged, const float*) { return staged; }
+ZB_INLINE const bf16* gate_in_pairs(const float*, const bf16* row) { return row; }
 
-// Rows of bf16 by pairs; a gate of fp32 is staged in their order once per chunk.
-template <class M>
-void gate_residual_pairs(const GateResidual& p, ParallelFor run, const Operand<M>& gate, bool streamed) {
+// Rows of bf16 in pairs; a gate of fp32 is staged once per chunk.
+template <class Gate>
+void gate_residual_pairs(const GateResidual& p, ParallelFor run, const Operand<Gate>& gate, bool streamed) {
   const int64_t D = p.D;
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     alignas(64) float gate_row[kStagedRow];
-    if constexpr (is_float(static_cast<M*>(nullptr))) {
+    if constexpr (is_float(static_cast<Gate*>(nullptr))) {
       stage(static_cast<bf16*>(nullptr), gate_row, gate.row(b, t_begin), D);
     }
     for (int64_t t = t_begin; t < t_end; ++t) {
@@ -26,26 +27,26 @@ void gate_residual_pairs(const GateResidual& p, ParallelFor run, const Operand<M
       const bf16* const residual = static_cast<const bf16*>(p.residual) + row;
       const bf16* const branch = static_cast<const bf16*>(p.branch) + row;
       bf16* const y = static_cast<bf16*>(p.y) + row;
-      const M* const gate_of_row = pick(gate_row, gate.row(b, t).p);
+      const Gate* const gate_of_row = gate_in_pairs(gate_row, gate.row(b, t).p);
       each_step(y, D, [&](int64_t i, auto lanes) ZB_BODY {
-        const auto g = get(gate_of_row + i, lanes);
-        const auto h = get(branch + i, lanes), x = get(residual + i, lanes);
-        Two out;
+        const auto g = load_step(gate_of_row + i, lanes);
+        const auto h = load_step(branch + i, lanes), x = load_step(residual + i, lanes);
+        Vec2 out;
         for (int k = 0; k < kParts<decltype(lanes)>; ++k) out.v[k] = fmadd(part(g, k), part(h, k), part(x, k));
-        put_parts(y + i, out, lanes, streamed);
+        store_step(y + i, out, lanes, streamed);
       });
     }
   });
 }
 
-template <class T, class M>
-void gate_residual_fwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
+template <class T, class Gate>
+void gate_residual_fwd_of(T*, Gate*, const GateResidual& p, ParallelFor run) {
   const int64_t D = p.D;
   const ConstantRow scalar(p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f);
-  const Operand<M> gate = operand(p.gate, reinterpret_cast<const M*>(scalar.lanes));
+  const Operand<Gate> gate = operand(p.gate, reinterpret_cast<const Gate*>(scalar.lanes));
   T* const y = static_cast<T*>(p.y);
   const bool streamed = streams(y, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
-  if constexpr (kStages<T>) {
+  if constexpr (kInPairs<T>) {
     if (D <= kStagedRow) return gate_residual_pairs(p, run, gate, streamed);
   }
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
@@ -53,10 +54,10 @@ void gate_residual_fwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
       const int64_t row = (b * p.T + t) * D;
       const T* const residual = static_cast<const T*>(p.residual) + row;
       const T* const branch = static_cast<const T*>(p.branch) + row;
-      const OperandRow<M> g = gate.row(b, t);
+      const OperandRow<Gate> g = gate.row(b, t);
       each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
         const Vec out = fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes));
-        put(y + row + i, out, lanes, streamed);
+        store_or_stream(y + row + i, out, lanes, streamed);
       });
     }
   });
@@ -72,7 +73,7 @@ inline void finish_dgate(float* dgate, const Partials& partials, int64_t slot, i
   });
 }
 
-// A per-sample dgate is summed per chunk; beside it the gate as the rows of a chunk read it.
+// Workspace: for each chunk the sums of a per-sample dgate, and the gate, staged.
 ZB_INLINE Partials dgate_partials(const GateResidual& p, float* workspace) {
   return {workspace, p.dgate != nullptr ? 1 : 0, 1, p.T, p.D};
 }
@@ -81,11 +82,11 @@ ZB_INLINE Partials dgate_partials(const GateResidual& p, float* workspace) {
 // is a sum of B T D terms that may cancel, so it is taken in fp64, where the products are exact.
 enum class GateForm { kSample, kToken, kScalar };
 
-template <GateForm kForm, class T, class M>
-void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
+template <GateForm kForm, class T, class Gate>
+void gate_residual_bwd_of(T*, Gate*, const GateResidual& p, ParallelFor run) {
   const int64_t D = p.D, chunks = p.B * chunks_per_sample(p.T);
   const ConstantRow scalar(p.scalar_gate != nullptr ? *p.scalar_gate : 1.0f);
-  const Operand<M> gate = operand(p.gate, reinterpret_cast<const M*>(scalar.lanes));
+  const Operand<Gate> gate = operand(p.gate, reinterpret_cast<const Gate*>(scalar.lanes));
   const bool wants_dgate = p.dgate != nullptr;
   T* const dbranch = static_cast<T*>(p.dbranch);
   T* const dgate = kForm == GateForm::kToken ? static_cast<T*>(p.dgate) : nullptr;
@@ -96,9 +97,9 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
     float* const dgate_sum = partials.sums(chunk, 0);
     Sum64 sum;
-    OperandRow<float> shared = {scalar.lanes, 0};
+    OperandRow<float> sample_gate = {scalar.lanes, 0};
     if constexpr (kForm == GateForm::kSample) {
-      shared = {partials.staged(chunk, 0), -1};
+      sample_gate = {partials.staged(chunk, 0), -1};
       stage(dbranch, partials.staged(chunk, 0), gate.row(b, 0), D);
       partials.clear(chunk);
     }
@@ -109,24 +110,24 @@ void gate_residual_bwd_of(T*, M*, const GateResidual& p, ParallelFor run) {
       const auto g = gate.template tile<kForm == GateForm::kToken>(b, t);
       each_step(dbranch, D, [&](int64_t i, auto lanes) ZB_BODY {
         constexpr int parts = kParts<decltype(lanes)>;
-        Two sums = {{zero(), zero()}};
+        Vec2 sums = {{zero(), zero()}};
 #pragma GCC unroll 4
         for (int k = 0; k < tile.rows; ++k) {
-          const auto d = get(tile.row(dy, k) + i, lanes);
-          Two out;
+          const auto d = load_step(tile.row(dy, k) + i, lanes);
+          Vec2 out;
           if (dbranch != nullptr) {
-            const auto gates = either_step(g, shared, k, i, lanes);
+            const auto gates = either_step(g, sample_gate, k, i, lanes);
             for (int j = 0; j < parts; ++j) out.v[j] = part(d, j) * part(gates, j);
-            put_parts(tile.row(dbranch + start, k) + i, out, lanes, streamed);
+            store_step(tile.row(dbranch + start, k) + i, out, lanes, streamed);
           }
           if (!wants_dgate) continue;
-          const auto h = get(tile.row(branch, k) + i, lanes);
+          const auto h = load_step(tile.row(branch, k) + i, lanes);
           for (int j = 0; j < parts; ++j) {
             if (kForm == GateForm::kToken) out.v[j] = part(d, j) * part(h, j);
             if (kForm == GateForm::kSample) sums.v[j] = fmadd(part(d, j), part(h, j), sums.v[j]);
             if (kForm == GateForm::kScalar) sum.add_product(part(d, j), part(h, j));
           }
-          if (kForm == GateForm::kToken) put_parts(tile.row(dgate + start, k) + i, out, lanes, streamed);
+          if (kForm == GateForm::kToken) store_step(tile.row(dgate + start, k) + i, out, lanes, streamed);
         }
         if (wants_dgate && kForm == GateForm::kSample) accumulate_step(dgate_sum, i, sums, lanes);
       });

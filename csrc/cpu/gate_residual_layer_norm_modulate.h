@@ -1,8 +1,10 @@
 // gate_residual_layer_norm_modulate: x_new = residual + gate * branch; y = layer_norm(x_new) * (1 + scale) + shift.
-// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. x_new is rounded to its type before its statistics are taken.
-// Backward is that of layer_norm_modulate with dx_new added, then dbranch = gate * dresidual and
-// dgate = sum over T of dresidual * branch, in the same walk; where the caches do not hold the arrays, the walk before
-// it prefetches what only this one reads. Sums over T: per chunk, then over the chunks in order.
+// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. x_new is rounded to its type before its statistics are taken, so
+// that y is exactly layer_norm_modulate(x_new).
+// Backward is that of layer_norm_modulate with dx_new added, then dbranch = gate * dresidual and dgate = sum over T of
+// dresidual * branch, in the same walk; where the caches do not hold the arrays, the walk before it prefetches what
+// only this one reads (measured: python benchmarks/run.py --group memory_bound --filter gate_residual_layer_norm).
+// Loop, reduction order and zero path are those of layer_norm_modulate.h.
 #pragma once
 
 #include "gate_residual.h"
@@ -11,8 +13,9 @@
 namespace zeroblock {
 namespace {
 
-// A streamed x_new waits here (in L1) for its statistics and for y; longer rows are stored the ordinary way.
-constexpr int64_t kRowBytes = 16384;
+// The longest row of a streamed x_new that is held back, in L1, for its statistics and for y; a longer one is stored
+// the ordinary way. A third of an L1 of 48 KB.
+constexpr int64_t kHeldBytes = 16384;
 
 // Copies whole vectors past the caches.
 ZB_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
@@ -23,25 +26,25 @@ ZB_INLINE void stream_copy(void* to, const void* from, int64_t bytes) {
 }
 
 // bf16 with an operand per token.
-template <class G, class S, class H>
+template <class Gate, class Scale, class Shift>
 void gate_residual_layer_norm_modulate_staged(const GateResidualLayerNormModulate& p, ParallelFor run,
-                                              const Operand<G>& gate, const Operand<S>& scale, const Operand<H>& shift,
-                                              bool stream_x, bool stream_y) {
+                                              const Operand<Gate>& gate, const Operand<Scale>& scale,
+                                              const Operand<Shift>& shift, bool stream_x, bool stream_y) {
   const int64_t D = p.D;
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
-    StagedPair pair;
+    RowPair pair;
     StagedOperand gate_row, scale_row, shift_row;
-    const OperandRow<G> gate_taken = gate_row.take(gate.row(b, t_begin), D);
-    const OperandRow<S> scale_taken = scale_row.take(scale.row(b, t_begin), D);
-    const OperandRow<H> shift_taken = shift_row.take(shift.row(b, t_begin), D);
+    const OperandRow<Gate> gate_taken = gate_row.take(gate.row(b, t_begin), D);
+    const OperandRow<Scale> scale_taken = scale_row.take(scale.row(b, t_begin), D);
+    const OperandRow<Shift> shift_taken = shift_row.take(shift.row(b, t_begin), D);
     for (int64_t t = t_begin; t < t_end; t += 2) {
       const int64_t row = b * p.T + t, second = t + 1 < t_end ? 1 : 0;  // 0: the last row stands for both
-      const OperandRow<G> g[2] = {staged_row(gate, gate_taken, b, t), staged_row(gate, gate_taken, b, t + second)};
+      const OperandRow<Gate> g[2] = {staged_row(gate, gate_taken, b, t), staged_row(gate, gate_taken, b, t + second)};
       pair.fill(D, false, p.eps, [&](int64_t k, int64_t i, auto lanes) {
         const int64_t at = (row + k * second) * D + i;
         const auto x = fmadd(g[k].at(i, lanes), load(static_cast<const bf16*>(p.branch) + at, lanes),
                              load(static_cast<const bf16*>(p.residual) + at, lanes));
-        put(static_cast<bf16*>(p.x_new) + at, x, lanes, stream_x);
+        store_or_stream(static_cast<bf16*>(p.x_new) + at, x, lanes, stream_x);
         return round_to(x, static_cast<const bf16*>(nullptr));
       });
       for (int64_t k = 0; k <= second; ++k) {
@@ -55,10 +58,10 @@ void gate_residual_layer_norm_modulate_staged(const GateResidualLayerNormModulat
   });
 }
 
-// Rows of x_new, made as they are taken. A streamed one is held back for the two walks that read it again.
+// Rows of x_new, computed as norm_rows.h takes them. A streamed one is held back for the two stages that read it again.
 template <bool kHold, class T>
 struct GatedRows {
-  static constexpr int64_t kHeld = kStages<T> ? 12 : 3;  // three tiles of rows
+  static constexpr int64_t kHeld = kInPairs<T> ? 12 : 3;  // three tiles of rows
   const T* residual;
   const T* branch;
   const float* gate;
@@ -66,16 +69,16 @@ struct GatedRows {
   T* held;  // read only when kHold
   int64_t D;
   template <class Lanes>
-  ZB_INLINE auto shared(int64_t i, Lanes lanes) const {
-    return get(gate + i, lanes);
+  ZB_INLINE auto operand(int64_t i, Lanes lanes) const {
+    return load_step(gate + i, lanes);
   }
-  template <class Gate, class Lanes>
-  ZB_INLINE auto take(const Gate& g, int64_t row, int64_t i, Lanes lanes) const {
-    const auto h = get(branch + row * D + i, lanes), x = get(residual + row * D + i, lanes);
-    Two out;
+  template <class GateStep, class Lanes>
+  ZB_INLINE auto take(const GateStep& g, int64_t row, int64_t i, Lanes lanes) const {
+    const auto h = load_step(branch + row * D + i, lanes), x = load_step(residual + row * D + i, lanes);
+    Vec2 out;
     for (int k = 0; k < kParts<Lanes>; ++k) out.v[k] = fmadd(part(g, k), part(h, k), part(x, k));
-    const auto kept = put_and_get(x_new + row * D + i, out, lanes, kHold);
-    if (kHold) hold(held + row % kHeld * D + i, kept, lanes);
+    const auto kept = store_step_rounded(x_new + row * D + i, out, lanes, kHold);
+    if (kHold) keep_step(held + row % kHeld * D + i, kept, lanes);
     return kept;
   }
   ZB_INLINE const T* rows(int64_t row) const { return kHold ? held + row % kHeld * D : x_new + row * D; }
@@ -85,36 +88,37 @@ template <bool kHold, class T>
 void gate_residual_layer_norm_modulate_tiles(const GateResidualLayerNormModulate& p, ParallelFor run,
                                              const Operand<float>& gate, const Operand<float>& scale,
                                              const Operand<float>& shift, bool stream_y) {
-  using Rows = GatedRows<kHold, T>;
+  using Source = GatedRows<kHold, T>;
   const int64_t D = p.D;
   const ConstantRow one(1.0f);
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     const int64_t row = b * p.T + t_begin;
     T* const y = static_cast<T*>(p.y) + row * D;
-    alignas(64) T held[kHold ? Rows::kHeld * kStagedRow : 1];
+    alignas(64) T held[kHold ? Source::kHeld * kStagedRow : 1];
     alignas(64) float gate_row[kStagedRow];
     SampleModulation modulation;
     stage(y, gate_row, gate.row(b, 0), D);
     modulation.take(y, D, channel_row(nullptr, one.lanes), channel_row(nullptr, kZeros), scale.row(b, 0),
                     shift.row(b, 0));
     norm_chunk(D, t_end - t_begin,
-               Rows{static_cast<const T*>(p.residual) + row * D, static_cast<const T*>(p.branch) + row * D, gate_row,
-                    static_cast<T*>(p.x_new) + row * D, held, D},
+               Source{static_cast<const T*>(p.residual) + row * D, static_cast<const T*>(p.branch) + row * D, gate_row,
+                      static_cast<T*>(p.x_new) + row * D, held, D},
                y, p.mean + row, p.rstd + row, false, p.eps, &modulation, stream_y);
   });
 }
 
-template <class T, class G, class S, class H>
-void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidualLayerNormModulate& p, ParallelFor run) {
+template <class T, class Gate, class Scale, class Shift>
+void gate_residual_layer_norm_modulate_fwd_of(T*, Gate*, Scale*, Shift*, const GateResidualLayerNormModulate& p,
+                                              ParallelFor run) {
   const int64_t D = p.D, row_bytes = D * static_cast<int64_t>(sizeof(T)), bytes = 4 * p.B * p.T * row_bytes;
   const ConstantRow one(1.0f);
-  const Operand<G> gate = operand(p.gate, reinterpret_cast<const G*>(one.lanes));
-  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
-  const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
+  const Operand<Gate> gate = operand(p.gate, reinterpret_cast<const Gate*>(one.lanes));
+  const Operand<Scale> scale = operand(p.scale, reinterpret_cast<const Scale*>(kZeros));
+  const Operand<Shift> shift = operand(p.shift, reinterpret_cast<const Shift*>(kZeros));
   const bool stream_y = streams(static_cast<T*>(p.y), D, bytes);
   bool stream_x = streams(static_cast<T*>(p.x_new), D, bytes);
-  if constexpr (is_float(static_cast<G*>(nullptr)) && is_float(static_cast<S*>(nullptr)) &&
-                is_float(static_cast<H*>(nullptr))) {
+  if constexpr (is_float(static_cast<Gate*>(nullptr)) && is_float(static_cast<Scale*>(nullptr)) &&
+                is_float(static_cast<Shift*>(nullptr))) {
     if (in_tiles(static_cast<T*>(nullptr), D) && !is_per_token(p.gate) && !is_per_token(p.scale) &&
         !is_per_token(p.shift)) {
       return with_bool(stream_x, [&](auto hold) {
@@ -122,22 +126,22 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
       });
     }
   }
-  if constexpr (kStages<T> && !(is_float(static_cast<G*>(nullptr)) && is_float(static_cast<S*>(nullptr)) &&
-                                is_float(static_cast<H*>(nullptr)))) {
+  if constexpr (kInPairs<T> && !(is_float(static_cast<Gate*>(nullptr)) && is_float(static_cast<Scale*>(nullptr)) &&
+                                 is_float(static_cast<Shift*>(nullptr)))) {
     if (D <= kStagedRow) {
       return gate_residual_layer_norm_modulate_staged(p, run, gate, scale, shift, stream_x, stream_y);
     }
   }
-  stream_x = stream_x && row_bytes <= kRowBytes && row_bytes % 32 == 0;
+  stream_x = stream_x && row_bytes <= kHeldBytes && row_bytes % 32 == 0;
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
-    alignas(64) char held[kRowBytes];
+    alignas(64) char held[kHeldBytes];
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = b * p.T + t;
       const T* const residual = static_cast<const T*>(p.residual) + row * D;
       const T* const branch = static_cast<const T*>(p.branch) + row * D;
       T* const x_new = static_cast<T*>(p.x_new) + row * D;
       T* const x = stream_x ? reinterpret_cast<T*>(held) : x_new;
-      const OperandRow<G> g = gate.row(b, t);
+      const OperandRow<Gate> g = gate.row(b, t);
       const float x_sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
         store(x + i, fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes)), lanes);
         return acc + load(x + i, lanes);  // as rounded
@@ -152,7 +156,7 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, G*, S*, H*, const GateResidual
   });
 }
 
-// The modulation's two sums and the gate's behind them; its factor and the gate as the rows of a chunk read them.
+// Workspace: for each chunk the modulation's two sums and the gate's; its factor and the gate, staged.
 constexpr int64_t kFactorRow = 0, kGateRow = 1;
 ZB_INLINE Partials gated_partials(const GateResidualLayerNormModulate& p, float* workspace) {
   const bool wanted = p.dshift != nullptr || (p.dscale != nullptr && !is_per_token(p.scale)) ||
@@ -160,14 +164,15 @@ ZB_INLINE Partials gated_partials(const GateResidualLayerNormModulate& p, float*
   return {workspace, wanted ? 3 : 0, 2, p.T, p.D};
 }
 
-template <bool kTokenScale, bool kTokenGate, class T, class S, class G>
-void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLayerNormModulate& p, ParallelFor run) {
+template <bool kTokenScale, bool kTokenGate, class T, class Scale, class Gate>
+void gate_residual_layer_norm_modulate_bwd_of(T*, Scale*, Gate*, const GateResidualLayerNormModulate& p,
+                                              ParallelFor run) {
   const int64_t D = p.D;
   const ConstantRow one(1.0f);
-  const Operand<G> gate = operand(p.gate, reinterpret_cast<const G*>(one.lanes));
-  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
-  const bool wants_un = !kTokenScale && p.dscale != nullptr;
-  const bool wants_u = !kTokenScale && (p.dshift != nullptr || p.dscale != nullptr);
+  const Operand<Gate> gate = operand(p.gate, reinterpret_cast<const Gate*>(one.lanes));
+  const Operand<Scale> scale = operand(p.scale, reinterpret_cast<const Scale*>(kZeros));
+  const bool wants_xhat_sum = !kTokenScale && p.dscale != nullptr;
+  const bool wants_sum = !kTokenScale && (p.dshift != nullptr || p.dscale != nullptr);
   const bool wants_dy = kTokenScale && p.dshift != nullptr;
   T* const dresidual = static_cast<T*>(p.dresidual);
   T* const dbranch = static_cast<T*>(p.dbranch);
@@ -178,9 +183,9 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
   const Partials partials = gated_partials(p, p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
     float* const gate_sum = wants_gate ? partials.sums(chunk, kSumExtra) : nullptr;
-    const ModulateSums sums = {wants_un ? partials.sums(chunk, kSumUN) : nullptr,
-                               wants_u ? partials.sums(chunk, kSumU) : nullptr,
-                               wants_dy ? partials.sums(chunk, kSumU) : nullptr};
+    const ModulateSums sums = {wants_xhat_sum ? partials.sums(chunk, kSumScaledDyXhat) : nullptr,
+                               wants_sum ? partials.sums(chunk, kSumScaledDy) : nullptr,
+                               wants_dy ? partials.sums(chunk, kSumScaledDy) : nullptr};
     float* const factor = partials.staged(chunk, kFactorRow);
     float* const gate_row = partials.staged(chunk, kGateRow);
     if constexpr (!kTokenScale) stage_factor<false>(dresidual, factor, D, scale.row(b, 0), Affine{}.weight);
@@ -191,7 +196,7 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
       const T* const branch = static_cast<const T*>(p.branch) + start;
       const T* const dx_new = p.dx_new != nullptr ? static_cast<const T*>(p.dx_new) + start : nullptr;
       const auto g = gate.template tile<kTokenGate>(b, t);
-      const ModulateTile<kTokenScale, T, S> inputs = {
+      const ModulateTile<kTokenScale, T, Scale> inputs = {
           D,
           static_cast<const T*>(p.x_new) + start,
           static_cast<const T*>(p.dy) + start,
@@ -203,27 +208,27 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
           sums,
           kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
           {streamed && p.dgate != nullptr ? branch : nullptr, streamed ? dx_new : nullptr}};
-      Two gate_part = {{zero(), zero()}};
+      Vec2 gate_part = {{zero(), zero()}};
       modulate_bwd_tile<false>(
           tile, inputs,
-          [&](int64_t i, int k, Two grad, auto lanes) ZB_BODY {
+          [&](int64_t i, int k, Vec2 grad, auto lanes) ZB_BODY {
             constexpr int parts = kParts<decltype(lanes)>;
             if (dx_new != nullptr) {
-              const auto direct = get(tile.row(dx_new, k) + i, lanes);
+              const auto direct = load_step(tile.row(dx_new, k) + i, lanes);
               for (int j = 0; j < parts; ++j) grad.v[j] += part(direct, j);
             }
-            put_parts(tile.row(dresidual + start, k) + i, grad, lanes, streamed);
-            Two out;
+            store_step(tile.row(dresidual + start, k) + i, grad, lanes, streamed);
+            Vec2 out;
             if (dbranch != nullptr) {
               const auto gates = either_step(g, {gate_row, -1}, k, i, lanes);
               for (int j = 0; j < parts; ++j) out.v[j] = grad.v[j] * part(gates, j);
-              put_parts(tile.row(dbranch + start, k) + i, out, lanes, streamed);
+              store_step(tile.row(dbranch + start, k) + i, out, lanes, streamed);
             }
             if (p.dgate == nullptr) return;
-            const auto h = get(tile.row(branch, k) + i, lanes);
+            const auto h = load_step(tile.row(branch, k) + i, lanes);
             if (kTokenGate) {
               for (int j = 0; j < parts; ++j) out.v[j] = grad.v[j] * part(h, j);
-              put_parts(tile.row(token_dgate + start, k) + i, out, lanes, streamed);
+              store_step(tile.row(token_dgate + start, k) + i, out, lanes, streamed);
             } else {
               for (int j = 0; j < parts; ++j) gate_part.v[j] = fmadd(grad.v[j], part(h, j), gate_part.v[j]);
             }
@@ -237,18 +242,20 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, S*, G*, const GateResidualLaye
     sums.unstage(dresidual, D);
     if (gate_sum != nullptr) unstage(dresidual, gate_sum, D);
   });
-  const ModulateGrads grads = {
-      p.dshift, kTokenScale ? nullptr : static_cast<float*>(p.dscale), nullptr, nullptr, nullptr, nullptr, kTokenScale,
-      kSumU};
+  const ModulateGrads grads = {p.dshift,    kTokenScale ? nullptr : static_cast<float*>(p.dscale),
+                               nullptr,     nullptr,
+                               nullptr,     nullptr,
+                               kTokenScale, kSumScaledDy};
   finish_modulate(grads, p.scale, partials, p.B, run);
   if (wants_gate) finish_dgate(static_cast<float*>(p.dgate), partials, kSumExtra, p.B, run);
 }
 
 inline void gate_residual_layer_norm_modulate_fwd(const GateResidualLayerNormModulate& p, ParallelFor run) {
   with_type(p.dtype, [&](auto* t) {
-    with_operand_type(t, p.gate, [&](auto* g) {
-      with_operand_type(t, p.scale, [&](auto* s) {
-        with_operand_type(t, p.shift, [&](auto* h) { gate_residual_layer_norm_modulate_fwd_of(t, g, s, h, p, run); });
+    with_operand_type(t, p.gate, [&](auto* gate) {
+      with_operand_type(t, p.scale, [&](auto* scale) {
+        with_operand_type(
+            t, p.shift, [&](auto* shift) { gate_residual_layer_norm_modulate_fwd_of(t, gate, scale, shift, p, run); });
       });
     });
   });

@@ -1,28 +1,27 @@
-// GroupNorm, modulation and SiLU in one kernel: what both directions share, and forward.
+// group_norm_silu: GroupNorm, modulation and SiLU in one kernel. What both directions share, and forward.
 //
-// z = (x - mean) * a + b with a = rstd * weight * (1 + scale), b = bias * (1 + scale) + shift; y = z * sigmoid(z).
-// x * a + (b - mean * a) would save an operation but cancels where |mean| >> std.
-//   [N, C, S]: a group of a sample is contiguous; one work item takes its statistics and applies them while it is
-//   cached. [N, S, C]: chunks of whole rows leave per-channel statistics, one item per sample merges them over chunks
-//   and groups, and a second walk over the chunks applies them, row by row: prefetchers follow the one order best.
-// Statistics take one pass: sums of x - centre and of its square, where centre is the mean of what came before: the
-// previous block (its own first elements for the first block) or, per channel, the first rows of a chunk. What the
-// centre misses is corrected for, and blocks are merged by Chan's formula. It is not E[x^2] - E[x]^2 again: with d the
-// distance of the centre from the mean of a block of m elements, the correction is m d^2, and the elements that the
-// centre is the mean of make the group's own sum of squares at least a part of that: half where they are a block, a
-// quarter for kFirstElements, a sixteenth for kFirstRows. The sum so loses at most four bits, and in all but contrived
-// images none.
+// Math: z = (x - mean) * a + b with a = rstd * weight * (1 + scale), b = bias * (1 + scale) + shift; y = z *
+// sigmoid(z). x * a + (b - mean * a) would save an operation but cancels where |mean| >> std. Loop, [N, C, S]: a group
+// of a sample is contiguous; one work item takes its statistics and applies them while it is cached. [N, S, C]: chunks
+// of whole rows leave per-channel statistics, one item per sample merges them over chunks and groups, and a second walk
+// over the chunks applies them, row by row: prefetchers follow the one order best. Reduction order: statistics take one
+// pass, sums of x - centre and of its square, where centre is the mean of what came before: the previous block (its own
+// first elements for the first block) or, per channel, the first rows of a chunk. What the centre misses is corrected
+// for, and blocks are merged in order by Chan's formula. It is not E[x^2] - E[x]^2 again: with d the distance of the
+// centre from the mean of a block of m elements, the correction is m d^2, and the elements that the centre is the mean
+// of make the group's own sum of squares at least a part of that: half where they are a block, a quarter for
+// kFirstElements, a sixteenth for kFirstRows. The sum so loses at most four bits, and in all but contrived images none
+// (tests/test_unusual_input.py). Zero path: none; the caller decides (add_bias.h).
 #pragma once
 
-#include "slope.h"
+#include "parallel.h"
+#include "vec/slope.h"
 
 namespace zeroblock {
 namespace {
 
-constexpr int64_t kGroupNormGrain = 16384;  // elements below which another thread does not pay
-constexpr int64_t kGroupNormBlock = 2048;   // elements summed in fp32 before fp64 takes over
-constexpr int64_t kFirstElements = 512;     // elements whose mean is the centre of the first block
-constexpr int64_t kGroupNormChunk = 16384;  // elements of a chunk of rows, within the limits of its rows below
+constexpr int64_t kGroupNormBlock = 2048;  // elements summed in fp32 before fp64 takes over
+constexpr int64_t kFirstElements = 512;    // elements whose mean is the centre of the first block
 
 ZB_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ZB_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -33,7 +32,9 @@ ZB_INLINE int64_t group_norm_grain(int64_t elements) { return larger(1, kGroupNo
 // With one position per channel both layouts are the same memory, and rows of C fill the vectors better.
 ZB_INLINE bool group_norm_by_rows(const GroupNormSilu& p) { return p.channels_last || p.S == 1; }
 
-constexpr int64_t kMinRows = 32;   // rows that pay for the three rows of their chunk's statistics
+// Elements of a chunk of rows, 64 KB of fp32, but at least kMinRows of them: the statistics of 12 rows took a quarter
+// of their chunk's time (measured: python benchmarks/run.py --group memory_bound --filter group_norm_silu).
+constexpr int64_t kGroupNormChunk = 16384, kMinRows = 32;
 constexpr int64_t kMaxRows = 128;  // rows summed in fp32 before compensated sums take over
 constexpr int64_t kFirstRows = 8;  // rows whose mean is the centre of the chunk's
 
@@ -46,7 +47,8 @@ struct RowChunks {
   int64_t rows_of(int64_t k, int64_t S) const { return smaller(rows, S - k * rows); }
 };
 
-// a - b by the units that multiply: additions and the shifts that widen 16 bits have others, which sums keep busy.
+// a - b as a * 1 - b: the units that multiply are free here, those that add are busy with the sums and with widening 16
+// bits (measured: python benchmarks/run.py --group memory_bound --filter group_norm_silu).
 template <class V, class W>
 ZB_INLINE V product_unit_minus(V a, W b) {
   return fmsub(a, V(set1(1.0f)), V(b));
@@ -54,7 +56,7 @@ ZB_INLINE V product_unit_minus(V a, W b) {
 
 // Two sums over a block: add(sums, i, lanes) adds what is at i.
 struct BlockSums {
-  Wide first = zero(), second = zero();
+  Vec4 first = zero(), second = zero();
 };
 struct TwoSums {
   double first = 0, second = 0;
@@ -62,7 +64,7 @@ struct TwoSums {
 template <class Add>
 ZB_INLINE TwoSums sum_block(int64_t n, const Add& add) {
   BlockSums sums;
-  for_wide_lanes(n, [&](int64_t i, auto lanes) { add(sums, i, lanes); });
+  for_lanes_by_4(n, [&](int64_t i, auto lanes) { add(sums, i, lanes); });
   return {sum(total(sums.first)), sum(total(sums.second))};
 }
 
@@ -138,7 +140,7 @@ ZB_INLINE void store_activated(T* y, V z, Lanes lanes) {
 template <bool kSilu, class T>
 ZB_LOOPS void apply_channel(const T* x, T* y, int64_t n, float mean, float a, float b) {
   const Vec vmean = with_plain_nan(set1(mean)), va = with_plain_nan(set1(a)), vb = with_plain_nan(set1(b));
-  for_wide_lanes(n, [&](int64_t i, auto lanes) {
+  for_lanes_by_4(n, [&](int64_t i, auto lanes) {
     store_activated<kSilu>(y + i, fmadd(load(x + i, lanes) - vmean, va, vb), lanes);
   });
 }
@@ -167,19 +169,19 @@ ZB_INLINE void fill(float* p, int64_t n, float value) {
   for_lanes(n, [&](int64_t i, auto lanes) { store(p + i, with_plain_nan(set1(value)), lanes); });
 }
 
-// Rows of per-channel vectors that meet rows of bf16: in the order in which those are loaded, and back.
+// Rows of per-channel vectors into the order in which rows of T are loaded (vec4.h; only bf16 has its own), and back.
 template <class T>
-ZB_INLINE void in_order_of_elements(float*, int64_t, int64_t, T*) {}
+ZB_INLINE void to_element_order(float*, int64_t, int64_t, T*) {}
 template <class T>
-ZB_INLINE void in_order_of_memory(float*, int64_t, int64_t, T*) {}
-ZB_INLINE void in_order_of_elements(float* p, int64_t rows, int64_t C, bf16*) {
+ZB_INLINE void to_memory_order(float*, int64_t, int64_t, T*) {}
+ZB_INLINE void to_element_order(float* p, int64_t rows, int64_t C, bf16*) {
   for (int64_t row = 0; row < rows; ++row, p += C) {
-    for_wide_lanes(C, [&](int64_t c, auto lanes) { store(p + c, in_pairs(load(p + c, lanes)), lanes); });
+    for_lanes_by_4(C, [&](int64_t c, auto lanes) { store(p + c, in_pairs(load(p + c, lanes)), lanes); });
   }
 }
-ZB_INLINE void in_order_of_memory(float* p, int64_t rows, int64_t C, bf16*) {
+ZB_INLINE void to_memory_order(float* p, int64_t rows, int64_t C, bf16*) {
   for (int64_t row = 0; row < rows; ++row, p += C) {
-    for_wide_lanes(C, [&](int64_t c, auto lanes) { store(p + c, out_of_pairs(load(p + c, lanes)), lanes); });
+    for_lanes_by_4(C, [&](int64_t c, auto lanes) { store(p + c, out_of_pairs(load(p + c, lanes)), lanes); });
   }
 }
 
@@ -195,16 +197,16 @@ template <class T>
 ZB_LOOPS void channel_statistics(const T* x, int64_t rows, int64_t C, ChunkStatistics chunk) {
   const int64_t first = smaller(kFirstRows, rows);
   const Vec inverse = set1(1.0f / static_cast<float>(first));
-  for_wide_lanes(C, [&](int64_t c, auto lanes) {
+  for_lanes_by_4(C, [&](int64_t c, auto lanes) {
     auto sum = load(x + c, lanes);
     for (int64_t row = 1; row < first; ++row) sum = sum + load(x + row * C + c, lanes);
     store(chunk.centre + c, sum * inverse, lanes);
   });
   fill(chunk.missed, 2 * C, 0.0f);
-  // So many rows at a time: the sums lie in the cache, and moving them costs as much as two rows.
+  // So many rows at a time: the sums lie in the cache, and loading and storing them costs as much as two rows.
   for (int64_t row = 0; row < rows; row += kFirstRows) {
     const int64_t end = smaller(row + kFirstRows, rows);
-    for_wide_lanes(C, [&](int64_t c, auto lanes) {
+    for_lanes_by_4(C, [&](int64_t c, auto lanes) {
       const auto centre = load(chunk.centre + c, lanes);
       decltype(load(x + c, lanes)) missed = zero(), squares = zero();
       for (int64_t i = row * C + c; i < end * C; i += C) {
@@ -216,7 +218,7 @@ ZB_LOOPS void channel_statistics(const T* x, int64_t rows, int64_t C, ChunkStati
       store(chunk.squares + c, load(chunk.squares + c, lanes) + squares, lanes);
     });
   }
-  in_order_of_memory(chunk.centre, 3, C, const_cast<T*>(x));
+  to_memory_order(chunk.centre, 3, C, const_cast<T*>(x));
 }
 
 // Sum in fp64 over the D channels of a group.
@@ -287,7 +289,7 @@ ZB_LOOPS inline void merge_statistics(const GroupNormSilu& p, int64_t n, RowChun
 template <bool kSilu, class T>
 ZB_LOOPS void apply_rows(const T* x, T* y, int64_t rows, int64_t C, ChannelAffine affine) {
   for (int64_t i = 0; i < rows * C; i += C) {
-    for_wide_lanes(C, [&](int64_t c, auto lanes) {
+    for_lanes_by_4(C, [&](int64_t c, auto lanes) {
       const auto mean = load(affine.mean + c, lanes), a = load(affine.a + c, lanes), b = load(affine.b + c, lanes);
       store_activated<kSilu>(y + i + c, fmadd(load(x + i + c, lanes) - mean, a, b), lanes);
     });
@@ -296,7 +298,7 @@ ZB_LOOPS void apply_rows(const T* x, T* y, int64_t rows, int64_t C, ChannelAffin
 
 // Workspace: the statistics of every chunk, [N, chunks, 3, C]; the affine, [N, 3, C]. Returns the affine.
 template <class T>
-float* row_statistics(const GroupNormSilu& p, ParallelFor run, T* x0) {
+float* row_statistics(const GroupNormSilu& p, ParallelFor run, T* type) {
   const int64_t C = p.C;
   const RowChunks chunks(p);
   const int64_t items = p.N * chunks.count;
@@ -313,7 +315,7 @@ float* row_statistics(const GroupNormSilu& p, ParallelFor run, T* x0) {
     for (int64_t n = begin; n < end; ++n) {
       const ChannelAffine affine(affines, n, C);
       merge_statistics(p, n, chunks, statistics, affine);
-      in_order_of_elements(affine.mean, 3, C, x0);
+      to_element_order(affine.mean, 3, C, type);
     }
   });
   return affines;
@@ -363,11 +365,21 @@ void group_norm_statistics(const GroupNormSilu& p, ParallelFor run) {
   });
 }
 
+// affine [N, 3, C] of z = (x - mean) * a + b from mean and rstd, for winograd/.
+void group_norm_affine(const GroupNormSilu& p, float* affine) {
+  const int64_t D = p.C / p.G;
+  for (int64_t n = 0; n < p.N; ++n) {
+    const ChannelAffine to(affine, n, p.C);
+    for (int64_t c = 0; c < p.C; ++c) {
+      const int64_t g = n * p.G + c / D;
+      to.mean[c] = p.mean[g], to.a[c] = p.rstd[g] * channel_gain(p, n, c), to.b[c] = channel_offset(p, n, c);
+    }
+  }
+}
+
 int64_t group_norm_silu_fwd_workspace(const GroupNormSilu& p) {
   return group_norm_by_rows(p) ? p.N * p.C * (3 * RowChunks(p).count + 3) : 0;
 }
 
 }  // namespace
 }  // namespace zeroblock
-
-#include "group_norm_silu_bwd.h"

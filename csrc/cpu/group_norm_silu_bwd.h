@@ -1,13 +1,16 @@
-// GroupNorm, modulation and SiLU in one kernel: backward. Included at the end of group_norm_silu.h.
+// group_norm_silu, backward.
 //
-// z and its sigmoid are recomputed from x, mean and rstd. With dz = dy * act'(z), xhat = (x - mean) * rstd and
+// Math: z and its sigmoid are recomputed from x, mean and rstd. With dz = dy * act'(z), xhat = (x - mean) * rstd and
 // gain = weight * (1 + scale):
 //   dx = rstd * (gain * dz - m1 - xhat * m2), m1 and m2 the means over the group of gain * dz and gain * dz * xhat;
 //   per sample and channel: dshift = sum dz, dscale = sum dz * (xhat * weight + bias);
 //   per channel: dweight = sum over n of (1 + scale) * sum dz * xhat, dbias = sum over n of (1 + scale) * sum dz.
-// Two passes over x: the sums, then dx. The first leaves in dx what spares the second a sigmoid: dz in fp32; the slope
-// act'(z) in 16 bits (slope.h), for a dz rounded to these would cost accuracy.
+// Loop: as in group_norm_silu.h, two passes over x: the sums, then dx. The first leaves in dx what saves the second a
+// sigmoid: dz in fp32; the slope act'(z) in 16 bits (vec/slope.h), since dz rounded to 16 bits would cost accuracy.
+// Reduction order: blocks of elements or of rows, then chunks, then samples, in order. Zero path: as forward.
 #pragma once
+
+#include "group_norm_silu.h"
 
 namespace zeroblock {
 namespace {
@@ -62,15 +65,15 @@ ZB_LOOPS TwoSums channel_gradient_sums(const T* x, const T* dy, T* dx, int64_t n
   return total;
 }
 
-// dx = dz * a - shared - (x - mean) * slope over one channel.
+// dx = dz * a - m1_rstd - (x - mean) * m2_rstd2 over one channel.
 template <bool kSilu, class T>
-ZB_LOOPS void channel_gradient(const T* x, const T* dy, T* dx, int64_t n, float mean, float a, float shared,
-                               float slope) {
+ZB_LOOPS void channel_gradient(const T* x, const T* dy, T* dx, int64_t n, float mean, float a, float m1_rstd,
+                               float m2_rstd2) {
   const Vec vmean = with_plain_nan(set1(mean)), va = with_plain_nan(set1(a));
-  const Vec vshared = with_plain_nan(set1(shared)), vslope = with_plain_nan(set1(slope));
-  for_wide_lanes(n, [&](int64_t i, auto lanes) {
+  const Vec vm1_rstd = with_plain_nan(set1(m1_rstd)), vm2_rstd2 = with_plain_nan(set1(m2_rstd2));
+  for_lanes_by_4(n, [&](int64_t i, auto lanes) {
     const auto centred = load(x + i, lanes) - vmean, dz = kept_dz<kSilu>(dy + i, dx + i, lanes);
-    store_result<kSilu>(dx + i, fnmadd(centred, vslope, fmsub(dz, va, vshared)), lanes);
+    store_result<kSilu>(dx + i, fnmadd(centred, vm2_rstd2, fmsub(dz, va, vm1_rstd)), lanes);
   });
 }
 
@@ -103,11 +106,11 @@ void group_norm_silu_bwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
         m2 += gain * s.second * rstd;
       }
       if (!dx) continue;
-      const float shared = static_cast<float>(m1 / static_cast<double>(size) * rstd);
-      const float slope = static_cast<float>(m2 / static_cast<double>(size) * rstd * rstd);
+      const float m1_rstd = static_cast<float>(m1 / static_cast<double>(size) * rstd);
+      const float m2_rstd2 = static_cast<float>(m2 / static_cast<double>(size) * rstd * rstd);
       for (int64_t d = 0; d < D; ++d) {
         const int64_t c = first_channel + d, at = d * p.S;
-        channel_gradient<kSilu>(x + at, dy + at, dx + at, p.S, mean, rstd * channel_gain(p, n, c), shared, slope);
+        channel_gradient<kSilu>(x + at, dy + at, dx + at, p.S, mean, rstd * channel_gain(p, n, c), m1_rstd, m2_rstd2);
       }
     }
   });
@@ -115,11 +118,13 @@ void group_norm_silu_bwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
 
 // As channel_gradient has them: the per-channel vectors of one sample, [C] each.
 struct ChannelGradient {
-  float *shared, *slope;
-  ChannelGradient(float* base, int64_t n, int64_t C) : shared(base + n * 2 * C), slope(shared + C) {}
+  float *m1_rstd, *m2_rstd2;
+  ChannelGradient(float* base, int64_t n, int64_t C) : m1_rstd(base + n * 2 * C), m2_rstd2(m1_rstd + C) {}
 };
 
-constexpr int64_t kRunningRows = 32;  // rows added one by one before their sums are
+// Rows added to one fp32 sum before it is added to the chunk's: 128 lose dshift more than its error budget
+// (tests/test_parity.py -k group_norm_silu).
+constexpr int64_t kRunningRows = 32;
 
 // Of a chunk of rows, [C] each: the sums of dz and of dz * (x - mean), and those of the rows since the last addition.
 struct ChunkGradientSums {
@@ -155,25 +160,27 @@ ZB_LOOPS void merge_gradient_sums(const GroupNormSilu& p, int64_t n, int64_t chu
     const Vec a = load(affine.a + c, lanes);
     store(sums.dz + n * C + c, total.total, lanes);
     store(sums.dz_xhat + n * C + c, total_x.total, lanes);
-    store(gradient.shared + c, total.total * a, lanes);
-    store(gradient.slope + c, total_x.total * a, lanes);
+    store(gradient.m1_rstd + c, total.total * a, lanes);
+    store(gradient.m2_rstd2 + c, total_x.total * a, lanes);
   });
-  in_order_of_memory(sums.dz + n * C, 1, C, type);
-  in_order_of_memory(sums.dz_xhat + n * C, 1, C, type);
-  in_order_of_memory(gradient.shared, 2, C, type);
+  to_memory_order(sums.dz + n * C, 1, C, type);
+  to_memory_order(sums.dz_xhat + n * C, 1, C, type);
+  to_memory_order(gradient.m1_rstd, 2, C, type);
   for (int64_t g = 0; g < p.G; ++g) {
     const double rstd = p.rstd[n * p.G + g];
-    float *shared = gradient.shared + g * D, *slope = gradient.slope + g * D, *dz_xhat = sums.dz_xhat + n * C + g * D;
-    fill(shared, D, static_cast<float>(group_total(shared, D) / count));
-    fill(slope, D, static_cast<float>(group_total(slope, D) / count * rstd * rstd));
+    float *m1_rstd = gradient.m1_rstd + g * D, *m2_rstd2 = gradient.m2_rstd2 + g * D,
+          *dz_xhat = sums.dz_xhat + n * C + g * D;
+    fill(m1_rstd, D, static_cast<float>(group_total(m1_rstd, D) / count));
+    fill(m2_rstd2, D, static_cast<float>(group_total(m2_rstd2, D) / count * rstd * rstd));
     for_lanes(D, [&](int64_t d, auto lanes) {
       store(dz_xhat + d, load(dz_xhat + d, lanes) * set1(p.rstd[n * p.G + g]), lanes);
     });
   }
-  in_order_of_elements(gradient.shared, 2, C, type);
+  to_element_order(gradient.m1_rstd, 2, C, type);
 }
 
-// Row by row: four rows at a time would move the sums less often, but prefetchers follow the one order better (10 %).
+// Row by row: four rows at a time would move the sums less often, but take 10 % longer, for prefetchers follow the one
+// order better (measured: python benchmarks/run.py --group memory_bound --filter group_norm_silu).
 template <bool kSilu, class T>
 ZB_LOOPS void rows_gradient_sums(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, ChannelAffine affine,
                                  ChunkGradientSums sums) {
@@ -181,7 +188,7 @@ ZB_LOOPS void rows_gradient_sums(const T* x, const T* dy, T* dx, int64_t rows, i
   for (int64_t begin = 0; begin < rows; begin += kRunningRows) {
     fill(sums.running_dz, 2 * C, 0.0f);
     for (int64_t row = begin * C; row < smaller(begin + kRunningRows, rows) * C; row += C) {
-      for_wide_lanes(C, [&](int64_t c, auto lanes) {
+      for_lanes_by_4(C, [&](int64_t c, auto lanes) {
         const auto mean = load(affine.mean + c, lanes), a = load(affine.a + c, lanes), b = load(affine.b + c, lanes);
         const int64_t i = row + c;
         const auto centred = load(x + i, lanes) - mean;
@@ -200,12 +207,12 @@ template <bool kSilu, class T>
 ZB_LOOPS void rows_gradient(const T* x, const T* dy, T* dx, int64_t rows, int64_t C, ChannelAffine affine,
                             ChannelGradient gradient) {
   for (int64_t row = 0; row < rows * C; row += C) {
-    for_wide_lanes(C, [&](int64_t c, auto lanes) {
+    for_lanes_by_4(C, [&](int64_t c, auto lanes) {
       const auto mean = load(affine.mean + c, lanes), a = load(affine.a + c, lanes);
-      const auto shared = load(gradient.shared + c, lanes), slope = load(gradient.slope + c, lanes);
+      const auto m1_rstd = load(gradient.m1_rstd + c, lanes), m2_rstd2 = load(gradient.m2_rstd2 + c, lanes);
       const int64_t i = row + c;
       const auto centred = load(x + i, lanes) - mean, dz = kept_dz<kSilu>(dy + i, dx + i, lanes);
-      store_result<kSilu>(dx + i, fnmadd(centred, slope, fmsub(dz, a, shared)), lanes);
+      store_result<kSilu>(dx + i, fnmadd(centred, m2_rstd2, fmsub(dz, a, m1_rstd)), lanes);
     });
   }
 }
@@ -228,7 +235,7 @@ void group_norm_silu_bwd_rows(const GroupNormSilu& p, ParallelFor run, T* type) 
     for (int64_t n = begin; n < end; ++n) {
       const ChannelAffine affine(affines, n, C);
       recompute_affine(p, n, affine);
-      in_order_of_elements(affine.mean, 3, C, type);
+      to_element_order(affine.mean, 3, C, type);
     }
   });
   parallel(run, 0, items, grain, [&](int64_t begin, int64_t end) {

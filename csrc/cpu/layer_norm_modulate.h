@@ -1,20 +1,21 @@
-// layer_norm_modulate: y = xhat * (1 + scale) + shift, xhat = (x - mean) * rstd [* weight + bias]; rms: mean = 0.
-// [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32. Forward walks a row three times (mean, centred squares, output),
-// where it can for three tiles of rows at once (norm_rows.h); backward twice (sums, then
-// dx = rstd * (g - mean(g) - n * mean(g * n)) with n = (x - mean) * rstd and g = dy * (1 + scale) [* weight]), four
-// rows at a time, the second time from the end. The second walk prefetches the next four rows, the first what the
-// second one touches: fp32 takes up to a fifth longer with it on warm arrays, and up to a fifth less where a step has
-// left them cold, as it does. Gradients of the modulation are summed over those, per chunk of tokens in the workspace
-// (in the order of the steps, as (1 + scale) is kept beside them), then over the chunks in order: deterministic for
-// any number of threads.
+// layer_norm_modulate: y = (xhat [* weight + bias]) * (1 + scale) + shift, xhat = (x - mean) * rstd; rms: mean = 0.
+// Backward: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * (1 + scale) [* weight]; dscale, dshift,
+// dweight and dbias are sums of dy and dy * xhat over tokens. [B, T, D] in fp32, bf16 or fp16, arithmetic in fp32.
+// Loop: chunks of tokens, shared between the threads. Forward walks a row three times (mean, centred squares, output),
+// or three tiles of rows once (rows/norm_rows.h). Backward walks four rows at a time twice (sums, then dx), the second
+// time from the end; the second walk prefetches the next four rows, the first what the second will touch. In fp32 that
+// costs up to 20 % on warm arrays and saves up to 20 % on cold ones, as a training step leaves them (measured: python
+// benchmarks/run.py --group memory_bound --filter layer_norm_modulate, --sample-ms 0 for cold ones).
+// Reduction order over tokens: four rows, their chunk's sums in the workspace, then the chunks in order: the same bits
+// for any number of threads. Zero path: none; the caller decides (add_bias.h).
 #pragma once
 
-#include "norm_rows.h"
+#include "rows/norm_rows.h"
 
 namespace zeroblock {
 namespace {
 
-// Given the sum of the row (ignored for rms, whose mean stays 0).
+// Mean and rstd of a row, given its sum (ignored for rms, whose mean is 0).
 template <class T>
 ZB_INLINE RowStats row_stats(const T* x, int64_t D, float row_sum, bool rms, float eps) {
   const float mean = rms ? 0.0f : row_sum / static_cast<float>(D);
@@ -36,28 +37,28 @@ struct Affine {
   OperandRow<float> weight, bias;
 };
 
-template <bool kAffine, class T, class S, class H>
-ZB_INLINE void modulate_row(const T* x, T* y, int64_t D, RowStats stats, const Affine& affine, OperandRow<S> scale,
-                            OperandRow<H> shift, bool streamed) {
+template <bool kAffine, class T, class Scale, class Shift>
+ZB_INLINE void modulate_row(const T* x, T* y, int64_t D, RowStats stats, const Affine& affine, OperandRow<Scale> scale,
+                            OperandRow<Shift> shift, bool streamed) {
   const Vec mean = set1(stats.mean), rstd = set1(stats.rstd), one = set1(1.0f);
   each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
     Vec xhat = (load(x + i, lanes) - mean) * rstd;
     if (kAffine) xhat = fmadd(xhat, affine.weight.at(i, lanes), affine.bias.at(i, lanes));
-    put(y + i, fmadd(xhat, one + scale.at(i, lanes), shift.at(i, lanes)), lanes, streamed);
+    store_or_stream(y + i, fmadd(xhat, one + scale.at(i, lanes), shift.at(i, lanes)), lanes, streamed);
   });
 }
 
 // bf16 with an operand per token.
-template <bool kAffine, class S, class H>
+template <bool kAffine, class Scale, class Shift>
 void layer_norm_modulate_staged(const LayerNormModulate& p, ParallelFor run, const Affine& affine,
-                                const Operand<S>& scale, const Operand<H>& shift, bool streamed) {
+                                const Operand<Scale>& scale, const Operand<Shift>& shift, bool streamed) {
   const int64_t D = p.D;
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
-    StagedPair pair;
+    RowPair pair;
     StagedOperand weight_row, bias_row, scale_row, shift_row;
     const OperandRow<float> weight = weight_row.take(affine.weight, D), bias = bias_row.take(affine.bias, D);
-    const OperandRow<S> scale_taken = scale_row.take(scale.row(b, t_begin), D);
-    const OperandRow<H> shift_taken = shift_row.take(shift.row(b, t_begin), D);
+    const OperandRow<Scale> scale_taken = scale_row.take(scale.row(b, t_begin), D);
+    const OperandRow<Shift> shift_taken = shift_row.take(shift.row(b, t_begin), D);
     for (int64_t t = t_begin; t < t_end; t += 2) {
       const int64_t row = b * p.T + t, second = t + 1 < t_end ? 1 : 0;  // 0: the last row stands for both
       const bf16* const x = static_cast<const bf16*>(p.x) + row * D;
@@ -88,20 +89,20 @@ void layer_norm_modulate_tiles(const LayerNormModulate& p, ParallelFor run, cons
   });
 }
 
-template <bool kAffine, class T, class S, class H>
-void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, ParallelFor run) {
+template <bool kAffine, class T, class Scale, class Shift>
+void layer_norm_modulate_fwd_of(T*, Scale*, Shift*, const LayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
   const ConstantRow one(1.0f);
-  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
-  const Operand<H> shift = operand(p.shift, reinterpret_cast<const H*>(kZeros));
+  const Operand<Scale> scale = operand(p.scale, reinterpret_cast<const Scale*>(kZeros));
+  const Operand<Shift> shift = operand(p.shift, reinterpret_cast<const Shift*>(kZeros));
   const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
   const bool streamed = streams(static_cast<T*>(p.y), D, 2 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
-  if constexpr (is_float(static_cast<S*>(nullptr)) && is_float(static_cast<H*>(nullptr))) {
+  if constexpr (is_float(static_cast<Scale*>(nullptr)) && is_float(static_cast<Shift*>(nullptr))) {
     if (in_tiles(static_cast<T*>(nullptr), D) && !is_per_token(p.scale) && !is_per_token(p.shift)) {
       return layer_norm_modulate_tiles<T>(p, run, affine, scale, shift, streamed);
     }
   }
-  if constexpr (kStages<T> && !(is_float(static_cast<S*>(nullptr)) && is_float(static_cast<H*>(nullptr)))) {
+  if constexpr (kInPairs<T> && !(is_float(static_cast<Scale*>(nullptr)) && is_float(static_cast<Shift*>(nullptr)))) {
     if (D <= kStagedRow) return layer_norm_modulate_staged<kAffine>(p, run, affine, scale, shift, streamed);
   }
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
@@ -117,39 +118,39 @@ void layer_norm_modulate_fwd_of(T*, S*, H*, const LayerNormModulate& p, Parallel
   });
 }
 
-// Slots of the partial sums: u * n, u, and a third one of the caller's. u is dy when the scale is one row per sample
-// (it factors out of the sum over T) and dy * (1 + scale) when it is per token.
-constexpr int64_t kSumUN = 0, kSumU = 1, kSumExtra = 2;
+// Slots of the partial sums over tokens: scaled_dy * xhat, scaled_dy, and a third of the caller's. scaled_dy is dy * (1
+// + scale) for a scale per token, and dy for a scale per sample, which finish_modulate multiplies in after the sum.
+constexpr int64_t kSumScaledDyXhat = 0, kSumScaledDy = 1, kSumExtra = 2;
 
 // Where the sums of a chunk are added up; null for those that are not wanted.
 struct ModulateSums {
-  float *un, *u, *dy;
+  float *scaled_dy_xhat, *scaled_dy, *dy;
   template <class T>
   ZB_INLINE void unstage(T* type, int64_t D) const {
-    float* const rows[] = {un, u, dy};
+    float* const rows[] = {scaled_dy_xhat, scaled_dy, dy};
     for (float* row : rows) {
       if (row != nullptr) zeroblock::unstage(type, row, D);
     }
   }
 };
 
-// (1 + scale) [* weight] of one sample in the order of the steps of rows of T.
+// (1 + scale) [* weight] of one sample, staged for rows of T.
 template <bool kAffine, class T>
 ZB_INLINE void stage_factor(T* type, float* to, int64_t D, OperandRow<float> scale, OperandRow<float> weight) {
   each_step(type, D, [&](int64_t i, auto lanes) ZB_BODY {
     const auto s = in_step(scale, i, lanes), w = in_step(weight, i, lanes);
-    Two factor;
+    Vec2 factor;
     for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
       factor.v[k] = set1(1.0f) + part(s, k);
       if (kAffine) factor.v[k] = factor.v[k] * part(w, k);
     }
-    hold_parts(to + i, factor, lanes);
+    keep_step(to + i, factor, lanes);
   });
 }
 
-// What backward of a tile of rows reads. A scale of the sample comes as `factor`, (1 + scale) [* weight] in the order
-// of the steps (stage_factor); one per token, and then the weight too, as it is.
-template <bool kTokenScale, class T, class S>
+// What backward of a tile of rows reads. A scale per sample comes as `factor`, (1 + scale) [* weight] staged by
+// stage_factor; a scale per token as it is, and the weight beside it.
+template <bool kTokenScale, class T, class Scale>
 struct ModulateTile {
   int64_t D;
   const T* x;
@@ -157,17 +158,17 @@ struct ModulateTile {
   const float* mean;  // of the first row; null for rms
   const float* rstd;
   OperandRow<float> factor;
-  OperandTile<kTokenScale, S> scale;
+  OperandTile<kTokenScale, Scale> scale;
   Affine affine;
   ModulateSums sums;
   T* dscale;                               // per-token only, or null
-  const T* later[2] = {nullptr, nullptr};  // what the second walk touches besides: prefetched by the first, unless null
+  const T* later[2] = {nullptr, nullptr};  // what the second walk touches besides: prefetched by the first, or null
 };
 
 // Adds to the sums, whose order is that of the steps, then calls emit(i, r, dx, lanes) for each row of each step and
 // step(i, lanes) after the last row. Row after row: all four at once have more in hand than there are registers.
-template <bool kAffine, bool kTokenScale, int R, class T, class S, class Emit, class Step>
-ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale, T, S>& a, const Emit& emit,
+template <bool kAffine, bool kTokenScale, int R, class T, class Scale, class Emit, class Step>
+ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale, T, Scale>& a, const Emit& emit,
                                  const Step& step) {
   const int64_t D = a.D;
   const Vec one = set1(1.0f);
@@ -180,50 +181,51 @@ ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale
       if (later != nullptr) prefetch(tile, later, i);
     }
     constexpr int parts = kParts<decltype(lanes)>;
-    Two un = {{zero(), zero()}}, sum_u = un, sum_dy = un, dscale = un;
+    Vec2 sum_xhat = {{zero(), zero()}}, sum_scaled = sum_xhat, sum_dy = sum_xhat, dscale = sum_xhat;
     const auto weight = in_step(a.affine.weight, i, lanes), bias = in_step(a.affine.bias, i, lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const auto dys = get(tile.row(a.dy, r) + i, lanes), xs = get(tile.row(a.x, r) + i, lanes);
+      const auto dys = load_step(tile.row(a.dy, r) + i, lanes), xs = load_step(tile.row(a.x, r) + i, lanes);
       const auto scale = either_step(a.scale, a.factor, r, i, lanes);
       for (int k = 0; k < parts; ++k) {
         const Vec d = part(dys, k), c = part(xs, k) - mean[r];
-        const Vec u = kTokenScale ? d * (one + part(scale, k)) : d, uc = u * c;
-        const Vec to_g = kTokenScale ? (kAffine ? part(weight, k) : one) : part(scale, k);  // g = u * to_g
-        sum_g[r] = fmadd(u, to_g, sum_g[r]);
-        sum_gc[r] = fmadd(uc, to_g, sum_gc[r]);
-        un.v[k] = fmadd(uc, rstd[r], un.v[k]);
-        sum_u.v[k] += u;
+        const Vec scaled_dy = kTokenScale ? d * (one + part(scale, k)) : d, scaled_dy_c = scaled_dy * c;
+        const Vec to_g = kTokenScale ? (kAffine ? part(weight, k) : one) : part(scale, k);  // g = scaled_dy * to_g
+        sum_g[r] = fmadd(scaled_dy, to_g, sum_g[r]);
+        sum_gc[r] = fmadd(scaled_dy_c, to_g, sum_gc[r]);
+        sum_xhat.v[k] = fmadd(scaled_dy_c, rstd[r], sum_xhat.v[k]);
+        sum_scaled.v[k] += scaled_dy;
         if (kTokenScale) {
           sum_dy.v[k] += d;
-          const Vec n = c * rstd[r];
-          dscale.v[k] = d * (kAffine ? fmadd(n, part(weight, k), part(bias, k)) : n);
+          const Vec xhat = c * rstd[r];
+          dscale.v[k] = d * (kAffine ? fmadd(xhat, part(weight, k), part(bias, k)) : xhat);
         }
       }
-      if (kTokenScale && a.dscale != nullptr) put_parts(tile.row(a.dscale, r) + i, dscale, lanes, false);
+      if (kTokenScale && a.dscale != nullptr) store_step(tile.row(a.dscale, r) + i, dscale, lanes, false);
     }
-    if (a.sums.un != nullptr) accumulate_step(a.sums.un, i, un, lanes);
-    if (a.sums.u != nullptr) accumulate_step(a.sums.u, i, sum_u, lanes);
+    if (a.sums.scaled_dy_xhat != nullptr) accumulate_step(a.sums.scaled_dy_xhat, i, sum_xhat, lanes);
+    if (a.sums.scaled_dy != nullptr) accumulate_step(a.sums.scaled_dy, i, sum_scaled, lanes);
     if (kTokenScale && a.sums.dy != nullptr) accumulate_step(a.sums.dy, i, sum_dy, lanes);
   });
-  // dx = rstd * (g - mean(g) - n * mean(g * n)), n = c * rstd
+  // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), xhat = c * rstd
   const auto row_mean = [&](Vec sums) { return set1(sum(sums) / static_cast<float>(D)); };
-  PerRow<R> slope = per_row(tile, [&](int r) { return row_mean(sum_gc[r]) * rstd[r] * rstd[r] * rstd[r]; });
-  PerRow<R> shared = per_row(tile, [&](int r) { return a.mean != nullptr ? row_mean(sum_g[r]) * rstd[r] : zero(); });
+  PerRow<R> mean_gc_rstd3 = per_row(tile, [&](int r) { return row_mean(sum_gc[r]) * rstd[r] * rstd[r] * rstd[r]; });
+  PerRow<R> mean_g_rstd =
+      per_row(tile, [&](int r) { return a.mean != nullptr ? row_mean(sum_g[r]) * rstd[r] : zero(); });
   each_step_again(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
     prefetch(tile, a.x + R * D, i);
     prefetch(tile, a.dy + R * D, i);
     const auto weight = in_step(a.affine.weight, i, lanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const auto dys = get(tile.row(a.dy, r) + i, lanes), xs = get(tile.row(a.x, r) + i, lanes);
+      const auto dys = load_step(tile.row(a.dy, r) + i, lanes), xs = load_step(tile.row(a.x, r) + i, lanes);
       const auto scale = either_step(a.scale, a.factor, r, i, lanes);
-      Two dx;
+      Vec2 dx;
       for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
-        const Vec u = kTokenScale ? part(dys, k) * (one + part(scale, k)) : part(dys, k);
-        const Vec g = kTokenScale ? (kAffine ? u * part(weight, k) : u) : u * part(scale, k);
+        const Vec scaled_dy = kTokenScale ? part(dys, k) * (one + part(scale, k)) : part(dys, k);
+        const Vec g = kTokenScale ? (kAffine ? scaled_dy * part(weight, k) : scaled_dy) : scaled_dy * part(scale, k);
         const Vec c = part(xs, k) - mean[r];
-        dx.v[k] = fnmadd(c, slope[r], fmsub(g, rstd[r], shared[r]));
+        dx.v[k] = fnmadd(c, mean_gc_rstd3[r], fmsub(g, rstd[r], mean_g_rstd[r]));
       }
       emit(i, r, dx, lanes);
     }
@@ -243,34 +245,35 @@ struct ModulateGrads {
 inline void finish_modulate(const ModulateGrads& out, const Rows& scale_rows, const Partials& partials, int64_t B,
                             ParallelFor run) {
   const int64_t D = partials.D, chunks = chunks_per_sample(partials.T);
-  const bool affine = out.dweight != nullptr || out.dbias != nullptr, needs_un = affine || out.dscale != nullptr;
+  const bool affine = out.dweight != nullptr || out.dbias != nullptr, needs_xhat_sum = affine || out.dscale != nullptr;
   const ConstantRow one(1.0f);
   const Rows absent = {nullptr, false, 0, 0};
   const Operand<float> scale = operand(out.token_scale ? absent : scale_rows, kZeros);
   const OperandRow<float> weight = channel_row(out.weight, one.lanes), bias = channel_row(out.bias, kZeros);
-  if (!needs_un && out.dshift == nullptr) return;
+  if (!needs_xhat_sum && out.dshift == nullptr) return;
   each_column_block(run, B, D, 2 * chunks, [&](int64_t b, int64_t begin, int64_t end) {
     each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
       if (out.dshift != nullptr) {
         store(out.dshift + b * D + i, partials.sample_sum(b, out.dshift_slot, i, lanes), lanes);
       }
-      if (!needs_un) return;
-      const Vec un = partials.sample_sum(b, kSumUN, i, lanes), u = partials.sample_sum(b, kSumU, i, lanes);
+      if (!needs_xhat_sum) return;
+      const Vec sum_xhat = partials.sample_sum(b, kSumScaledDyXhat, i, lanes);
+      const Vec sum_scaled = partials.sample_sum(b, kSumScaledDy, i, lanes);
       if (out.dscale != nullptr) {
-        store(out.dscale + b * D + i, fmadd(weight.at(i, lanes), un, bias.at(i, lanes) * u), lanes);
+        store(out.dscale + b * D + i, fmadd(weight.at(i, lanes), sum_xhat, bias.at(i, lanes) * sum_scaled), lanes);
       }
       if (affine && chunks > 0) {
         const Vec factor = set1(1.0f) + scale.row(b, 0).at(i, lanes);
-        store(partials.sums(b * chunks, kSumUN) + i, un * factor, lanes);
-        store(partials.sums(b * chunks, kSumU) + i, u * factor, lanes);
+        store(partials.sums(b * chunks, kSumScaledDyXhat) + i, sum_xhat * factor, lanes);
+        store(partials.sums(b * chunks, kSumScaledDy) + i, sum_scaled * factor, lanes);
       }
     });
   });
   if (!affine) return;
   each_column_block(run, 1, D, B, [&](int64_t, int64_t begin, int64_t end) {
     each_column(begin, end, [&](int64_t i, auto lanes) ZB_BODY {
-      if (out.dweight != nullptr) store(out.dweight + i, partials.batch_sum(B, kSumUN, i, lanes), lanes);
-      if (out.dbias != nullptr) store(out.dbias + i, partials.batch_sum(B, kSumU, i, lanes), lanes);
+      if (out.dweight != nullptr) store(out.dweight + i, partials.batch_sum(B, kSumScaledDyXhat, i, lanes), lanes);
+      if (out.dbias != nullptr) store(out.dbias + i, partials.batch_sum(B, kSumScaledDy, i, lanes), lanes);
     });
   });
 }
@@ -283,29 +286,29 @@ ZB_INLINE Partials modulate_partials(const LayerNormModulate& p, float* workspac
   return {workspace, wanted ? (token_scale ? 3 : 2) : 0, token_scale ? 0 : 1, p.T, p.D};
 }
 
-template <bool kAffine, bool kTokenScale, class T, class S>
-void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor run) {
+template <bool kAffine, bool kTokenScale, class T, class Scale>
+void layer_norm_modulate_bwd_of(T*, Scale*, const LayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
   const ConstantRow one(1.0f);
-  const Operand<S> scale = operand(p.scale, reinterpret_cast<const S*>(kZeros));
+  const Operand<Scale> scale = operand(p.scale, reinterpret_cast<const Scale*>(kZeros));
   const Affine affine = {channel_row(p.weight, one.lanes), channel_row(p.bias, kZeros)};
   const bool affine_grads = p.dweight != nullptr || p.dbias != nullptr;
-  const bool wants_un = affine_grads || (!kTokenScale && p.dscale != nullptr);
-  const bool wants_u = wants_un || (!kTokenScale && p.dshift != nullptr);
+  const bool wants_xhat_sum = affine_grads || (!kTokenScale && p.dscale != nullptr);
+  const bool wants_sum = wants_xhat_sum || (!kTokenScale && p.dshift != nullptr);
   const bool wants_dy = kTokenScale && p.dshift != nullptr;
   T* const dx = static_cast<T*>(p.dx);
   const bool streamed = streams(dx, D, 3 * p.B * p.T * D * static_cast<int64_t>(sizeof(T)));
   const Partials partials = modulate_partials(p, p.workspace);
   each_chunk(run, p.B, p.T, D, [&](int64_t chunk, int64_t b, int64_t t_begin, int64_t t_end) {
-    const ModulateSums sums = {wants_un ? partials.sums(chunk, kSumUN) : nullptr,
-                               wants_u ? partials.sums(chunk, kSumU) : nullptr,
+    const ModulateSums sums = {wants_xhat_sum ? partials.sums(chunk, kSumScaledDyXhat) : nullptr,
+                               wants_sum ? partials.sums(chunk, kSumScaledDy) : nullptr,
                                wants_dy ? partials.sums(chunk, kSumExtra) : nullptr};
     float* const factor = kTokenScale ? nullptr : partials.staged(chunk, 0);
     if constexpr (!kTokenScale) stage_factor<kAffine>(dx, factor, D, scale.row(b, 0), affine.weight);
     partials.clear(chunk);
     for_row_tiles(t_end - t_begin, D, [&](int64_t r, auto tile) ZB_BODY {
       const int64_t t = t_begin + r, row = b * p.T + t, start = row * D;
-      const ModulateTile<kTokenScale, T, S> inputs = {
+      const ModulateTile<kTokenScale, T, Scale> inputs = {
           D,
           static_cast<const T*>(p.x) + start,
           static_cast<const T*>(p.dy) + start,
@@ -319,8 +322,8 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
           {streamed ? nullptr : dx + start, nullptr}};
       modulate_bwd_tile<kAffine>(
           tile, inputs,
-          [&](int64_t i, int k, Two grad, auto lanes)
-              ZB_BODY { put_parts(tile.row(dx + start, k) + i, grad, lanes, streamed); },
+          [&](int64_t i, int k, Vec2 grad, auto lanes)
+              ZB_BODY { store_step(tile.row(dx + start, k) + i, grad, lanes, streamed); },
           [](int64_t, auto) ZB_BODY {});
     });
     sums.unstage(dx, D);
@@ -328,16 +331,16 @@ void layer_norm_modulate_bwd_of(T*, S*, const LayerNormModulate& p, ParallelFor 
   const ModulateGrads grads = {p.dshift,    kTokenScale ? nullptr : static_cast<float*>(p.dscale),
                                p.dweight,   p.dbias,
                                p.weight,    p.bias,
-                               kTokenScale, kTokenScale ? kSumExtra : kSumU};
+                               kTokenScale, kTokenScale ? kSumExtra : kSumScaledDy};
   finish_modulate(grads, p.scale, partials, p.B, run);
 }
 
 inline void layer_norm_modulate_fwd(const LayerNormModulate& p, ParallelFor run) {
   with_type(p.dtype, [&](auto* t) {
-    with_operand_type(t, p.scale, [&](auto* s) {
-      with_operand_type(t, p.shift, [&](auto* h) {
+    with_operand_type(t, p.scale, [&](auto* scale) {
+      with_operand_type(t, p.shift, [&](auto* shift) {
         with_bool(p.weight != nullptr || p.bias != nullptr,
-                  [&](auto affine) { layer_norm_modulate_fwd_of<affine.value>(t, s, h, p, run); });
+                  [&](auto affine) { layer_norm_modulate_fwd_of<affine.value>(t, scale, shift, p, run); });
       });
     });
   });

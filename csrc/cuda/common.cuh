@@ -10,7 +10,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
-__device__ __forceinline__ float to_float(fp16 v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(f16 v) { return __half2float(v); }
 template <class T>
 __device__ __forceinline__ T from_float(float v);
 template <>
@@ -22,7 +22,7 @@ __device__ __forceinline__ bf16 from_float<bf16>(float v) {
   return __float2bfloat16(v);
 }
 template <>
-__device__ __forceinline__ fp16 from_float<fp16>(float v) {
+__device__ __forceinline__ f16 from_float<f16>(float v) {
   return __float2half(v);
 }
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_floats(T* p, const float (&values)[V]) {
   store_pack<V>(p, pack);
 }
 
-// Elements [offset, offset + V) of an operand of dtype fp32 or T; `missing` where it is not given.
+// Elements [offset, offset + V) of an operand of dtype fp32 or T; `missing` where the operand is not given.
 template <class T, int V>
 __device__ __forceinline__ void load_operand(const Operand& o, int64_t offset, float missing, float (&out)[V]) {
   if (o.ptr == nullptr) {
@@ -133,9 +133,29 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 // f(T()) for the element type.
 template <class F>
 int with_dtype(DType dtype, F f) {
-  if (dtype == DType::kBF16) return f(bf16());
-  if (dtype == DType::kF16) return f(fp16());
+  switch (dtype) {
+#define ZB_CASE(name, type, scalar_type) \
+  case DType::name:                      \
+    return f(type());
+    ZB_DTYPES(ZB_CASE)
+#undef ZB_CASE
+  }
   return f(float());
 }
+
+inline int element_size(DType dtype) {
+  return with_dtype(dtype, [](auto element) { return static_cast<int>(sizeof(element)); });
+}
+inline int pack_size(DType dtype) { return 16 / element_size(dtype); }
+
+// Blocks that a launch aims for where it may choose: enough to fill a large GPU several times, few enough that partial
+// sums stay a small part of the traffic (python -m tests.cuda.simt.traffic). No GPU has timed them (guess).
+constexpr int64_t kElementwiseBlocks = 1024;   // gate_residual forward and two-pass group norms
+constexpr int64_t kSummingBlocks = 512;        // gate_residual backward: a block writes partial sums
+constexpr int64_t kRowNormBlocks = 256;        // backward of row norms: a block writes three rows of partial sums
+constexpr int64_t kZeroFlagBlocks = 256;       // more would start after the flag is cleared
+constexpr int64_t kOnChipBlocks = 96;          // fewer blocks leave most of a GPU idle: then not one block per group,
+constexpr int64_t kClusterBlocks = 64;         // nor a cluster,
+constexpr size_t kSmallSlabBytes = 32 * 1024;  // unless a slab is small anyway
 
 }  // namespace zeroblock::cuda

@@ -6,11 +6,11 @@
 // them in flight. The input tile with its halo arrives once per 32 channels, is normalised and activated in place
 // (padding stays zero: it is applied after the activation), and all nine taps read it from there: an element is
 // activated 180 / 128 times per BN output channels instead of 9. Epilogue: fp32 sums pass through shared memory to
-// 16-byte accesses; y = sum + bias + residual, rounded once. Per-channel mean, the rounding of that mean, and centred
-// squares of the tile's y (after rounding) for the next norm, combined by conv_moments: means far above the deviation,
-// cut to fp32, would cost rstd its last bits. Reduction order: 32-channel blocks, taps,
-// tensor-core order; statistics by pixel, then tiles: deterministic. Zero path: the flag skips all steps; the epilogue
-// writes residual + bias, with its statistics.
+// 16-byte accesses; y = sum + bias + residual, rounded once. For the next norm the tile leaves, of each channel of the
+// rounded y, the mean, the mean's rounding error and the centred squares, combined by conv_moments: without the error
+// rstd would lose bits where |mean| >> std. Reduction order: 32-channel blocks, taps, tensor-core order; statistics by
+// pixel, then tiles: deterministic. Zero path: the flag skips all steps; the epilogue writes residual + bias, with its
+// statistics.
 //
 // Bank conflicts. A row of the tiles is 32 channels, 64 bytes, 16 banks; chunk c (16 bytes) of row r lies at chunk
 // c ^ (r / 2 % 4). ldmatrix reads one chunk of 8 consecutive rows r..r+7: bank group 16 (r % 2) + 4 (c ^ (r / 2 % 4)),
@@ -27,10 +27,16 @@ namespace zeroblock::cuda {
 namespace {
 
 constexpr int kTileH = 8, kTileW = 16, kPixels = kTileH * kTileW;
-constexpr int kBlockC = 32;  // input channels of a step
-constexpr int kChunks = kBlockC / 8;
-constexpr int kStages = 4;
-constexpr int kThreads = 256;
+constexpr int kBlockC = 32;           // input channels of a step
+constexpr int kChunks = kBlockC / 8;  // of 16 bytes
+constexpr int kStages = 4;            // two blocks fit a multiprocessor (python tests/cuda/simt/static.py)
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+// The epilogue's staged sums: a row of tile pixels for each warp, the warp's half of BN channels each, padded.
+template <int BN>
+constexpr int kStagedRow = BN / 2 + 8;
+template <int BN>
+constexpr int kStagedFloats = kWarps * kTileW * kStagedRow<BN>;
 
 struct Layout {
   int halo_w, halo, halo_buffers;  // pixels of the input tile, tiles in flight
@@ -45,56 +51,59 @@ __device__ __forceinline__ int swizzled(int row, int chunk) { return row * kBloc
 template <class T, int BN, bool kNorm>
 struct Conv {
   const ConvResidual& p;
-  const Layout& l;
+  const Layout& layout;
   float *gain, *offset;  // h = silu(x * gain + offset)
-  T *input, *filter;
+  T *input, *weight;
   int64_t n;
-  int y0, x0, k0, pad;
+  int top, left, first_k, pad;  // of the tile of pixels; of the output channels
 
-  __device__ Conv(const ConvResidual& params, const Layout& layout, float* shared) : p(params), l(layout) {
+  __device__ Conv(const ConvResidual& p, const Layout& layout, float* shared) : p(p), layout(layout) {
     gain = shared;
-    offset = shared + l.blocks_c * kBlockC;
-    input = reinterpret_cast<T*>(shared + l.tables);
-    filter = input + l.halo_buffers * l.halo * kBlockC;
-    const int64_t tile = blockIdx.x / l.tiles_k;
-    k0 = static_cast<int>(blockIdx.x % l.tiles_k) * BN;
-    n = tile / (l.tiles_h * l.tiles_w);
-    const int in_image = static_cast<int>(tile % (l.tiles_h * l.tiles_w));
-    y0 = in_image / l.tiles_w * kTileH;
-    x0 = in_image % l.tiles_w * kTileW;
+    offset = shared + layout.blocks_c * kBlockC;
+    input = reinterpret_cast<T*>(shared + layout.tables);
+    weight = input + layout.halo_buffers * layout.halo * kBlockC;
+    const int64_t tile = blockIdx.x / layout.tiles_k;
+    first_k = static_cast<int>(blockIdx.x % layout.tiles_k) * BN;
+    n = tile / (layout.tiles_h * layout.tiles_w);
+    const int in_image = static_cast<int>(tile % (layout.tiles_h * layout.tiles_w));
+    top = in_image / layout.tiles_w * kTileH;
+    left = in_image % layout.tiles_w * kTileW;
     pad = p.kernel / 2;
   }
-  __device__ T* input_tile(int block) const { return input + block % l.halo_buffers * l.halo * kBlockC; }
-  __device__ T* filter_tile(int step) const { return filter + step % kStages * BN * kBlockC; }
+  __device__ T* input_tile(int block) const { return input + block % layout.halo_buffers * layout.halo * kBlockC; }
+  __device__ T* weight_tile(int step) const { return weight + step % kStages * BN * kBlockC; }
 
-  // f(row, chunk, image row, image column, channel, inside) for every chunk of the input tile that is this thread's.
+  // f(pixel, chunk, row, column, channel, inside) for every chunk of the input tile that is this thread's; row and
+  // column are those of the image.
   template <class F>
   __device__ void each_input_chunk(int block, F f) const {
-    for (int i = threadIdx.x; i < l.halo * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks, channel = block * kBlockC + chunk * 8;
-      const int y = y0 + row / l.halo_w - pad, x = x0 + row % l.halo_w - pad;
-      f(row, chunk, y, x, channel, y >= 0 && y < p.H && x >= 0 && x < p.W && channel < p.C);
+    for (int i = threadIdx.x; i < layout.halo * kChunks; i += kThreads) {
+      const int pixel = i / kChunks, chunk = i % kChunks, channel = block * kBlockC + chunk * 8;
+      const int row = top + pixel / layout.halo_w - pad, column = left + pixel % layout.halo_w - pad;
+      const bool inside = row >= 0 && row < p.H && column >= 0 && column < p.W && channel < p.C;
+      f(pixel, chunk, row, column, channel, inside);
     }
   }
 
-  // Starts the copies of a step: its filter tile, and the input tile of a new block of channels. Always one group.
+  // Starts the copies of a step: its tile of the weight, and the input tile of a new block of channels. Always one
+  // group.
   __device__ void prefetch(int step) const {
-    if (step < l.blocks_c * l.taps) {
-      const int block = step / l.taps, tap = step % l.taps;
+    if (step < layout.blocks_c * layout.taps) {
+      const int block = step / layout.taps, tap = step % layout.taps;
       if (tap == 0) {
         T* tile = input_tile(block);
         const T* image = static_cast<const T*>(p.x) + n * p.H * p.W * p.C;
-        each_input_chunk(block, [&](int row, int chunk, int y, int x, int channel, bool inside) {
-          const T* source = inside ? image + (int64_t(y) * p.W + x) * p.C + channel : image;
-          copy_async_16(tile + swizzled(row, chunk), source, inside);
+        each_input_chunk(block, [&](int pixel, int chunk, int row, int column, int channel, bool inside) {
+          const T* source = inside ? image + (int64_t(row) * p.W + column) * p.C + channel : image;
+          copy_async_16(tile + swizzled(pixel, chunk), source, inside);
         });
       }
-      T* tile = filter_tile(step);
+      T* tile = weight_tile(step);
       for (int i = threadIdx.x; i < BN * kChunks; i += kThreads) {
-        const int row = i / kChunks, chunk = i % kChunks, k = k0 + row, channel = block * kBlockC + chunk * 8;
+        const int row = i / kChunks, chunk = i % kChunks, k = first_k + row, channel = block * kBlockC + chunk * 8;
         const bool inside = k < p.K && channel < p.C;
-        const T* all = static_cast<const T*>(p.filter);
-        const T* source = inside ? all + (int64_t(k) * l.taps + tap) * p.C + channel : all;
+        const T* all = static_cast<const T*>(p.weight);
+        const T* source = inside ? all + (int64_t(k) * layout.taps + tap) * p.C + channel : all;
         copy_async_16(tile + swizzled(row, chunk), source, inside);
       }
     }
@@ -106,18 +115,18 @@ struct Conv {
     for (int c = threadIdx.x; c < p.C; c += kThreads) {
       const int64_t group = n * p.G + c / channels_per_group;
       const float modulation = 1.0f + operand_at<T>(p.scale, n * p.scale.stride_b + c, 0.0f);
-      const float weight = operand_at<T>(p.weight, c, 1.0f) * modulation * p.rstd[group];
-      gain[c] = weight;
-      offset[c] = operand_at<T>(p.bias, c, 0.0f) * modulation + operand_at<T>(p.shift, n * p.shift.stride_b + c, 0.0f) -
-                  p.mean[group] * weight;
+      const float channel_gain = operand_at<T>(p.norm_weight, c, 1.0f) * modulation * p.rstd[group];
+      gain[c] = channel_gain;
+      offset[c] = operand_at<T>(p.norm_bias, c, 0.0f) * modulation +
+                  operand_at<T>(p.shift, n * p.shift.stride_b + c, 0.0f) - p.mean[group] * channel_gain;
     }
   }
 
   __device__ void activate(int block) const {
     T* tile = input_tile(block);
-    each_input_chunk(block, [&](int row, int chunk, int, int, int channel, bool inside) {
+    each_input_chunk(block, [&](int pixel, int chunk, int, int, int channel, bool inside) {
       if (!inside) return;  // zero, as copied
-      T* at = tile + swizzled(row, chunk);
+      T* at = tile + swizzled(pixel, chunk);
       const Pack<T, 8> pack = load_pack<8>(at);
       float out[8];
 #pragma unroll
@@ -128,40 +137,40 @@ struct Conv {
 };
 
 template <class T, int BN, bool kNorm>
-__global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual p, Layout l) {
+__global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual p, Layout layout) {
   constexpr int kWarpN = BN / 2, kColumns = kWarpN / 8;  // eight warps: 4 pairs of tile rows x 2 halves of BN
   ZB_DYNAMIC_SHARED(float, shared);
-  const Conv<T, BN, kNorm> conv(p, l, shared);
+  const Conv<T, BN, kNorm> conv(p, layout, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_row = warp % 4 * 2, warp_column = warp / 4 * kWarpN;
   float sums[2][kColumns][4] = {};
   if (!branch_is_zero(p.zero)) {
-    const int steps = l.blocks_c * l.taps;
+    const int steps = layout.blocks_c * layout.taps;
     for (int s = 0; s < kStages - 1; s++) conv.prefetch(s);
     if (kNorm) conv.load_tables();  // visible after the first barrier below
     for (int s = 0; s < steps; s++) {
       copy_async_wait<kStages - 2>();
       __syncthreads();  // step s has arrived for all, and all have finished step s - 1, whose buffers are refilled
       conv.prefetch(s + kStages - 1);
-      const int block = s / l.taps, tap = s % l.taps;
+      const int block = s / layout.taps, tap = s % layout.taps;
       if (kNorm && tap == 0) {
         conv.activate(block);
         __syncthreads();
       }
-      const T *input = conv.input_tile(block), *filter = conv.filter_tile(s);
-      const int shift = tap / p.kernel * l.halo_w + tap % p.kernel;
+      const T *input = conv.input_tile(block), *weight = conv.weight_tile(s);
+      const int shift = tap / p.kernel * layout.halo_w + tap % p.kernel;
 #pragma unroll
       for (int k = 0; k < kBlockC / 16; k++) {
         unsigned a[2][4], b[kColumns][2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const int row = (warp_row + i) * l.halo_w + lane % 16 + shift;
+          const int row = (warp_row + i) * layout.halo_w + lane % 16 + shift;
           ldmatrix_x4(a[i], input + swizzled(row, 2 * k + lane / 16));
         }
 #pragma unroll
         for (int j = 0; j < kColumns; j += 2) {
           unsigned pair[4];
           const int row = warp_column + j * 8 + lane / 16 * 8 + lane % 8;
-          ldmatrix_x4(pair, filter + swizzled(row, 2 * k + lane / 8 % 2));
+          ldmatrix_x4(pair, weight + swizzled(row, 2 * k + lane / 8 % 2));
           b[j][0] = pair[0], b[j][1] = pair[1], b[j + 1][0] = pair[2], b[j + 1][1] = pair[3];
         }
 #pragma unroll
@@ -175,15 +184,15 @@ __global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual
     __syncthreads();  // the epilogue takes the same memory
   }
 
-  constexpr int kRow = kWarpN + 8, kAcross = kWarpN / 8, kDown = 32 / kAcross;
-  float* stage = shared + warp * 16 * kRow;
-  T* rounded = reinterpret_cast<T*>(shared + 8 * 16 * kRow);  // [kPixels, BN], for the statistics
-  const int k = conv.k0 + warp_column + lane % kAcross * 8;
+  constexpr int kRow = kStagedRow<BN>, kAcross = kWarpN / 8, kDown = 32 / kAcross;
+  float* stage = shared + warp * kTileW * kRow;
+  T* rounded = reinterpret_cast<T*>(shared + kStagedFloats<BN>);  // [kPixels, BN], for the statistics
+  const int k = conv.first_k + warp_column + lane % kAcross * 8;
   float bias[8];
-  if (k < p.K) load_operand<T>(p.conv_bias, k, 0.0f, bias);
+  if (k < p.K) load_operand<T>(p.bias, k, 0.0f, bias);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int y = conv.y0 + warp_row + i;
+    const int row = conv.top + warp_row + i;
 #pragma unroll
     for (int j = 0; j < kColumns; j++) {
 #pragma unroll
@@ -193,12 +202,12 @@ __global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual
       }
     }
     __syncwarp();
-    for (int column = lane / kAcross; column < 16; column += kDown) {
-      const int x = conv.x0 + column;
-      if (y >= p.H || x >= p.W || k >= p.K) continue;
-      const float* sum = stage + column * kRow + lane % kAcross * 8;
+    for (int pixel = lane / kAcross; pixel < kTileW; pixel += kDown) {
+      const int column = conv.left + pixel;
+      if (row >= p.H || column >= p.W || k >= p.K) continue;
+      const float* sum = stage + pixel * kRow + lane % kAcross * 8;
       const Pack<float, 4> low = load_pack<4>(sum), high = load_pack<4>(sum + 4);
-      const int64_t at = ((conv.n * p.H + y) * p.W + x) * p.K + k;
+      const int64_t at = ((conv.n * p.H + row) * p.W + column) * p.K + k;
       float out[8];
 #pragma unroll
       for (int e = 0; e < 8; e++) out[e] = (e < 4 ? low[e] : high[e - 4]) + bias[e];
@@ -209,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual
       }
       store_floats<8>(static_cast<T*>(p.y) + at, out);
       if (p.partial) {
-        store_floats<8>(rounded + ((warp_row + i) * kTileW + column) * BN + warp_column + lane % kAcross * 8, out);
+        store_floats<8>(rounded + ((warp_row + i) * kTileW + pixel) * BN + warp_column + lane % kAcross * 8, out);
       }
     }
     __syncwarp();
@@ -220,9 +229,9 @@ __global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual
   constexpr int kParts = kThreads / BN;
   ZB_SHARED(float, parts, [3 * kThreads]);
   const int channel = threadIdx.x % BN, part = threadIdx.x / BN;
-  const int height = p.H - conv.y0 < kTileH ? static_cast<int>(p.H) - conv.y0 : kTileH;
-  const int width = p.W - conv.x0 < kTileW ? static_cast<int>(p.W) - conv.x0 : kTileW;
-  const bool valid = conv.k0 + channel < p.K;
+  const int height = p.H - conv.top < kTileH ? static_cast<int>(p.H) - conv.top : kTileH;
+  const int width = p.W - conv.left < kTileW ? static_cast<int>(p.W) - conv.left : kTileW;
+  const bool valid = conv.first_k + channel < p.K;
   auto each_pixel = [&](auto f) {
     for (int pixel = part; valid && pixel < kPixels; pixel += kParts) {
       if (pixel / kTileW < height && pixel % kTileW < width) f(to_float(rounded[pixel * BN + channel]));
@@ -249,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual
   __syncthreads();
   if (valid && part == 0) {
     error = total(parts + kThreads) / pixels;
-    float* out = p.partial + (int64_t(blockIdx.x / l.tiles_k) * p.K + conv.k0 + channel) * kConvMoments;
+    float* out = p.partial + (int64_t(blockIdx.x / layout.tiles_k) * p.K + conv.first_k + channel) * kConvMoments;
     out[0] = mean;
     out[1] = error;
     out[2] = total(parts + 2 * kThreads) - pixels * error * error;
@@ -288,33 +297,37 @@ __global__ void __launch_bounds__(kMomentsThreads) conv_moments_kernel(ConvMomen
 
 // ---- host side ------------------------------------------------------------------------------------------------------
 
-// Wide tiles where they waste no columns: they read the input and activate it half as often.
-int block_n(const ConvResidual& p) { return p.K % 128 == 0 || p.K > 512 ? 128 : 64; }
+// Output channels of a block. Tiles of 128 read and activate the input half as often as tiles of 64, but may compute up
+// to 127 channels that do not exist: a fifth of the work at most above 512 (guess).
+constexpr int kWide = 128, kNarrow = 64, kAlwaysWide = 512;
+bool takes_wide_tiles(const ConvResidual& p) { return p.K % kWide == 0 || p.K > kAlwaysWide; }
 
-Layout layout_of(const ConvResidual& p, int BN) {
-  Layout l{};
+template <int BN>
+Layout layout_of(const ConvResidual& p) {
+  Layout layout{};
   const int pad = p.kernel / 2;
-  l.halo_w = kTileW + 2 * pad;
-  l.halo = (kTileH + 2 * pad) * l.halo_w;
-  l.taps = p.kernel * p.kernel;
-  l.halo_buffers = l.taps >= kStages ? 2 : kStages;  // a new input tile every `taps` steps
-  l.blocks_c = static_cast<int>(ceil_div(p.C, kBlockC));
-  l.tables = p.mean ? 2 * l.blocks_c * kBlockC : 0;
-  l.tiles_h = static_cast<int>(ceil_div(p.H, kTileH));
-  l.tiles_w = static_cast<int>(ceil_div(p.W, kTileW));
-  l.tiles_k = static_cast<int>(ceil_div(p.K, BN));
-  const size_t steps = l.tables * sizeof(float) + (l.halo_buffers * l.halo + kStages * BN) * size_t(kBlockC) * 2;
-  const size_t epilogue = 8 * 16 * (BN / 2 + 8) * sizeof(float) + (p.partial ? size_t(kPixels) * BN * 2 : 0);
-  l.bytes = steps > epilogue ? steps : epilogue;
-  return l;
+  layout.halo_w = kTileW + 2 * pad;
+  layout.halo = (kTileH + 2 * pad) * layout.halo_w;
+  layout.taps = p.kernel * p.kernel;
+  layout.halo_buffers = layout.taps >= kStages ? 2 : kStages;  // a new input tile every `taps` steps
+  layout.blocks_c = static_cast<int>(ceil_div(p.C, kBlockC));
+  layout.tables = p.mean ? 2 * layout.blocks_c * kBlockC : 0;
+  layout.tiles_h = static_cast<int>(ceil_div(p.H, kTileH));
+  layout.tiles_w = static_cast<int>(ceil_div(p.W, kTileW));
+  layout.tiles_k = static_cast<int>(ceil_div(p.K, BN));
+  const size_t steps =
+      layout.tables * sizeof(float) + (layout.halo_buffers * layout.halo + kStages * BN) * size_t(kBlockC) * 2;
+  const size_t epilogue = kStagedFloats<BN> * sizeof(float) + (p.partial ? size_t(kPixels) * BN * 2 : 0);
+  layout.bytes = steps > epilogue ? steps : epilogue;
+  return layout;
 }
 
 template <class T, int BN>
 int launch_conv(const ConvResidual& p, void* stream) {
-  const Layout l = layout_of(p, BN);
-  const dim3 grid(static_cast<unsigned>(p.N * l.tiles_h * l.tiles_w * l.tiles_k));
-  return p.mean ? launch(conv_residual_kernel<T, BN, true>, grid, kThreads, l.bytes, stream, p, l)
-                : launch(conv_residual_kernel<T, BN, false>, grid, kThreads, l.bytes, stream, p, l);
+  const Layout layout = layout_of<BN>(p);
+  const dim3 grid(static_cast<unsigned>(p.N * layout.tiles_h * layout.tiles_w * layout.tiles_k));
+  return p.mean ? launch(conv_residual_kernel<T, BN, true>, grid, kThreads, layout.bytes, stream, p, layout)
+                : launch(conv_residual_kernel<T, BN, false>, grid, kThreads, layout.bytes, stream, p, layout);
 }
 
 }  // namespace
@@ -323,9 +336,13 @@ int64_t conv_residual_tiles(const ConvResidual& p) { return ceil_div(p.H, kTileH
 
 int conv_residual_fwd(const ConvResidual& p, void* stream) {
   if (p.N * p.H * p.W * p.K == 0) return 0;
-  const bool wide = block_n(p) == 128;
-  if (p.dtype == DType::kBF16) return wide ? launch_conv<bf16, 128>(p, stream) : launch_conv<bf16, 64>(p, stream);
-  return wide ? launch_conv<fp16, 128>(p, stream) : launch_conv<fp16, 64>(p, stream);
+  return with_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      return takes_wide_tiles(p) ? launch_conv<T, kWide>(p, stream) : launch_conv<T, kNarrow>(p, stream);
+    }
+    return 1;  // cudaErrorInvalidValue: tensor cores take no fp32, and the binding has refused it
+  });
 }
 
 int conv_moments(const ConvMoments& p, void* stream) {

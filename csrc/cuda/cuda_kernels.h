@@ -91,14 +91,14 @@ struct ConvResidual {
   int64_t N, H, W, C, K, G;
   int kernel;  // 3 or 1
   const void* x;
-  const float *mean, *rstd;            // [N, G] or null
-  Operand weight, bias, scale, shift;  // of the norm
-  const void* filter;                  // [K, kernel, kernel, C] (a channels-last weight)
-  Operand conv_bias;                   // [K]
-  const void* residual;                // [N, H, W, K] or null
+  const float *mean, *rstd;  // [N, G] or null
+  Operand norm_weight, norm_bias, scale, shift;
+  const void* weight;    // [K, kernel, kernel, C] (a channels-last weight)
+  Operand bias;          // [K]
+  const void* residual;  // [N, H, W, K] or null
   void* y;
   // Partial statistics of y for the next norm, or null: [N, conv_residual_tiles, K, kConvMoments]; of each channel over
-  // a tile's pixels the mean, what it lacks by rounding, and the sum of centred squares.
+  // a tile's pixels the mean, the rounding error of that mean, and the sum of centred squares.
   float* partial;
   const uint8_t* zero;
 };

@@ -19,7 +19,7 @@ struct Tiles {
 
 struct Place {
   int64_t b, chunk, begin, end, d;
-  int y0;
+  int first_row;
   bool active;
   __device__ Place(const GateResidual& p, const Tiles& t) {
     const int64_t block = blockIdx.x, tile = block % t.columns;
@@ -27,9 +27,9 @@ struct Place {
     b = block / (t.columns * t.chunks);
     begin = chunk * t.chunk;
     end = begin + t.chunk < p.T ? begin + t.chunk : p.T;
-    y0 = threadIdx.x / t.tx;
+    first_row = threadIdx.x / t.tx;
     d = (tile * t.tx + threadIdx.x % t.tx) * t.V;
-    active = y0 < t.ty && d < p.D;
+    active = first_row < t.ty && d < p.D;
   }
 };
 
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) gate_residual_fwd_kernel(GateResidua
   const bool zero = branch_is_zero(p.zero);
   float gate[V] = {};
   if (!zero && !p.gate.per_token) load_gate<T>(p, at, 0, gate);
-  for (int64_t t = at.begin + at.y0; t < at.end; t += tiles.ty) {
+  for (int64_t t = at.begin + at.first_row; t < at.end; t += tiles.ty) {
     const int64_t i = (at.b * p.T + t) * p.D + at.d;
     Pack<T, V> y = load_pack<V>(static_cast<const T*>(p.residual) + i);
     if (!zero) {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) gate_residual_bwd_kernel(GateResidua
   if (at.active) {
     float gate[V] = {};
     if (p.dbranch && !p.gate.per_token) load_gate<T>(p, at, 0, gate);
-    for (int64_t t = at.begin + at.y0; t < at.end; t += tiles.ty) {
+    for (int64_t t = at.begin + at.first_row; t < at.end; t += tiles.ty) {
       const int64_t i = (at.b * p.T + t) * p.D + at.d;
       const Pack<T, V> dy = load_pack<V>(static_cast<const T*>(p.dy) + i);
       if (p.dbranch) {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) gate_residual_bwd_scalar_kernel(Gate
 // ---- host side ------------------------------------------------------------------------------------------------------
 
 int vector_of(const GateResidual& p) {
-  const int vector = p.dtype == DType::kF32 ? 4 : 8;
+  const int vector = pack_size(p.dtype);
   bool whole = p.D % vector == 0 && is_vectorised(p.gate, vector);
   for (const void* t : {p.residual, p.branch, p.dy, static_cast<const void*>(p.y), static_cast<const void*>(p.dbranch),
                         static_cast<const void*>(p.dgate_token)}) {
@@ -169,7 +169,8 @@ Tiles tiles_of(const GateResidual& p, int V) {
   t.columns = ceil_div(packs, t.tx);
   // A block that sums rows of dgate writes D numbers: fewer blocks, and enough rows in each, keep that a small part.
   const bool sums = p.dgate.ptr && !p.scalar_gate;
-  const int64_t most = ceil_div(p.T, sums ? 8 * t.ty : t.ty), wanted = ceil_div(sums ? 512 : 1024, t.columns * p.B);
+  const int64_t most = ceil_div(p.T, sums ? 8 * t.ty : t.ty),
+                wanted = ceil_div(sums ? kSummingBlocks : kElementwiseBlocks, t.columns * p.B);
   t.chunk = ceil_div(ceil_div(p.T, wanted < most ? wanted : most), t.ty) * t.ty;
   t.chunks = ceil_div(p.T, t.chunk);
   return t;
@@ -196,7 +197,7 @@ int gate_residual_fwd(const GateResidual& p, void* stream) {
 
 int64_t gate_residual_bwd_workspace(const GateResidual& p) {
   if (p.B * p.T * p.D == 0 || p.dgate_token) return 0;
-  const Tiles wide = tiles_of(p, p.dtype == DType::kF32 ? 4 : 8), narrow = tiles_of(p, 1);
+  const Tiles wide = tiles_of(p, pack_size(p.dtype)), narrow = tiles_of(p, 1);
   const int64_t chunks = wide.chunks > narrow.chunks ? wide.chunks : narrow.chunks;
   return p.B * chunks * (p.scalar_gate ? narrow.columns : p.D);
 }

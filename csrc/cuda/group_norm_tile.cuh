@@ -190,20 +190,16 @@ inline int groups_per_slab(const GroupNormSilu& p, int V, int element, int bytes
   return static_cast<int>(p.G);
 }
 
-inline int element_size(const GroupNormSilu& p) { return p.dtype == DType::kF32 ? 4 : 2; }
-
 // The elements of a pack: 16 bytes where every row starts at a multiple of them, else one.
-inline bool has_whole_packs(const GroupNormSilu& p) {
-  return (p.channels_last ? p.C : p.S) % (16 / element_size(p)) == 0;
-}
+inline bool has_whole_packs(const GroupNormSilu& p) { return (p.channels_last ? p.C : p.S) % pack_size(p.dtype) == 0; }
 inline int group_norm_vector(const GroupNormSilu& p) {
   const bool aligned = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.dy) && is_aligned(p.dx);
-  return aligned && has_whole_packs(p) ? 16 / element_size(p) : 1;
+  return aligned && has_whole_packs(p) ? pack_size(p.dtype) : 1;
 }
 
 inline Tiling group_norm_tiling(const GroupNormSilu& p, int V, int64_t chunk, int slab_bytes) {
   Tiling t{};
-  t.groups = p.channels_last ? groups_per_slab(p, V, element_size(p), slab_bytes) : 1;
+  t.groups = p.channels_last ? groups_per_slab(p, V, element_size(p.dtype), slab_bytes) : 1;
   t.channels = static_cast<int>(t.groups * (p.C / p.G));
   t.slabs = p.G / t.groups;
   t.chunk = ceil_div(chunk, V) * V;
@@ -228,18 +224,19 @@ inline Tiling group_norm_tiling(const GroupNormSilu& p, int V, int64_t chunk, in
 // where few large blocks would leave most of a GPU idle.
 inline Tiling on_chip_tiling(const GroupNormSilu& p, int tensors, int V, int blocks) {
   Tiling t = group_norm_tiling(p, V, ceil_div(p.S, blocks), 32);
-  const size_t tiles = size_t(t.channels) * t.chunk * element_size(p) * tensors;
-  const bool enough = p.N * t.slabs * t.chunks >= (blocks == 1 ? 96 : 64) || tiles <= 32 * 1024;
+  const size_t tiles = size_t(t.channels) * t.chunk * element_size(p.dtype) * tensors;
+  const bool enough =
+      p.N * t.slabs * t.chunks >= (blocks == 1 ? kOnChipBlocks : kClusterBlocks) || tiles <= kSmallSlabBytes;
   t.bytes += tiles;
   if (V == 1 || !enough || t.bytes > shared_limit()) t.chunks = 0;
   return t;
 }
 
-// Chunks for two passes: about 1024 blocks, each with a few thousand elements.
+// Chunks for two passes: about kElementwiseBlocks blocks, each with 4096 elements or more, 8 for a thread.
 inline Tiling two_pass_tiling(const GroupNormSilu& p, int V) {
   const Tiling whole = group_norm_tiling(p, V, p.S, 256);
   const int64_t least = ceil_div(4096, whole.channels), most = int64_t(1) << 24;
-  const int64_t chunk = ceil_div(p.S, ceil_div(1024, p.N * whole.slabs));
+  const int64_t chunk = ceil_div(p.S, ceil_div(kElementwiseBlocks, p.N * whole.slabs));
   return group_norm_tiling(p, V, ceil_div(chunk < least ? least : chunk > most ? most : chunk, V) * V, 256);
 }
 
@@ -247,7 +244,7 @@ inline Tiling two_pass_tiling(const GroupNormSilu& p, int V) {
 inline int64_t group_norm_chunks(const GroupNormSilu& p) {
   if (p.N * p.C * p.S == 0) return 0;
   const int64_t narrow = two_pass_tiling(p, 1).chunks;
-  const int64_t wide = has_whole_packs(p) ? two_pass_tiling(p, 16 / element_size(p)).chunks : 1;
+  const int64_t wide = has_whole_packs(p) ? two_pass_tiling(p, pack_size(p.dtype)).chunks : 1;
   return wide > narrow ? wide : narrow;
 }
 

@@ -1,4 +1,5 @@
-// The one seam between nvcc and the emulator of tests/simt: launches, shared memory and inline PTX under one name each.
+// The one seam between nvcc and the emulator of tests/cuda/simt: launches, shared memory and inline PTX under one name
+// each.
 #pragma once
 
 #ifdef ZB_SIMT
@@ -20,7 +21,7 @@
 namespace zeroblock::cuda {
 
 using bf16 = __nv_bfloat16;
-using fp16 = __half;
+using f16 = __half;  // with bf16 the names of ZB_DTYPES
 
 // Launches kernel<<<grid, block, bytes, stream>>>(args...) in clusters of so many blocks; dynamic shared memory above
 // 48 KB is asked for first. Returns a cudaError_t as int, 0 for success. Never waits.
@@ -116,7 +117,7 @@ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) { simt::ldmatrix<4, f
 inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
   simt::mma_m16n8k16(d, a, b, simt::widen_bf16);
 }
-inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp16) {
+inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], f16) {
   simt::mma_m16n8k16(d, a, b, simt::widen_fp16);
 }
 
@@ -180,7 +181,7 @@ __device__ __forceinline__ T* cluster_peer(T* p, unsigned) {
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bf16) {
   ZB_MMA("bf16");
 }
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], fp16) {
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], f16) {
   ZB_MMA("f16");
 }
 #undef ZB_MMA

@@ -8,7 +8,7 @@
 namespace zeroblock::cuda {
 namespace {
 
-constexpr int kPacks = 4;
+constexpr int kPacks = 4;  // that a thread keeps in registers: no spills (python tests/cuda/simt/static.py)
 
 // The 1: without it ptxas aims at more blocks than fit in registers, and spills a few.
 template <class T, int V, bool kGate>

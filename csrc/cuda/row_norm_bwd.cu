@@ -10,7 +10,7 @@
 namespace zeroblock::cuda {
 namespace {
 
-constexpr int kPacks = 2;
+constexpr int kPacks = 2;  // that a thread keeps in registers: no spills (python tests/cuda/simt/static.py)
 
 // The workspace: partial sums [B, chunks, Q, D], then totals P, X [B, 2, D].
 __host__ __device__ inline int quantities(const RowNorm& p) { return p.branch ? 3 : 2; }
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kFinishThreads) row_norm_bwd_params_kernel(Row
 }  // namespace
 
 int64_t row_norm_bwd_workspace(const RowNorm& p) {
-  const Teams wide = row_norm_teams(p, kPacks, p.dtype == DType::kF32 ? 4 : 8, kMaxTeamWarpsBwd);
+  const Teams wide = row_norm_teams(p, kPacks, pack_size(p.dtype), kMaxTeamWarpsBwd);
   const Teams narrow = row_norm_teams(p, kPacks, 1, kMaxTeamWarpsBwd);
   const int64_t chunks = wide.chunks > narrow.chunks ? wide.chunks : narrow.chunks;
   return p.B * (chunks * quantities(p) + 2) * p.D;

@@ -1,7 +1,8 @@
 // How the row norms (layer_norm_modulate, rms_norm_modulate, gate_residual_layer_norm_modulate) cut their work.
 //
-// A team of W warps owns a row; thread i of the team owns the packs i, i + 32 W, ... of every row it sees, the first NV
-// of them in registers, later ones (rows longer than any team holds) from memory again. A block holds several teams.
+// A team of W warps owns a row; thread i of the team owns the packs i, i + 32 W, ... of every row it sees. The first NV
+// of them stay in registers, later ones (of rows longer than a team's registers) are read again. A block holds several
+// teams.
 #pragma once
 
 #include <type_traits>
@@ -50,8 +51,7 @@ inline Teams row_norm_teams(const RowNorm& p, int NV, int V, int max_warps) {
   while (t.warps < max_warps && int64_t(t.warps) * 32 * NV < packs) t.warps *= 2;
   t.per_block = t.warps < 8 ? 8 / t.warps : 1;
   t.threads = 32 * t.warps * t.per_block;
-  // About 256 blocks: enough for the largest GPU, few enough that their partial sums stay a small part of the traffic.
-  const int64_t most = ceil_div(p.T, t.per_block), wanted = ceil_div(256, p.B > 0 ? p.B : 1);
+  const int64_t most = ceil_div(p.T, t.per_block), wanted = ceil_div(kRowNormBlocks, p.B > 0 ? p.B : 1);
   const int64_t chunks = wanted < most ? wanted : most;
   t.chunk = chunks > 0 ? ceil_div(ceil_div(p.T, chunks), t.per_block) * t.per_block : 1;
   t.chunks = ceil_div(p.T, t.chunk);
@@ -59,7 +59,7 @@ inline Teams row_norm_teams(const RowNorm& p, int NV, int V, int max_warps) {
 }
 
 inline int row_norm_vector(const RowNorm& p) {
-  const int vector = p.dtype == DType::kF32 ? 4 : 8;
+  const int vector = pack_size(p.dtype);
   bool whole = p.D % vector == 0;
   for (const void* t : {p.x, p.branch, p.dy, p.dx_new, static_cast<const void*>(p.y), static_cast<const void*>(p.x_new),
                         static_cast<const void*>(p.dx), static_cast<const void*>(p.dbranch),

@@ -1,13 +1,14 @@
-// zero_flag: flags[i] = 1 when every element of tensor i is +0 or -0, judged on the bits.
+// zero_flag: flags[i] = 1 when every element of tensor i is +0 or -0, by its bits: all but the sign are zero.
 // grid: x pieces of a tensor, y tensors; a block reads 16 bytes per thread and step and leaves at the first bit found,
-// by itself or by another block. Flags start as 1 and are only ever cleared: any order of blocks gives the same result.
+// by itself or by another block. Reduction order: flags start as 1 and are only ever cleared, so any order gives the
+// same result. Zero path: this kernel writes the flag that the others read.
 #include "common.cuh"
 
 namespace zeroblock::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // packs a thread reads before it looks for bits
+constexpr int kUnroll = 4;  // packs a thread reads before it tests them: 64 bytes in flight
 
 // The bits other than the sign, OR-reduced. fp64: the low word counts whole.
 __device__ __forceinline__ unsigned magnitude(const Pack<unsigned, 4>& p, unsigned even, unsigned odd) {
@@ -69,7 +70,7 @@ int zero_flag(const ZeroFlag& p, void* stream) {
   for (int i = 0; i < p.count; i++) longest = p.bytes[i] > longest ? p.bytes[i] : longest;
   const int64_t pieces = ceil_div(longest, 16 * kThreads * kUnroll);
   if (const int status = launch(set_flags_kernel, dim3(1), kThreads, 0, stream, p)) return status;
-  const unsigned blocks = pieces < 1 ? 1 : pieces > 256 ? 256 : static_cast<unsigned>(pieces);
+  const unsigned blocks = pieces < 1 ? 1 : pieces > kZeroFlagBlocks ? kZeroFlagBlocks : static_cast<unsigned>(pieces);
   return launch(zero_flag_kernel, dim3(blocks, p.count), kThreads, 0, stream, p);
 }
 

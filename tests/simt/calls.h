@@ -238,11 +238,11 @@ inline void drive_conv_residual(DType dtype, ConvOptions o, int64_t N, int64_t H
   p.x = call.input(N * H * W * C);
   if (o.norm) {
     p.mean = call.numbers(N * p.G), p.rstd = call.numbers(N * p.G);
-    p.weight = call.operand(C), p.bias = call.operand(C);
+    p.norm_weight = call.operand(C), p.norm_bias = call.operand(C);
     p.scale = call.operand(N * C, false, C), p.shift = call.operand(N * C, false, C);
   }
-  p.filter = call.input(K * o.kernel * o.kernel * C);
-  p.conv_bias = call.operand(K);
+  p.weight = call.input(K * o.kernel * o.kernel * C);
+  p.bias = call.operand(K);
   p.residual = call.input(N * H * W * K);
   p.y = call.output(N * H * W * K);
   const uint8_t flag = o.zero;

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 SIMT, CSRC = ROOT / "tests/simt", ROOT / "csrc"
-BINDINGS = [CSRC / "bindings_cuda.cpp", CSRC / "bindings_cuda_conv.cpp"]
+BINDINGS = sorted((CSRC / "torch").glob("cuda_*.cpp"))
 CACHE = ROOT / "build/simt"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 NAMESPACE = "zeroblock_simt"
@@ -104,7 +104,7 @@ def _compiler(*arguments: str) -> None:
 def objects(sources: Sequence[Path], flags: Sequence[str]) -> list[Path]:
     """The objects of the sources; side by side, and shared with other processes that want the same ones."""
     folders = [f"-I{SIMT}", f"-I{CSRC}", f"-I{CSRC}/cuda", f"-isystem{cuda_include()}"]
-    headers = sorted([*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.*h"), *SIMT.glob("*.h")])
+    headers = sorted([*CSRC.glob("*.h"), *CSRC.glob("torch/*.h"), *(CSRC / "cuda").glob("*.*h"), *SIMT.glob("*.h")])
     common = _hash(*CXX, *flags, *headers)
     targets = [CACHE / f"objects/{source.stem}-{_hash(common, source)}.o" for source in sources]
 

@@ -1,7 +1,5 @@
-// The torch side of the CUDA kernels of norms and gates (stable ABI), as bindings.cpp is that of the CPU kernels:
-// checks what memory safety needs, allocates on the device, fills the parameter block of cuda/cuda_kernels.h and
-// launches on the current stream.
-#include "binding_cuda.h"
+// The torch side of the CUDA kernels of norms and gates (../cuda/cuda_kernels.h).
+#include "cuda.h"
 
 namespace {
 
@@ -9,12 +7,12 @@ namespace {
 
 cuda::GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                       const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
-                                      bool channels_last, const MaybeTensor& zero, std::vector<Tensor>& keep) {
-  cuda::GroupNormSilu p = images<cuda::GroupNormSilu>(x, groups, silu, channels_last);
-  p.weight = as_operand(weight, x, {p.C}, keep, "weight");
-  p.bias = as_operand(bias, x, {p.C}, keep, "bias");
-  p.scale = as_operand(scale, x, {p.N, p.C}, keep, "scale");
-  p.shift = as_operand(shift, x, {p.N, p.C}, keep, "shift");
+                                      bool channels_last, const MaybeTensor& zero, std::vector<Tensor>& copies) {
+  cuda::GroupNormSilu p = image_params<cuda::GroupNormSilu>(x, groups, silu, channels_last);
+  p.weight = as_operand(weight, x, {p.C}, copies, "weight");
+  p.bias = as_operand(bias, x, {p.C}, copies, "bias");
+  p.scale = as_operand(scale, x, {p.N, p.C}, copies, "scale");
+  p.shift = as_operand(shift, x, {p.N, p.C}, copies, "shift");
   p.zero = zero_of(zero);
   return p;
 }
@@ -23,8 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight,
                                                    MaybeTensor shift, int64_t groups, double eps, bool silu,
                                                    bool channels_last, MaybeTensor zero) {
   const Here here(x);
-  std::vector<Tensor> keep;
-  auto p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, zero, keep);
+  std::vector<Tensor> copies;
+  auto p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, zero, copies);
   Tensor y = dense_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
   Tensor scratch = workspace(x, cuda::group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
@@ -42,12 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
                                                                        int64_t groups, bool silu, bool channels_last,
                                                                        MaybeTensor zero) {
   const Here here(x);
-  std::vector<Tensor> keep;
-  auto p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, zero, keep);
+  std::vector<Tensor> copies;
+  auto p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, zero, copies);
   check_like(dy, x, "dy");
   check_dense(dy, channels_last, "dy");
-  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
+  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, copies, "rstd"));
   Tensor dx = dense_like(x);
   Tensor dweight = grad_of(p.weight, x, {p.C}, p.dweight), dbias = grad_of(p.bias, x, {p.C}, p.dbias);
   Tensor dscale = grad_of(p.scale, x, {p.N, p.C}, p.dscale), dshift = grad_of(p.shift, x, {p.N, p.C}, p.dshift);
@@ -61,40 +59,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
 
 // ---- row norms ------------------------------------------------------------------------------------------------------
 
-void check_tokens(const Tensor& x, const char* what) {
-  STD_TORCH_CHECK(x.dim() == 3 && ZB_IS_HERE(x) && x.is_contiguous(), "zeroblock: ", what, " must be dense [B, T, D]");
-}
-
-// Params with the size and dtype of x, and the flag.
-template <class Params>
-Params token_params(const Tensor& x, const char* what, const MaybeTensor& zero) {
-  check_tokens(x, what);
-  Params p{};
-  p.dtype = dtype_of(x);
-  p.B = x.size(0);
-  p.T = x.size(1);
-  p.D = x.size(2);
-  p.zero = zero_of(zero);
-  return p;
-}
-
 cuda::RowNorm row_norm_params(const Tensor& x, const MaybeTensor& branch, const MaybeTensor& gate,
                               const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& weight,
-                              const MaybeTensor& bias, bool rms, const MaybeTensor& zero, std::vector<Tensor>& keep) {
-  auto p = token_params<cuda::RowNorm>(x, "x", zero);
+                              const MaybeTensor& bias, bool rms, const MaybeTensor& zero, std::vector<Tensor>& copies) {
+  auto p = token_params<cuda::RowNorm>(x, "x");
+  p.zero = zero_of(zero);
   p.rms = rms;
   p.x = x.const_data_ptr();
   const std::vector<int64_t> size = {p.B, p.T, p.D};
-  p.weight = as_operand(weight, x, {p.D}, keep, "weight");
-  p.bias = as_operand(bias, x, {p.D}, keep, "bias");
-  p.shift = as_operand(shift, x, size, keep, "shift");
-  p.scale = as_operand(scale, x, size, keep, "scale");
+  p.weight = as_operand(weight, x, {p.D}, copies, "weight");
+  p.bias = as_operand(bias, x, {p.D}, copies, "bias");
+  p.shift = as_operand(shift, x, size, copies, "shift");
+  p.scale = as_operand(scale, x, size, copies, "scale");
   STD_TORCH_CHECK(branch.has_value() == gate.has_value(), "zeroblock: gate and branch must come together");
   if (branch) {
     check_like(*branch, x, "branch");
     check_tokens(*branch, "branch");
     p.branch = branch->const_data_ptr();
-    p.gate = as_operand(gate, x, size, keep, "gate");
+    p.gate = as_operand(gate, x, size, copies, "gate");
   }
   return p;
 }
@@ -104,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm(Tensor x, MaybeTensor branch
                                                     MaybeTensor scale, MaybeTensor weight, MaybeTensor bias, double eps,
                                                     bool rms, MaybeTensor zero) {
   const Here here(x);
-  std::vector<Tensor> keep;
-  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, zero, keep);
+  std::vector<Tensor> copies;
+  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, zero, copies);
   Tensor x_new = branch ? dense_like(x) : absent(), y = dense_like(x);
   Tensor mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
   p.eps = static_cast<float>(eps);
@@ -126,14 +108,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
     MaybeTensor dx_new, Tensor dy, Tensor x, MaybeTensor mean, Tensor rstd, MaybeTensor branch, MaybeTensor gate,
     MaybeTensor shift, MaybeTensor scale, MaybeTensor weight, MaybeTensor bias, bool rms, MaybeTensor zero) {
   const Here here(x);
-  std::vector<Tensor> keep;
-  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, zero, keep);
+  std::vector<Tensor> copies;
+  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, zero, copies);
   check_like(dy, x, "dy");
   check_tokens(dy, "dy");
   if (dx_new) check_like(*dx_new, x, "dx_new"), check_tokens(*dx_new, "dx_new");
   p.dx_new = dx_new ? dx_new->const_data_ptr() : nullptr;
-  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
+  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, copies, "rstd"));
   p.dy = dy.const_data_ptr();
   auto like_x = [&](void*& target) {
     Tensor t = dense_like(x);
@@ -157,20 +139,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
 // ---- gate_residual --------------------------------------------------------------------------------------------------
 
 cuda::GateResidual gate_params(const Tensor& branch, const Tensor& gate, const MaybeTensor& zero,
-                               std::vector<Tensor>& keep) {
-  auto p = token_params<cuda::GateResidual>(branch, "branch", zero);
+                               std::vector<Tensor>& copies) {
+  auto p = token_params<cuda::GateResidual>(branch, "branch");
+  p.zero = zero_of(zero);
   p.branch = branch.const_data_ptr();
   const bool scalar = gate.dim() == 1 && gate.numel() == 1;
-  p.gate =
-      scalar ? as_operand(gate, branch, {1}, keep, "gate") : as_operand(gate, branch, {p.B, p.T, p.D}, keep, "gate");
+  p.gate = scalar ? as_operand(gate, branch, {1}, copies, "gate")
+                  : as_operand(gate, branch, {p.B, p.T, p.D}, copies, "gate");
   p.scalar_gate = scalar ? p.gate.ptr : nullptr;
   return p;
 }
 
 Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch, MaybeTensor zero) {
   const Here here(branch);
-  std::vector<Tensor> keep;
-  auto p = gate_params(branch, gate, zero, keep);
+  std::vector<Tensor> copies;
+  auto p = gate_params(branch, gate, zero, copies);
   check_like(residual, branch, "residual");
   check_tokens(residual, "residual");
   Tensor y = dense_like(branch);
@@ -183,8 +166,8 @@ Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch, MaybeTensor ze
 std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch,
                                              MaybeTensor zero) {
   const Here here(branch);
-  std::vector<Tensor> keep;
-  auto p = gate_params(branch, gate, zero, keep);
+  std::vector<Tensor> copies;
+  auto p = gate_params(branch, gate, zero, copies);
   check_like(dy, branch, "dy");
   check_tokens(dy, "dy");
   p.dy = dy.const_data_ptr();

@@ -1,25 +1,31 @@
-// What the CPU binding alone needs: the kernel table, the thread pool, rows in the CPU kernels' form, scratch memory.
+// What the CPU bindings alone need: the kernel table, the thread pool, operands in the CPU kernels' form, scratch
+// memory.
 #pragma once
 
 #include <memory>
 
-#include "binding_args.h"
+#include "args.h"
 
 namespace {
 
-const CpuKernels& kernels() {
+inline bool is_here(const Tensor& t) { return t.is_cpu(); }
+inline const char* device_name() { return "CPU"; }
+
+inline const CpuKernels& kernels() {
   const CpuKernels* table = cpu_kernels();
   STD_TORCH_CHECK(table != nullptr, "zeroblock: this processor has neither AVX2+FMA+F16C nor AVX-512");
   return *table;
 }
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* ctx) {
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* ctx) {
   torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(ctx, b, e); });
 }
 
-bool is_half(const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half; }
+inline bool is_half(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+}
 
-Tensor to_f32(const Tensor& t) {
+inline Tensor to_f32(const Tensor& t) {
   const int64_t dims = t.dim(), columns = dims > 0 ? t.size(dims - 1) : 1, rows = dims == 2 ? t.size(0) : 1;
   if (!is_half(t) || dims < 1 || dims > 2 || (columns > 1 && t.stride(dims - 1) != 1)) {
     return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
@@ -30,7 +36,7 @@ Tensor to_f32(const Tensor& t) {
 }
 
 // A [B, D] operand (or one broadcast row, [D]) becomes fp32 rows; a [B, T, D] operand keeps its strides.
-Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& keep, const char* what) {
+inline Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& copies, const char* what) {
   if (!t.has_value()) return {nullptr, false, 0, 0};
   const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
   if (t->dim() == 3) {
@@ -44,19 +50,31 @@ Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& keep, c
     return {t->const_data_ptr(), false, t->stride(0), 0};
   }
   const bool one_row = t->dim() == 1;
-  return {as_f32(t, one_row ? D : B * D, keep, what), false, one_row ? 0 : D, 0};
+  return {as_f32(t, one_row ? D : B * D, copies, what), false, one_row ? 0 : D, 0};
 }
 
 // A finished fp32 gradient in the dtype of its operand.
-Tensor as_gradient(const Tensor& grad, const Tensor& operand) {
+inline Tensor as_gradient(const Tensor& grad, const Tensor& operand) {
   if (grad.scalar_type() == operand.scalar_type()) return grad;
   if (!is_half(operand)) return torch::stable::to(grad, operand.scalar_type());
   Tensor narrowed = dense_like(grad, dtype_id(operand));
   kernels().narrow(dtype_of(operand), data<float>(grad), grad.numel(), narrowed.mutable_data_ptr());
   return narrowed;
 }
-Tensor as_gradient(const Tensor& grad, const MaybeTensor& operand) {
+inline Tensor as_gradient(const Tensor& grad, const MaybeTensor& operand) {
   return operand && grad.defined() ? as_gradient(grad, *operand) : grad;
+}
+
+// The parameters of group_norm_silu that forward, backward and statistics share.
+inline GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+                                       const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
+                                       bool channels_last, std::vector<Tensor>& copies) {
+  GroupNormSilu p = image_params<GroupNormSilu>(x, groups, silu, channels_last);
+  p.weight = as_f32(weight, p.C, copies, "weight");
+  p.bias = as_f32(bias, p.C, copies, "bias");
+  p.scale = as_f32(scale, p.N * p.C, copies, "scale");
+  p.shift = as_f32(shift, p.N * p.C, copies, "shift");
+  return p;
 }
 
 // Scratch memory of one call, not initialised.

@@ -1,25 +1,26 @@
-// What the row kernels share: column loops with tails, operands that may be absent, chunks of tokens, streamed stores,
-// and the second stage of every reduction over tokens.
+// What the kernels on rows [B, T, D] share: loops over columns, operands that may be absent, chunks of tokens, streamed
+// stores, and the second stage of every reduction over tokens.
 #pragma once
 
-#include "wide.h"
-
-// A lambda in an inner loop: inlined before arrays are split into registers.
-#define ZB_BODY __attribute__((always_inline))
+#include "../parallel.h"
+#include "../vec/vec4.h"
 
 namespace zeroblock {
 namespace {
 
-// Tokens of one sample that one piece of work covers. Sums over T are taken per chunk, then over the chunks in order:
-// the result depends on the shape alone.
+// Tokens of one sample that a thread takes at a time. Sums over T are taken per chunk, then over the chunks in order:
+// the result depends on the shape alone. At most 4 * kCascade: see Partials.
 constexpr int64_t kChunkRows = 64;
-// Elements below which a second thread costs more than it saves.
-constexpr int64_t kGrainElements = 32768;
-// A call that touches more than this many bytes writes past the caches: its output would be evicted before it is read.
+// A call that touches more bytes than this writes past the caches: its output would be evicted before it is read, and
+// an ordinary store reads the line first. 383 -> 223 us for gate_residual of fp32 [1, 1024, 1152], whose 14 MB no
+// longer stay in an L3 of 32 MB that virtual machines share (measured: python benchmarks/run.py --filter
+// gate_residual-1x1024).
 constexpr int64_t kStreamBytes = int64_t{12} << 20;
-// Rows that backward walks in step: they share the loads of operands and the sums over tokens.
+// Rows that backward walks in step: they share the loads of operands and the sums over tokens (measured: python
+// benchmarks/run.py --group memory_bound --filter training).
 constexpr int kRowsInStep = 4;
-// Addends in a row before a sum is put aside: long fp32 sums lose a bit with every fourfold of their length.
+// Addends of one fp32 sum: a longer sum loses a bit with every fourfold of its length, so it is cut and the parts
+// added.
 constexpr int64_t kCascade = 16;
 
 template <bool B>
@@ -36,9 +37,9 @@ ZB_INLINE void with_bool(bool b, const F& f) {
   }
 }
 
-// Stores one step of a row, past the caches when streamed; the tail of a row is stored the ordinary way.
+// Stores past the caches when streamed; the tail of a row is stored the ordinary way.
 template <class T>
-ZB_INLINE void put(T* p, Vec a, All, bool streamed) {
+ZB_INLINE void store_or_stream(T* p, Vec a, OneVec, bool streamed) {
   if (streamed) {
     stream(p, a);
   } else {
@@ -46,7 +47,7 @@ ZB_INLINE void put(T* p, Vec a, All, bool streamed) {
   }
 }
 template <class T>
-ZB_INLINE void put(T* p, Vec a, int lanes, bool) {
+ZB_INLINE void store_or_stream(T* p, Vec a, int lanes, bool) {
   store(p, a, lanes);
 }
 
@@ -54,7 +55,7 @@ ZB_INLINE void put(T* p, Vec a, int lanes, bool) {
 template <class F>
 ZB_INLINE void each_column(int64_t begin, int64_t end, const F& f) {
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) f(i, All{});
+  for (; i + kLanes <= end; i += kLanes) f(i, OneVec{});
   if (i < end) f(i, static_cast<int>(end - i));
 }
 
@@ -64,43 +65,16 @@ ZB_INLINE float sum_columns(int64_t D, const F& f) {
   Vec a = zero(), b = zero(), c = zero(), d = zero();
   int64_t i = 0;
   for (; i + 4 * kLanes <= D; i += 4 * kLanes) {
-    a = f(a, i, All{});
-    b = f(b, i + kLanes, All{});
-    c = f(c, i + 2 * kLanes, All{});
-    d = f(d, i + 3 * kLanes, All{});
+    a = f(a, i, OneVec{});
+    b = f(b, i + kLanes, OneVec{});
+    c = f(c, i + 2 * kLanes, OneVec{});
+    d = f(d, i + 3 * kLanes, OneVec{});
   }
   each_column(i, D, [&](int64_t j, auto lanes) ZB_BODY { a = f(a, j, lanes); });
   return sum((a + b) + (c + d));
 }
 
-// Lane sums in fp64 of products of fp32 numbers, which are exact there.
-struct Sum64 {
-#if defined(__AVX512F__)
-  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-  ZB_INLINE void add_product(Vec a, Vec b) {
-    low = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_castps512_ps256(b.v)),
-                          low);
-    high = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)),
-                           _mm512_cvtps_pd(_mm512_extractf32x8_ps(b.v, 1)), high);
-  }
-  ZB_INLINE double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low, high)); }
-#else
-  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
-  ZB_INLINE void add_product(Vec a, Vec b) {
-    low = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a.v)), _mm256_cvtps_pd(_mm256_castps256_ps128(b.v)),
-                          low);
-    high = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)),
-                           _mm256_cvtps_pd(_mm256_extractf128_ps(b.v, 1)), high);
-  }
-  ZB_INLINE double total() const {
-    alignas(32) double lanes[4];
-    _mm256_store_pd(lanes, _mm256_add_pd(low, high));
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  }
-#endif
-};
-
-// One row of an operand. When the operand is absent, mask is 0 and one constant vector serves every column.
+// One row of an operand. When the operand is absent, mask is 0 and one constant vector stands for every column.
 template <class M>
 struct OperandRow {
   const M* p;
@@ -208,8 +182,8 @@ ZB_INLINE void for_row_tiles(int64_t rows, int64_t stride, const Body& body) {
   for (; row < rows; ++row) body(row, RowTile<1>{stride});
 }
 
-// Starts loading the lines of column i of a tile: the hardware follows one forward walk per array, but loses it when a
-// row is walked twice.
+// Prefetches column i of a tile: the hardware follows one forward walk per array, but loses it when a row is walked
+// twice (measured: python benchmarks/run.py --group memory_bound --filter training).
 template <int R, class T>
 ZB_INLINE void prefetch(RowTile<R> tile, const T* first, int64_t i) {
   for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(tile.row(first, r) + i), _MM_HINT_T0);
@@ -268,7 +242,7 @@ struct Partials {
 // f(b, begin, end) over blocks of columns of every sample, in parallel; `depth` rows are read for each.
 template <class F>
 ZB_INLINE void each_column_block(ParallelFor run, int64_t B, int64_t D, int64_t depth, const F& f) {
-  constexpr int64_t block = 128;
+  constexpr int64_t block = 128;  // columns: 8 cache lines of a row of sums
   const int64_t blocks = (D + block - 1) / block;
   parallel(run, 0, B * blocks, kGrainElements / (block * (depth + 1)) + 1, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
@@ -279,7 +253,7 @@ ZB_INLINE void each_column_block(ParallelFor run, int64_t B, int64_t D, int64_t 
   });
 }
 
-// Adds to a row of accumulators; a null row is a sum that nobody asked for.
+// Adds to a row of accumulators; null: the sum is not wanted.
 template <class Lanes>
 ZB_INLINE void accumulate(float* acc, int64_t i, Vec a, Lanes lanes) {
   if (acc != nullptr) store(acc + i, load(acc + i, lanes) + a, lanes);

@@ -1,46 +1,27 @@
-// The torch side of the ops on tokens [B, T, D]: layer_norm_modulate, gate_residual and both in one (cpu/*.h). Part of
-// bindings.cpp.
-#pragma once
-
-#include "binding_cpu.h"
+// The torch side of the ops on tokens [B, T, D]: layer_norm_modulate, gate_residual and both in one (../cpu).
+#include "cpu.h"
 
 namespace {
 
 // ---- layer_norm_modulate, rms_norm_modulate -------------------------------------------------------------------------
 
-void check_tokens(const Tensor& x, const char* what) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu() && x.is_contiguous(), "zeroblock: ", what, " must be dense [B, T, D]");
-}
-
-// What the parameters of every op on tokens begin with.
-template <class Params>
-Params token_params(const Tensor& x, const char* what) {
-  check_tokens(x, what);
-  Params p{};
-  p.dtype = dtype_of(x);
-  p.B = x.size(0);
-  p.T = x.size(1);
-  p.D = x.size(2);
-  return p;
-}
-
 LayerNormModulate layer_norm_params(const Tensor& x, const MaybeTensor& shift, const MaybeTensor& scale,
                                     const MaybeTensor& weight, const MaybeTensor& bias, bool rms,
-                                    std::vector<Tensor>& keep) {
+                                    std::vector<Tensor>& copies) {
   LayerNormModulate p = token_params<LayerNormModulate>(x, "x");
   p.rms = rms;
   p.x = x.const_data_ptr();
-  p.weight = as_f32(weight, p.D, keep, "weight");
-  p.bias = as_f32(bias, p.D, keep, "bias");
-  p.shift = as_rows(shift, x, keep, "shift");
-  p.scale = as_rows(scale, x, keep, "scale");
+  p.weight = as_f32(weight, p.D, copies, "weight");
+  p.bias = as_f32(bias, p.D, copies, "bias");
+  p.shift = as_rows(shift, x, copies, "shift");
+  p.scale = as_rows(scale, x, copies, "scale");
   return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(Tensor x, MaybeTensor shift, MaybeTensor scale,
                                                        MaybeTensor weight, MaybeTensor bias, double eps, bool rms) {
-  std::vector<Tensor> keep;
-  LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, keep);
+  std::vector<Tensor> copies;
+  LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, copies);
   Tensor y = dense_like(x), mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
   p.eps = static_cast<float>(eps);
   p.y = y.mutable_data_ptr();
@@ -55,12 +36,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
                                                                            Tensor rstd, MaybeTensor shift,
                                                                            MaybeTensor scale, MaybeTensor weight,
                                                                            MaybeTensor bias, bool rms) {
-  std::vector<Tensor> keep;
-  LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, keep);
+  std::vector<Tensor> copies;
+  LayerNormModulate p = layer_norm_params(x, shift, scale, weight, bias, rms, copies);
   check_like(dy, x, "dy");
   check_tokens(dy, "dy");
-  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
+  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, copies, "rstd"));
   p.dy = dy.const_data_ptr();
   Tensor dx = dense_like(x);
   p.dx = dx.mutable_data_ptr();
@@ -80,20 +61,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
 
 // ---- gate_residual --------------------------------------------------------------------------------------------------
 
-GateResidual gate_params(const Tensor& branch, const Tensor& gate, std::vector<Tensor>& keep) {
+GateResidual gate_params(const Tensor& branch, const Tensor& gate, std::vector<Tensor>& copies) {
   GateResidual p = token_params<GateResidual>(branch, "branch");
   p.branch = branch.const_data_ptr();
   if (gate.dim() == 1 && gate.numel() == 1) {
-    p.scalar_gate = as_f32(gate, 1, keep, "gate");
+    p.scalar_gate = as_f32(gate, 1, copies, "gate");
   } else {
-    p.gate = as_rows(gate, branch, keep, "gate");
+    p.gate = as_rows(gate, branch, copies, "gate");
   }
   return p;
 }
 
 Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch) {
-  std::vector<Tensor> keep;
-  GateResidual p = gate_params(branch, gate, keep);
+  std::vector<Tensor> copies;
+  GateResidual p = gate_params(branch, gate, copies);
   check_like(residual, branch, "residual");
   check_tokens(residual, "residual");
   Tensor y = dense_like(branch);
@@ -103,7 +84,7 @@ Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch) {
   return y;
 }
 
-// The gradient of a [D] or [1] gate is summed further by the caller, in fp32.
+// The gradient of a [D] or [1] gate stays fp32: the caller sums it further.
 Tensor as_gate_gradient(const Tensor& dgate, const Tensor& gate) {
   return gate.dim() > 1 ? as_gradient(dgate, gate) : dgate;
 }
@@ -115,8 +96,8 @@ Tensor gate_gradient(const Tensor& branch, bool scalar, bool per_token) {
 
 std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate,
                                              bool need_dbranch) {
-  std::vector<Tensor> keep;
-  GateResidual p = gate_params(branch, gate, keep);
+  std::vector<Tensor> copies;
+  GateResidual p = gate_params(branch, gate, copies);
   check_like(dy, branch, "dy");
   check_tokens(dy, "dy");
   p.dy = dy.const_data_ptr();
@@ -133,20 +114,20 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor bran
 // ---- gate_residual_layer_norm_modulate ------------------------------------------------------------------------------
 
 GateResidualLayerNormModulate gate_norm_params(const Tensor& branch, const Tensor& gate, const Tensor& shift,
-                                               const Tensor& scale, std::vector<Tensor>& keep) {
+                                               const Tensor& scale, std::vector<Tensor>& copies) {
   GateResidualLayerNormModulate p = token_params<GateResidualLayerNormModulate>(branch, "branch");
   p.branch = branch.const_data_ptr();
-  p.gate = as_rows(gate, branch, keep, "gate");
-  p.shift = as_rows(shift, branch, keep, "shift");
-  p.scale = as_rows(scale, branch, keep, "scale");
+  p.gate = as_rows(gate, branch, copies, "gate");
+  p.shift = as_rows(shift, branch, copies, "shift");
+  p.scale = as_rows(scale, branch, copies, "scale");
   return p;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modulate(Tensor residual, Tensor gate,
                                                                              Tensor branch, Tensor shift, Tensor scale,
                                                                              double eps) {
-  std::vector<Tensor> keep;
-  GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, keep);
+  std::vector<Tensor> copies;
+  GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, copies);
   check_like(residual, branch, "residual");
   check_tokens(residual, "residual");
   Tensor x_new = dense_like(branch), y = dense_like(branch);
@@ -166,15 +147,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modu
                                                                                          Tensor rstd, Tensor gate,
                                                                                          Tensor branch, Tensor shift,
                                                                                          Tensor scale) {
-  std::vector<Tensor> keep;
-  GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, keep);
+  std::vector<Tensor> copies;
+  GateResidualLayerNormModulate p = gate_norm_params(branch, gate, shift, scale, copies);
   for (const Tensor* t : {&dy, &x_new}) check_like(*t, branch, "dy and x_new"), check_tokens(*t, "dy and x_new");
   if (dx_new) check_like(*dx_new, branch, "dx_new"), check_tokens(*dx_new, "dx_new");
   p.dx_new = dx_new ? dx_new->const_data_ptr() : nullptr;
   p.dy = dy.const_data_ptr();
   p.x_new = x_new.mutable_data_ptr();
-  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, keep, "rstd"));
+  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, copies, "rstd"));
   Tensor dresidual = dense_like(branch), dbranch = dense_like(branch);
   Tensor dgate = gate_gradient(branch, false, p.gate.per_token);
   Tensor dshift = p.shift.per_token ? absent() : f32(branch, {p.B, p.D});

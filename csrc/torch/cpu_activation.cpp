@@ -1,13 +1,5 @@
-// The torch side of the native kernels (stable ABI: built once, runs on torch >= 2.13).
-//
-// Each private op checks what memory safety needs, allocates its results, fills the parameter block of zeroblock.h and
-// calls the kernel. Shapes, layouts and dtypes are settled by the Python caller (zeroblock/_cpu.py); a check that fails
-// here is a bug there. An absent result is undefined, None in Python.
-#include "binding_cpu.h"
-#include "binding_group_norm.h"
-#include "binding_tokens.h"
-#include "binding_winograd.h"
-#include "binding_zero.h"
+// The torch side of the activations (../cpu/activation.h), and the name of the instruction set in use.
+#include "cpu.h"
 
 namespace {
 

@@ -1,11 +1,11 @@
-// The weights' side of winograd.h: G w G^T into panels [points, C, 2 L] (C padded to L and by 3 rows), and G^T dU G
+// The weight's transforms (tiles.h): G w G^T into panels [points, C, 2 L] (C padded to L and by 3 rows), and G^T dU G
 // back out of them.
 //
 // Element (k, c, tap) of a weight lies at k * out + c * in + tap * tap_stride; either tap_stride or the stride of one
 // channel is 1 (contiguous, channels-last), so that L x L blocks transposed in registers do all the moving.
 #pragma once
 
-#include "winograd.h"
+#include "tiles.h"
 
 namespace zeroblock {
 namespace {
@@ -22,7 +22,7 @@ ZB_INLINE void move_taps(WinogradWeight w, int64_t k, int64_t c, int rows, int c
       transpose(v);
       for (int i = 0; i < rows; ++i) store(p + i * w.out, v[i], count);
     } else {
-      // The next block lies far off, in too many streams for the processor to foresee.
+      // The next block is far away, in more streams than the hardware's prefetchers follow.
       for (int i = 0; i < rows; ++i) __builtin_prefetch(p + i * w.out + kL * w.in);
       load_transposed(p, w.out, rows, count, v);
       for (int i = 0; i < count; ++i) at[i * step] = v[i];
@@ -56,7 +56,7 @@ ZB_INLINE void move_taps(WinogradWeight w, int64_t k, int64_t c, int rows, int c
   }
 }
 
-// Floats between the points of a panel: padded, so that their streams do not meet in one set of the cache.
+// Floats between the points of a panel: padded, so that the points do not all fall into one set of the cache.
 ZB_INLINE int64_t panel_point(int64_t C) { return (ceil_div(C, kL) * kL + 3) * kPanel; }
 
 // Panel `panel` of the transformed weight to u [points, C, 2 L]; channels that do not exist are 0.

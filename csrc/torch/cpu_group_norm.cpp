@@ -1,26 +1,13 @@
-// The torch side of group_norm_silu (cpu/group_norm_silu.h). Part of bindings.cpp.
-#pragma once
-
-#include "binding_cpu.h"
+// The torch side of group_norm_silu (../cpu/group_norm_silu.h).
+#include "cpu.h"
 
 namespace {
-
-GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
-                                const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
-                                bool channels_last, std::vector<Tensor>& keep) {
-  GroupNormSilu p = images<GroupNormSilu>(x, groups, silu, channels_last);
-  p.weight = as_f32(weight, p.C, keep, "weight");
-  p.bias = as_f32(bias, p.C, keep, "bias");
-  p.scale = as_f32(scale, p.N * p.C, keep, "scale");
-  p.shift = as_f32(shift, p.N * p.C, keep, "shift");
-  return p;
-}
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
                                                    MaybeTensor shift, int64_t groups, double eps, bool silu,
                                                    bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies);
   Tensor y = dense_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
   const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
@@ -36,12 +23,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
                                                                        MaybeTensor weight, MaybeTensor bias,
                                                                        MaybeTensor scale, MaybeTensor shift,
                                                                        int64_t groups, bool silu, bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, keep);
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies);
   check_like(dy, x, "dy");
   check_dense(dy, channels_last, "dy");
-  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
+  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, copies, "rstd"));
   Tensor dx = dense_like(x);
   Tensor dweight = weight ? f32(x, {p.C}) : absent(), dbias = bias ? f32(x, {p.C}) : absent();
   Tensor dscale = scale ? f32(x, {p.N, p.C}) : absent(), dshift = shift ? f32(x, {p.N, p.C}) : absent();
@@ -58,6 +45,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
           as_gradient(dshift, shift)};
 }
 
+// Statistics alone: mean and rstd, [N, G] each.
+std::tuple<Tensor, Tensor> group_norm_statistics(Tensor x, int64_t groups, double eps, bool channels_last) {
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, {}, {}, {}, {}, groups, false, channels_last, copies);
+  Tensor mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
+  const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
+  p.eps = static_cast<float>(eps);
+  p.mean = data<float>(mean);
+  p.rstd = data<float>(rstd);
+  p.workspace = workspace.data.get();
+  kernels().group_norm_statistics(p, parallel_for);
+  return {mean, rstd};
+}
+
+// The norm with these statistics as a map of every channel: [N, 3, C], mean, a and b of z = (x - mean) * a + b.
+Tensor group_norm_affine(Tensor x, Tensor mean, Tensor rstd, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
+                         MaybeTensor shift, int64_t groups, bool channels_last) {
+  std::vector<Tensor> copies;
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, true, channels_last, copies);
+  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, copies, "mean"));
+  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, copies, "rstd"));
+  Tensor affine = f32(x, {p.N, 3, p.C});
+  kernels().group_norm_affine(p, data<float>(affine));
+  return affine;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
@@ -68,9 +81,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
       "_group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
       "Tensor? scale, Tensor? shift, int groups, bool silu, bool channels_last) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("_group_norm_statistics(Tensor x, int groups, float eps, bool channels_last) -> (Tensor, Tensor)");
+  m.def(
+      "_group_norm_affine(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? scale, "
+      "Tensor? shift, int groups, bool channels_last) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
   m.impl("_group_norm_silu", TORCH_BOX(&group_norm_silu));
   m.impl("_group_norm_silu_bwd", TORCH_BOX(&group_norm_silu_bwd));
+  m.impl("_group_norm_statistics", TORCH_BOX(&group_norm_statistics));
+  m.impl("_group_norm_affine", TORCH_BOX(&group_norm_affine));
 }

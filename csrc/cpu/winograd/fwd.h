@@ -1,24 +1,31 @@
-// The convolution of winograd.h: y = conv(act(norm(x)), w) [+ bias] [+ residual]. The data gradient is the same
-// function of dy and of the weight with its channels swapped and its taps reversed.
+// The convolution (tiles.h): y = conv(act(norm(x)), w) [+ bias] [+ residual]. The data gradient is the same function of
+// dy and of the weight with its channels swapped and its taps reversed.
 #pragma once
 
-#include "winograd_weight.h"
+#include "weight.h"
 
 namespace zeroblock {
 namespace {
 
-// Tiles that one GEMM keeps in registers, 2 vectors of outputs each, beside 2 vectors of weights and 1 of inputs.
+// Tiles that one GEMM keeps in registers, 2 vectors of outputs each, beside 2 vectors of weights and 1 of inputs: all
+// but one of the 32 registers of AVX-512, of the 16 of AVX2.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14;
 #else
 constexpr int kTileRows = 6;
 #endif
-constexpr int kGroupTiles = 8 * kTileRows;  // tiles whose products stay in the cache until they are transformed back
 
-// m[R, 2 L] = v[R tiles, C] u[C, 2 L]; v holds `blocks` blocks of L channels, block_stride apart. The sum goes to
-// memory every kChainChannels: one chain over all channels would lose more to rounding than the library's convolution
-// does.
+// What is worked on at a time: floats and tiles of a chunk (2 MiB of V, near the processor, but each transformed weight
+// should serve many tiles), and tiles whose products M stay in the cache until they are transformed back. python
+// benchmarks/scaling.py shows the times over channels and resolutions (guess).
+constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
+constexpr int kGroupTiles = 8 * kTileRows;
+
+// Channels summed in registers; then the sum goes to memory: one chain over all channels would lose more to rounding
+// than PyTorch's convolution does (tests/test_winograd.py).
 constexpr int64_t kChainChannels = 64;
+
+// m[R, 2 L] = v[R tiles, C] u[C, 2 L]; v holds `blocks` blocks of L channels, block_stride apart.
 
 template <int R>
 ZB_LOOPS void gemm_tiles(const float* v, int64_t block_stride, const float* u, int64_t blocks, float* m) {
@@ -163,9 +170,6 @@ int64_t packed_panel(int64_t C) {
   return F::n * F::n * panel_point(C);
 }
 
-// Tiles of a chunk: V should stay near the processor, but a transformed weight should also serve many tiles.
-constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
-
 // The strips [first, last), a chunk after the other; V is scratch memory of the calling thread.
 template <class F, class T>
 void winograd_fwd_strips(const Winograd& p, const Tiling<F>& tiling, int64_t first, int64_t last, ParallelFor run) {
@@ -196,15 +200,13 @@ void winograd_fwd_strips(const Winograd& p, const Tiling<F>& tiling, int64_t fir
   winograd_tiles.trim();
 }
 
-// A ParallelFor of the calling thread.
-inline void alone(int64_t begin, int64_t end, int64_t, ParallelBody body, void* ctx) { body(ctx, begin, end); }
-
-// Tiles of a thread from which it pays that every thread transforms the weights for itself.
+// Tiles of a thread from which on every thread transforms the weights for itself (measured: python
+// benchmarks/scaling.py; 16 x 16 maps of 64 channels gain up to 20 %).
 constexpr int64_t kOwnTiles = 64;
 
-// Where every thread has tiles enough, it multiplies what it transformed itself, and no V travels from core to core:
-// between cores without a common L3 that cost up to half of a convolution. Else the threads share each chunk: its
-// channels are cut for the transform, its output channels for the products.
+// Where every thread has tiles enough, it multiplies what it transformed itself, and no V travels from core to core,
+// which takes up to half of a convolution's time between cores without a common L3. Else the threads share each chunk:
+// by input channels for the transform, by output channels for the products.
 template <class F, class T>
 void winograd_fwd_of(F, T*, const Winograd& p, ParallelFor run) {
   const int64_t tile_floats = F::n * F::n * ceil_div(p.C, kL) * kL;
@@ -215,7 +217,7 @@ void winograd_fwd_of(F, T*, const Winograd& p, ParallelFor run) {
   }
   tiling.chunk = ceil_div(share, ceil_div(share, tiling.chunk));  // chunks of equal size
   parallel(run, 0, tiling.strips, share,
-           [&](int64_t first, int64_t last) { winograd_fwd_strips<F, T>(p, tiling, first, last, alone); });
+           [&](int64_t first, int64_t last) { winograd_fwd_strips<F, T>(p, tiling, first, last, run_alone); });
 }
 
 template <class F, class T>
@@ -228,12 +230,12 @@ void winograd_pack_of(F, T*, const Winograd& p, ParallelFor run) {
 
 // f(F, T*) with the transforms of p's tile and the type of its images and weight.
 template <class Body>
-ZB_INLINE void with_form(const Winograd& p, const Body& f) {
+ZB_INLINE void with_transform(const Winograd& p, const Body& f) {
   with_type(p.dtype, [&](auto* type) { p.tile == 2 ? f(F2{}, type) : f(F4{}, type); });
 }
 
 void winograd_fwd(const Winograd& p, ParallelFor run) {
-  with_form(p, [&](auto form, auto* type) { winograd_fwd_of(form, type, p, run); });
+  with_transform(p, [&](auto transform, auto* type) { winograd_fwd_of(transform, type, p, run); });
 }
 
 int64_t winograd_packed_size(const Winograd& p) {
@@ -242,7 +244,7 @@ int64_t winograd_packed_size(const Winograd& p) {
 
 // G w G^T of every panel to p.u, winograd_packed_size floats.
 void winograd_pack(const Winograd& p, ParallelFor run) {
-  with_form(p, [&](auto form, auto* type) { winograd_pack_of(form, type, p, run); });
+  with_transform(p, [&](auto transform, auto* type) { winograd_pack_of(transform, type, p, run); });
 }
 
 }  // namespace

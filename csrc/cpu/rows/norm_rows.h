@@ -1,47 +1,38 @@
-// Forward of a norm over rows that L1 holds. Tiles of rows move through three stages (sum, centred squares, output),
-// one tile in each at a time and all three in one walk over the columns: the roots of one tile, the loads of the next
-// from the caches further out and the arithmetic of the third overlap, which they don't where a row is walked three
-// times. bf16 takes four rows to a tile, which share the loads of per-sample operands; fp32 is bound by memory and
-// takes one.
+// Forward of a norm over rows that L1 holds, in one walk instead of three: tiles of rows move through three stages
+// (sum, centred squares, output), and one walk over the columns does all three, each for another tile. The roots of one
+// tile, the loads of the next and the arithmetic of the third so overlap. bf16 has four rows in a tile, which share the
+// loads of per-sample operands; fp32, which waits for memory, has one.
 #pragma once
 
-#include "rows_bf16.h"
+#include "row_pair.h"
 
 namespace zeroblock {
 namespace {
 
-// fp32 rows that leave L1 little room are better walked one at a time.
+// Longer fp32 rows leave L1 too little room for three of them, and are walked one at a time (measured: python
+// benchmarks/run.py --group memory_bound --filter layer_norm_modulate).
 constexpr bool in_tiles(const float*, int64_t D) { return D <= 1024; }
 constexpr bool in_tiles(const bf16*, int64_t D) { return D <= kStagedRow; }
 constexpr bool in_tiles(const void*, int64_t) { return false; }
 
-// Sums of the lanes of four vectors.
-ZB_INLINE __m128 quarter(__m256 a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
-#if defined(__AVX512F__)
-ZB_INLINE __m128 quarter(Vec a) {
-  return quarter(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
-}
-ZB_INLINE Vec broadcast(__m128 a) { return {_mm512_broadcastss_ps(a)}; }
-#else
-ZB_INLINE __m128 quarter(Vec a) { return quarter(a.v); }
-ZB_INLINE Vec broadcast(__m128 a) { return {_mm256_broadcastss_ps(a)}; }
-#endif
-ZB_INLINE __m128 lane_sums(const Wide& a) {
-  return _mm_hadd_ps(_mm_hadd_ps(quarter(a.v[0]), quarter(a.v[1])), _mm_hadd_ps(quarter(a.v[2]), quarter(a.v[3])));
+// The lane sums of four vectors, as the lanes of one register, and its lanes as four vectors.
+ZB_INLINE __m128 lane_sums(const Vec4& a) {
+  return _mm_hadd_ps(_mm_hadd_ps(quarter_sums(a.v[0]), quarter_sums(a.v[1])),
+                     _mm_hadd_ps(quarter_sums(a.v[2]), quarter_sums(a.v[3])));
 }
 template <int k>
 ZB_INLINE Vec lane(__m128 a) {
   return broadcast(_mm_permute_ps(a, k * 0x55));
 }
-ZB_INLINE Wide spread(__m128 a) { return {lane<0>(a), lane<1>(a), lane<2>(a), lane<3>(a)}; }
+ZB_INLINE Vec4 spread(__m128 a) { return {lane<0>(a), lane<1>(a), lane<2>(a), lane<3>(a)}; }
 
-// One number for each row of a tile of R: all that is left of its four sums, which are R rows' 4 / R each.
+// One number for each of the R rows of a tile, from its four sums: one for each row, or all four of the only row.
 template <int R>
-ZB_INLINE __m128 row_sums(const Wide& a) {
+ZB_INLINE __m128 row_sums(const Vec4& a) {
   return R == 4 ? lane_sums(a) : lane_sums({total(a), zero(), zero(), zero()});
 }
 template <int R>
-ZB_INLINE void put_rows_of(float* p, __m128 a) {
+ZB_INLINE void store_row_sums(float* p, __m128 a) {
   if (R == 4) {
     _mm_storeu_ps(p, a);
   } else {
@@ -55,7 +46,7 @@ ZB_INLINE __m128 inverse_roots(__m128 squares, int64_t D, float eps) {
   return _mm256_cvtpd_ps(_mm256_div_pd(_mm256_set1_pd(1.0), root));
 }
 
-// scale and shift of one row of each sample, with those of the channels folded in: two rows, staged once per chunk.
+// y = xhat * mult + add: scale and shift of one sample with weight and bias folded in, staged once per chunk.
 struct SampleModulation {
   alignas(64) float mult[kStagedRow];
   alignas(64) float add[kStagedRow];
@@ -64,25 +55,25 @@ struct SampleModulation {
   ZB_INLINE void take(T* type, int64_t D, OperandRow<float> weight, OperandRow<float> bias, OperandRow<float> scale,
                       OperandRow<float> shift) {
     each_step(type, D, [&](int64_t i, auto lanes) ZB_BODY {
-      Two m = {{zero(), zero()}}, a = m;
+      Vec2 m = {{zero(), zero()}}, a = m;
       for (int k = 0; k < kParts<decltype(lanes)>; ++k) {
         const Vec factor = set1(1.0f) + part(in_step(scale, i, lanes), k);
-        m.v[k] = quiet(part(in_step(weight, i, lanes), k) * factor);
-        a.v[k] = quiet(fmadd(part(in_step(bias, i, lanes), k), factor, part(in_step(shift, i, lanes), k)));
+        m.v[k] = with_plain_nan(part(in_step(weight, i, lanes), k) * factor);
+        a.v[k] = with_plain_nan(fmadd(part(in_step(bias, i, lanes), k), factor, part(in_step(shift, i, lanes), k)));
       }
-      hold_parts(mult + i, m, lanes);
-      hold_parts(add + i, a, lanes);
+      keep_step(mult + i, m, lanes);
+      keep_step(add + i, a, lanes);
     });
   }
-  // What the rows of a tile share at one step, and xhat * mult + add.
+  // The two at one step, which all rows of a tile share.
   template <class Lanes>
   struct Step {
-    decltype(get(static_cast<const float*>(nullptr), Lanes{})) m, a;
+    decltype(load_step(static_cast<const float*>(nullptr), Lanes{})) m, a;
     ZB_INLINE Vec operator()(Vec n, int, int k) const { return fmadd(n, part(m, k), part(a, k)); }
   };
   template <class Lanes>
   ZB_INLINE Step<Lanes> at(int64_t, int64_t i, Lanes lanes) const {
-    return {get(mult + i, lanes), get(add + i, lanes)};
+    return {load_step(mult + i, lanes), load_step(add + i, lanes)};
   }
 };
 
@@ -91,50 +82,50 @@ struct SampleModulation {
 template <int R, int kChains, class T>
 struct NormTiles {
   int64_t D;
-  Wide sums, squares;
+  Vec4 sums, squares;
 
   template <bool kSum, bool kSquare, bool kOut, class Source, class Modulation>
   ZB_INLINE void walk(const Source& source, int64_t first, const T* second, __m128 second_mean, const T* third,
                       __m128 third_mean, __m128 third_rstd, T* y, int64_t row, const Modulation& modulation,
                       bool streamed) {
-    Wide s = zero(), q = zero();
-    const Wide mean2 = spread(second_mean), mean3 = spread(third_mean), rstd3 = spread(third_rstd);
+    Vec4 s = zero(), q = zero();
+    const Vec4 mean2 = spread(second_mean), mean3 = spread(third_mean), rstd3 = spread(third_rstd);
     const int64_t stride = D;
     const auto step = [&](int64_t i, auto lanes, int chain) ZB_BODY {
       constexpr int parts = kParts<decltype(lanes)>;
-      const auto shared = source.shared(i, lanes);
+      const auto operand = source.operand(i, lanes);
       for (int r = 0; r < R; ++r) {
         Vec& sum = s.v[r * kChains + chain];
         Vec& square = q.v[r * kChains + chain];
         if (kSum) {
-          const auto x = source.take(shared, first + r, i, lanes);
+          const auto x = source.take(operand, first + r, i, lanes);
           for (int k = 0; k < parts; ++k) sum = sum + part(x, k);
         }
         if (kSquare) {
-          const auto x = get(second + r * stride + i, lanes);
+          const auto x = load_step(second + r * stride + i, lanes);
           for (int k = 0; k < parts; ++k) {
-            const Vec d = keep(part(x, k) - mean2.v[r], lanes);
+            const Vec d = without_tail(part(x, k) - mean2.v[r], lanes);
             square = fmadd(d, d, square);
           }
         }
       }
       if (kOut) {
-        Two out[R];
+        Vec2 out[R];
         const auto modulate = modulation.at(row, i, lanes);
         for (int r = 0; r < R; ++r) {
-          const auto x = get(third + r * stride + i, lanes);
+          const auto x = load_step(third + r * stride + i, lanes);
           for (int k = 0; k < parts; ++k) out[r].v[k] = modulate((part(x, k) - mean3.v[r]) * rstd3.v[r], r, k);
         }
-        for (int r = 0; r < R; ++r) put_parts(y + r * stride + i, out[r], lanes, streamed);
+        for (int r = 0; r < R; ++r) store_step(y + r * stride + i, out[r], lanes, streamed);
       }
     };
     if constexpr (kChains == 4) {
       int64_t i = 0;
       for (; i + 4 * kLanes <= D; i += 4 * kLanes) {
-        step(i, All{}, 0);
-        step(i + kLanes, All{}, 1);
-        step(i + 2 * kLanes, All{}, 2);
-        step(i + 3 * kLanes, All{}, 3);
+        step(i, OneVec{}, 0);
+        step(i + kLanes, OneVec{}, 1);
+        step(i + 2 * kLanes, OneVec{}, 2);
+        step(i + 3 * kLanes, OneVec{}, 3);
       }
       each_column(i, D, [&](int64_t j, auto lanes) ZB_BODY { step(j, lanes, 0); });
     } else {
@@ -146,14 +137,14 @@ struct NormTiles {
 
  private:
   template <class Lanes>
-  ZB_INLINE static Vec keep(Vec a, Lanes lanes) {
+  ZB_INLINE static Vec without_tail(Vec a, Lanes lanes) {
     return keep_first(a, lanes);
   }
-  ZB_INLINE static Vec keep(Vec a, Pair) { return a; }
+  ZB_INLINE static Vec without_tail(Vec a, TwoVecs) { return a; }
 };
 
-// Rows 0 .. count (a multiple of R) of one sample. source.take gives what stands there, once and in order;
-// source.rows(row) is where it can be read again by the two walks that follow.
+// Rows [begin, end) of one sample, a multiple of R. source.take(operand, row, ..) gives a step of a row, once and in
+// order; source.rows(row) is where the two later stages read it again. source.operand is what the rows of a tile share.
 template <int R, int kChains, class T, class Source, class Modulation>
 ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, T* y, float* mean, float* rstd,
                          bool rms, float eps, const Modulation& modulation, bool streamed) {
@@ -165,7 +156,7 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
     const T* const x2 = has_second ? source.rows(row - R) : nullptr;
     const T* const x3 = has_third ? source.rows(row - 2 * R) : nullptr;
     T* const out = has_third ? y + (row - 2 * R) * D : nullptr;
-    Wide sums = zero(), squares = zero();
+    Vec4 sums = zero(), squares = zero();
     if (has_first && has_second && has_third) {
       tiles.template walk<true, true, true>(source, row, x2, mean2, x3, mean3, rstd3, out, row - 2 * R, modulation,
                                             streamed);
@@ -187,21 +178,21 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
     mean3 = mean2;
     if (has_second) {
       rstd3 = inverse_roots(row_sums<R>(squares), D, eps);
-      put_rows_of<R>(rstd + row - R, rstd3);
+      store_row_sums<R>(rstd + row - R, rstd3);
     }
     mean2 = rms || !has_first ? none : _mm_div_ps(row_sums<R>(sums), count);
-    if (has_first && mean != nullptr) put_rows_of<R>(mean + row, mean2);
+    if (has_first && mean != nullptr) store_row_sums<R>(mean + row, mean2);
   }
 }
 
-// All rows of a chunk: bf16 by fours, and what is left of them one by one with the same sums.
+// All rows of a chunk: bf16 in tiles of four, the rest of them one by one with the same order of additions.
 template <class T, class Source, class Modulation>
 ZB_LOOPS void norm_chunk(int64_t D, int64_t rows, Source source, T* y, float* mean, float* rstd, bool rms, float eps,
                          const Modulation* modulation, bool streamed) {
-  if constexpr (kStages<T>) {
-    const int64_t fours = rows / 4 * 4;
-    norm_rows<4, 1>(D, 0, fours, source, y, mean, rstd, rms, eps, *modulation, streamed);
-    norm_rows<1, 1>(D, fours, rows, source, y, mean, rstd, rms, eps, *modulation, streamed);
+  if constexpr (kInPairs<T>) {
+    const int64_t whole_tiles = rows / 4 * 4;
+    norm_rows<4, 1>(D, 0, whole_tiles, source, y, mean, rstd, rms, eps, *modulation, streamed);
+    norm_rows<1, 1>(D, whole_tiles, rows, source, y, mean, rstd, rms, eps, *modulation, streamed);
   } else {
     norm_rows<1, 4>(D, 0, rows, source, y, mean, rstd, rms, eps, *modulation, streamed);
   }
@@ -213,12 +204,12 @@ struct RowsAt {
   const T* x;
   int64_t D;
   template <class Lanes>
-  ZB_INLINE int shared(int64_t, Lanes) const {
+  ZB_INLINE int operand(int64_t, Lanes) const {
     return 0;
   }
   template <class Lanes>
   ZB_INLINE auto take(int, int64_t row, int64_t i, Lanes lanes) const {
-    return get(x + row * D + i, lanes);
+    return load_step(x + row * D + i, lanes);
   }
   ZB_INLINE const T* rows(int64_t row) const { return x + row * D; }
 };

@@ -1,5 +1,5 @@
-// The torch side of the CUDA convolution and of zero_flag; see bindings_cuda.cpp.
-#include "binding_cuda.h"
+// The torch side of the CUDA convolution and of zero_flag (../cuda/cuda_kernels.h).
+#include "cuda.h"
 
 #ifndef ZB_CUDA_ARCHS
 #define ZB_CUDA_ARCHS "emulated"
@@ -17,11 +17,8 @@ Tensor zero_flag(std::vector<Tensor> tensors) {
     cuda::ZeroFlag p{};
     for (size_t i = first; i < tensors.size() && p.count < cuda::kZeroFlagTensors; ++i) {
       const Tensor& t = tensors[i];
-      const ScalarType type = t.scalar_type();
-      const int size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-      STD_TORCH_CHECK(
-          ZB_IS_HERE(t) && t.is_contiguous() && (size != 2 || type == ScalarType::BFloat16 || type == ScalarType::Half),
-          "zero_flag: tensors must be dense float64, float32, bfloat16 or float16 on the " ZB_HERE);
+      const int size = zero_test_size(t);
+      STD_TORCH_CHECK(t.is_contiguous(), "zero_flag: tensors must be dense");
       p.data[p.count] = t.const_data_ptr();
       p.bytes[p.count] = t.numel() * size;
       p.element_size[p.count++] = size;
@@ -35,7 +32,7 @@ Tensor zero_flag(std::vector<Tensor> tensors) {
 // ---- conv_residual, group_norm_silu_conv_residual -------------------------------------------------------------------
 
 void check_image(const Tensor& t, const char* what) {
-  STD_TORCH_CHECK(ZB_IS_HERE(t) && t.dim() == 4 && t.is_contiguous(), "conv_residual: ", what, " must be dense, 4-D");
+  STD_TORCH_CHECK(is_here(t) && t.dim() == 4 && t.is_contiguous(), "conv_residual: ", what, " must be dense, 4-D");
 }
 
 // x [N, H, W, C], weight [K, k, k, C], residual [N, H, W, K]: channels-last tensors seen in memory order.
@@ -45,7 +42,7 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
                                          MaybeTensor norm_bias, MaybeTensor scale, MaybeTensor shift, bool partial,
                                          MaybeTensor zero) {
   const Here here(x);
-  std::vector<Tensor> keep;
+  std::vector<Tensor> copies;
   check_image(x, "x");
   check_image(weight, "weight");
   cuda::ConvResidual p{};
@@ -61,8 +58,8 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
                       p.C > 0,
                   "conv_residual: the CUDA kernel takes bfloat16 or float16, 3x3 or 1x1, channels divisible by 8");
   p.x = x.const_data_ptr();
-  p.filter = weight.const_data_ptr();
-  p.conv_bias = as_operand(bias, x, {p.K}, keep, "bias");
+  p.weight = weight.const_data_ptr();
+  p.bias = as_operand(bias, x, {p.K}, copies, "bias");
   if (residual) {
     check_image(*residual, "residual");
     STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type() && residual->numel() == p.N * p.H * p.W * p.K,
@@ -72,12 +69,12 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
   if (mean) {
     p.G = mean->size(1);
     STD_TORCH_CHECK(rstd.has_value() && p.G > 0 && p.C % p.G == 0, "conv_residual: mean and rstd must be [N, G]");
-    p.mean = as_f32(mean, p.N * p.G, keep, "mean");
-    p.rstd = as_f32(rstd, p.N * p.G, keep, "rstd");
-    p.weight = as_operand(norm_weight, x, {p.C}, keep, "norm_weight");
-    p.bias = as_operand(norm_bias, x, {p.C}, keep, "norm_bias");
-    p.scale = as_operand(scale, x, {p.N, p.C}, keep, "scale");
-    p.shift = as_operand(shift, x, {p.N, p.C}, keep, "shift");
+    p.mean = as_f32(mean, p.N * p.G, copies, "mean");
+    p.rstd = as_f32(rstd, p.N * p.G, copies, "rstd");
+    p.norm_weight = as_operand(norm_weight, x, {p.C}, copies, "norm_weight");
+    p.norm_bias = as_operand(norm_bias, x, {p.C}, copies, "norm_bias");
+    p.scale = as_operand(scale, x, {p.N, p.C}, copies, "scale");
+    p.shift = as_operand(shift, x, {p.N, p.C}, copies, "shift");
   }
   p.zero = zero_of(zero);
   Tensor y = torch::stable::new_empty(x, {p.N, p.H, p.W, p.K}), statistics = absent();
@@ -86,7 +83,7 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
     statistics = f32(x, {p.N, cuda::conv_residual_tiles(p), p.K, cuda::kConvMoments});
     p.partial = data<float>(statistics);
   }
-  for (const void* t : {p.x, p.filter, p.residual, p.conv_bias.ptr}) {
+  for (const void* t : {p.x, p.weight, p.residual, p.bias.ptr}) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t) % 16 == 0, "conv_residual: tensors must start at 16 bytes");
   }
   check_launch(mean ? "group_norm_silu_conv_residual" : "conv_residual", cuda::conv_residual_fwd(p, here.stream));
@@ -104,7 +101,7 @@ std::tuple<Tensor, Tensor> conv_moments(Tensor partial, Tensor y, int64_t groups
   p.K = y.size(3);
   p.G = groups;
   p.eps = static_cast<float>(eps);
-  STD_TORCH_CHECK(groups > 0 && p.K % groups == 0 && ZB_IS_HERE(partial) && partial.is_contiguous() &&
+  STD_TORCH_CHECK(groups > 0 && p.K % groups == 0 && is_here(partial) && partial.is_contiguous() &&
                       partial.scalar_type() == ScalarType::Float && partial.dim() == 4 && partial.size(0) == p.N &&
                       partial.size(2) == p.K && partial.size(3) == cuda::kConvMoments,
                   "conv_moments: partial must be what conv_residual returned for y");

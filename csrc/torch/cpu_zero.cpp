@@ -1,26 +1,16 @@
-// The ops of a zero branch: the test of its weights, and what is left of it. Included by bindings.cpp alone.
-#pragma once
-
-#include "binding_cpu.h"
+// The torch side of the zero path: the test of a branch's weights, and the residual that is left where they are zero
+// (../cpu/is_zero.h, add_bias.h).
+#include "cpu.h"
 
 namespace {
-
-// Bytes of one element; the dtypes that are judged.
-int judged_size(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), "zeroblock: is_zero reads CPU memory");
-  const ScalarType type = t.scalar_type();
-  const int size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-  STD_TORCH_CHECK(size != 2 || type == ScalarType::BFloat16 || type == ScalarType::Half, "zeroblock: is_zero dtype");
-  return size;
-}
 
 bool is_zero_bytes(const ZeroBytes& t, int element_size) {
   return kernels().is_zero(t.data, t.bytes, element_size, parallel_for);
 }
 
-// True when every element of a dense float32, float64, bfloat16 or float16 tensor is +0 or -0, judged by its bits.
+// True when every element of a dense float32, float64, bfloat16 or float16 tensor is +0 or -0, by its bits.
 bool is_zero(Tensor t) {
-  const int size = judged_size(t);
+  const int size = zero_test_size(t);
   return is_zero_bytes({t.const_data_ptr(), t.numel() * size}, size);
 }
 
@@ -40,7 +30,7 @@ bool is_dense(const Tensor& t) {
 }
 
 // x + bias without y; bias runs along the innermost dimension in memory (last) or along dimension 1 of a contiguous x.
-AddBias add_bias_params(const Tensor& x, const MaybeTensor& bias, bool last, std::vector<Tensor>& keep) {
+AddBias add_bias_params(const Tensor& x, const MaybeTensor& bias, bool last, std::vector<Tensor>& copies) {
   AddBias p{};
   p.dtype = dtype_of(x);
   p.C = bias ? bias->numel() : 1;
@@ -52,14 +42,14 @@ AddBias add_bias_params(const Tensor& x, const MaybeTensor& bias, bool last, std
   }
   p.R = p.C * p.S > 0 ? x.numel() / (p.C * p.S) : 0;
   STD_TORCH_CHECK(x.is_cpu() && is_dense(x) && p.R * p.C * p.S == x.numel(), "zeroblock: bias does not fit x");
-  if (bias && !(bias->is_contiguous() && is_zero(*bias))) p.bias = as_f32(bias, p.C, keep, "bias");
+  if (bias && !(bias->is_contiguous() && is_zero(*bias))) p.bias = as_f32(bias, p.C, copies, "bias");
   p.x = x.const_data_ptr();
   return p;
 }
 
 Tensor add_bias(Tensor x, MaybeTensor bias, bool last) {
-  std::vector<Tensor> keep;
-  AddBias p = add_bias_params(x, bias, last, keep);
+  std::vector<Tensor> copies;
+  AddBias p = add_bias_params(x, bias, last, copies);
   Tensor y = dense_like(x);
   p.y = y.mutable_data_ptr();
   kernels().add_bias(p, parallel_for);
@@ -67,22 +57,22 @@ Tensor add_bias(Tensor x, MaybeTensor bias, bool last) {
 }
 
 void add_bias_(Tensor x, MaybeTensor bias, bool last) {
-  std::vector<Tensor> keep;
-  AddBias p = add_bias_params(x, bias, last, keep);
+  std::vector<Tensor> copies;
+  AddBias p = add_bias_params(x, bias, last, copies);
   p.y = x.mutable_data_ptr();
   kernels().add_bias(p, parallel_for);
 }
 
-// x + bias where weight (and `also`) hold nothing but zeros, else undefined. With parts > 1 the tensors are cut into
-// that many runs of rows, of which only those whose bit is set in `which` are looked at.
+// x + bias where weight (and `also`) hold nothing but zeros, else undefined. With parts > 1 the tensors are cut into as
+// many equal parts along dimension 0, and only those whose bit is set in `which` are tested.
 Tensor residual_if_zero(Tensor weight, MaybeTensor also, int64_t parts, int64_t which, Tensor x, MaybeTensor bias,
                         bool last) {
   constexpr int kMost = 16;
   ZeroBytes tests[kMost];
   int count = 0;
-  const int size = judged_size(weight);
+  const int size = zero_test_size(weight);
   const auto add = [&](const Tensor& t) {
-    STD_TORCH_CHECK(judged_size(t) == size && is_dense(t) && (parts == 1 || t.is_contiguous()) && t.dim() > 0 &&
+    STD_TORCH_CHECK(zero_test_size(t) == size && is_dense(t) && (parts == 1 || t.is_contiguous()) && t.dim() > 0 &&
                         parts > 0 && t.size(0) % parts == 0,
                     "zeroblock: residual_if_zero takes dense weights of one dtype, cut along dimension 0");
     const int64_t bytes = t.numel() / parts * size;
@@ -94,13 +84,14 @@ Tensor residual_if_zero(Tensor weight, MaybeTensor also, int64_t parts, int64_t 
   };
   add(weight);
   if (also) add(*also);
-  // Dense weights differ from zero at their beginning: no memory is allocated for them.
-  constexpr int64_t kLook = 256;
+  // Weights that are not zero differ from it in their first bytes: no memory is allocated for them.
+  constexpr int64_t kFirstBytes = 256;
   for (int t = 0; t < count; ++t) {
-    if (!is_zero_bytes({tests[t].data, tests[t].bytes < kLook ? tests[t].bytes : kLook}, size)) return absent();
+    if (!is_zero_bytes({tests[t].data, tests[t].bytes < kFirstBytes ? tests[t].bytes : kFirstBytes}, size))
+      return absent();
   }
-  std::vector<Tensor> keep;
-  AddBias p = add_bias_params(x, bias, last, keep);
+  std::vector<Tensor> copies;
+  AddBias p = add_bias_params(x, bias, last, copies);
   Tensor y = dense_like(x);
   p.y = y.mutable_data_ptr();
   return kernels().residual_if_zero(tests, count, size, p, parallel_for) ? y : absent();

@@ -1,36 +1,7 @@
-// The torch side of the Winograd convolutions (cpu/winograd.h), and of the norm that they apply as they read. Part of
-// bindings.cpp.
-#pragma once
-
-#include "binding_group_norm.h"
+// The torch side of the Winograd convolutions (../cpu/winograd/tiles.h).
+#include "cpu.h"
 
 namespace {
-
-// Statistics alone: mean and rstd, [N, G] each.
-std::tuple<Tensor, Tensor> group_norm_statistics(Tensor x, int64_t groups, double eps, bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, {}, {}, {}, {}, groups, false, channels_last, keep);
-  Tensor mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
-  const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
-  p.eps = static_cast<float>(eps);
-  p.mean = data<float>(mean);
-  p.rstd = data<float>(rstd);
-  p.workspace = workspace.data.get();
-  kernels().group_norm_statistics(p, parallel_for);
-  return {mean, rstd};
-}
-
-// What the norm with these statistics does to every channel: [N, 3, C] for z = (x - mean) * a + b.
-Tensor group_norm_affine(Tensor x, Tensor mean, Tensor rstd, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
-                         MaybeTensor shift, int64_t groups, bool channels_last) {
-  std::vector<Tensor> keep;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, true, channels_last, keep);
-  p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, keep, "mean"));
-  p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, keep, "rstd"));
-  Tensor affine = f32(x, {p.N, 3, p.C});
-  kernels().group_norm_affine(p, data<float>(affine));
-  return affine;
-}
 
 // A contiguous or channels-last [K, C, 3, 3]; transposed: as the data gradient reads it.
 WinogradWeight winograd_weight(const Tensor& w, bool transposed) {
@@ -78,7 +49,7 @@ Winograd winograd_params(const Tensor& x, const MaybeTensor& affine, int64_t out
 // transposed: x is the gradient dy of a convolution with this weight, and the result its dx.
 Tensor winograd_conv(Tensor x, MaybeTensor affine, Tensor weight, MaybeTensor packed, MaybeTensor bias,
                      MaybeTensor residual, int64_t padding, int64_t tile, bool transposed, bool channels_last) {
-  std::vector<Tensor> keep;
+  std::vector<Tensor> copies;
   const WinogradWeight w = winograd_weight(weight, transposed);
   Winograd p = winograd_params(x, affine, w.K, padding, tile, channels_last);
   STD_TORCH_CHECK(w.C == p.C && dtype_of(weight) == p.dtype, "zeroblock: x and weight must agree in channels and type");
@@ -89,7 +60,7 @@ Tensor winograd_conv(Tensor x, MaybeTensor affine, Tensor weight, MaybeTensor pa
                     "zeroblock: packed has another shape than this weight and tile give");
     p.packed = static_cast<const float*>(packed->const_data_ptr());
   }
-  p.bias = as_f32(bias, p.K, keep, "bias");
+  p.bias = as_f32(bias, p.K, copies, "bias");
   const std::vector<int64_t> size = {p.N, p.K, p.OH, p.OW};
   const int64_t plane = p.OH * p.OW, stride[2][4] = {{p.K * plane, plane, p.OW, 1}, {plane * p.K, 1, p.OW * p.K, p.K}};
   Tensor y = allocate(x, 4, size.data(), stride[channels_last], dtype_id(x));
@@ -130,10 +101,6 @@ Tensor winograd_weight_grad(Tensor dy, Tensor x, MaybeTensor affine, Tensor weig
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
-  m.def("_group_norm_statistics(Tensor x, int groups, float eps, bool channels_last) -> (Tensor, Tensor)");
-  m.def(
-      "_group_norm_affine(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? scale, "
-      "Tensor? shift, int groups, bool channels_last) -> Tensor");
   m.def(
       "_winograd_conv(Tensor x, Tensor? affine, Tensor weight, Tensor? packed, Tensor? bias, Tensor? residual, "
       "int padding, int tile, bool transposed, bool channels_last) -> Tensor");
@@ -144,8 +111,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
-  m.impl("_group_norm_statistics", TORCH_BOX(&group_norm_statistics));
-  m.impl("_group_norm_affine", TORCH_BOX(&group_norm_affine));
   m.impl("_winograd_conv", TORCH_BOX(&winograd_conv));
   m.impl("_winograd_pack", TORCH_BOX(&winograd_pack));
   m.impl("_winograd_weight_grad", TORCH_BOX(&winograd_weight_grad));

@@ -1,14 +1,14 @@
-// All CPU kernels of one instruction set, in one object. setup.py compiles this file once per instruction set, with
-// ZB_TABLE naming the table and the compiler flags choosing the vector width of vec.h.
+// All CPU kernels of one instruction set, in one object. setup.py compiles this file once per instruction set: the
+// compiler's flags choose the vectors of vec/vec.h, ZB_TABLE and ZB_ISA_NAME name the result.
 #include "activation.h"
 #include "add_bias.h"
-#include "convert.h"
 #include "gate_residual.h"
 #include "gate_residual_layer_norm_modulate.h"
-#include "group_norm_silu.h"
+#include "group_norm_silu_bwd.h"
 #include "is_zero.h"
 #include "layer_norm_modulate.h"
-#include "winograd_wgrad.h"
+#include "vec/convert.h"
+#include "winograd/wgrad.h"
 
 namespace zeroblock {
 
