@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, tuple[int, list[TensorWeakRef]]] = {}
         self._leaves: list[tuple[TensorWeakRef, int]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         flat = tree_flatten((args, kwargs))[0]
         inputs = [self._value(t) for t in flat if isinstance(t, Tensor)]

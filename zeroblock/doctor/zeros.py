@@ -15,13 +15,13 @@ import torch
 from .patterns import RANDOM, Changed, apply, simple
 from .tape import ALIAS, Mask, Node, Tape, Value
 
-MAX_STEPS = 64
-MAX_BLAME = 8
+MAX_STEPS = 64  # a chain of zero layers that is longer is not followed to its end
+MAX_BLAME = 8  # parameters that are named for one zero
 
 
 @dataclass
 class State:
-    """The zeros of every value in one execution, and for those that are zero which leaves are to blame."""
+    """The zeros of every value in one execution, and for each zero value which leaves make it zero."""
 
     masks: list[Mask]
     blame: list[frozenset[str]]
@@ -32,12 +32,12 @@ class State:
 
 @dataclass
 class Prediction:
-    """first: the step of the first non-zero gradient, None for never. waits_for: what held it at zero in each step
-    before (of a parameter that never moves: in the last). steps: how many steps until nothing changes any more."""
+    """When each parameter first moves, by name."""
 
-    first: dict[str, int | None] = field(default_factory=dict)
+    first: dict[str, int | None] = field(default_factory=dict)  # the step of the first non-zero gradient; None: never
+    # The parameters that kept its gradient zero, in each step before; of one that never moves, in the last step.
     waits_for: dict[str, list[frozenset[str]]] = field(default_factory=dict)
-    steps: int = 0
+    steps: int = 0  # after so many nothing changes any more
 
 
 def predict(tape: Tape, trainable: set[str]) -> Prediction:
