@@ -159,7 +159,7 @@ def savings_lines(d: Diagnosis) -> list[str]:
         steps = "1 step" if max(last) == 1 else f"{max(last)} steps"
         lines.append(f"In ordinary training that lasts {steps}, until the tails have moved.")
     if len(last) < len(s.branches):
-        lines.append(f"Zero for ever, because frozen or never moved: {len(s.branches) - len(last)} of them.")
+        lines.append(f"Zero throughout, because frozen or never moved: {len(s.branches) - len(last)} of them.")
     return lines + near
 
 

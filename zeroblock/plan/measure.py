@@ -143,5 +143,6 @@ def describe_weight(t: Tensor) -> str:
     return f"{list(t.shape)} {layout_name(t)}"
 
 
-def dtype_name(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
+def dtype_name(t: Tensor | torch.dtype) -> str:
+    """torch.bfloat16, or a tensor of it -> "bfloat16"."""
+    return str(t.dtype if isinstance(t, Tensor) else t).removeprefix("torch.")

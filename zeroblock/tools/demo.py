@@ -1,8 +1,8 @@
-"""Train a small U-Net and a small DiT on real digits, with eager blocks and with zeroblock's, and compare them.
+"""`python -m zeroblock demo`: a small U-Net and a small DiT trained on real digits, with eager blocks and zeroblock's.
 
 Both versions start from the same seed and see the same images, timesteps and noise, step by step in turn. The program
 prints step times, the memory saved for backward and the steps in which each residual branch was exactly zero, draws
-digits with both, writes one picture, and exits with status 1 if a check fails:
+digits with both, writes one picture, and fails if one of these is not so:
 
 * both versions start from identical weights; while a branch is zero zeroblock skips it, every time; each branch leaves
   zero in the same step in both versions;
@@ -15,7 +15,6 @@ Times are medians. "While zero" repeats forward and backward before the first op
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
@@ -34,8 +33,7 @@ from torch import Tensor, nn
 import zeroblock.nn as fused
 
 from ..testing import assert_error_budget, counters, eager, reset_counters, rounding, saved_activation_bytes
-from . import demo_picture as _demo_picture
-from . import models
+from . import demo_picture, models
 
 QUICK_STEPS = 6
 SAMPLING_STEPS = 25
@@ -46,9 +44,11 @@ Check = Callable[[bool, str], None]
 
 @dataclass
 class Case:
+    """A model and how it is trained; `build` takes the namespace of blocks, as tools/models.py does."""
+
     name: str
     build: Callable[[Any], nn.Module]
-    learning_rate: float
+    learning_rate: float  # at the start; it falls linearly to 0 in the second half
     batch: int
     steps: int
 
@@ -123,11 +123,11 @@ class Progress:
 
 
 def need(module: str) -> Any:
-    """Import a package of the demo extra, or end with a message that says how to get it."""
+    """A package of the demo extra. Raises ImportError that says how to get it."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise SystemExit(f"zeroblock demo: {error}; install it with: pip install zeroblock[demo]") from error
+        raise ImportError(f"{error}; install it with: pip install zeroblock[demo]") from error
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -218,24 +218,24 @@ def summary(case: Case, runs: dict[str, Run]) -> list[str]:
     losses = [statistics.fmean(run.losses[-20:]) for run in runs.values()]
     lines.append(f"  {'loss, last 20 steps':<26}{losses[0]:>10.5f}{losses[1]:>12.5f}")
     phases: dict[tuple[int, ...], list[str]] = {}
-    for name, steps in runs["zeroblock"].zero_steps.items():
-        phases.setdefault(tuple(steps), []).append(name)
-    for when, names in phases.items():
-        text = f"exactly zero in steps {', '.join(map(str, when)) or 'none'}: {' '.join(names)}"
+    for name, zero_steps in runs["zeroblock"].zero_steps.items():
+        phases.setdefault(tuple(zero_steps), []).append(name)
+    for steps, names in phases.items():
+        text = f"exactly zero in steps {', '.join(map(str, steps)) or 'none'}: {' '.join(names)}"
         lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m zeroblock.demo", description=__doc__.split("\n\n")[0])
-    defaults = ", ".join(f"{case.steps} for the {case.name}" for case in CASES)
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of each model (default: {defaults})")
-    parser.add_argument("--out", default="demo.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: only checks that everything runs")
-    options = parser.parse_args(arguments)
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
+def run(out: str, steps: int | None = None, seed: int = 0, quick: bool = False) -> bool:
+    """Trains, compares, prints and draws; True if all checks passed.
+
+    out: the picture to write.
+    steps: optimizer steps of each model; None: each case's own, or QUICK_STEPS if `quick`.
+    seed: of weights, batches and samples.
+    quick: few steps, which only shows that everything runs.
+
+    Raises ImportError where scikit-learn or matplotlib is missing.
+    """
     need("matplotlib")
     data = load_digits()
     start = time.perf_counter()
@@ -248,21 +248,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     results, lines = [], []
     for case in CASES:
-        runs = train(case, data, options.steps or (QUICK_STEPS if options.quick else case.steps), options.seed, check)
-        generator = torch.Generator().manual_seed(options.seed)
+        runs = train(case, data, steps or (QUICK_STEPS if quick else case.steps), seed, check)
+        generator = torch.Generator().manual_seed(seed)
         check_round_trip(case, runs["zeroblock"].model, models.draw_batch(*data, 10, generator), check)
         noise = torch.randn(10, 1, 16, 16, generator=generator)
-        for run in runs.values():
-            evaluations = QUICK_STEPS if options.quick else SAMPLING_STEPS
-            run.samples = models.sample(run.model, noise, torch.arange(10), evaluations)
+        for trained in runs.values():
+            evaluations = QUICK_STEPS if quick else SAMPLING_STEPS
+            trained.samples = models.sample(trained.model, noise, torch.arange(10), evaluations)
         results.append((case, runs))
         lines += summary(case, runs)
-    _demo_picture.draw(results, options.out)
+    demo_picture.draw(results, out)
     print("\n".join(lines))
-    print(f"\n{time.perf_counter() - start:.0f} s with {torch.get_num_threads()} threads; picture: {options.out}")
+    print(f"\n{time.perf_counter() - start:.0f} s with {torch.get_num_threads()} threads; picture: {out}")
     print(f"{len(failures)} checks failed" if failures else "all checks passed")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return not failures
