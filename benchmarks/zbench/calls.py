@@ -1,22 +1,31 @@
-"""What a call costs apart from its arithmetic: whole modules and ops on tiny tensors, and the zero check."""
+"""Group overhead: what a call costs apart from its arithmetic, on tiny tensors; and the zero check of a block."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from blocks import DITS, QUICK_DITS, conv_tail, dit_blocks, gate_rows, module_work, resblocks
-from cases import DTYPES, IMAGES, MODES, QUICK_IMAGES, Case, Side, Work, memory_bound, text
-from torch import Tensor
+from torch import Tensor, nn
 
 from zeroblock import zero
+
+from . import ops
+from .blocks import DITS, QUICK_DITS, Pair, conv_tail, dit_blocks, gate_rows, resblocks
+from .case import DTYPES, IMAGES, MODES, QUICK_IMAGES, Case, Side, Work, module_work, shape_text
 
 TINY_IMAGE, TINY_TOKENS = (1, 32, 4, 4), (1, 4, 64)
 
 
-def _tiny_module(make_blocks: Callable) -> Callable[[Case], Work]:
+def _tiny_resblocks(zero_tail: bool, dtype: torch.dtype) -> Pair:
+    return resblocks(TINY_IMAGE, TINY_IMAGE[1], dtype, "nchw", zero_tail)
+
+
+def _tiny_dit_blocks(zero_tail: bool, dtype: torch.dtype) -> Pair:
+    return dit_blocks(TINY_TOKENS, dtype, zero_tail)
+
+
+def _tiny_module(make_blocks: Callable[[torch.dtype], Pair]) -> Callable[[Case], Work]:
     def build(case: Case) -> Work:
-        eager_block, own_block, inputs = make_blocks(DTYPES[case.dtype])
-        return module_work(eager_block, own_block, inputs, case.mode)
+        return module_work(*make_blocks(DTYPES[case.dtype]), case.mode)
 
     return build
 
@@ -24,19 +33,19 @@ def _tiny_module(make_blocks: Callable) -> Callable[[Case], Work]:
 def calls() -> Iterator[Case]:
     """Whole modules with non-zero and with zero tails, and every fused op, on tensors of a few hundred elements."""
     for state, is_zero in (("", False), ("_zero", True)):
-        builds = (
-            (f"resblock{state}", TINY_IMAGE, lambda d, z=is_zero: resblocks(TINY_IMAGE, 32, d, "nchw", z)),
-            (f"dit_block{state}", TINY_TOKENS, lambda d, z=is_zero: dit_blocks(TINY_TOKENS, d, z)),
-        )
-        for op, shape, make_blocks in builds:
+        for block, shape, make_blocks in (
+            ("resblock", TINY_IMAGE, _tiny_resblocks),
+            ("dit_block", TINY_TOKENS, _tiny_dit_blocks),
+        ):
+            build = _tiny_module(partial(make_blocks, is_zero))
             for mode in MODES:
-                yield Case("overhead", op, text(shape), "", "fp32", mode, _tiny_module(make_blocks))
-    for case in memory_bound(quick=True, group="overhead"):
+                yield Case("overhead", block + state, shape_text(shape), "", "fp32", mode, build)
+    for case in ops.cases(quick=True, group="overhead"):
         if case.dtype == "fp32" and case.layout != "nhwc":
             yield case
 
 
-def _resblocks(shape: tuple[int, ...], dtype: torch.dtype):
+def _resblocks(shape: tuple[int, ...], dtype: torch.dtype) -> Pair:
     return resblocks(shape, shape[1], dtype, "nchw", zero=False)
 
 
@@ -47,18 +56,20 @@ def late(tensors: list[Tensor]) -> list[Tensor]:
     return zeros
 
 
-def _check_case(make_blocks: Callable, tail: Callable, worst: bool) -> Callable[[Case], Work]:
+def _check_case(
+    make_blocks: Callable[[torch.dtype], Pair], tail: Callable[[nn.Module], list[Tensor]], worst: bool
+) -> Callable[[Case], Work]:
     """The dense eager block (as `eager`) beside the one decision of its module (as `zeroblock`)."""
 
     def build(case: Case) -> Work:
-        eager_block, own_block, inputs = make_blocks(DTYPES[case.dtype])
-        tensors = late(tail(own_block)) if worst else tail(own_block)
+        pair = make_blocks(DTYPES[case.dtype])
+        tensors = late(tail(pair.own)) if worst else tail(pair.own)
 
         def decision() -> bool:  # policy, hooks, values: the most that a module looks at
-            may_skip = zero.may_skip_branch("zero_check", "auto", tensors[0]) and zero.bypassable(own_block.children())
+            may_skip = zero.may_skip_branch("zero_check", "auto", tensors[0]) and zero.bypassable(pair.own.children())
             return may_skip and all(zero.is_exactly_zero(tensor) for tensor in tensors)
 
-        return Work(Side(eager_block, inputs, ()), Side(decision, (), ()))
+        return Work(Side(pair.eager, pair.inputs, ()), Side(decision, (), ()))
 
     return build
 
@@ -74,7 +85,8 @@ def checks(quick: bool) -> Iterator[Case]:
         for suffix, worst in (("", False), ("_late", True)):
             for dtype in DTYPES:
                 build = _check_case(make_blocks, tail, worst)
-                yield Case("overhead", f"zero_check{suffix}_{name}", text(shape), "", dtype, "inference", build)
+                op = f"zero_check{suffix}_{name}"
+                yield Case("overhead", op, shape_text(shape), "", dtype, "inference", build, same_work=False)
 
 
 def cases(quick: bool) -> Iterator[Case]:
