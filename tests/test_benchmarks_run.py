@@ -10,6 +10,8 @@ import torch
 
 from .conftest import BENCHMARKS
 
+LONG = 60.0  # seconds of a compilation that is given up: longer than a busy machine takes to do so
+
 
 @pytest.fixture
 def run(benchmark_path):
@@ -25,13 +27,13 @@ def test_a_compilation_that_takes_too_long_is_left_out(run, benchmark_path, caps
     class Slow(Side):
         def compiled(self, **options):
             if "mode" in options:
-                time.sleep(20)
+                time.sleep(LONG)
             return self
 
     case = next(run.make_cases("dense", True))
     start = time.perf_counter()
     found = compiled_candidates(case, Slow(lambda: None, (), ()), ("compile", "max_autotune"), 0.2)
-    assert [candidate.name for candidate in found] == ["compile"] and time.perf_counter() - start < 10
+    assert [candidate.name for candidate in found] == ["compile"] and time.perf_counter() - start < LONG
     assert "max_autotune failed: not done after 0.2 s" in capsys.readouterr().out
     time.sleep(0.3)  # the alarm is off again
 
@@ -89,7 +91,7 @@ def test_the_most_memory_is_that_of_memory_given_back_too():
         "import torch; from zbench.peak import most_resident; before = most_resident();"
         "torch.ones(1 << 26); print(most_resident() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=BENCHMARKS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     assert 0.9 * (1 << 28) < int(done.stdout) < 1.5 * (1 << 28)
 
@@ -97,7 +99,7 @@ def test_the_most_memory_is_that_of_memory_given_back_too():
 def test_the_scaling_run_writes_every_point(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--threads", "1,2", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*/scaling.csv")
     rows = list(csv.DictReader(path.open(newline="")))
@@ -106,6 +108,23 @@ def test_the_scaling_run_writes_every_point(tmp_path):
         assert all(float(row[name]) > 0 for name in ("eager", "zeroblock", "flop_limit", "bandwidth_limit")), row
     assert all(p.stat().st_size > 5000 for p in path.parent.glob("scaling-*.png"))
     assert len(list(path.parent.glob("scaling-*.png"))) == 2
+
+
+def test_two_installations_are_compared_call_by_call(benchmark_path):
+    import overhead
+
+    command = [sys.executable, overhead.__file__, "--against", sys.executable, "--rounds", "1", "--seconds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *rows, last = done.stdout.splitlines()
+    assert header.startswith("us per call") and last.startswith("more than 2% slower: ")
+    names = [
+        f"{name}, {mode}" for name in {**overhead.ops(), **overhead.blocks()} for mode in ("inference", "training")
+    ]
+    assert len(rows) == len(names) == 28
+    for row, name in zip(rows, names, strict=True):
+        there, here = row.removeprefix(name).split()[:2]
+        assert row.startswith(name) and float(there) > 0 and float(here) > 0
 
 
 def test_the_limits_count_the_work_by_hand(benchmark_path):
