@@ -163,7 +163,7 @@ def test_color_only_on_a_terminal(monkeypatch):
 
 
 def test_progress_bar(capsys):
-    bar = cli.Progress(enabled=True)
+    bar = cli.Progress(terminal=True)
     zb.doctor(nn.Linear(3, 3), torch.randn(2, 3), steps=2, progress=bar)
     bar.close()
     printed = capsys.readouterr()

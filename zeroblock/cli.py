@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from ._explain import info
 from .convert import families
 from .doctor import doctor, random_target_loss
 from .doctor.text import render
+from .tools.progress import Progress
 
 DEMO_HELP = (
     "train a small U-Net and a small DiT on real digits, with eager blocks and with zeroblock's, and compare them"
@@ -39,27 +39,6 @@ FACTORY_HELP = (
 
 class CommandError(Exception):
     """The command cannot run: printed without a traceback, exit status 2."""
-
-
-class Progress:
-    """A bar on stderr.
-
-    enabled: whether it is shown; None: where stderr is a terminal.
-    """
-
-    def __init__(self, enabled: bool | None = None):
-        self.enabled = sys.stderr.isatty() if enabled is None else enabled
-        self.start = time.perf_counter()
-
-    def __call__(self, phase: str, done: int, total: int, note: str) -> None:
-        if self.enabled:
-            bar, seconds = "#" * (24 * done // total), time.perf_counter() - self.start
-            line = f"{phase:6s} [{bar:24s}] {done}/{total} {seconds:5.1f} s  {note}"
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.enabled:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def load_factory(target: str) -> Callable[[], Any]:
@@ -134,7 +113,7 @@ def run_doctor(options: argparse.Namespace) -> int:
         if not Path(path).resolve().parent.is_dir():
             raise CommandError(f"{path}: the folder does not exist")
     model, batch, loss = build(options)
-    progress = Progress(enabled=False if options.quiet else None)
+    progress = Progress(terminal=False if options.quiet else None)
     try:
         diagnosis = doctor(model, batch, loss, options.steps, lr=options.lr, progress=progress)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ import zeroblock.nn as fused
 
 from ..testing import assert_error_budget, counters, eager, reset_counters, rounding, saved_activation_bytes
 from . import demo_picture, models
+from .progress import Progress
 
 QUICK_STEPS = 6
 SAMPLING_STEPS = 25
@@ -106,22 +106,6 @@ class Run:
             parameter.view(torch.int32).add_(ulps * (parameter != 0))
 
 
-class Progress:
-    """A bar on a terminal, ten lines elsewhere."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.start = label, total, time.perf_counter()
-        self.terminal = sys.stderr.isatty()
-
-    def update(self, done: int, note: str) -> None:
-        if not self.terminal and done % max(1, self.total // 10) and done != self.total:
-            return
-        bar, seconds = "#" * (24 * done // self.total), time.perf_counter() - self.start
-        line = f"{self.label:6s} [{bar:24s}] {done}/{self.total} {seconds:5.1f} s  {note}"
-        end = "\n" if not self.terminal or done == self.total else ""
-        print(("\r" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
-
-
 def need(module: str) -> Any:
     """A package of the demo extra. Raises ImportError that says how to get it."""
     try:
@@ -168,7 +152,7 @@ def train(case: Case, data: tuple[Tensor, Tensor], steps: int, seed: int, check:
     generator, moves = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     batch = models.draw_batch(*data, case.batch, generator)
     time_zero_phase(case, runs, batch, check)
-    progress = Progress(case.name, steps)
+    progress = Progress(lines=10)
     for step in range(1, steps + 1):
         batch = models.draw_batch(*data, case.batch, generator)
         learning_rate = case.learning_rate * min(1.0, 2 - 2 * (step - 1) / steps)
@@ -177,7 +161,8 @@ def train(case: Case, data: tuple[Tensor, Tensor], steps: int, seed: int, check:
             run.step(batch, learning_rate)
         moved.move_weights(moves)
         moved.step(batch, learning_rate)
-        progress.update(step, f"loss {statistics.fmean(ours.losses[-20:]):.3f}")
+        progress(case.name, step, steps, f"loss {statistics.fmean(ours.losses[-20:]):.3f}")
+    progress.close()
 
     for run in runs.values():
         known = (*run.model.parameters(), *run.model.buffers(), *batch)
