@@ -72,7 +72,7 @@ def _dit(quick: bool) -> Built:
     """DiT-S/2 on 32 x 32 latents, half as deep."""
     heads, layers, size = (2, 1, 4) if quick else (6, 6, 32)
     model = diffusers.DiTTransformer2DModel(heads, 8 if quick else 64, 4, num_layers=layers, sample_size=size)
-    for block in model.transformer_blocks:  # both sides shall see the same labels
+    for block in model.transformer_blocks:  # labels dropped at random would make the two sides different work
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     index = torch.tensor([10, 20])
     return model, (torch.randn(2, 4, size, size),), lambda model, x: model(x, index, index, return_dict=False)[0]
@@ -188,7 +188,7 @@ def _build(name: str, quick: bool, zero: bool) -> Callable[[Case], Work]:
         own = copy.deepcopy(model)
         if not zb.accelerate(own).blocks:
             raise RuntimeError(f"no block of {name} was accelerated")
-        with torch.no_grad():  # whole branches are skipped from the second call of a kind on
+        with torch.no_grad():  # accelerate may skip whole branches from the second call on
             function(own, *inputs)
         for tensor in inputs:
             tensor.requires_grad_(case.mode == "training")

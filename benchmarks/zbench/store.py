@@ -68,7 +68,7 @@ def commit() -> str:
     revision = git("rev-parse", "--short", "HEAD")
     if not revision:
         return "none"
-    code = ("..", ":(exclude)results")  # the rows of this run are no change of what it measures
+    code = ("..", ":(exclude)results")  # results that this run stores do not change what it measures
     return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
 
 
@@ -95,7 +95,7 @@ def read(path: Path) -> list[dict]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    blank = dict.fromkeys(COLUMNS, "")  # what an older file has no column for
+    blank = dict.fromkeys(COLUMNS, "")  # for columns that an older file does not have
     return [{**blank, **row, **{name: _number(row.get(name, "")) for name in NUMBERS}} for row in rows]
 
 

@@ -47,7 +47,7 @@ def _adm_unet(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
 
 
 def _unet2d(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
-    """The same widths and sizes."""
+    """diffusers' U-Net of the same widths and sizes."""
     widths, size, batch = ((32, 64), 8, 1) if quick else ((64, 128, 192), 64, 2)
     plain = len(widths) - 1
     model = diffusers.UNet2DModel(
@@ -77,6 +77,7 @@ def _dit_s2(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
 
 
 def _dit_s2_diffusers(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
+    """The same as diffusers has it."""
     heads, depth, size, batch = (2, 1, 4, 1) if quick else (6, 12, 32, 2)
     model = diffusers.DiTTransformer2DModel(heads, 64, 4, num_layers=depth, sample_size=size)
     for module in model.modules():

@@ -31,7 +31,7 @@ NORMS = {
 }
 PRODUCTS = {aten.mul, aten.mul_}
 _ADDS = {aten.add, aten.add_, aten.sub}
-# Unary functions between a gate and its multiplication (GLIGEN's tanh).
+# Functions that may stand between a gate and its multiplication, such as GLIGEN's tanh.
 _SQUASHES = {aten.tanh, aten.sigmoid, aten.relu, aten.neg}
 # Where the two factors of a gradient are among the arguments of the operation that multiplies them.
 _FACTORS = {
@@ -73,7 +73,7 @@ def roles(tape: Tape) -> dict[str, str]:
 
 
 def _uses(users: dict[int, list[Node]], value: int) -> list[tuple[Node, int]]:
-    """Operations that read a value, past views and casts, with the number under which they read it."""
+    """(operation, what it reads) for every operation that reads a value, or a view or cast of it."""
     result, todo = [], [value]
     while todo:
         v = todo.pop()
@@ -117,11 +117,11 @@ def _gates(tape: Tape, node: Node, value: int) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """The operation on the tape (its number) that multiplies the factors of a gradient; which argument is dL/dy."""
+    """Where the two factors of a gradient are multiplied."""
 
-    node: int
-    arguments: tuple[int, int]
-    dy_first: bool
+    node: int  # the operation's number on the tape
+    arguments: tuple[int, int]  # the factors' positions among its arguments
+    dy_first: bool  # the first of them is dL/dy, the other h
 
 
 def sites(tape: Tape, names: set[str]) -> dict[str, Site]:
@@ -203,5 +203,5 @@ def rank(t: Tensor) -> tuple[int, int]:
 
 
 def units(t: Tensor) -> Tensor:
-    """A parameter as [units, what each unit has]: outputs along the first dimension, elements of a vector."""
+    """A parameter as [units, numbers of each]; a unit is an output (first dimension), or an element of a vector."""
     return t.reshape(t.shape[0], -1) if t.dim() else t.reshape(1, 1)

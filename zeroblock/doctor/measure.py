@@ -97,7 +97,7 @@ def record(model: nn.Module, batch: Any, loss: Loss) -> Tape:
 
 
 def is_zero(tensors: list[Tensor]) -> list[bool]:
-    """Which tensors are exactly zero, in one launch for each device where they can be judged so."""
+    """Which tensors are exactly zero: those that the op takes in one launch per device, others one by one."""
     verdicts: list[bool | None] = [None] * len(tensors)
     groups: dict[torch.device, list[int]] = {}
     for i, t in enumerate(tensors):

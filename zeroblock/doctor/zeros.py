@@ -73,13 +73,17 @@ def predict(tape: Tape, trainable: set[str]) -> Prediction:
 
 
 def droppable(tape: Tape) -> set[str]:
-    """Parameters without a gradient when every random mask is zero (stochastic depth with unlucky draws)."""
+    """Parameters that get no gradient when every random mask is zero, as stochastic depth may draw it."""
     state = propagate(tape, tape.leaves, {}, masks_dropped=True)
     return {name for name, grad in tape.grads.items() if not state.moves(grad)}
 
 
 def propagate(tape: Tape, leaves: dict[int, Mask], cache: dict, masks_dropped: bool = False) -> State:
-    """Executes the tape on zero patterns."""
+    """Executes the tape on zero patterns.
+
+    leaves: their zeros. cache: results of operations on patterns, kept between calls. masks_dropped: every random mask
+    is zero throughout.
+    """
     state = State([True] * len(tape.values), [frozenset()] * len(tape.values))
     masks, blame = state.masks, state.blame
     sizes = {name: torch.Size(tape.values[leaf].shape).numel() for leaf, name in tape.names.items()}
@@ -101,8 +105,11 @@ def propagate(tape: Tape, leaves: dict[int, Mask], cache: dict, masks_dropped: b
 
 
 def _blame(node: Node, k: int, values: list[Value], state: State, sizes: dict[str, int], cache: dict) -> frozenset[str]:
-    """Leaves that would have to move before output k can. Of a product, those of every zero factor; of a sum, those of
-    the term that needs fewest (the largest parameter, where there is a choice)."""
+    """The leaves that must become non-zero before output k can.
+
+    Of a product: those of every zero factor. Of a sum: those of the term that needs the fewest (of equally many, the
+    term with the largest parameters).
+    """
     masks, blame = state.masks, state.blame
     zeros = [i for i in dict.fromkeys(node.inputs) if masks[i] is False]
 
