@@ -14,7 +14,7 @@ SOURCES := setup.py pyproject.toml $(CSRC)
 .PHONY: demo test bench lint format wheel clean
 
 demo: $(STAMP)
-	$(BIN)/python -m zeroblock.tools.demo
+	$(BIN)/python -m zeroblock demo
 
 # One thread for each process, those that tests start as well; the tests of threads set their own number. Idle OpenMP
 # threads that spin make short tests several times slower on a busy machine. The Triton kernels are interpreted in a

@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import blocks
-import cases
-import store
 import torch
-from cases import MODES, Case, Side
-from run import check_agreement
 from torch.utils.flop_counter import FlopCounterMode
+from zbench import blocks, ops, store
+from zbench.candidates import check_agreement
+from zbench.case import DTYPES, Case, Side, as_tuple
 
+import zeroblock
 from zeroblock.testing.timing import Timing
 
 BASELINES = {"compile": {}, "max_autotune": {"mode": "max-autotune-no-cudagraphs"}}  # the timer captures, not inductor
@@ -39,23 +38,21 @@ NAN = float("nan")
 
 
 def make_cases(quick: bool) -> Iterator[Case]:
-    yield from cases.memory_bound(quick)
+    yield from ops.cases(quick)
     for group in ("dense", "zero"):
-        yield from (case for case in blocks.whole_blocks(group, quick) if case.dtype in cases.DTYPES)
+        yield from (case for case in blocks.cases(quick, group) if case.dtype in DTYPES)
 
 
 def step(side: Side, mode: str) -> Callable[[], object]:
     """The forward, or forward and backward with all gradients; nothing but device work, so that it can be captured."""
     if mode == "inference":
         return lambda: side.function(*side.inputs)
-    outputs = side.function(*side.inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = as_tuple(side.function(*side.inputs))
     generator = torch.Generator(device=outputs[0].device).manual_seed(1)
     grads = [torch.randn(y.shape, generator=generator, device=y.device).to(y) for y in outputs]
 
     def train() -> tuple:
-        outputs = side.function(*side.inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = as_tuple(side.function(*side.inputs))
         return *outputs, *torch.autograd.grad(outputs, side.wrt, grads)
 
     return train
@@ -118,11 +115,12 @@ def build_sets(case: Case, device: str) -> list:
 
 def candidates(case: Case, device: str, compiled: bool) -> dict[str, Replay]:
     works = build_sets(case, device)
-    check = {"eager": step(works[0].eager, case.mode), "zeroblock": step(works[0].own, case.mode)}
-    check_agreement(case, check)
+    check_agreement(case, step(works[0].eager, case.mode), step(works[0].own, case.mode))
     sides = {"eager": [w.eager for w in works], "zeroblock": [w.own for w in works]}
     found = {name: Replay([step(side, case.mode) for side in all_], device) for name, all_ in sides.items()}
-    for name, options in BASELINES.items() if compiled else ():
+    if not compiled:
+        return found
+    for name, options in BASELINES.items():
         torch._dynamo.reset()
         try:
             function = works[0].eager.compiled(**options).function
@@ -147,11 +145,10 @@ def measure(replays: dict[str, Replay], rounds: int) -> Timing:
 
 def least_bytes(case: Case) -> float:
     """Bytes that the result needs at least: every activation read or written once (NaN for whole blocks)."""
-    ops = {**cases.IMAGE_OPS, **cases.TOKEN_OPS}
     if case.group != "memory_bound":
         return NAN
-    passes = ops[case.op][2][MODES.index(case.mode)]
-    return passes * math.prod(map(int, case.shape.split("x"))) * cases.DTYPES[case.dtype].itemsize
+    passes = ops.OPS[case.op].passes[case.mode]
+    return passes * math.prod(map(int, case.shape.split("x"))) * DTYPES[case.dtype].itemsize
 
 
 def count_flops(case: Case, device: str) -> float:
@@ -161,9 +158,8 @@ def count_flops(case: Case, device: str) -> float:
     with torch.device(device):
         side = case.work().eager
     with FlopCounterMode(display=False) as counter:
-        outputs = side.function(*side.inputs)
+        outputs = as_tuple(side.function(*side.inputs))
         if case.mode == "training":  # grad() does not work under the counter
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     return float(counter.get_total_flops())
 
@@ -195,21 +191,36 @@ def measured_row(case: Case, options: argparse.Namespace, copy: float, matmul: f
     skipped = case.group == "zero"  # its products are not executed: no rate
     row = {name: NAN for name in COLUMNS} | {"case": case.id}
     row |= {name: getattr(case, name) for name in ("group", "op", "shape", "layout", "dtype", "mode")}
-    return row | {name: timing.median(name) for name in replays} | {
-        "timer": replays["zeroblock"].timer, "sets": len(replays["zeroblock"].calls), "best": best,
-        "ratio": ratio.median, "lo": ratio.lo, "hi": ratio.hi, "bytes": size, "gb_s": gb_s,
-        "copy_percent": 100 * gb_s / copy, "flops": flops, "tflop_s": NAN if skipped else tflop_s,
-        "matmul_percent": NAN if skipped else 100 * tflop_s / matmul, "copy_gb_s": copy, "matmul_tflop_s": matmul,
-    }  # fmt: skip
+    return (
+        row
+        | {name: timing.median(name) for name in replays}
+        | {
+            "timer": replays["zeroblock"].timer,
+            "sets": len(replays["zeroblock"].calls),
+            "best": best,
+            "ratio": ratio.median,
+            "lo": ratio.lo,
+            "hi": ratio.hi,
+            "bytes": size,
+            "gb_s": gb_s,
+            "copy_percent": 100 * gb_s / copy,
+            "flops": flops,
+            "tflop_s": NAN if skipped else tflop_s,
+            "matmul_percent": NAN if skipped else 100 * tflop_s / matmul,
+            "copy_gb_s": copy,
+            "matmul_tflop_s": matmul,
+        }
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    import zeroblock
-
     common = {
-        "device": device_name(options.device), "torch": torch.__version__, "zeroblock_version": zeroblock.__version__,
-        "commit": store._commit(), "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-    }  # fmt: skip
+        "device": device_name(options.device),
+        "torch": torch.__version__,
+        "zeroblock_version": zeroblock.__version__,
+        "commit": store.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
     selected = [c for c in make_cases(options.quick) if any(part in c.id for part in options.filter.split(","))]
     copy, matmul = ceilings(options.device, options.quick, options.rounds)
     print(f"{common['device']}: copy {copy:.0f} GB/s, bf16 product {matmul:.0f} TFLOP/s", flush=True)
@@ -227,9 +238,9 @@ def run(options: argparse.Namespace) -> int:
                 failed += 1
                 print(f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
                 continue
-            writer.writerow({name: store._text(row[name]) for name in COLUMNS})
+            writer.writerow({name: store.text(row[name]) for name in COLUMNS})
             file.flush()
-            rate = f"{row['copy_percent']:.0f} % of copy" if row["bytes"] == row["bytes"] else ""
+            rate = f"{row['copy_percent']:.0f} % of copy" if not math.isnan(row["bytes"]) else ""
             print(f"{row['zeroblock']:.1f} us   {row['ratio']:.2f}x vs {row['best']}   {rate}", flush=True)
     print(f"results: {path}")
     return 1 if failed else 0

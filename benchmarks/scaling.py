@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import blocks
-import store
 import torch
 import torch.nn.functional as F
-from cases import MODES, Side, Work
-from plot import GRID, INK
-from run import parse_common, use_allocator
 from torch.utils.flop_counter import FlopCounterMode
+from zbench import store
+from zbench.blocks import dit_blocks, resblocks
+from zbench.case import MODES, Side, Work, module_work
+from zbench.options import parse_common, use_allocator
+from zbench.plot import GRID, INK
 
 from zeroblock.testing.timing import measure
 
@@ -35,14 +35,14 @@ COLUMNS = (
     "gflop", "mbytes", "gflop_s", "gb_s", *("allocator", "machine", "torch", "zeroblock_version", "commit", "date"),
 )  # fmt: skip
 NAMES = {"resblock": "ResBlock", "dit_block": "DiT block"}
-LABELS = {
-    "batch": "batch", "channels": "channels", "size": {"resblock": "height and width", "dit_block": "tokens"},
-    "threads": "threads",
-}  # fmt: skip
+AXES = ("batch", "channels", "size", "threads")
+SIZES = {"resblock": "height and width", "dit_block": "tokens"}  # what "size" means
 LINES = {
-    "eager": ("#555555", "o-"), "zeroblock": ("#2e8b57", "o-"),
-    "flop_limit": ("#c0392b", "--"), "bandwidth_limit": ("#3b6fb6", ":"),
-}  # fmt: skip
+    "eager": ("#555555", "o-"),
+    "zeroblock": ("#2e8b57", "o-"),
+    "flop_limit": ("#c0392b", "--"),
+    "bandwidth_limit": ("#3b6fb6", ":"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Point:
         torch.manual_seed(0)
         if self.block == "resblock":
             shape = (self.batch, self.channels, self.size, self.size)
-            made = blocks.resblocks(shape, self.channels, torch.float32, "nchw", zero=False)
+            pair = resblocks(shape, self.channels, torch.float32, "nchw", zero=False)
         else:
-            made = blocks.dit_blocks((self.batch, self.size, self.channels), torch.float32, zero=False)
-        return blocks.module_work(*made, mode)
+            pair = dit_blocks((self.batch, self.size, self.channels), torch.float32, zero=False)
+        return module_work(*pair, mode)
 
 
 def sweeps(quick: bool, threads: list[int]) -> Iterator[tuple[str, list[Point]]]:
@@ -128,10 +128,16 @@ def measured(point: Point, mode: str, seconds: float, limits: tuple[float, float
         timing = measure(calls, seconds, min_rounds=5)
     flops, moved = count(work.eager, mode)
     return {
-        "mode": mode, "eager": timing.median("eager"), "zeroblock": timing.median("zeroblock"),
-        "flop_limit": flops / limits[0] * 1e6, "bandwidth_limit": moved / limits[1] * 1e6,
-        "gflop": flops / 1e9, "mbytes": moved / 1e6, "gflop_s": limits[0] / 1e9, "gb_s": limits[1] / 1e9,
-    }  # fmt: skip
+        "mode": mode,
+        "eager": timing.median("eager"),
+        "zeroblock": timing.median("zeroblock"),
+        "flop_limit": flops / limits[0] * 1e6,
+        "bandwidth_limit": moved / limits[1] * 1e6,
+        "gflop": flops / 1e9,
+        "mbytes": moved / 1e6,
+        "gflop_s": limits[0] / 1e9,
+        "gb_s": limits[1] / 1e9,
+    }
 
 
 def run(options: argparse.Namespace) -> list[dict]:
@@ -144,8 +150,8 @@ def run(options: argparse.Namespace) -> list[dict]:
         print(
             f"{threads} threads: {rates[threads][0] / 1e9:.0f} GFLOP/s, {rates[threads][1] / 1e9:.1f} GB/s", flush=True
         )
-    points = [(axis, point, mode) for axis, chosen in sweeps(options.quick, options.threads)
-              for point in chosen for mode in MODES]  # fmt: skip
+    chosen = sweeps(options.quick, options.threads)
+    points = [(axis, point, mode) for axis, sweep in chosen for point in sweep for mode in MODES]
     known: dict[tuple[Point, str], dict] = {}  # the middle of the sweeps is one point
     rows, start = [], time.perf_counter()
     for i, (axis, point, mode) in enumerate(points, 1):
@@ -167,7 +173,7 @@ def write(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows({name: store.text(value) for name, value in row.items()} for row in rows)
 
 
 def draw(folder: Path, rows: list[dict]) -> list[Path]:
@@ -182,11 +188,11 @@ def draw(folder: Path, rows: list[dict]) -> list[Path]:
 
     written = []
     for mode in MODES:
-        figure, grid = plt.subplots(len(NAMES), len(LABELS), figsize=(13, 6.6), squeeze=False, layout="constrained")
+        figure, grid = plt.subplots(len(NAMES), len(AXES), figsize=(13, 6.6), squeeze=False, layout="constrained")
         for axes, block in zip(grid, NAMES, strict=True):
-            for panel, axis in zip(axes, LABELS, strict=True):
+            for panel, axis in zip(axes, AXES, strict=True):
                 chosen = [r for r in rows if (r["block"], r["axis"], r["mode"]) == (block, axis, mode)]
-                _panel(panel, chosen, axis, LABELS[axis] if axis != "size" else LABELS[axis][block])
+                _panel(panel, chosen, axis, SIZES[block] if axis == "size" else axis)
                 panel.set_title(NAMES[block] if axis == "batch" else "", fontsize=10, loc="left")
             axes[0].set_ylabel("ms", fontsize=9)
         handles, labels = grid[0][0].get_legend_handles_labels()
@@ -219,9 +225,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     doubled = sorted({2**i for i in range(int(math.log2(cores)) + 1)} | {cores})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--threads", default=doubled, type=lambda s: sorted({int(n) for n in s.split(",")}),
+        "--threads",
+        default=doubled,
+        type=lambda s: sorted({int(n) for n in s.split(",")}),
         help=f"default {','.join(map(str, doubled))}; all but the sweep of threads has the most of them",
-    )  # fmt: skip
+    )
     parser.add_argument("--seconds", default=1.0, type=float, help="time per point (default 1)")
     return parse_common(parser, arguments)
 

@@ -47,7 +47,7 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 @pytest.fixture(scope="module")
 def benchmark_path():
-    """The benchmarks import each other as plain modules from their own folder."""
+    """Puts the entries of the benchmarks and their package zbench on the path, as `python benchmarks/x.py` does."""
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))

@@ -12,9 +12,16 @@ import pytest
 from .conftest import BENCHMARKS
 
 CASES = {
-    "memory_bound": 28, "zero": 16, "dense": 22, "frozen": 11, "overhead": 26, "saved": 32, "models": 24, "whole": 12,
+    "memory_bound": 28,
+    "zero": 16,
+    "dense": 22,
+    "frozen": 11,
+    "overhead": 26,
+    "saved": 32,
+    "models": 24,
+    "whole": 12,
     "peak": 1,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -26,14 +33,14 @@ def timing(benchmark_path):
 
 @pytest.fixture
 def store(benchmark_path):
-    import store
+    from zbench import store
 
     return store
 
 
 @pytest.fixture
 def report(benchmark_path):
-    import report
+    from zbench import report
 
     return report
 
@@ -42,9 +49,9 @@ def report(benchmark_path):
 def quick_run(tmp_path_factory):
     """One quick run of all groups: (its output, group -> rows)."""
     out = tmp_path_factory.mktemp("benchmarks")
-    command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--threads", "1", "--sample-ms", "0.1",
-               "--out", str(out)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out, env=os.environ)
+    options = ["--quick", "--threads", "1", "--sample-ms", "0.1", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "run.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     tables = {path.stem: list(csv.DictReader(path.open(newline=""))) for path in out.glob("*/*.csv")}
     return done.stdout, tables
@@ -216,7 +223,7 @@ def test_report_says_which_targets_are_met(store, report):
 
 def test_plots_are_drawn_from_the_rows(quick_run, store, tmp_path, benchmark_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    import plot
+    from zbench import plot
 
     _, tables = quick_run
     for group, rows in tables.items():

@@ -33,11 +33,9 @@ def roofline(gpu):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu")
-    command = [
-        sys.executable, str(BENCHMARKS / "gpu.py"), "--quick", "--device", "cpu", "--baselines", "eager",
-        "--rounds", "3", "--out", str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out, env=os.environ)
+    options = ["--quick", "--device", "cpu", "--baselines", "eager", "--rounds", "3", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("*/gpu.csv")
     return list(csv.DictReader(path.open(newline="")))
@@ -94,8 +92,8 @@ def test_roofline_page_is_current(roofline):
 
 
 def test_bounds(roofline):
-    gate, conv, zero = (next(k for k in roofline.KERNELS if k.op == op) for op in (
-        "gate_residual", "conv_residual 3x3", "conv_residual 3x3, weight zero"))  # fmt: skip
+    kernels = {kernel.op: kernel for kernel in roofline.KERNELS}
+    gate, conv, zero = (kernels[op] for op in ("gate_residual", "conv_residual 3x3", "conv_residual 3x3, weight zero"))
     h100 = next(gpu for gpu in roofline.GPUS if gpu.name == "H100 SXM")
     size, flops = roofline.work(gate, (32, 256, 1152))
     assert (size, flops) == (2 * 3 * 32 * 256 * 1152, 0)

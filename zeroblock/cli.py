@@ -1,7 +1,10 @@
 """The command `zeroblock` (also `python -m zeroblock`): doctor, bench, info, demo.
 
-Exit status: 0 fine; 1 the doctor found something dead or symmetric, bench a difference, demo a failed check; 2 the
-command could not run.
+Exit status: 0 fine; 1 doctor found something dead or symmetric, bench a difference, demo a failed check; 2 the command
+could not run.
+
+bench and demo are imported when they are called: they need modules that the other commands do without (`resource`,
+which only POSIX has, scikit-learn and matplotlib).
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from ._explain import info
+from .convert import families
 from .doctor import doctor, random_target_loss
 from .doctor.text import render
+from .tools.progress import Progress
 
+DEMO_HELP = (
+    "train a small U-Net and a small DiT on real digits, with eager blocks and with zeroblock's, and compare them"
+)
 FACTORY_HELP = (
     "package.module:factory or file.py:factory, a function without arguments that returns (model, example_batch) or "
     "(model, example_batch, loss) with loss(model, example_batch) -> scalar; or a model alone, with --shape"
@@ -34,26 +41,13 @@ class CommandError(Exception):
     """The command cannot run: printed without a traceback, exit status 2."""
 
 
-class Progress:
-    """A bar on stderr, on a terminal only."""
-
-    def __init__(self, enabled: bool | None = None):
-        self.enabled = sys.stderr.isatty() if enabled is None else enabled
-        self.start = time.perf_counter()
-
-    def __call__(self, phase: str, done: int, total: int, note: str) -> None:
-        if self.enabled:
-            bar, seconds = "#" * (24 * done // total), time.perf_counter() - self.start
-            line = f"{phase:6s} [{bar:24s}] {done}/{total} {seconds:5.1f} s  {note}"
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.enabled:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def load_factory(target: str) -> Callable[[], Any]:
-    """The function that "package.module:name" or "path/file.py:name" stands for."""
+    """The function that a command names.
+
+    target: "package.module:name" or "path/file.py:name".
+
+    Raises CommandError where it cannot be imported, has no such name, or is no function.
+    """
     where, colon, name = target.rpartition(":")
     if not colon or not where or not name:
         raise CommandError(f"factory must be given as package.module:name or file.py:name, got {target!r}")
@@ -81,7 +75,12 @@ def load_factory(target: str) -> Callable[[], Any]:
 
 
 def build(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
-    """(model, example_batch, loss or None) from the factory and --shape, on --device."""
+    """(model, example_batch, loss or None) from the factory, or from --shape, on --device.
+
+    options: of a command that takes a factory.
+
+    Raises CommandError where the factory fails or returns something else, no batch is given, or the device is missing.
+    """
     factory = load_factory(options.factory)
     torch.manual_seed(options.seed)
     try:
@@ -109,11 +108,12 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
+    """Exit status 1 if a parameter is dead or symmetric. Raises CommandError where `zeroblock.doctor` raises."""
     for path in filter(None, (options.json, options.html)):
         if not Path(path).resolve().parent.is_dir():
             raise CommandError(f"{path}: the folder does not exist")
     model, batch, loss = build(options)
-    progress = Progress(False if options.quiet else None)
+    progress = Progress(terminal=False if options.quiet else None)
     try:
         diagnosis = doctor(model, batch, loss, options.steps, lr=options.lr, progress=progress)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -137,6 +137,7 @@ def _write(path: str, text: str) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> int:
+    """Exit status 1 if the accelerated model gives other results. Raises CommandError where the model cannot be run."""
     from .tools.bench import bench
 
     model, batch, loss = build(options)
@@ -148,14 +149,21 @@ def run_bench(options: argparse.Namespace) -> int:
     return 0 if comparison.equal else 1
 
 
+def run_demo(options: argparse.Namespace) -> int:
+    """Exit status 1 if a check fails. Raises CommandError where scikit-learn or matplotlib is missing."""
+    from .tools import demo
+
+    try:
+        return 0 if demo.run(options.out, options.steps, options.seed, options.quick) else 1
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+
+
 def run_info(options: argparse.Namespace) -> int:
+    """Exit status 0. Raises CommandError for a family that is not known."""
     if options.family is None:
         print(info())
         return 0
-    try:
-        from .convert import families
-    except ImportError as error:
-        raise CommandError("this installation has no zeroblock.convert, so there are no families to show") from error
     known = families()
     if options.family == "all":
         print("\n\n".join(f"{name}\n{text}" for name, text in known.items()))
@@ -167,7 +175,7 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """--shape 2,3,32,32"""
+    """The sizes in the value of --shape, "2,3,32,32" or "2x3x32x32". Raises argparse.ArgumentTypeError for others."""
     try:
         found = tuple(int(n) for n in text.replace("x", ",").split(","))
     except ValueError:
@@ -178,6 +186,8 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def positive(kind: type) -> Callable[[str], Any]:
+    """The conversion of an option's value to a positive, finite number of this kind (int or float)."""
+
     def convert(text: str) -> Any:
         try:
             value = kind(text)
@@ -191,10 +201,13 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The options of every command; `options.run(options)` runs the one that was chosen."""
     top = argparse.ArgumentParser(prog="zeroblock", description="Zero-aware residual blocks for diffusion models.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{doctor,bench,info,demo}")
 
-    def model_command(name: str, run: Callable, help: str, description: str) -> argparse.ArgumentParser:
+    def model_command(
+        name: str, run: Callable[[argparse.Namespace], int], help: str, description: str
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=description)
         command.add_argument("factory", help=FACTORY_HELP)
         command.add_argument("--shape", type=shape, action="append", help="a random normal input, as 2,3,32,32; repeat")
@@ -205,10 +218,12 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     command = model_command(
-        "doctor", run_doctor, "will this initialisation learn, and when does each branch wake up?",
+        "doctor",
+        run_doctor,
+        "will this initialisation learn, and when does each branch wake up?",
         "Predicts from the zeros of a model when each parameter gets its first gradient, checks it with plain SGD "
         "steps (undone afterwards), and names what is dead or symmetric. Exit status 1 if anything is.",
-    )  # fmt: skip
+    )
     command.add_argument("--steps", type=positive(int), default=4, help="SGD steps (default: 4)")
     command.add_argument("--lr", type=positive(float), default=1e-2, help="their learning rate (default: 0.01)")
     command.add_argument("--json", metavar="FILE", help="write everything found as JSON")
@@ -216,26 +231,34 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", action="store_true", help="print nothing; the exit status tells")
 
     command = model_command(
-        "bench", run_bench, "your own model before and after zeroblock.accelerate",
+        "bench",
+        run_bench,
+        "your own model before and after zeroblock.accelerate",
         "Times a model and an accelerated copy of it in interleaved pairs, counts the bytes saved for backward, and "
         "compares loss and gradients. Exit status 1 if they differ.",
-    )  # fmt: skip
+    )
     command.add_argument("--seconds", type=positive(float), default=5.0, help="for inference and for training each")
 
     command = commands.add_parser("info", help="what is built and why not", description="What is built and why not.")
     command.add_argument("family", nargs="?", help="a family of blocks that accelerate knows, or all")
     command.set_defaults(run=run_info, traceback=False)
 
-    commands.add_parser("demo", add_help=False, help="train two small models, eager and zeroblock side by side")
+    command = commands.add_parser("demo", help=DEMO_HELP, description=DEMO_HELP)
+    command.add_argument("--steps", type=positive(int), help="optimizer steps of each model (default: some hundreds)")
+    command.add_argument("--out", default="demo.png", help="the picture to write (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (default: %(default)s)")
+    command.add_argument("--quick", action="store_true", help="a few steps: only shows that everything runs")
+    command.set_defaults(run=run_demo, traceback=False)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["demo"]:
-        from .tools import demo
+    """Runs a command and returns its exit status.
 
-        return demo.main(arguments[1:])
+    arguments: as on the command line, without the program's name; None: those of this process.
+
+    Raises SystemExit (status 2) for arguments that cannot be parsed, and after --help (status 0).
+    """
     options = parser().parse_args(arguments)
     try:
         return options.run(options)

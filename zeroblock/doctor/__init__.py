@@ -2,7 +2,8 @@
 
 The model's step is taped once (tape.py), its zeros are followed through the tape to a prediction (zeros.py), and plain
 SGD steps verify it (measure.py). Everything is put back bit for bit (snapshot.py). `diagnosis.py` puts prediction and
-measurement together, `savings.py` counts what the fast path leaves out, `explain.py` says why in words.
+measurement together, `savings.py` counts what the fast path leaves out, `explain.py` says why in words; `text.py` and
+`html.py` show the whole.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from torch.utils._pytree import tree_leaves
 from . import factors, measure
 from .diagnosis import Diagnosis, Initial, ParameterReport, diagnose
 from .explain import explain
+from .measure import Loss
 from .savings import savings
 from .snapshot import preserved
 from .zeros import Prediction, droppable, predict
 
 __all__ = ["Diagnosis", "ParameterReport", "doctor"]
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -34,7 +34,13 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def random_target_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The mean square of (output - a fixed random target), over all floating tensors the model returns."""
+    """The mean square of (output - a fixed random target), summed over all floating tensors that the model returns.
+
+    model: called with `batch`, as `call` does.
+    batch: a tuple or list of positional arguments, a dict of keyword arguments, or the only argument.
+
+    Raises ValueError if the model returns no floating tensor that has a gradient.
+    """
     result = call(model, batch)
     if not isinstance(result, (Tensor, tuple, list, dict)):
         result = vars(result)  # an output class
@@ -59,18 +65,26 @@ def doctor(
     lr: float = 1e-2,
     progress: Callable[[str, int, int, str], None] | None = None,
 ) -> Diagnosis:
-    """Classifies the zero and constant parameters of a model, and when each parameter first moves.
+    """Says which zero and constant parameters of a model learn, and in which step each parameter first moves.
 
-    model: any nn.Module, or a function that returns (model, example_batch) or (model, example_batch, loss).
-    example_batch: what the model is called with; a tuple gives positional, a dict keyword arguments.
-    loss: loss(model, example_batch) -> a scalar; by default the squared distance to a fixed random target.
-    steps: plain SGD steps with learning rate `lr`, taken in training mode and in place. progress(phase, done, total,
-    note) is called after each.
+    model: any nn.Module, or a function without arguments that returns (model, example_batch) or (model,
+        example_batch, loss).
+    example_batch: what the model is called with; a tuple or list gives positional, a dict keyword arguments. Tensors
+        of any shape and dtype, on the model's device.
+    loss: loss(model, example_batch) -> Tensor of one element; None: the mean square of (output - a fixed random
+        target), over all floating outputs.
+    steps: plain SGD steps to take, at least 1, in training mode and in place.
+    lr: their learning rate, positive and finite.
+    progress: progress(phase, done, total, note), called after each step; None: nothing is shown.
 
-    First motion is the first gradient that is not exactly zero. The model, its gradients, the batch and the random
-    number generators are put back bit for bit afterwards, also when something raises. The device needs the memory of
-    an ordinary SGD step; a copy of the weights is kept in host memory. Raises ValueError or TypeError for arguments
-    that do not fit together.
+    Returns a `Diagnosis`. A parameter moves first in the step of its first gradient that is not exactly zero. The
+    model, its gradients, the batch and the random number generators are put back bit for bit afterwards, also when
+    something raises. The device needs the memory of an ordinary SGD step; a copy of the weights is kept in host memory.
+
+    Raises TypeError where model, example_batch or loss are of another kind than said here, example_batch is missing,
+    or loss returns no Tensor; ValueError where steps or lr are out of range, model has nothing to train, model or loss
+    fail on the batch, or the loss is no scalar that depends on a parameter; RuntimeError where the batch does not fit
+    into the device's memory.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"doctor: steps must be an int >= 1, got {steps!r}")
@@ -82,35 +96,46 @@ def doctor(
         raise TypeError("doctor: example_batch must be given: what the model is called with")
     if loss is not None and not callable(loss):
         raise TypeError(f"doctor: loss must be a function of (model, example_batch), got {type(loss).__name__}")
-    loss, say = loss or random_target_loss, progress or (lambda *_: None)
+    loss, report_progress = loss or random_target_loss, progress or _silent
     trainable = set(measure.trainable(model))
     if not trainable:
         raise ValueError(f"doctor: model must have a parameter with requires_grad, {type(model).__name__} has none")
     names = {name for name, _ in model.named_parameters()}
 
-    say("tape", 0, 1, "")
+    report_progress("tape", 0, 1, "")
     initial = Initial.of(model)
     with preserved(model, example_batch), measure.training(model):
         tape = measure.record(model, example_batch, loss)
     roles = {name: role for name, role in factors.roles(tape).items() if name in names}
-    say("tape", 1, 1, f"{len(tape.nodes)} operations")
+    report_progress("tape", 1, 1, f"{len(tape.nodes)} operations")
     with preserved(nn.Module(), None):  # the probes draw random numbers
         prediction, by_chance = predict(tape, trainable), droppable(tape)
         saved = savings(tape, roles, initial.zero, prediction.first, trainable)
     interesting = _interesting(measure.trainable(model), initial, roles, prediction)
     with preserved(model, example_batch), measure.training(model):
         measured = measure.measure(
-            model, example_batch, loss, steps, lr, tape, interesting, lambda done, note: say("steps", done, steps, note)
+            model,
+            example_batch,
+            loss,
+            steps,
+            lr,
+            tape,
+            interesting,
+            lambda done, note: report_progress("steps", done, steps, note),
         )
     diagnosis = diagnose(model, initial, roles, prediction, measured, saved, by_chance)
     diagnosis.explanation = explain(diagnosis)
     return diagnosis
 
 
+def _silent(phase: str, done: int, total: int, note: str) -> None:
+    """The progress of who wants to see none."""
+
+
 def _interesting(
     parameters: dict[str, nn.Parameter], initial: Initial, roles: dict[str, str], prediction: Prediction
 ) -> set[str]:
-    """Whose ranks are worth taking: constant matrices, zero gates, and what never moves."""
+    """The parameters whose ranks the report shows: constant matrices, zero gates, and what never moves."""
 
     def wanted(name: str, p: Tensor) -> bool:
         zero_gate = initial.zero[name] and roles.get(name) in ("gate", "norm")
@@ -120,6 +145,7 @@ def _interesting(
 
 
 def _unpack(factory: Any, example_batch: Any, loss: Loss | None) -> tuple[nn.Module, Any, Loss | None]:
+    """What the factory returns; the batch and the loss that the caller gave take precedence."""
     if not callable(factory):
         raise TypeError(f"doctor: model must be an nn.Module or a function, got {type(factory).__name__}")
     made = factory()

@@ -1,4 +1,4 @@
-"""What the doctor says: one record for each parameter, and the whole."""
+"""The diagnosis: what prediction and measurement together say of each parameter, and of the whole model."""
 
 from __future__ import annotations
 
@@ -11,70 +11,57 @@ import torch
 from torch import Tensor, nn
 
 from .factors import Ranks
+from .html import page
+from .kinds import ALARMS, KINDS, NEAR_ZERO, finite
 from .measure import Measurement, identical_units, is_zero
 from .savings import Savings
+from .text import render
 from .zeros import Prediction
-
-# What a parameter is found to be, with the words for it. Those in ALARMS never learn.
-KINDS = {
-    "zero tail": "zero, and learns from the first step: its input and dL/dy are both varied",
-    "zero gate": "zero, multiplies a branch, and learns from the first step",
-    "waits": "zero or constant, and cannot move until another parameter has moved",
-    "dead": "never moves: its gradient is zero whatever the others do",
-    "symmetric": "its units are identical and get identical gradients: they act as one",
-    "constant": "constant but asymmetric: its units get different gradients",
-    "not seen": "no gradient was seen, and no proof was found that there is none",
-    "unused": "no gradient reaches it: the loss does not depend on it",
-    "frozen": "zero or constant and not trained",
-    "free": "neither zero nor constant",
-}
-ALARMS = ("dead", "symmetric")
-NEAR_ZERO = 1e-4
 
 
 @dataclass
 class ParameterReport:
-    """One parameter. predicted and measured are the steps of its first non-zero gradient; predicted None with
-    proved True means never, measured None means not seen. waits_for: what holds it at zero, step by step."""
+    """What was found about one parameter."""
 
     name: str
     shape: list[int]
-    kind: str
-    role: str
-    is_zero: bool
-    max_abs: float
-    predicted: int | None
-    measured: int | None
-    proved: bool
-    agrees: bool
-    waits_for: list[list[str]] = field(default_factory=list)
+    kind: str  # a key of kinds.KINDS
+    role: str  # "tail", "gate", "norm", "bias" or "other": see factors.roles
+    is_zero: bool  # exactly, before the first step
+    max_abs: float  # of its elements, before the first step
+    predicted: int | None  # the step of its first non-zero gradient; None: never (where `proved`), or not predicted
+    measured: int | None  # the same, seen in the steps taken; None: in none of them
+    proved: bool  # the prediction is "never"
+    agrees: bool  # prediction and measurement do not contradict each other
+    waits_for: list[list[str]] = field(default_factory=list)  # step by step: the parameters that keep its gradient zero
     ranks: Ranks | None = None
 
     @property
     def holder(self) -> list[str]:
-        """What it waits for last."""
+        """The parameters it waits for last, just before it moves."""
         return self.waits_for[-1] if self.waits_for else []
 
 
 @dataclass
 class Diagnosis:
-    """The result of `zeroblock.doctor`. str() is the report for a terminal."""
+    """The result of `zeroblock.doctor`; str() is the report for a terminal."""
 
-    model: str
-    steps: int
-    losses: list[float]
-    parameters: list[ParameterReport]
-    predicted_steps: int | None
-    near_zero: list[ParameterReport] = field(default_factory=list)
-    savings: Savings | None = None
-    findings: list[str] = field(default_factory=list)
-    explanation: list[str] = field(default_factory=list)
+    model: str  # its class
+    steps: int  # SGD steps taken
+    losses: list[float]  # one for each step
+    parameters: list[ParameterReport]  # in the model's order
+    predicted_steps: int | None  # after so many steps nothing more moves; None: no prediction
+    near_zero: list[ParameterReport] = field(default_factory=list)  # close to zero, but not zero
+    savings: Savings | None = None  # what the fast path leaves out now
+    findings: list[str] = field(default_factory=list)  # what is wrong with the diagnosis itself, in sentences
+    explanation: list[str] = field(default_factory=list)  # in paragraphs, with the measured numbers
 
     def of_kind(self, *kinds: str) -> list[ParameterReport]:
+        """The parameters of these kinds (keys of kinds.KINDS)."""
         return [p for p in self.parameters if p.kind in kinds]
 
     def __getitem__(self, name: str) -> ParameterReport:
-        """The record of the parameter of this name."""
+        """The report of the parameter of this name. Raises KeyError if there is none."""
         for p in self.parameters:
             if p.name == name:
                 return p
@@ -82,51 +69,41 @@ class Diagnosis:
 
     @property
     def mismatches(self) -> list[ParameterReport]:
+        """Parameters whose prediction the steps contradict."""
         return [p for p in self.parameters if not p.agrees]
 
     @property
     def healthy(self) -> bool:
+        """No parameter is dead or symmetric."""
         return not self.of_kind(*ALARMS)
 
     @property
     def exit_status(self) -> int:
+        """Of `python -m zeroblock doctor`: 0 healthy, 1 not."""
         return 0 if self.healthy else 1
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything found, in plain containers; losses may be NaN or infinite."""
         return {**dataclasses.asdict(self), "healthy": self.healthy, "kinds": KINDS}
 
     def to_json(self) -> str:
+        """The same as JSON, NaN and infinities as strings."""
         return json.dumps(finite(self.to_dict()), indent=1, allow_nan=False)
 
     def to_html(self) -> str:
-        """One self-contained page."""
-        from .html import page
-
+        """One self-contained page: timeline, table and explanation."""
         return page(self)
 
     def __str__(self) -> str:
-        from .text import render
-
         return render(self, color=False)
-
-
-def finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become strings."""
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else str(value)
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value
 
 
 @dataclass
 class Initial:
-    """What is read off the parameters before the first step."""
+    """What the parameters are before the first step, by name."""
 
-    zero: dict[str, bool]
-    constant: dict[str, bool]
+    zero: dict[str, bool]  # all elements are zero
+    constant: dict[str, bool]  # zero, or all elements the same, or all units the same
     max_abs: dict[str, float]
 
     @classmethod
@@ -163,7 +140,10 @@ def diagnose(
     savings: Savings | None,
     by_chance: set[str],
 ) -> Diagnosis:
-    """`by_chance`: parameters that a random mask may keep from moving."""
+    """Prediction and measurement of every parameter put together.
+
+    by_chance: parameters that a random mask may keep from moving in a step (dropout, stochastic depth).
+    """
     reports = []
     for name, p in model.named_parameters():
         predicted = prediction.first.get(name) if prediction else None

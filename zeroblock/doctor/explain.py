@@ -15,21 +15,23 @@ REFERENCES = (
     "Peebles & Xie 2023, Scalable Diffusion Models with Transformers (adaLN-Zero)",
     "Bachlechner et al. 2021, ReZero is All You Need (zero gate)",
 )
-SHOWN = 4
+SHOWN = 4  # names in a list, paragraphs of a kind; the table has them all
 
 
-def some(names: Iterable[str], shown: int = SHOWN) -> str:
-    """The first few names, and how many more."""
+def listed(names: Iterable[str], shown: int = SHOWN) -> str:
+    """The first `shown` names, and how many are left: "a, b, c, d and 3 more"."""
     names = list(names)
     text = ", ".join(names[:shown])
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more"
 
 
-def of(rank: tuple[int, int]) -> str:
+def rank_of(rank: tuple[int, int]) -> str:
+    """(3, 16) -> "rank 3 of 16", where 16 is the most possible."""
     return f"rank {rank[0]} of {rank[1]}"
 
 
-def when(p: ParameterReport, steps: int) -> str:
+def first_motion(p: ParameterReport, steps: int) -> str:
+    """The step that was measured: "in step 2", or "not in 4 steps"."""
     return f"not in {steps} steps" if p.measured is None else f"in step {p.measured}"
 
 
@@ -54,8 +56,9 @@ def explain(d: Diagnosis) -> list[str]:
     for p in symmetric[:SHOWN]:
         paragraphs.append(_why_symmetric(p, d.steps))
     if d.of_kind("not seen"):
+        unseen = listed(p.name for p in d.of_kind("not seen"))
         paragraphs.append(
-            f"No gradient was seen in {d.steps} steps for {some(p.name for p in d.of_kind('not seen'))}, although the "
+            f"No gradient was seen in {d.steps} steps for {unseen}, although the "
             "structure allows one: the values of this batch and these weights stop it (a ReLU whose inputs are all "
             "negative, a saturated softmax). That is no proof that it never comes."
         )
@@ -67,8 +70,8 @@ def explain(d: Diagnosis) -> list[str]:
 def _factors(r: Ranks | None) -> str:
     if r is None or r.h is None or r.dy is None:
         return ""
-    text = f"here h has {of(r.h)} and dL/dy {of(r.dy)}"
-    return text + (f", and their product dL/dW has {of(r.grad)}" if r.grad else "")
+    text = f"here h has {rank_of(r.h)} and dL/dy {rank_of(r.dy)}"
+    return text + (f", and their product dL/dW has {rank_of(r.grad)}" if r.grad else "")
 
 
 def _why_zeros_learn(tails: list[ParameterReport]) -> str:
@@ -93,10 +96,11 @@ def _why_zeros_learn(tails: list[ParameterReport]) -> str:
 
 def _chain(d: Diagnosis, waiting: list[ParameterReport]) -> str:
     first = waiting[0]
+    holders = ", ".join(f"{name} {_moved(d, name)}" for name in first.holder[:SHOWN])
     lines = [
-        f"{len(waiting)} more zero weights or gates wait: {some(p.name for p in waiting)}. {first.name} gets its first "
-        f"gradient in step {first.measured}, after {some(first.holder)}, which held dL/dy (or h) at zero, "
-        f"has moved ({', '.join(f'{n} {_moved(d, n)}' for n in first.holder[:SHOWN])})."
+        f"{len(waiting)} more zero weights or gates wait: {listed(p.name for p in waiting)}. "
+        f"{first.name} gets its first gradient in step {first.measured}, after {listed(first.holder)}, "
+        f"which held dL/dy (or h) at zero, has moved ({holders})."
     ]
     moved = [p.measured for p in d.parameters if p.measured is not None]
     lines.append(f"The last parameter to move does so in step {max(moved)}.")
@@ -104,7 +108,7 @@ def _chain(d: Diagnosis, waiting: list[ParameterReport]) -> str:
 
 
 def _moved(d: Diagnosis, name: str) -> str:
-    return next((when(p, d.steps) for p in d.parameters if p.name == name), "")
+    return next((first_motion(p, d.steps) for p in d.parameters if p.name == name), "")
 
 
 def _by_holder(dead: list[ParameterReport]) -> list[list[ParameterReport]]:
@@ -117,21 +121,21 @@ def _by_holder(dead: list[ParameterReport]) -> list[list[ParameterReport]]:
 def _why_dead(group: list[ParameterReport]) -> str:
     p = next((p for p in group if p.ranks and p.ranks.h), group[0])
     one = len(group) == 1
-    text = f"{some(p.name for p in group)} never move{'s' * one}"
+    text = f"{listed(p.name for p in group)} never {'moves' if one else 'move'}"
     holder = [n for n in p.holder if n != p.name]
     if p.holder and not holder:
-        text += (
-            f": the output of {some(p.holder)} is zero, and the activation behind it is flat there: no gradient passes"
-        )
+        zero = listed(p.holder)
+        text += f": the output of {zero} is zero, and the activation behind it is flat there: no gradient passes"
     elif holder:
         its = "its gradient stays" if one else "their gradients stay"
-        text += f": {its} zero until {some(holder)} is not zero, which never happens"
+        text += f": {its} zero until {listed(holder)} is not zero, which never happens"
     else:
         text += ": the structure of the model makes the gradient zero"
     r = p.ranks
     if r and r.h and r.dy:
         none = [name for name, x in (("h", r.h), ("dL/dy", r.dy)) if x[0] == 0]
-        text += f"; of the two factors of dL/dW{'' if one else ' of ' + p.name}, h has {of(r.h)} and dL/dy {of(r.dy)}"
+        product = "dL/dW" if one else f"dL/dW of {p.name}"
+        text += f"; of the two factors of {product}, h has {rank_of(r.h)} and dL/dy {rank_of(r.dy)}"
         if none:
             text += f": {' and '.join(none)} is zero in every step"
     return text + ". One zero factor is healthy, two hold each other at zero: give one of them another value."
@@ -140,8 +144,8 @@ def _why_dead(group: list[ParameterReport]) -> str:
 def _why_symmetric(p: ParameterReport, steps: int) -> str:
     text = f"The {p.shape[0]} units of {p.name} start identical and got identical gradients in all {steps} steps"
     if p.ranks and p.ranks.grad:
-        text += f" (dL/dW has {of(p.ranks.grad)}"
+        text += f" (dL/dW has {rank_of(p.ranks.grad)}"
         if p.ranks.unit_differences:
-            text += f", the differences between units {of(p.ranks.unit_differences)} after them"
+            text += f", the differences between units {rank_of(p.ranks.unit_differences)} after them"
         text += ")"
     return text + ": they compute one number, and what reads them cannot tell them apart. Initialise them at random."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,28 +21,43 @@ aten = torch.ops.aten
 SAMPLE = 96
 
 MATMULS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.linear, aten.addbmm}
-NORMS = {aten.native_batch_norm, aten.native_group_norm, aten.native_layer_norm, aten._native_batch_norm_legit,
-         aten._batch_norm_with_update, aten.cudnn_batch_norm}  # fmt: skip
+NORMS = {
+    aten.native_batch_norm,
+    aten.native_group_norm,
+    aten.native_layer_norm,
+    aten._native_batch_norm_legit,
+    aten._batch_norm_with_update,
+    aten.cudnn_batch_norm,
+}
 PRODUCTS = {aten.mul, aten.mul_}
 _ADDS = {aten.add, aten.add_, aten.sub}
-# Unary functions between a gate and its multiplication (GLIGEN's tanh).
+# Functions that may stand between a gate and its multiplication, such as GLIGEN's tanh.
 _SQUASHES = {aten.tanh, aten.sigmoid, aten.relu, aten.neg}
 # Where the two factors of a gradient are among the arguments of the operation that multiplies them.
 _FACTORS = {
-    aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.convolution_backward: (0, 1), aten.mul: (0, 1),
-    aten.native_batch_norm_backward: (0, 1), aten.native_group_norm_backward: (0, 1),
-    aten.native_layer_norm_backward: (0, 1), aten.cudnn_batch_norm_backward: (1, 0),
-}  # fmt: skip
+    aten.mm: (0, 1),
+    aten.bmm: (0, 1),
+    aten.addmm: (1, 2),
+    aten.convolution_backward: (0, 1),
+    aten.mul: (0, 1),
+    aten.native_batch_norm_backward: (0, 1),
+    aten.native_group_norm_backward: (0, 1),
+    aten.native_layer_norm_backward: (0, 1),
+    aten.cudnn_batch_norm_backward: (1, 0),
+}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks as (rank, largest possible in the sample); None where the gradient is not one product."""
+    """Ranks of a gradient and its two factors, each as (rank, largest possible in the sample).
 
-    h: tuple[int, int] | None = None
-    dy: tuple[int, int] | None = None
-    grad: tuple[int, int] | None = None
-    unit_differences: tuple[int, int] | None = None
+    None for the factors where the gradient is not one product.
+    """
+
+    h: tuple[int, int] | None = None  # what the parameter is multiplied with
+    dy: tuple[int, int] | None = None  # the gradient of the product
+    grad: tuple[int, int] | None = None  # the gradient of the parameter
+    unit_differences: tuple[int, int] | None = None  # between the units after the steps, where they began identical
 
 
 def roles(tape: Tape) -> dict[str, str]:
@@ -57,7 +73,7 @@ def roles(tape: Tape) -> dict[str, str]:
 
 
 def _uses(users: dict[int, list[Node]], value: int) -> list[tuple[Node, int]]:
-    """Operations that read a value, past views and casts, with the number under which they read it."""
+    """(operation, what it reads) for every operation that reads a value, or a view or cast of it."""
     result, todo = [], [value]
     while todo:
         v = todo.pop()
@@ -101,11 +117,11 @@ def _gates(tape: Tape, node: Node, value: int) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """The operation on the tape (its number) that multiplies the factors of a gradient; which argument is dL/dy."""
+    """Where the two factors of a gradient are multiplied."""
 
-    node: int
-    arguments: tuple[int, int]
-    dy_first: bool
+    node: int  # the operation's number on the tape
+    arguments: tuple[int, int]  # the factors' positions among its arguments
+    dy_first: bool  # the first of them is dL/dy, the other h
 
 
 def sites(tape: Tape, names: set[str]) -> dict[str, Site]:
@@ -144,7 +160,7 @@ class Watcher(TorchDispatchMode):
             self.wanted[index[site.node]].append((name, site))
         self.samples: dict[str, tuple[Tensor, Tensor]] = {}  # h, dy
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         here = self.wanted.get(self.count, [])
         if here and self.functions[self.count] is func:  # else this step took another way through the model
             for name, site in here:
@@ -187,5 +203,5 @@ def rank(t: Tensor) -> tuple[int, int]:
 
 
 def units(t: Tensor) -> Tensor:
-    """A parameter as [units, what each unit has]: outputs along the first dimension, elements of a vector."""
+    """A parameter as [units, numbers of each]; a unit is an output (first dimension), or an element of a vector."""
     return t.reshape(t.shape[0], -1) if t.dim() else t.reshape(1, 1)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .diagnosis import ALARMS, Diagnosis, finite
 from .explain import REFERENCES
+from .kinds import ALARMS, finite
 from .text import savings_lines
+
+if TYPE_CHECKING:
+    from .diagnosis import Diagnosis
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def page(d: Diagnosis) -> str:
+    """The HTML of the page."""
     alarms = len(d.of_kind(*ALARMS))
     data = {
         **d.to_dict(),

@@ -21,15 +21,14 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass
 class Measurement:
-    """first: the step of the first non-zero gradient, None where none was seen. identical: parameters whose units
-    are alike and get alike gradients in every step. Sizes are of the first step with a gradient."""
+    """What was seen in the steps, of parameters by name."""
 
-    steps: int = 0
-    first: dict[str, int | None] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    arrived: set[str] = field(default_factory=set)
-    identical: set[str] = field(default_factory=set)
-    ranks: dict[str, Ranks] = field(default_factory=dict)
+    steps: int = 0  # taken
+    first: dict[str, int | None] = field(default_factory=dict)  # the step of the first non-zero gradient; None: in none
+    losses: list[float] = field(default_factory=list)  # one for each step
+    arrived: set[str] = field(default_factory=set)  # got a gradient, zero or not
+    identical: set[str] = field(default_factory=set)  # their units are identical and got equal gradients in every step
+    ranks: dict[str, Ranks] = field(default_factory=dict)  # of `interesting` parameters, when they first moved
 
 
 @contextlib.contextmanager
@@ -71,7 +70,8 @@ def with_grads(parameters: dict[str, nn.Parameter]) -> set[str]:
 
 
 def clear_grads(parameters: dict[str, nn.Parameter], kept: set[str]) -> None:
-    """Gradients that were there before (`kept`) lend their memory, so that a step needs none beside it."""
+    """Drops the gradients of the last step; those the caller had (`kept`) are zeroed in place, so that no second set
+    of them is needed."""
     for name, p in parameters.items():
         if name in kept and p.grad is not None:
             p.grad.detach().zero_()
@@ -97,7 +97,7 @@ def record(model: nn.Module, batch: Any, loss: Loss) -> Tape:
 
 
 def is_zero(tensors: list[Tensor]) -> list[bool]:
-    """Which tensors are exactly zero, in one launch for each device where they can be judged so."""
+    """Which tensors are exactly zero: those that the op takes in one launch per device, others one by one."""
     verdicts: list[bool | None] = [None] * len(tensors)
     groups: dict[torch.device, list[int]] = {}
     for i, t in enumerate(tensors):

@@ -1,7 +1,7 @@
-"""What an operation makes of zeros, found by executing it on random numbers with zeros in the same places.
+"""Where an operation's results are zero, found by executing it on random numbers with zeros in the same places.
 
-Nothing is known here about operations but what PyTorch says about them (their tags), where zeros come from nowhere, and
-which are driven by integers: those are not kept on the tape.
+Beside PyTorch's tags the code knows of single operations only which make zeros by themselves, and which are driven by
+integers, whose values are not kept on the tape.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from .tape import ALIAS, Mask, Node, Ref, Value
 
 aten = torch.ops.aten
-MAX_MASK = 1 << 22  # larger patterns are kept as one bit
-PROBES = 64
+MAX_MASK = 1 << 22  # elements; of larger tensors only "all zero" or "not" is kept, to bound memory
+PROBES = 64  # random numbers per entry of a truth table; a result counts as zero if it is for all of them
 
 _ZERO = {aten.zeros_like, aten.new_zeros, aten.zero_, aten.zero}
 _EMPTY = {aten.empty_like, aten.new_empty, aten.new_empty_strided}
 SHAPE_ONLY = _ZERO | _EMPTY | {aten.empty_like, aten.ones_like, aten.full_like, aten.new_full, aten.new_ones}
 _POINTWISE = {aten.fill_, aten.fill, aten.full_like, aten.copy_, aten._to_copy, aten.copy}
-_FIRST = {aten.native_dropout, aten.detach, aten.alias}  # as zero as their first argument
+_FIRST = {aten.native_dropout, aten.detach, aten.alias}  # zero where their first argument is
 RANDOM = {aten.bernoulli_, aten.bernoulli}
 # Operations driven by integers, which are not kept: zero where all their floating arguments are.
 _INDEXED = {
@@ -34,7 +34,7 @@ _INDEXED = {
     aten.nll_loss_backward, aten.nll_loss2d_backward, aten.native_dropout_backward, aten.embedding_renorm_,
     aten.index_copy, aten.slice_scatter, aten.select_scatter, aten.value_selecting_reduction_backward,
 }  # fmt: skip
-# Operations that make zeros out of nothing.
+# Operations that make zeros from arguments without zeros.
 _STRUCTURE = {aten.slice_backward, aten.select_backward, aten.constant_pad_nd, aten.tril, aten.triu}
 
 

@@ -53,6 +53,11 @@ def savings(
     first: dict[str, int | None],
     trainable: set[str],
 ) -> Savings:
+    """What the fast path leaves out of the taped step.
+
+    roles, zero, first: of every parameter by name, its role (factors.py), whether it is zero now, and the step of its
+    first gradient. trainable: those that are trained.
+    """
     forward = tape.nodes[: tape.backward_start]
     result = Savings(inference_flops=_flops(forward), training_flops=_flops(tape.nodes))
     holders = {n for n, is_zero in zero.items() if is_zero and roles.get(n) in HOLDERS}
@@ -69,22 +74,25 @@ def savings(
     leaves = {v: m if v in kept_zero or v not in tape.names else True for v, m in tape.leaves.items()}
     state = propagate(tape, leaves, {})
     frozen = {i for i, names in unread.items() if not names & trainable}
-    kept: set[int] = set()
-    used: set[int] = set()
+    kept: set[int] = set()  # memory that a backward operation reads which is executed
+    spared: set[int] = set()  # memory that one reads which is left out
     for i, node in enumerate(tape.nodes):
-        out = {i} <= frozen or (node.func != ALIAS and _all_zero(node, state))
-        if out:
+        left_out = i in frozen or (node.func != ALIAS and _all_zero(node, state))
+        if left_out:
             result.training_saved += node.flops
         elif node.func != ALIAS and node.func._overloadpacket is aten.convolution_backward:
             dx = node.outputs[0]
             if dx is not None and state.masks[dx] is False:
                 result.training_saved += node.flops // 2
         if i >= tape.backward_start:
-            read = {tape.values[v].storage for v in _reads(node, state)}
-            (kept if not out else used).update(read)
+            read = {tape.values[v].storage for v in _reads(node)}
+            if left_out:
+                spared |= read
+            else:
+                kept |= read
     made = _made_in_forward(tape)
-    result.activation_bytes = sum(made[s] for s in (kept | used) & made.keys())
-    result.activation_saved = sum(made[s] for s in (used - kept) & made.keys())
+    result.activation_bytes = sum(made[s] for s in (kept | spared) & made.keys())
+    result.activation_saved = sum(made[s] for s in (spared - kept) & made.keys())
     return result
 
 
@@ -137,7 +145,16 @@ def _is_saved_copy(node: Node, readers: dict[int, list[int]]) -> bool:
     return node.func != ALIAS and is_view(node) and not any(readers[v] for v in node.outputs if v is not None)
 
 
-def _branches(tape, state, holders, roles, joined, unread, first, trainable) -> list[BranchReport]:
+def _branches(
+    tape: Tape,
+    state: State,
+    holders: set[str],
+    roles: dict[str, str],
+    joined: dict[frozenset[str], int],
+    unread: dict[int, frozenset[str]],
+    first: dict[str, int | None],
+    trainable: set[str],
+) -> list[BranchReport]:
     flops: dict[frozenset[str], int] = defaultdict(int)
     for i, why in unread.items():
         flops[why] += tape.nodes[i].flops
@@ -154,15 +171,15 @@ def _branches(tape, state, holders, roles, joined, unread, first, trainable) -> 
         if not flops[why]:
             continue
         names = sorted(why)
-        when = [first.get(n) for n in names if n in trainable]
-        steps = max((w for w in when if w is not None), default=None)
+        moves = [first.get(n) for n in names if n in trainable]
+        steps = max((step for step in moves if step is not None), default=None)
         by = "weight" if all(roles[n] in ("tail", "bias") for n in names) else "gate"
         found.append(BranchReport(names, by, flops[why], steps))
     return found
 
 
-def _reads(node: Node, state: State) -> list[int]:
-    """What a backward operation needs of the forward: nothing where a factor of it is zero."""
+def _reads(node: Node) -> list[int]:
+    """The values that a backward operation needs; a view needs none, whoever reads the view does."""
     if node.func != ALIAS and is_view(node):
         return []
     return node.inputs

@@ -16,11 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+# What a Module keeps in containers of its own, beside plain attributes.
 _REGISTRIES = (
-    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-)  # fmt: skip
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+)
 
 
 def tensors_of(model: nn.Module, batch: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-# Which elements may differ from zero: of all alike True or False, else a bool tensor on the CPU.
+# Which elements may differ from zero: True (all), False (none), or a bool tensor on the CPU.
 Mask = bool | Tensor
 
 # "The tensor `old` after another one on its memory was written with `new`."
@@ -33,6 +33,8 @@ class Ref:
 
 @dataclass(slots=True)
 class Value:
+    """A tensor at one time, between two writes to it."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -45,26 +47,28 @@ class Value:
 
 @dataclass(slots=True)
 class Node:
-    """One operation. `constant`: for those that take no tensor, whether each output was zero."""
+    """One operation; values are given by number."""
 
-    func: Any
-    args: tuple
+    func: Any  # an OpOverload, or ALIAS
+    args: tuple  # with a Ref in place of each tensor
     kwargs: dict
     inputs: list[int]
-    outputs: list[int | None]
+    outputs: list[int | None]  # None: no tensor
     flops: int = 0
-    constant: list[bool] | None = None
+    constant: list[bool] | None = None  # of operations that take no tensor: whether each output was zero
 
 
 @dataclass
 class Tape:
+    """A training step: its operations in order, and the tensors by number."""
+
     nodes: list[Node] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     leaves: dict[int, Mask] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # of leaves
     finals: dict[int, int] = field(default_factory=dict)  # leaf: its value after the step
     grads: dict[str, int] = field(default_factory=dict)  # parameter: its gradient
-    backward_start: int = 0
+    backward_start: int = 0  # the first node of the backward pass
 
     def producers(self) -> dict[int, int]:
         return {v: i for i, node in enumerate(self.nodes) for v in node.outputs if v is not None}
@@ -81,7 +85,11 @@ def mask_of(t: Tensor) -> Mask:
 
 
 class Recorder(TorchDispatchMode):
-    """`with Recorder(tensors, data) as recorder:` the step; `finish` makes the tape. Both are {name: tensor}."""
+    """Records the step that runs in `with Recorder(named, data) as recorder:`; `recorder.finish` returns the tape.
+
+    named: {name: parameter or buffer}, whose zeros count as structure.
+    data: {name: tensor of the batch}, whose zeros count as chance.
+    """
 
     def __init__(self, named: dict[str, Tensor], data: dict[str, Tensor]):
         super().__init__()
@@ -97,7 +105,7 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, tuple[int, list[TensorWeakRef]]] = {}
         self._leaves: list[tuple[TensorWeakRef, int]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         flat = tree_flatten((args, kwargs))[0]
         inputs = [self._value(t) for t in flat if isinstance(t, Tensor)]
@@ -212,7 +220,7 @@ def _attention_flops(name: str, args: tuple) -> int:
 
 
 def is_view(node: Node) -> bool:
-    """An operation that moves or casts elements and computes nothing: also a sum over broadcast dimensions' views."""
+    """An operation that moves or casts elements and computes nothing."""
     if node.func == ALIAS:
         return False
     return node.func.is_view or node.func._overloadpacket in _MOVES

@@ -7,14 +7,30 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from typing import TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
 
-from .diagnosis import ALARMS, KINDS, Diagnosis, ParameterReport
-from .explain import REFERENCES, some
+from .explain import REFERENCES, listed
+from .kinds import ALARMS, KINDS
 
-_COLORS = {"dead": "31", "symmetric": "31", "not seen": "33", "unused": "33", "zero tail": "32", "zero gate": "32",
-           "waits": "36", "constant": "2", "free": "2", "frozen": "2"}  # fmt: skip
-_ROWS = 24
+if TYPE_CHECKING:
+    from .diagnosis import Diagnosis, ParameterReport
+
+# ANSI codes by kind.
+_RED, _GREEN, _YELLOW, _CYAN, _FAINT = "31", "32", "33", "36", "2"
+_COLORS = {
+    "dead": _RED,
+    "symmetric": _RED,
+    "not seen": _YELLOW,
+    "unused": _YELLOW,
+    "zero tail": _GREEN,
+    "zero gate": _GREEN,
+    "waits": _CYAN,
+    "constant": _FAINT,
+    "free": _FAINT,
+    "frozen": _FAINT,
+}
+_ROWS = 24  # of the table; --json and --html have all
 
 
 def wants_color(stream: TextIO) -> bool:
@@ -22,8 +38,8 @@ def wants_color(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def size(n: float, unit: str) -> str:
-    """4 significant digits and a prefix: size(2.5e9, "FLOP") == "2.5 GFLOP"."""
+def with_prefix(n: float, unit: str) -> str:
+    """4 significant digits and a prefix: with_prefix(2.5e9, "FLOP") == "2.5 GFLOP"."""
     if unit == "B":
         prefixes, base = ["", "Ki", "Mi", "Gi", "Ti"], 1024
     else:
@@ -35,16 +51,20 @@ def size(n: float, unit: str) -> str:
     return f"{n:.4g} {prefixes[-1]}{unit}"
 
 
-def step(value: int | None, none: str) -> str:
+def step_or(value: int | None, none: str) -> str:
     return none if value is None else str(value)
 
 
 def prediction(p: ParameterReport) -> str:
-    return "never" if p.proved else step(p.predicted, "-")
+    return "never" if p.proved else step_or(p.predicted, "-")
 
 
 def render(d: Diagnosis, color: bool | None = None, width: int | None = None) -> str:
-    """The whole report; `color` None asks the terminal."""
+    """The whole report.
+
+    color: with ANSI colours; None: as `wants_color` says of stdout.
+    width: of a line, in characters; None: the terminal's, 120 at most.
+    """
     color = wants_color(sys.stdout) if color is None else color
     width = width or min(shutil.get_terminal_size((110, 24)).columns, 120)
 
@@ -89,7 +109,7 @@ def _timeline(d: Diagnosis) -> list[str]:
     return lines
 
 
-def _table(d: Diagnosis, width: int, paint) -> list[str]:
+def _table(d: Diagnosis, width: int, paint: Callable[[str, str], str]) -> list[str]:
     """Dead, symmetric and unseen ones first, then the zero tails and gates."""
     order = ["dead", "symmetric", "not seen", "unused", "zero tail", "zero gate", "waits"]
     rows = [p for p in d.parameters if p.kind in order]
@@ -101,9 +121,8 @@ def _table(d: Diagnosis, width: int, paint) -> list[str]:
     lines = ["", f"{'parameter':<{name}}  {'kind':<10} {'predicted':>9} {'measured':>9}  waits for"]
     for p in rows[:_ROWS]:
         short = p.name if len(p.name) <= name else "..." + p.name[3 - name :]
-        text = (
-            f"{short:<{name}}  {p.kind:<10} {prediction(p):>9} {step(p.measured, 'not seen'):>9}  {some(p.holder, 1)}"
-        )
+        steps = f"{prediction(p):>9} {step_or(p.measured, 'not seen'):>9}"
+        text = f"{short:<{name}}  {p.kind:<10} {steps}  {listed(p.holder, 1)}"
         lines.append(paint(text.rstrip(), _COLORS[p.kind]))
     if len(rows) > _ROWS:
         lines.append(f"... and {len(rows) - _ROWS} more (--json and --html have them all)")
@@ -115,32 +134,32 @@ def _share(part: int, whole: int) -> str:
 
 
 def savings_lines(d: Diagnosis) -> list[str]:
-    """The fast path's part in sentences, shared with the page."""
+    """What the fast path leaves out, in sentences: for the terminal and for the page."""
     s = d.savings
     near = []
     if d.near_zero:
-        shown = some(f"{p.name} ({p.max_abs:.1e})" for p in d.near_zero)
+        shown = listed(f"{p.name} ({p.max_abs:.1e})" for p in d.near_zero)
         near = [f"Near misses, not zero (largest element): {shown}. No branch is skipped for them."]
     if s is None:
         return near
     if not s.branches:
         return ["No residual branch is exactly zero: the fast path would skip nothing now.", *near]
     last = [b.steps for b in s.branches if b.steps is not None]
+    branches = "1 branch" if len(s.branches) == 1 else f"{len(s.branches)} branches"
     lines = [
-        f"The fast path would skip {len(s.branches)} branch{'es' * (len(s.branches) > 1)} now, zero by "
-        f"{some(f'{b.parameters[0]} ({b.by})' for b in s.branches)}.",
-        f"Inference: {size(s.inference_saved, 'FLOP')} of {size(s.inference_flops, 'FLOP')} "
+        f"The fast path would skip {branches} now, zero by "
+        f"{listed(f'{b.parameters[0]} ({b.by})' for b in s.branches)}.",
+        f"Inference: {with_prefix(s.inference_saved, 'FLOP')} of {with_prefix(s.inference_flops, 'FLOP')} "
         f"({_share(s.inference_saved, s.inference_flops)}).",
-        f"Training: {size(s.training_saved, 'FLOP')} of {size(s.training_flops, 'FLOP')} a step "
-        f"({_share(s.training_saved, s.training_flops)}), and {size(s.activation_saved, 'B')} of "
-        f"{size(s.activation_bytes, 'B')} kept for backward are not needed.",
+        f"Training: {with_prefix(s.training_saved, 'FLOP')} of {with_prefix(s.training_flops, 'FLOP')} a step "
+        f"({_share(s.training_saved, s.training_flops)}), and {with_prefix(s.activation_saved, 'B')} of "
+        f"{with_prefix(s.activation_bytes, 'B')} kept for backward are not needed.",
     ]
     if last:
-        lines.append(
-            f"In ordinary training that lasts {max(last)} step{'s' * (max(last) > 1)}, until the tails have moved."
-        )
+        steps = "1 step" if max(last) == 1 else f"{max(last)} steps"
+        lines.append(f"In ordinary training that lasts {steps}, until the tails have moved.")
     if len(last) < len(s.branches):
-        lines.append(f"Zero for ever, because frozen or never moved: {len(s.branches) - len(last)} of them.")
+        lines.append(f"Zero throughout, because frozen or never moved: {len(s.branches) - len(last)} of them.")
     return lines + near
 
 

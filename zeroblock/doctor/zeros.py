@@ -15,13 +15,13 @@ import torch
 from .patterns import RANDOM, Changed, apply, simple
 from .tape import ALIAS, Mask, Node, Tape, Value
 
-MAX_STEPS = 64
-MAX_BLAME = 8
+MAX_STEPS = 64  # a chain of zero layers that is longer is not followed to its end
+MAX_BLAME = 8  # parameters that are named for one zero
 
 
 @dataclass
 class State:
-    """The zeros of every value in one execution, and for those that are zero which leaves are to blame."""
+    """The zeros of every value in one execution, and for each zero value which leaves make it zero."""
 
     masks: list[Mask]
     blame: list[frozenset[str]]
@@ -32,12 +32,12 @@ class State:
 
 @dataclass
 class Prediction:
-    """first: the step of the first non-zero gradient, None for never. waits_for: what held it at zero in each step
-    before (of a parameter that never moves: in the last). steps: how many steps until nothing changes any more."""
+    """When each parameter first moves, by name."""
 
-    first: dict[str, int | None] = field(default_factory=dict)
+    first: dict[str, int | None] = field(default_factory=dict)  # the step of the first non-zero gradient; None: never
+    # The parameters that kept its gradient zero, in each step before; of one that never moves, in the last step.
     waits_for: dict[str, list[frozenset[str]]] = field(default_factory=dict)
-    steps: int = 0
+    steps: int = 0  # after so many nothing changes any more
 
 
 def predict(tape: Tape, trainable: set[str]) -> Prediction:
@@ -73,13 +73,17 @@ def predict(tape: Tape, trainable: set[str]) -> Prediction:
 
 
 def droppable(tape: Tape) -> set[str]:
-    """Parameters without a gradient when every random mask is zero (stochastic depth with unlucky draws)."""
+    """Parameters that get no gradient when every random mask is zero, as stochastic depth may draw it."""
     state = propagate(tape, tape.leaves, {}, masks_dropped=True)
     return {name for name, grad in tape.grads.items() if not state.moves(grad)}
 
 
 def propagate(tape: Tape, leaves: dict[int, Mask], cache: dict, masks_dropped: bool = False) -> State:
-    """Executes the tape on zero patterns."""
+    """Executes the tape on zero patterns.
+
+    leaves: their zeros. cache: results of operations on patterns, kept between calls. masks_dropped: every random mask
+    is zero throughout.
+    """
     state = State([True] * len(tape.values), [frozenset()] * len(tape.values))
     masks, blame = state.masks, state.blame
     sizes = {name: torch.Size(tape.values[leaf].shape).numel() for leaf, name in tape.names.items()}
@@ -101,8 +105,11 @@ def propagate(tape: Tape, leaves: dict[int, Mask], cache: dict, masks_dropped: b
 
 
 def _blame(node: Node, k: int, values: list[Value], state: State, sizes: dict[str, int], cache: dict) -> frozenset[str]:
-    """Leaves that would have to move before output k can. Of a product, those of every zero factor; of a sum, those of
-    the term that needs fewest (the largest parameter, where there is a choice)."""
+    """The leaves that must become non-zero before output k can.
+
+    Of a product: those of every zero factor. Of a sum: those of the term that needs the fewest (of equally many, the
+    term with the largest parameters).
+    """
     masks, blame = state.masks, state.blame
     zeros = [i for i in dict.fromkeys(node.inputs) if masks[i] is False]
 

@@ -1,4 +1,8 @@
-"""Helpers for tests and benchmarks: error budgets, bitwise comparison, poisoned memory, saved bytes, backends."""
+"""Helpers for tests and benchmarks: error budgets, bitwise comparison, poisoned memory, saved bytes, backends.
+
+`cases.py`: the calls of every op that are tested; `draw.py`: their inputs; `parity.py`: how they are judged; `eager.py`
+and `eager_ops.py`: blocks and ops in plain PyTorch; `timing.py`: the only timer.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +31,25 @@ __all__ = [
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Relative error of one rounding to dtype."""
+    """The largest relative error of one rounding to a floating dtype."""
     return torch.finfo(dtype).eps / 2
 
 
 def assert_error_budget(
     got: Tensor, eager: Tensor, exact: Tensor, what: str = "result", factor: float = 2.0, draws: bool = False
 ) -> None:
-    """got may be wrong, against the fp64 result `exact`, by at most `factor` x eager's error plus one rounding.
+    """Checks that `got` is wrong by at most `factor` times eager's error plus one rounding.
 
-    Judged twice: as a relative L2 error and as the largest error relative to the largest element. `eager` is the same
-    computation by PyTorch in the dtype of `got`. With `draws` the first dimension counts independent draws, and the
-    errors of the draws are combined as their root mean square: the largest error of a single draw is luck.
+    got: the result to judge; any shape and floating dtype, all finite.
+    eager: the same computation by PyTorch, of got's shape and dtype.
+    exact: the same in fp64.
+    what: names the result in the message.
+    factor: how many times eager's error is allowed.
+    draws: the first dimension counts independent draws, whose errors are combined as their root mean square: the
+        largest error of a single draw is luck.
+
+    Judged twice: by the L2 norm of the error, and by the largest error, each relative to the same of `exact`.
+    Raises AssertionError, with the errors, where one exceeds its limit, or shapes, dtypes or finiteness differ.
     """
     assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
     assert got.dtype == eager.dtype, f"{what}: dtype {got.dtype}, eager gives {eager.dtype}"
@@ -63,7 +74,13 @@ def assert_error_budget(
 
 
 def assert_bitwise_equal(got: Tensor, expected: Tensor, what: str = "result") -> None:
-    """Same shape, dtype and bits (so -0.0 differs from +0.0, and NaN equals the same NaN)."""
+    """Checks that two tensors have the same shape, dtype and bits: -0.0 differs from +0.0, NaN equals the same NaN.
+
+    got, expected: any shape and strides, elements of 1, 2, 4 or 8 bytes.
+    what: names the result in the message.
+
+    Raises AssertionError, with the number of differences and the first one.
+    """
     assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
     assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
@@ -78,10 +95,10 @@ def assert_bitwise_equal(got: Tensor, expected: Tensor, what: str = "result") ->
 
 @contextlib.contextmanager
 def poison_empty() -> Iterator[None]:
-    """Memory that PyTorch hands out uninitialised in the block is NaN (largest integer): what is never written shows.
+    """In the block PyTorch fills uninitialised memory with NaN (the largest integer): elements never written show.
 
-    The switch is PyTorch's own (torch.utils.deterministic.fill_uninitialized_memory, on by default in deterministic
-    mode): the only one that also reaches allocations made inside C++ ops.
+    This is deterministic mode, with torch.utils.deterministic.fill_uninitialized_memory, which is on by default: the
+    only switch that also reaches allocations made inside C++ ops.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -94,7 +111,10 @@ def poison_empty() -> Iterator[None]:
 
 @contextlib.contextmanager
 def count_saved(exclude: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
-    """Collects {storage address: bytes} of everything autograd saves in the block, `exclude`'s storages left out."""
+    """Yields a dict that fills with {storage address: bytes} of everything that autograd saves in the block.
+
+    exclude: tensors whose storages do not count.
+    """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     found: dict[int, int] = {}
     alive = []  # a freed storage's address could come back
@@ -111,7 +131,11 @@ def count_saved(exclude: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
 
 
 def saved_activation_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes that fn() leaves saved for backward, by distinct storages; pass inputs and parameters as `exclude`."""
+    """Bytes that fn() leaves saved for backward; a storage counts once, however many tensors view it.
+
+    fn: a forward pass with gradients enabled; it returns what keeps the graph alive, its outputs.
+    exclude: tensors that the caller owns anyway (inputs and parameters), whose storages do not count.
+    """
     with count_saved(exclude) as found:
         result = fn()
         total = sum(found.values())

@@ -1,26 +1,24 @@
-"""The registry of op cases: how to make inputs for each op, and eager, the composition users write.
+"""Cases of the ops: inputs of some sizes and layouts, the call of zeroblock's function, the same in eager PyTorch.
 
-A case is an op, the sizes that its input builder takes and the options of its call. Tests take cases from CASES or make
-their own with other sizes; `parity.py` judges them.
+Tests take cases from CASES or make their own with other sizes; `parity.py` judges them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import zeroblock
-
+from .. import functional
+from . import eager_ops
 from .draw import Draw
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Inputs = dict[str, Tensor | None]
+Size = Sequence[int]
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
@@ -31,14 +29,15 @@ def _norm_operands(draw: Draw, N: int, C: int, affine: bool, film: bool) -> list
     return [*weights, *(draw.chunks(N, C, 2) if film else (None, None))]
 
 
-def _group_norm_silu(draw, N, C, S, affine=True, film=False, mean=0.5, std=2.0) -> Inputs:
+def _group_norm_silu(
+    draw: Draw, N: int, C: int, S: Size, affine: bool = True, film: bool = False, mean: float = 0.5, std: float = 2.0
+) -> Inputs:
     weight, bias, scale, shift = _norm_operands(draw, N, C, affine, film)
-    return {
-        "x": draw.tensor(N, C, *S, mean=mean, std=std), "weight": weight, "bias": bias, "scale": scale, "shift": shift
-    }  # fmt: skip
+    x = draw.tensor(N, C, *S, mean=mean, std=std)
+    return {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
 
 
-def _tail(draw: Draw, N, C, S, K, out, padding, bias, residual) -> Inputs:
+def _tail(draw: Draw, N: int, C: int, S: Size, K: int, out: int, padding: int, bias: bool, residual: bool) -> Inputs:
     """weight, bias and residual of a convolution with a kernel K wide in every dimension."""
     size = [n + 2 * padding - K + 1 for n in S]
     return {
@@ -49,7 +48,18 @@ def _tail(draw: Draw, N, C, S, K, out, padding, bias, residual) -> Inputs:
 
 
 def _group_norm_silu_conv_residual(
-    draw, N, C, S, K=3, out=8, padding=1, affine=True, film=False, bias=True, residual=True, keep=False
+    draw: Draw,
+    N: int,
+    C: int,
+    S: Size,
+    K: int = 3,
+    out: int = 8,
+    padding: int = 1,
+    affine: bool = True,
+    film: bool = False,
+    bias: bool = True,
+    residual: bool = True,
+    keep: bool = False,
 ) -> Inputs:
     norm_weight, norm_bias, scale, shift = _norm_operands(draw, N, C, affine, film)
     x = draw.tensor(N, C, *S, mean=0.5, std=2.0)
@@ -58,111 +68,116 @@ def _group_norm_silu_conv_residual(
     return {**norm, **_tail(draw, N, C, S, K, out, padding, bias, residual), "keep": mask}
 
 
-def _conv_residual(draw, N, C, S, K=3, out=8, padding=1, bias=True, residual=True) -> Inputs:
+def _conv_residual(
+    draw: Draw,
+    N: int,
+    C: int,
+    S: Size,
+    K: int = 3,
+    out: int = 8,
+    padding: int = 1,
+    bias: bool = True,
+    residual: bool = True,
+) -> Inputs:
     return {"h": draw.tensor(N, C, *S), **_tail(draw, N, C, S, K, out, padding, bias, residual)}
 
 
-def _layer_norm_modulate(draw, B, T, D, kind="bd", affine=False, mean=0.5, std=2.0) -> Inputs:
+def _layer_norm_modulate(
+    draw: Draw,
+    B: int,
+    T: int,
+    D: int,
+    kind: str = "bd",
+    affine: bool = False,
+    mean: float = 0.5,
+    std: float = 2.0,
+) -> Inputs:
     shift, scale = draw.modulation(kind, B, T, D)
     weight, bias, _, _ = _norm_operands(draw, B, D, affine, False)
-    return {
-        "x": draw.tokens(B, T, D, mean=mean, std=std), "shift": shift, "scale": scale, "weight": weight, "bias": bias
-    }  # fmt: skip
+    x = draw.tokens(B, T, D, mean=mean, std=std)
+    return {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
 
 
-def _rms_norm_modulate(draw, B, T, D, kind="bd", affine=False, mean=0.5, std=2.0) -> Inputs:
+def _rms_norm_modulate(
+    draw: Draw,
+    B: int,
+    T: int,
+    D: int,
+    kind: str = "bd",
+    affine: bool = False,
+    mean: float = 0.5,
+    std: float = 2.0,
+) -> Inputs:
     inputs = _layer_norm_modulate(draw, B, T, D, kind, affine, mean, std)
     del inputs["bias"]
     return inputs
 
 
-def _gate_residual(draw, size, gate="one") -> Inputs:
+def _gate_residual(draw: Draw, size: Size, gate: str = "one") -> Inputs:
     tensor = draw.tokens if len(size) == 3 else draw.tensor
     gates = draw.vector(1) if gate == "one" else draw.gate(gate, *size)
     return {"residual": tensor(*size), "gate": gates, "branch": tensor(*size)}
 
 
-def _gate_residual_layer_norm_modulate(draw, B, T, D, gate="bd", kind="bd") -> Inputs:
+def _gate_residual_layer_norm_modulate(
+    draw: Draw, B: int, T: int, D: int, gate: str = "bd", kind: str = "bd"
+) -> Inputs:
     shift, scale = draw.modulation(kind, B, T, D)
     return {**_gate_residual(draw, (B, T, D), gate), "shift": shift, "scale": scale}
 
 
-def _linear(draw, K, out, bias) -> Inputs:
+def _linear(draw: Draw, K: int, out: int, bias: bool) -> Inputs:
     return {"weight": draw.normal(out, K, std=K**-0.5), "bias": draw.vector(out) if bias else None}
 
 
-def _layer_norm_modulate_linear(draw, B, T, D, out, kind="bd", bias=True) -> Inputs:
+def _layer_norm_modulate_linear(
+    draw: Draw, B: int, T: int, D: int, out: int, kind: str = "bd", bias: bool = True
+) -> Inputs:
     shift, scale = draw.modulation(kind, B, T, D)
     return {"x": draw.tokens(B, T, D, 0.5, 2.0), "shift": shift, "scale": scale, **_linear(draw, D, out, bias)}
 
 
-def _linear_gate_residual(draw, B, T, K, out, gate: str | None = "bd", bias=True, residual=True) -> Inputs:
+def _linear_gate_residual(
+    draw: Draw, B: int, T: int, K: int, out: int, gate: str | None = "bd", bias: bool = True, residual: bool = True
+) -> Inputs:
     h = draw.tokens(B, T, K, std=2.0)
     gates = None if gate is None else draw.gate(gate, B, T, out)
-    return {
-        "h": h, **_linear(draw, K, out, bias), "gate": gates, "residual": draw.tokens(B, T, out) if residual else None
-    }  # fmt: skip
+    layer = _linear(draw, K, out, bias)
+    return {"h": h, **layer, "gate": gates, "residual": draw.tokens(B, T, out) if residual else None}
 
 
-# ---- eager ----------------------------------------------------------------------------------------------------------
+# ---- ops ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(v: Tensor) -> Tensor:
-    return v.unsqueeze(1) if v.dim() == 2 else v
+class Op(NamedTuple):
+    """How to make the inputs of an op, zeroblock's function of them, and the composition that users write."""
+
+    inputs: Callable[..., Inputs]
+    run: Callable[..., Any]
+    eager: Callable[..., Any]
 
 
-def _modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    x = x if scale is None else x * (1 + _rows(scale))
-    return x if shift is None else x + _rows(shift)
-
-
-def _eager_group_norm_silu(x, num_groups, weight, bias, scale, shift, eps=1e-5, activation="silu"):
-    y = F.group_norm(x, num_groups, weight, bias, eps)
-    ones = (1,) * (x.dim() - 2)
-    y = y if scale is None else y * (1 + scale.reshape(*scale.shape, *ones))
-    y = y if shift is None else y + shift.reshape(*shift.shape, *ones)
-    return y if activation is None else F.silu(y)
-
-
-def _eager_conv_residual(h, weight, bias, residual, padding=1):
-    y = (F.conv1d, F.conv2d, F.conv3d)[h.dim() - 3](h, weight, bias, padding=padding)
-    return y if residual is None else residual + y
-
-
-def _eager_group_norm_silu_conv_residual(
-    x, num_groups, norm_weight, norm_bias, weight, bias, residual, scale, shift, keep, padding=1, dropout_p=0.0
-):
-    h = _eager_group_norm_silu(x, num_groups, norm_weight, norm_bias, scale, shift)
-    h = h if keep is None else h * (keep.to(h.dtype) / (1 - dropout_p))
-    return _eager_conv_residual(h, weight, bias, residual, padding)
-
-
-def _eager_layer_norm_modulate(x, shift, scale, weight=None, bias=None, eps=1e-6):
-    return _modulated(F.layer_norm(x, x.shape[-1:], weight, bias, eps), shift, scale)
-
-
-def _eager_rms_norm_modulate(x, shift, scale, weight, eps=1e-6):
-    return _modulated(F.rms_norm(x, x.shape[-1:], weight, eps), shift, scale)
-
-
-def _eager_gate_residual(residual, gate, branch):
-    return residual + _rows(gate) * branch
-
-
-def _eager_gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=1e-6):
-    x_new = _eager_gate_residual(residual, gate, branch)
-    return x_new, _eager_layer_norm_modulate(x_new, shift, scale, eps=eps)
-
-
-def _eager_layer_norm_modulate_linear(x, shift, scale, weight, bias, eps=1e-6):
-    return F.linear(_eager_layer_norm_modulate(x, shift, scale, eps=eps), weight, bias)
-
-
-def _eager_linear_gate_residual(h, weight, bias, gate, residual, activation=None):
-    act = {None: lambda t: t, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-    y = F.linear(act[activation](h), weight, bias)
-    y = y if gate is None else _rows(gate) * y
-    return y if residual is None else residual + y
+_OPS = {
+    "group_norm_silu": Op(_group_norm_silu, functional.group_norm_silu, eager_ops.group_norm_silu),
+    "group_norm_silu_conv_residual": Op(
+        _group_norm_silu_conv_residual,
+        functional.group_norm_silu_conv_residual,
+        eager_ops.group_norm_silu_conv_residual,
+    ),
+    "conv_residual": Op(_conv_residual, functional.conv_residual, eager_ops.conv_residual),
+    "layer_norm_modulate": Op(_layer_norm_modulate, functional.layer_norm_modulate, eager_ops.layer_norm_modulate),
+    "rms_norm_modulate": Op(_rms_norm_modulate, functional.rms_norm_modulate, eager_ops.rms_norm_modulate),
+    "gate_residual": Op(_gate_residual, functional.gate_residual, eager_ops.gate_residual),
+    "gate_residual_layer_norm_modulate": Op(
+        _gate_residual_layer_norm_modulate,
+        functional.gate_residual_layer_norm_modulate,
+        eager_ops.gate_residual_layer_norm_modulate,
+    ),
+    "layer_norm_modulate_linear": Op(
+        _layer_norm_modulate_linear, functional.layer_norm_modulate_linear, eager_ops.layer_norm_modulate_linear
+    ),
+    "linear_gate_residual": Op(_linear_gate_residual, functional.linear_gate_residual, eager_ops.linear_gate_residual),
+}
 
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
@@ -173,36 +188,42 @@ TOKENS = ("dense", "strided")
 
 @dataclass(frozen=True)
 class Case:
-    """One op with the sizes that its input builder takes and the options of its call."""
+    """One call of an op; str() is its id, "op-variant"."""
 
-    op: str
-    variant: str
-    sizes: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    layouts: Sequence[str] = TOKENS
+    op: str  # a key of _OPS
+    variant: str  # what is special about it, in a few words
+    sizes: dict[str, Any]  # arguments of the op's input builder
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the call that are not tensors
+    layouts: Sequence[str] = TOKENS  # of draw.py, worth testing here
     large: bool = False  # enough work for several threads
 
     def inputs(self, draw: Draw) -> Inputs:
-        return globals()[f"_{self.op}"](draw, **self.sizes)
+        """{argument: tensor or None}"""
+        return _OPS[self.op].inputs(draw, **self.sizes)
 
-    def run(self, **inputs):
-        return getattr(zeroblock, self.op)(**inputs, **self.options)
+    def run(self, **inputs: Tensor | None) -> Any:
+        """The result of zeroblock's function."""
+        return _OPS[self.op].run(**inputs, **self.options)
 
-    def eager(self, **inputs):
-        return globals()[f"_eager_{self.op}"](**inputs, **self.options)
+    def eager(self, **inputs: Tensor | None) -> Any:
+        """The result in plain PyTorch."""
+        return _OPS[self.op].eager(**inputs, **self.options)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.op}-{self.variant}"
 
 
-def _images(op: str, variant: str, options: dict | None = None, layouts: Sequence[str] = IMAGES, **sizes) -> Case:
+def _images(op: str, variant: str, options: dict | None = None, layouts: Sequence[str] = IMAGES, **sizes: Any) -> Case:
     if len(sizes["S"]) not in (2, 3):
         layouts = [layout for layout in layouts if layout != "nhwc"]
     return Case(op, variant, sizes, options or {}, layouts)
 
 
 def _cases() -> Iterable[Case]:
-    norm, groups = "group_norm_silu", lambda g, **rest: {"num_groups": g, **rest}
+    def groups(num_groups: int, **options: Any) -> dict[str, Any]:
+        return {"num_groups": num_groups, **options}
+
+    norm = "group_norm_silu"
     yield _images(norm, "affine", groups(32), N=3, C=64, S=(5, 7))
     yield _images(norm, "film", groups(32), N=3, C=64, S=(16, 16), film=True)
     yield _images(norm, "film-no-affine", groups(3), N=2, C=12, S=(3, 5, 4), affine=False, film=True)

@@ -1,4 +1,4 @@
-"""What a case is judged by: results and gradients against eager in fp64 by error budget, and the same bits again."""
+"""How a case is judged: results and gradients against eager in fp64, and that repeating it gives the same bits."""
 
 from __future__ import annotations
 
@@ -76,9 +76,18 @@ def assert_parity(
     run: Callable | None = None,
     seed: int = 0,
 ) -> None:
-    """Every output of the case, and its gradient for every input (or those in `wrt`), within the error budget.
+    """Checks every output of the case and its gradients against eager in fp64, by the error budget.
 
-    `run` stands in for the op. Uninitialised memory is poisoned and the inputs are checked to be left alone.
+    case: the op and its inputs.
+    dtype: of all floating inputs.
+    layout: "dense", "nhwc" or "strided" (draw.py); in all but the last, outputs must have eager's strides.
+    device: where the inputs live.
+    wrt: names of the inputs that get a gradient; None: all floating ones.
+    run: a function to judge in place of zeroblock's.
+    seed: of the inputs.
+
+    Uninitialised memory is poisoned. Raises AssertionError where a result is out of budget, of another dtype or format,
+    without a gradient, or an input was written to.
     """
     run = case.run if run is None else run
     stacks: dict[str, list[list[Tensor]]] = {}
@@ -111,7 +120,10 @@ def assert_parity(
 
 
 def assert_deterministic(case: Case, dtype: torch.dtype, layout: str, threads: Sequence[int]) -> None:
-    """The same bits in every output and gradient for each number of threads, and on a second run with the last one."""
+    """Checks that every output and gradient has the same bits for each number of `threads`, and when run again.
+
+    case, dtype, layout: as in `assert_parity`. Raises AssertionError with the first difference.
+    """
     draw = Draw(dtype, layout)
     inputs = case.inputs(draw)
     grads = output_grads(case, inputs, draw)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-SAMPLE_SECONDS = 5e-3  # shorter calls are repeated inside one sample: the steady state of a loop, not its first call
-MIN_CLEAN = 5  # fewer undisturbed rounds than this: keep the disturbed ones too
+SAMPLE_SECONDS = 5e-3  # shorter calls are repeated within one sample: what is timed is a loop in its steady state
+MIN_CLEAN = 5  # where fewer rounds are undisturbed, the disturbed ones count too
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,13 @@ def measure(
     seed: int = 0,
     sample_seconds: float = SAMPLE_SECONDS,
 ) -> Timing:
-    """Time every candidate once a round, in a new random order, for about `seconds` and at least `min_rounds`."""
+    """Times every candidate once a round, in a new random order.
+
+    candidates: {name: a call without arguments}.
+    seconds: how long, about; at least `min_rounds` and at most `max_rounds` rounds.
+    seed: of the orders.
+    sample_seconds: shorter calls are repeated within one sample; 0: every sample is one call.
+    """
     repeats = {name: _repeats(call, sample_seconds) for name, call in candidates.items()}
     timing = Timing({name: [] for name in candidates}, {name: [] for name in candidates})
     order = list(candidates)

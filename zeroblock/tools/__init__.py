@@ -1,1 +1,1 @@
-"""The programs behind `python -m zeroblock`, and the small models they use."""
+"""The programs that `python -m zeroblock` starts: demo.py, bench.py, and the small models they use."""

@@ -1,13 +1,12 @@
-"""`python -m zeroblock bench`: a model of one's own before and after `zeroblock.accelerate`.
+"""`python -m zeroblock bench`: a user's model before and after `zeroblock.accelerate`.
 
-Times are taken in interleaved pairs (testing/timing.py), saved bytes are counted exactly, and both must give the same
-results: where nothing is bit-equal, the largest relative difference (L2) is shown.
+Times are taken in interleaved pairs (testing/timing.py) and saved bytes are counted exactly. Loss and gradients must
+agree; their relative differences (L2) are shown, since fused ops round otherwise and are not bit-equal.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,25 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..doctor.measure import call_loss
+from ..convert import accelerate
+from ..doctor.measure import Loss, call_loss
 from ..doctor.snapshot import preserved
 from ..testing import saved_activation_bytes
 from ..testing.timing import Ratio, measure
 
-Loss = Callable[[nn.Module, Any], Tensor]
-# Two roundings per operation, compared over whole models: more than this is another function.
+# The largest relative difference that rounding explains, over a whole model forward and backward (guess).
 EQUAL = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
 class Comparison:
-    """Milliseconds (medians), bytes saved for backward, the largest relative differences."""
+    """What was measured of a model before and after; str() is the table."""
 
-    report: str
-    times: dict[str, tuple[float, float, Ratio]]  # of "inference" and "training": before, after, ratio
-    saved_bytes: tuple[int, int]
-    differences: dict[str, float]  # of the loss and of the worst gradient
-    equal: bool
+    report: str  # accelerate's
+    times: dict[str, tuple[float, float, Ratio]]  # of "inference" and "training": median ms before, after, their ratio
+    saved_bytes: tuple[int, int]  # for backward: before, after
+    differences: dict[str, float]  # relative, of the loss and of all gradients together
+    equal: bool  # no difference is larger than rounding explains
 
     def __str__(self) -> str:
         lines = [self.report, "", f"{'':<12}{'before':>12}{'after':>12}{'ratio':>9}"]
@@ -50,11 +49,15 @@ class Comparison:
 
 
 def bench(model: nn.Module, batch: Any, loss: Loss, seconds: float) -> Comparison:
-    """Compares the model with an accelerated copy of it, about `seconds` for each of inference and training."""
-    try:
-        from ..convert import accelerate
-    except ImportError as error:
-        raise RuntimeError("bench: this installation has no zeroblock.convert, so accelerate is missing") from error
+    """Compares a model with an accelerated copy of it. The model, the batch and the random streams are put back.
+
+    model: any nn.Module with parameters.
+    batch: what `loss` calls it with, as in `zeroblock.doctor`.
+    loss: loss(model, batch) -> Tensor of one element that depends on a parameter.
+    seconds: of timing, for inference and for training each.
+
+    Raises as `zeroblock.doctor` does where model or loss fail on the batch, and what `accelerate` raises.
+    """
     with preserved(model, batch):
         after = copy.deepcopy(model)
         report = accelerate(after)
@@ -62,7 +65,7 @@ def bench(model: nn.Module, batch: Any, loss: Loss, seconds: float) -> Compariso
 
 
 def compare(models: dict[str, nn.Module], batch: Any, loss: Loss, seconds: float, report: str) -> Comparison:
-    """Times, bytes and results of two models ("before" and "after") with the same parameters."""
+    """Compares two models, {"before": ..., "after": ...}, with the same parameters; arguments as in `bench`."""
     device = next(iter(models["before"].parameters())).device
 
     def inference(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""Train a small U-Net and a small DiT on real digits, with eager blocks and with zeroblock's, and compare them.
+"""`python -m zeroblock demo`: a small U-Net and a small DiT trained on real digits, with eager blocks and zeroblock's.
 
 Both versions start from the same seed and see the same images, timesteps and noise, step by step in turn. The program
 prints step times, the memory saved for backward and the steps in which each residual branch was exactly zero, draws
-digits with both, writes one picture, and exits with status 1 if a check fails:
+digits with both, writes one picture, and fails if one of these is not so:
 
 * both versions start from identical weights; while a branch is zero zeroblock skips it, every time; each branch leaves
   zero in the same step in both versions;
@@ -15,10 +15,8 @@ Times are medians. "While zero" repeats forward and backward before the first op
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
-import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -34,8 +32,8 @@ from torch import Tensor, nn
 import zeroblock.nn as fused
 
 from ..testing import assert_error_budget, counters, eager, reset_counters, rounding, saved_activation_bytes
-from . import demo_picture as _demo_picture
-from . import models
+from . import demo_picture, models
+from .progress import Progress
 
 QUICK_STEPS = 6
 SAMPLING_STEPS = 25
@@ -46,9 +44,11 @@ Check = Callable[[bool, str], None]
 
 @dataclass
 class Case:
+    """A model and how it is trained; `build` takes the namespace of blocks, as tools/models.py does."""
+
     name: str
     build: Callable[[Any], nn.Module]
-    learning_rate: float
+    learning_rate: float  # at the start; it falls linearly to 0 in the second half
     batch: int
     steps: int
 
@@ -106,28 +106,12 @@ class Run:
             parameter.view(torch.int32).add_(ulps * (parameter != 0))
 
 
-class Progress:
-    """A bar on a terminal, ten lines elsewhere."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.start = label, total, time.perf_counter()
-        self.terminal = sys.stderr.isatty()
-
-    def update(self, done: int, note: str) -> None:
-        if not self.terminal and done % max(1, self.total // 10) and done != self.total:
-            return
-        bar, seconds = "#" * (24 * done // self.total), time.perf_counter() - self.start
-        line = f"{self.label:6s} [{bar:24s}] {done}/{self.total} {seconds:5.1f} s  {note}"
-        end = "\n" if not self.terminal or done == self.total else ""
-        print(("\r" if self.terminal else "") + line, end=end, file=sys.stderr, flush=True)
-
-
 def need(module: str) -> Any:
-    """Import a package of the demo extra, or end with a message that says how to get it."""
+    """A package of the demo extra. Raises ImportError that says how to get it."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise SystemExit(f"zeroblock demo: {error}; install it with: pip install zeroblock[demo]") from error
+        raise ImportError(f"{error}; install it with: pip install zeroblock[demo]") from error
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -168,7 +152,7 @@ def train(case: Case, data: tuple[Tensor, Tensor], steps: int, seed: int, check:
     generator, moves = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     batch = models.draw_batch(*data, case.batch, generator)
     time_zero_phase(case, runs, batch, check)
-    progress = Progress(case.name, steps)
+    progress = Progress(lines=10)
     for step in range(1, steps + 1):
         batch = models.draw_batch(*data, case.batch, generator)
         learning_rate = case.learning_rate * min(1.0, 2 - 2 * (step - 1) / steps)
@@ -177,7 +161,8 @@ def train(case: Case, data: tuple[Tensor, Tensor], steps: int, seed: int, check:
             run.step(batch, learning_rate)
         moved.move_weights(moves)
         moved.step(batch, learning_rate)
-        progress.update(step, f"loss {statistics.fmean(ours.losses[-20:]):.3f}")
+        progress(case.name, step, steps, f"loss {statistics.fmean(ours.losses[-20:]):.3f}")
+    progress.close()
 
     for run in runs.values():
         known = (*run.model.parameters(), *run.model.buffers(), *batch)
@@ -218,24 +203,24 @@ def summary(case: Case, runs: dict[str, Run]) -> list[str]:
     losses = [statistics.fmean(run.losses[-20:]) for run in runs.values()]
     lines.append(f"  {'loss, last 20 steps':<26}{losses[0]:>10.5f}{losses[1]:>12.5f}")
     phases: dict[tuple[int, ...], list[str]] = {}
-    for name, steps in runs["zeroblock"].zero_steps.items():
-        phases.setdefault(tuple(steps), []).append(name)
-    for when, names in phases.items():
-        text = f"exactly zero in steps {', '.join(map(str, when)) or 'none'}: {' '.join(names)}"
+    for name, zero_steps in runs["zeroblock"].zero_steps.items():
+        phases.setdefault(tuple(zero_steps), []).append(name)
+    for steps, names in phases.items():
+        text = f"exactly zero in steps {', '.join(map(str, steps)) or 'none'}: {' '.join(names)}"
         lines += textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m zeroblock.demo", description=__doc__.split("\n\n")[0])
-    defaults = ", ".join(f"{case.steps} for the {case.name}" for case in CASES)
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of each model (default: {defaults})")
-    parser.add_argument("--out", default="demo.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and samples (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps: only checks that everything runs")
-    options = parser.parse_args(arguments)
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
+def run(out: str, steps: int | None = None, seed: int = 0, quick: bool = False) -> bool:
+    """Trains, compares, prints and draws; True if all checks passed.
+
+    out: the picture to write.
+    steps: optimizer steps of each model; None: each case's own, or QUICK_STEPS if `quick`.
+    seed: of weights, batches and samples.
+    quick: few steps, which only shows that everything runs.
+
+    Raises ImportError where scikit-learn or matplotlib is missing.
+    """
     need("matplotlib")
     data = load_digits()
     start = time.perf_counter()
@@ -248,21 +233,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     results, lines = [], []
     for case in CASES:
-        runs = train(case, data, options.steps or (QUICK_STEPS if options.quick else case.steps), options.seed, check)
-        generator = torch.Generator().manual_seed(options.seed)
+        runs = train(case, data, steps or (QUICK_STEPS if quick else case.steps), seed, check)
+        generator = torch.Generator().manual_seed(seed)
         check_round_trip(case, runs["zeroblock"].model, models.draw_batch(*data, 10, generator), check)
         noise = torch.randn(10, 1, 16, 16, generator=generator)
-        for run in runs.values():
-            evaluations = QUICK_STEPS if options.quick else SAMPLING_STEPS
-            run.samples = models.sample(run.model, noise, torch.arange(10), evaluations)
+        for trained in runs.values():
+            evaluations = QUICK_STEPS if quick else SAMPLING_STEPS
+            trained.samples = models.sample(trained.model, noise, torch.arange(10), evaluations)
         results.append((case, runs))
         lines += summary(case, runs)
-    _demo_picture.draw(results, options.out)
+    demo_picture.draw(results, out)
     print("\n".join(lines))
-    print(f"\n{time.perf_counter() - start:.0f} s with {torch.get_num_threads()} threads; picture: {options.out}")
+    print(f"\n{time.perf_counter() - start:.0f} s with {torch.get_num_threads()} threads; picture: {out}")
     print(f"{len(failures)} checks failed" if failures else "all checks passed")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return not failures

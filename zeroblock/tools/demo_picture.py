@@ -1,17 +1,21 @@
-"""The picture that `python -m zeroblock.demo` writes."""
+"""The picture that `python -m zeroblock demo` writes."""
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from .demo import Case, Run
 
 COLORS = {"eager": "#9aa3ad", "zeroblock": "#d1495b"}
 INK, EMPTY = "#30343b", "#e9ebee"
 
 
-def draw(results: list[tuple[Any, dict[str, Any]]], path: str) -> None:
+def draw(results: list[tuple[Case, dict[str, Run]]], path: str) -> None:
     """One row per model: loss curves, step times, saved memory, zero phase, samples. results: (case, {name: run})."""
     import matplotlib
 
@@ -39,11 +43,11 @@ def draw(results: list[tuple[Any, dict[str, Any]]], path: str) -> None:
         plt.close(figure)
 
 
-def _curves(axis, title, runs):
+def _curves(axis: Any, title: str, runs: Mapping[str, Run]) -> None:
     for name, run in runs.items():
         window = max(1, len(run.losses) // 25)
         curve = [statistics.fmean(run.losses[max(0, i - window) : i + 1]) for i in range(len(run.losses))]
-        wide = {"lw": 5, "alpha": 0.5} if name == "eager" else {"lw": 1.3}
+        wide: dict[str, float] = {"lw": 5, "alpha": 0.5} if name == "eager" else {"lw": 1.3}
         axis.plot(range(1, len(curve) + 1), curve, color=COLORS[name], label=name, solid_capstyle="round", **wide)
     axis.set(xlabel="step", ylim=(0, None))
     axis.set_title(title, fontsize=14, fontweight="bold", loc="left")
@@ -52,7 +56,7 @@ def _curves(axis, title, runs):
     axis.legend(frameon=False)
 
 
-def _bars(axis, groups, labels, number):
+def _bars(axis: Any, groups: Sequence[Sequence[float]], labels: Sequence[str], number: str) -> None:
     """Groups of an eager and a zeroblock bar, each with its value, and how many times less zeroblock needs."""
     for i, group in enumerate(groups):
         for offset, name, value in zip((-0.21, 0.21), COLORS, group, strict=True):
@@ -67,7 +71,7 @@ def _bars(axis, groups, labels, number):
     axis.margins(x=0.08, y=0.1)
 
 
-def _zero_phase(axis, zero_steps):
+def _zero_phase(axis: Any, zero_steps: Mapping[str, list[int]]) -> None:
     """A row per branch, a column per step up to the second in which no branch is zero."""
     import matplotlib.pyplot as plt
 
@@ -83,11 +87,12 @@ def _zero_phase(axis, zero_steps):
     axis.spines[["left", "bottom"]].set_visible(False)
 
 
-def _samples(axis, runs):
+def _samples(axis: Any, runs: Mapping[str, Run]) -> None:
     """Ten digits per run, in two lines of five, apart by a frame of NaN, which is drawn as background."""
     axis.set_title("samples, classes 0 to 9")
     axis.axis("off")
     for i, (name, run) in enumerate(runs.items()):
+        assert run.samples is not None
         framed = F.pad(run.samples.squeeze(1), (0, 1, 0, 1), value=float("nan"))
         lines = framed.unflatten(0, (2, 5)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
         image = axis.inset_axes((0.03, 0.51 - 0.5 * i, 0.97, 0.48))

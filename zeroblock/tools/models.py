@@ -6,11 +6,17 @@ seed gives identical weights whichever blocks are used. Both models predict the 
 integer timesteps [N] and class labels [N].
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from .. import nn as zeroblock_nn
 
 TIMESTEPS = 1000
 # Where the cosine schedule leaves 3 % of the variance to the image. The steps beyond it decide little, and a short
@@ -18,7 +24,7 @@ TIMESTEPS = 1000
 SAMPLING_START = 880
 
 
-def timestep_embedding(t, dim, max_period=10000):
+def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
     """Sinusoids of the timesteps: t [N] -> [N, dim], cosines first, frequencies from 1 down to 1 / max_period."""
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
@@ -26,13 +32,7 @@ def timestep_embedding(t, dim, max_period=10000):
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
-def _default_blocks(blocks):
-    if blocks is None:
-        import zeroblock.nn as blocks
-    return blocks
-
-
-def _zeroed(module):
+def _zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -41,14 +41,14 @@ def _zeroed(module):
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels: x + proj_out(attention(qkv(norm x))), proj_out zero at the start."""
 
-    def __init__(self, channels, num_heads):
+    def __init__(self, channels: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.GroupNorm(32, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2)
         qkv = self.qkv(self.norm(tokens)).transpose(1, 2).contiguous()  # fused attention wants the features together
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -63,18 +63,24 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, blocks=None, *, in_channels=1, model_channels=64, channel_mult=(1, 2), num_heads=4, num_classes=10
+        self,
+        blocks: Any = zeroblock_nn,
+        *,
+        in_channels: int = 1,
+        model_channels: int = 64,
+        channel_mult: tuple[int, ...] = (1, 2),
+        num_heads: int = 4,
+        num_classes: int = 10,
     ):
         super().__init__()
-        blocks = _default_blocks(blocks)
         self.model_channels = model_channels
         emb_channels = 4 * model_channels
         widths = [model_channels * mult for mult in channel_mult]
 
-        def res_block(channels, **options):
+        def res_block(channels: int, **options: Any) -> nn.Module:
             return blocks.ResBlock(channels, emb_channels, 0.0, use_scale_shift_norm=True, **options)
 
-        def level_block(channels, level):
+        def level_block(channels: int, level: int) -> nn.ModuleList:
             layers = [res_block(channels, out_channels=widths[level])]
             if level == len(widths) - 1:
                 layers.append(AttentionBlock(widths[level], num_heads))
@@ -113,12 +119,12 @@ class UNet(nn.Module):
         )
         self._res_block = blocks.ResBlock
 
-    def _run(self, layers, x, emb):
+    def _run(self, layers: Iterable[nn.Module], x: Tensor, emb: Tensor) -> Tensor:
         for layer in layers:
             x = layer(x, emb) if isinstance(layer, self._res_block) else layer(x)
         return x
 
-    def forward(self, x, t, y):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype)) + self.label_emb(y)
         skips = []
         for layers in self.input_blocks:
@@ -129,9 +135,9 @@ class UNet(nn.Module):
             x = self._run(layers, torch.cat((x, skips.pop()), dim=1), emb)
         return self.out(x)
 
-    def zero_tails(self):
+    def zero_tails(self) -> dict[str, tuple[Tensor, ...]]:
         """The weights that hold each branch at zero: {branch name: (tensor, ...)} in the order of execution."""
-        tails = {}
+        tails: dict[str, tuple[Tensor, ...]] = {}
         for name, module in self.named_modules():
             if isinstance(module, self._res_block):
                 tails[name] = tuple(module.out_layers[-1].parameters())
@@ -141,7 +147,7 @@ class UNet(nn.Module):
         return tails
 
 
-def _sincos_position(dim, side):
+def _sincos_position(dim: int, side: int) -> Tensor:
     """Fixed 2-D position embedding [1, side * side, dim]: half of the features for the row, half for the column."""
     axis = timestep_embedding(torch.arange(side), dim // 2)
     rows, columns = axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)
@@ -156,18 +162,17 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        blocks=None,
+        blocks: Any = zeroblock_nn,
         *,
-        image_size=16,
-        in_channels=1,
-        patch_size=2,
-        hidden_size=128,
-        depth=4,
-        num_heads=4,
-        num_classes=10,
+        image_size: int = 16,
+        in_channels: int = 1,
+        patch_size: int = 2,
+        hidden_size: int = 128,
+        depth: int = 4,
+        num_heads: int = 4,
+        num_classes: int = 10,
     ):
         super().__init__()
-        blocks = _default_blocks(blocks)
         self.hidden_size = hidden_size
         self.patch_size = patch_size
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -180,7 +185,7 @@ class DiT(nn.Module):
         self.final_layer = blocks.FinalLayer(hidden_size, patch_size, in_channels)
         self._initialise()
 
-    def _initialise(self):
+    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -194,7 +199,7 @@ class DiT(nn.Module):
         _zeroed(self.final_layer.adaLN_modulation[-1])
         _zeroed(self.final_layer.linear)
 
-    def forward(self, x, t, y):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         tokens = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed
         c = self.t_embedder(timestep_embedding(t, self.hidden_size).to(x.dtype)) + self.y_embedder(y)
         for block in self.blocks:
@@ -202,9 +207,9 @@ class DiT(nn.Module):
         patches = self.final_layer(tokens, c).transpose(1, 2)  # [N, C * P * P, T] with C slowest, as fold wants it
         return F.fold(patches, x.shape[-2:], self.patch_size, stride=self.patch_size)
 
-    def zero_tails(self):
+    def zero_tails(self) -> dict[str, tuple[Tensor, ...]]:
         """The weights that hold each branch at zero: {branch name: (tensor, ...)} in the order of execution."""
-        tails = {}
+        tails: dict[str, tuple[Tensor, ...]] = {}
         for i, block in enumerate(self.blocks):
             rows = [parameter.chunk(6) for parameter in block.adaLN_modulation[-1].parameters()]
             tails[f"blocks.{i}.attn"] = tuple(row[2] for row in rows)
@@ -213,14 +218,16 @@ class DiT(nn.Module):
         return tails
 
 
-def signal_levels():
+def signal_levels() -> Tensor:
     """The cosine schedule's alpha-bar [TIMESTEPS]: the part of the variance that is image."""
     angle = (torch.arange(TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS + 0.008) / 1.008 * math.pi / 2
     level = angle.cos().square()
     return (level[1:] / level[0]).clamp(min=1e-5).float()
 
 
-def draw_batch(images, labels, size, generator):
+def draw_batch(
+    images: Tensor, labels: Tensor, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A training batch: (noisy images, timesteps, labels, the noise to predict)."""
     index = torch.randint(len(images), (size,), generator=generator)
     t = torch.randint(TIMESTEPS, (size,), generator=generator)
@@ -229,14 +236,14 @@ def draw_batch(images, labels, size, generator):
     return level.sqrt() * images[index] + (1 - level).sqrt() * noise, t, labels[index], noise
 
 
-def noise_loss(model, batch):
+def noise_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """Mean squared error of the predicted noise."""
     x, t, y, noise = batch
     return F.mse_loss(model(x, t, y), noise)
 
 
 @torch.no_grad()
-def sample(model, x, y, steps):
+def sample(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
     """DDIM (eta = 0) from the noise x [N, C, H, W] to images of the classes y [N], in `steps` evaluations."""
     times = torch.linspace(SAMPLING_START, 0, steps).long()
     levels = [*signal_levels()[times].tolist(), 1.0]

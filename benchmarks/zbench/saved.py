@@ -1,21 +1,23 @@
-"""Bytes that autograd keeps between forward and backward, counted exactly: no clock is involved.
+"""Group saved: bytes that autograd keeps between forward and backward, counted exactly: no clock is involved.
 
 A storage counts once, however many tensors view it; inputs and parameters, which the caller owns anyway, do not count.
 """
 
 from collections.abc import Iterator
 
-from blocks import block_builds
-from cases import DTYPES, Case, Side
-
 from zeroblock.testing import saved_activation_bytes
+
+from .blocks import block_builds
+from .case import DTYPES, Case, Side
 
 
 def saved_bytes(side: Side) -> int:
+    """Of one forward."""
     return saved_activation_bytes(lambda: side.function(*side.inputs), exclude=side.wrt)
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def block_cases(quick: bool) -> Iterator[Case]:
+    """The blocks; models.py and whole.py add theirs."""
     for state, zero in (("", False), ("_zero", True)):
         for op, shape, layouts, build in block_builds(quick, zero):
             for layout in layouts:

@@ -1,13 +1,15 @@
-"""Whole models of diffusers as they are and accelerated: small configurations, random weights, branches zero or not."""
+"""Group models: models of diffusers as they are and accelerated; small, with random weights, branches zero or not."""
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
-from cases import MODES, Case, Side, Work
 from torch import Tensor, nn
 
 import zeroblock as zb
+
+from .case import MODES, Case, Side, Work
 
 try:
     import diffusers
@@ -22,10 +24,14 @@ def _unet(quick: bool) -> Built:
     """A DDPM U-Net for 32 x 32 images."""
     width, size, batch = (8, 8, 1) if quick else (128, 32, 4)
     model = diffusers.UNet2DModel(
-        sample_size=size, layers_per_block=1 if quick else 2, block_out_channels=(width, 2 * width),
-        norm_num_groups=4 if quick else 32, attention_head_dim=width // 2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=size,
+        layers_per_block=1 if quick else 2,
+        block_out_channels=(width, 2 * width),
+        norm_num_groups=4 if quick else 32,
+        attention_head_dim=width // 2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     step = torch.tensor(10)
     return model, (torch.randn(batch, 3, size, size),), lambda model, x: model(x, step, return_dict=False)[0]
 
@@ -48,10 +54,15 @@ def _controlnet(quick: bool) -> Built:
     """A text-conditioned latent U-Net and a fresh ControlNet of it."""
     width, size = (8, 8) if quick else (64, 32)
     model = _Controlled(
-        sample_size=size, layers_per_block=1, block_out_channels=(width, 2 * width), cross_attention_dim=4 * width,
-        norm_num_groups=4 if quick else 32, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+        sample_size=size,
+        layers_per_block=1,
+        block_out_channels=(width, 2 * width),
+        cross_attention_dim=4 * width,
+        norm_num_groups=4 if quick else 32,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     # The default hint embedding halves its image three times.
     inputs = torch.randn(2, 4, size, size), torch.randn(2, 8, 4 * width), torch.randn(2, 3, 8 * size, 8 * size)
     return model, inputs, _controlled
@@ -61,7 +72,7 @@ def _dit(quick: bool) -> Built:
     """DiT-S/2 on 32 x 32 latents, half as deep."""
     heads, layers, size = (2, 1, 4) if quick else (6, 6, 32)
     model = diffusers.DiTTransformer2DModel(heads, 8 if quick else 64, 4, num_layers=layers, sample_size=size)
-    for block in model.transformer_blocks:  # both sides shall see the same labels
+    for block in model.transformer_blocks:  # labels dropped at random would make the two sides different work
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     index = torch.tensor([10, 20])
     return model, (torch.randn(2, 4, size, size),), lambda model, x: model(x, index, index, return_dict=False)[0]
@@ -72,10 +83,18 @@ def _sd3(quick: bool) -> Built:
     heads, features, size = (2, 8, 4) if quick else (8, 64, 32)
     width = heads * features
     model = diffusers.SD3Transformer2DModel(
-        sample_size=size, patch_size=2, in_channels=4, out_channels=4, num_layers=2 if quick else 4,
-        attention_head_dim=features, num_attention_heads=heads, joint_attention_dim=width, caption_projection_dim=width,
-        pooled_projection_dim=width, pos_embed_max_size=size,
-    )  # fmt: skip
+        sample_size=size,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2 if quick else 4,
+        attention_head_dim=features,
+        num_attention_heads=heads,
+        joint_attention_dim=width,
+        caption_projection_dim=width,
+        pooled_projection_dim=width,
+        pos_embed_max_size=size,
+    )
     index = torch.tensor([10, 20])
     inputs = torch.randn(2, 4, size, size), torch.randn(2, 16, width), torch.randn(2, width)
     return model, inputs, lambda model, *inputs: model(*inputs, index, return_dict=False)[0]
@@ -86,10 +105,15 @@ def _flux(quick: bool) -> Built:
     heads, features, tokens = (2, 16, 4) if quick else (8, 64, 256)
     width = heads * features
     model = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1 if quick else 2, num_single_layers=1 if quick else 4, attention_head_dim=features,
-        num_attention_heads=heads, joint_attention_dim=width, pooled_projection_dim=width,
+        in_channels=16,
+        num_layers=1 if quick else 2,
+        num_single_layers=1 if quick else 4,
+        attention_head_dim=features,
+        num_attention_heads=heads,
+        joint_attention_dim=width,
+        pooled_projection_dim=width,
         axes_dims_rope=(features // 4, features // 4, features // 2),
-    )  # fmt: skip
+    )
     step, images, texts = torch.tensor([0.1]), torch.zeros(tokens, 3), torch.zeros(16, 3)
     inputs = torch.randn(1, tokens, 16), torch.randn(1, 16, width), torch.randn(1, width)
     return model, inputs, lambda model, *inputs: model(*inputs, step, images, texts, return_dict=False)[0]
@@ -99,37 +123,61 @@ def _vae_decoder(quick: bool) -> Built:
     """The decoder of Stable Diffusion's autoencoder, narrower."""
     width, size = (8, 4) if quick else (64, 16)
     model = diffusers.AutoencoderKL(
-        block_out_channels=(width, 2 * width), norm_num_groups=4 if quick else 32, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+        block_out_channels=(width, 2 * width),
+        norm_num_groups=4 if quick else 32,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     return model.decoder, (torch.randn(1, 4, size, size),), lambda model, z: model(z)
 
 
 MODELS = {
-    "unet": _unet, "controlnet": _controlnet, "dit": _dit, "sd3": _sd3, "flux": _flux, "vae_decoder": _vae_decoder,
-}  # fmt: skip
-# What makes the branches of a model zero: the ends of the names of the layers, and which of so many equal parts.
+    "unet": _unet,
+    "controlnet": _controlnet,
+    "dit": _dit,
+    "sd3": _sd3,
+    "flux": _flux,
+    "vae_decoder": _vae_decoder,
+}
+
+
+class Zeroed(NamedTuple):
+    """What makes the branches of a model zero: these of `parts` equal parts of the rows of some layers."""
+
+    suffix: str  # of the layers' names
+    indices: tuple[int, ...] = (0,)
+    parts: int = 1
+
+
+CONV2 = Zeroed(".conv2")
+GATES, CONTEXT_GATES = Zeroed(".norm1.linear", (2, 5), 6), Zeroed(".norm1_context.linear", (2, 5), 6)
+SINGLE_GATES = Zeroed(".norm.linear", (2,), 3)
 ZERO = {
-    "unet": ((".conv2", (0,), 1),),
-    "controlnet": (),  # fresh as it is
-    "dit": ((".norm1.linear", (2, 5), 6),),
-    "sd3": ((".norm1.linear", (2, 5), 6), (".norm1_context.linear", (2, 5), 6)),
-    "vae_decoder": ((".conv2", (0,), 1),),
-    "flux": ((".norm1.linear", (2, 5), 6), (".norm1_context.linear", (2, 5), 6), (".norm.linear", (2,), 3)),
+    "unet": (CONV2,),
+    "controlnet": (),  # its zero convolutions are zero as built
+    "dit": (GATES,),
+    "sd3": (GATES, CONTEXT_GATES),
+    "vae_decoder": (CONV2,),
+    "flux": (GATES, CONTEXT_GATES, SINGLE_GATES),
 }
 
 
 def _fill(model: nn.Module, name: str, zero: bool) -> None:
-    """Weights that no initialisation left at zero, then the zeros of the state that is measured."""
+    """No weight is zero; or, with `zero`, those of the branches' ends are."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not zero and not parameter.any():
                 parameter.normal_(std=0.02)
-        for suffix, chunks, of in ZERO.get(name, ()) if zero else ():
-            for layer in (m for path, m in model.named_modules() if path.endswith(suffix)):
-                for i in chunks if layer.weight.shape[0] % of == 0 else ():  # SD3's last context has no gates
-                    layer.weight.chunk(of)[i].zero_()
-                    layer.bias.chunk(of)[i].zero_()
+        if not zero:
+            return
+        for zeroed in ZERO[name]:
+            for layer in (m for path, m in model.named_modules() if path.endswith(zeroed.suffix)):
+                if layer.weight.shape[0] % zeroed.parts:  # SD3's last context has no gates
+                    continue
+                for i in zeroed.indices:
+                    layer.weight.chunk(zeroed.parts)[i].zero_()
+                    layer.bias.chunk(zeroed.parts)[i].zero_()
 
 
 def _build(name: str, quick: bool, zero: bool) -> Callable[[Case], Work]:
@@ -140,7 +188,7 @@ def _build(name: str, quick: bool, zero: bool) -> Callable[[Case], Work]:
         own = copy.deepcopy(model)
         if not zb.accelerate(own).blocks:
             raise RuntimeError(f"no block of {name} was accelerated")
-        with torch.no_grad():  # whole branches are skipped from the second call of a kind on
+        with torch.no_grad():  # accelerate may skip whole branches from the second call on
             function(own, *inputs)
         for tensor in inputs:
             tensor.requires_grad_(case.mode == "training")
@@ -178,6 +226,6 @@ def cases(quick: bool, group: str = "models") -> Iterator[Case]:
         print("diffusers is not installed: no whole models")
         return
     for name in MODELS:
-        for zero in (False, True) if name in ZERO else (False,):
+        for op, zero in ((name, False), (f"{name}_zero", True)):
             for mode in MODES if group == "models" else ("training",):
-                yield Case(group, name + "_zero" * zero, "", "", "fp32", mode, _build(name, quick, zero))
+                yield Case(group, op, "", "", "fp32", mode, _build(name, quick, zero))

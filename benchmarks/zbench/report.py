@@ -1,12 +1,13 @@
 """The targets, and tables that set the stored results beside them. A target that is missed is printed, never raised."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import store
-
 from zeroblock.testing.timing import geometric_mean
+
+from . import store
 
 # Geometric mean of all cases against the better of eager and torch.compile: (inference, training).
 OP_TARGETS = {
@@ -108,8 +109,8 @@ def zero_checks(rows: list[dict]) -> list[Check]:
 
 
 def _lower_bound(row: dict) -> float:
-    """Against the best of all baselines; rows of before that was stored have it for two of them."""
-    return row["lo"] if row["lo_all"] != row["lo_all"] else row["lo_all"]
+    """Of the ratio to the best of all baselines; rows that are older than this column have it for two of them."""
+    return row["lo"] if math.isnan(row["lo_all"]) else row["lo_all"]
 
 
 def _pixels(row: dict) -> int:

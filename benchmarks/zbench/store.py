@@ -5,17 +5,20 @@ A new measurement of a case replaces its row and leaves all others, so that a ru
 
 import csv
 import datetime
+import math
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+import zeroblock
 from zeroblock.plan.measure import cpu_model
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+BENCHMARKS = Path(__file__).parents[1]
+RESULTS = BENCHMARKS / "results"
 GROUPS = ("memory_bound", "zero", "dense", "frozen", "overhead", "saved", "models", "whole", "peak")
 
 COLUMNS = (
@@ -55,29 +58,29 @@ def machine_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {os.cpu_count()} cores".lower()).strip("-")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The revision of the code that is measured, "-dirty" if it was changed since, "none" outside a repository."""
+
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(BENCHMARKS), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     revision = git("rev-parse", "--short", "HEAD")
     if not revision:
         return "none"
-    code = ("..", ":(exclude)results")  # the rows of this run are no change of what it measures
+    code = ("..", ":(exclude)results")  # results that this run stores do not change what it measures
     return revision + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
 
 
 def provenance() -> dict[str, str]:
     """What every row of this run has in common."""
-    import zeroblock
-
     return {
         "allocator": allocator(),
         "machine": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "zeroblock_version": zeroblock.__version__,
         "backend": zeroblock.explain("is_zero", torch.zeros(1)).backend,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
 
@@ -92,17 +95,18 @@ def read(path: Path) -> list[dict]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    blank = dict.fromkeys(COLUMNS, "")  # what an older file has no column for
+    blank = dict.fromkeys(COLUMNS, "")  # for columns that an older file does not have
     return [{**blank, **row, **{name: _number(row.get(name, "")) for name in NUMBERS}} for row in rows]
 
 
-def read_all(folder: Path, groups=GROUPS) -> list[dict]:
+def read_all(folder: Path, groups: Sequence[str] = GROUPS) -> list[dict]:
     return [row for group in groups for row in read(folder / f"{group}.csv")]
 
 
-def _text(value) -> str:
+def text(value: object) -> str:
+    """As it stands in a CSV: six digits of a number, nothing for NaN."""
     if isinstance(value, float):
-        return "" if value != value else f"{value:.6g}"
+        return "" if math.isnan(value) else f"{value:.6g}"
     return str(value)
 
 
@@ -114,5 +118,5 @@ def write(path: Path, rows: list[dict]) -> None:
     with draft.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: _text(row[name]) for name in COLUMNS} for row in merged.values())
+        writer.writerows({name: text(row[name]) for name in COLUMNS} for row in merged.values())
     draft.replace(path)

@@ -1,26 +1,17 @@
-"""Whole models end to end: a small ADM U-Net and DiT-S/2, ours (eager blocks against zeroblock's) and those of
-diffusers (as they are against `zb.accelerate`). Nothing is zero.
-
-Group "whole": time. Group "peak": the most memory that a process takes, as the system counts it: each side builds its
-model in a child process of its own (this file as a script) and takes two steps. "saved": bytes kept for backward.
+"""Group whole: models end to end, a small ADM U-Net and DiT-S/2. Ours with eager blocks against zeroblock's, and those
+of diffusers as they are against `zb.accelerate`. No weight is zero.
 """
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from blocks import module_work
-from cases import MODES, Case, Work
 from torch import Tensor, nn
 
 import zeroblock as zb
 from zeroblock.testing import eager
 from zeroblock.tools import models
+
+from .case import MODES, Case, Work, module_work
 
 try:
     import diffusers
@@ -28,7 +19,7 @@ except ImportError:
     diffusers = None
 
 SIDES = ("eager", "zeroblock")
-FROZEN = "_frozen"  # what the names of cases end with whose model is frozen for inference
+FROZEN = "_frozen"  # ends the `op` of cases whose model is frozen for inference
 
 
 class Fixed(nn.Module):
@@ -56,14 +47,17 @@ def _adm_unet(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
 
 
 def _unet2d(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
-    """The same widths and sizes."""
+    """diffusers' U-Net of the same widths and sizes."""
     widths, size, batch = ((32, 64), 8, 1) if quick else ((64, 128, 192), 64, 2)
     plain = len(widths) - 1
     model = diffusers.UNet2DModel(
-        sample_size=size, layers_per_block=1, block_out_channels=widths, attention_head_dim=widths[-1] // 4,
+        sample_size=size,
+        layers_per_block=1,
+        block_out_channels=widths,
+        attention_head_dim=widths[-1] // 4,
         down_block_types=(*("DownBlock2D",) * plain, "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", *("UpBlock2D",) * plain),
-    )  # fmt: skip
+    )
     return _diffusers(model, own, torch.tensor(10)), torch.randn(batch, 3, size, size)
 
 
@@ -71,13 +65,19 @@ def _dit_s2(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
     """12 blocks of 384 on the 256 patches of 32 x 32 latents."""
     heads, depth, size, batch = (2, 1, 4, 1) if quick else (6, 12, 32, 2)
     model = models.DiT(
-        zb.nn if own else eager, image_size=size, in_channels=4, hidden_size=64 * heads, depth=depth, num_heads=heads,
+        zb.nn if own else eager,
+        image_size=size,
+        in_channels=4,
+        hidden_size=64 * heads,
+        depth=depth,
+        num_heads=heads,
         num_classes=1000,
-    )  # fmt: skip
+    )
     return Fixed(model, *_conditions(batch)), torch.randn(batch, 4, size, size)
 
 
 def _dit_s2_diffusers(quick: bool, own: bool) -> tuple[nn.Module, Tensor]:
+    """The same as diffusers has it."""
     heads, depth, size, batch = (2, 1, 4, 1) if quick else (6, 12, 32, 2)
     model = diffusers.DiTTransformer2DModel(heads, 64, 4, num_layers=depth, sample_size=size)
     for module in model.modules():
@@ -98,7 +98,10 @@ if diffusers is not None:
 
 
 def build(op: str, side: str, mode: str, quick: bool) -> tuple[nn.Module, Tensor]:
-    """One side's model and images; both sides have the same weights, none of them zero throughout."""
+    """One side's model and images; both sides have the same weights, none of them zero throughout.
+
+    op: a key of MODELS, or one with FROZEN behind it. side: one of SIDES.
+    """
     torch.manual_seed(0)
     model, x = MODELS[op.removesuffix(FROZEN)](quick, side == "zeroblock")
     generator = torch.Generator().manual_seed(1)
@@ -121,61 +124,12 @@ def _work(quick: bool) -> Callable[[Case], Work]:
 
 
 def cases(quick: bool, group: str = "whole") -> Iterator[Case]:
+    """Groups "whole" and "peak": every model, in inference also frozen; "saved": in training alone."""
     if diffusers is None:
         print("diffusers is not installed: only the models of zeroblock")
-    brief = group == "saved" or (group == "peak" and quick)  # two processes a case
+    shape = "quick" if quick else ""
     for op in MODELS:
-        for mode in ("training",) if brief else MODES:
-            yield Case(group, op, "quick" * quick, "", "fp32", mode, _work(quick))
-        if not brief:
-            yield Case(group, op + FROZEN, "quick" * quick, "", "fp32", "inference", _work(quick))
-        if group == "peak" and quick:
-            return
-
-
-def high_water(case: Case) -> tuple[int, int, float]:
-    """(eager's, zeroblock's, eager's before its first step): the most bytes their processes ever held."""
-    work = case.work()
-    with torch.set_grad_enabled(case.mode == "training"):
-        work.own.step(case.mode)()  # measures the plans, so that the child finds them on disk and measures none
-    arguments = [case.op, case.mode, str(torch.get_num_threads()), *(["--quick"] if case.shape else [])]
-    found = []
-    for side in SIDES:
-        command = [sys.executable, str(Path(__file__)), side, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{side}: {done.stderr.strip().splitlines()[-1]}")
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found[0]["peak"], found[1]["peak"], float(found[0]["before"])
-
-
-def _most_resident() -> int:
-    """Bytes. Not from getrusage where /proc is at hand: a child's ru_maxrss begins with its parent's size."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def _child() -> None:
-    parser = argparse.ArgumentParser(description="Two steps of one side of a model; prints its memory as JSON.")
-    parser.add_argument("side", choices=SIDES)
-    parser.add_argument("op")
-    parser.add_argument("mode", choices=MODES)
-    parser.add_argument("threads", type=int)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model, x = build(options.op, options.side, options.mode, options.quick)
-    work = module_work(model, model, (x,), options.mode)
-    before = _most_resident()
-    with torch.set_grad_enabled(options.mode == "training"):
-        step = work.own.step(options.mode)
-        for _ in range(2):
-            step()
-    print(json.dumps({"peak": _most_resident(), "before": before}))
-
-
-if __name__ == "__main__":
-    _child()
+        for mode in ("training",) if group == "saved" else MODES:
+            yield Case(group, op, shape, "", "fp32", mode, _work(quick))
+        if group != "saved":
+            yield Case(group, op + FROZEN, shape, "", "fp32", "inference", _work(quick))
