@@ -1,7 +1,7 @@
 // What the CUDA bindings share: device and stream, launch errors, operands in their own dtype.
 // Nothing waits for the device; a launch that fails becomes a Python exception with the op's name.
 //
-// Under ZB_SIMT (tests/simt) the same files bind the emulated kernels to CPU tensors, in another namespace.
+// Under ZB_SIMT (tests/cuda/simt) the same files bind the emulated kernels to CPU tensors, in another namespace.
 #pragma once
 
 #ifdef ZB_SIMT

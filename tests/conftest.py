@@ -32,17 +32,19 @@ if INTERPRETS and importlib.util.find_spec("triton") and importlib.util.find_spe
     interpret.install()
     torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
 
-from .simt import emulated  # noqa: E402
+from .cuda.simt import emulated  # noqa: E402
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
 
-# Tests of the interpreted kernels: their modules would switch this process to the interpreter.
-collect_ignore = [] if INTERPRETS else ["triton"]
+TESTS = pathlib.Path(__file__).parent
+BENCHMARKS = TESTS.parent / "benchmarks"
 
-
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+# Tests of the interpreted kernels: their modules would switch this process to the interpreter. All but one.
+collect_ignore = [
+    str(path) for path in (TESTS / "triton").glob("test_*.py") if not INTERPRETS and path.name != "test_compile.py"
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def benchmark_path():
 def backend(request):
     """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here.
 
-    Without a GPU the CUDA kernels run in the emulator (tests/simt), on CPU tensors.
+    Without a GPU the CUDA kernels run in the emulator (tests/cuda/simt), on CPU tensors.
     """
     with contextlib.ExitStack() as stack:
         if request.param == "cuda" and not torch.cuda.is_available() and emulated.missing() is None:
@@ -92,11 +94,20 @@ SLOW_EMULATED = (
 
 
 # Their tests share what takes long to build, so that one of pytest-xdist's workers runs them all.
-ONE_WORKER = ("benchmarks", "benchmarks_gpu", "cuda_build", "cuda_static", "doctor_html", "isa", "packaging")
+ONE_WORKER = (
+    "tools/test_benchmarks.py",
+    "tools/test_benchmarks_gpu.py",
+    "cuda/test_build.py",
+    "cuda/test_static.py",
+    "doctor/test_html.py",
+    "ops/test_isa.py",
+    "tools/test_packaging.py",
+)
 
 
-def stem(path: str | pathlib.Path) -> str:
-    return pathlib.Path(path).stem.removeprefix("test_")
+def name(path: str | pathlib.Path) -> str:
+    """Folder and file below tests/."""
+    return "/".join(pathlib.Path(path).parts[-2:])
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -110,22 +121,22 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path = nodeid.split("::")[0]
-            return path if stem(path) in ONE_WORKER else nodeid
+            return path if name(path) in ONE_WORKER else nodeid
 
     return Scheduling(config, log) if config.getvalue("dist") in ("load", "loadgroup") else None
 
 
 # Left out of the reduced set, beside what is slow: the emulator, its tables and the doctor's page hold no line of
 # torch; benchmarks are run with one torch alone. Of the emulated kernels that set keeps the cases of
-# test_unusual_input, which take every op forward and backward through the bindings.
+# ops/test_unusual_input, which take every op forward and backward through the bindings.
 ONE_TORCH = (
-    "benchmarks",
-    "benchmarks_gpu",
-    "benchmarks_run",
-    "cuda_emulator",
-    "cuda_static",
-    "cuda_traffic",
-    "doctor_html",
+    "tools/test_benchmarks.py",
+    "tools/test_benchmarks_gpu.py",
+    "tools/test_benchmarks_run.py",
+    "cuda/test_emulator.py",
+    "cuda/test_static.py",
+    "cuda/test_traffic.py",
+    "doctor/test_html.py",
 )
 
 
@@ -149,7 +160,7 @@ def repeats(item) -> bool:
 def pytest_collection_modifyitems(config, items):
     """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels."""
     for item in items:
-        if stem(item.path) in ONE_TORCH or (emulates(item) and stem(item.path) != "unusual_input"):
+        if name(item.path) in ONE_TORCH or (emulates(item) and name(item.path) != "ops/test_unusual_input.py"):
             item.add_marker(pytest.mark.slow)
 
     def wanted(item):

@@ -2,7 +2,7 @@
 csrc/bindings_cuda.cpp.
 
 Same names and signatures as `_cpu.py`. Small operands travel in their own dtype and strides, and no call waits for the
-device. `MISSING` says why the kernels cannot run here; with the emulator of tests/simt they run on CPU tensors
+device. `MISSING` says why the kernels cannot run here; with the emulator of tests/cuda/simt they run on CPU tensors
 (`library`).
 """
 

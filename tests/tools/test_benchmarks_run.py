@@ -1,0 +1,115 @@
+"""What the benchmarks compare with and count: baselines in both layouts, limits of scaling, memory of processes."""
+
+import csv
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ..conftest import BENCHMARKS
+
+
+@pytest.fixture
+def run(benchmark_path):
+    import run
+
+    return run
+
+
+def test_a_compilation_that_takes_too_long_is_left_out(run, benchmark_path, capsys):
+    from cases import Side
+
+    class Slow(Side):
+        def compiled(self, **options):
+            if "mode" in options:
+                time.sleep(20)
+            return self
+
+    case = next(run.make_cases("dense", True))
+    start = time.perf_counter()
+    found = run.compiled_candidates(case, Slow(lambda: None, (), ()), ("compile", "max_autotune"), 0.2)
+    assert list(found) == ["compile"] and time.perf_counter() - start < 10
+    assert "max_autotune failed: not done after 0.2 s" in capsys.readouterr().out
+    time.sleep(0.3)  # the alarm is off again
+
+
+def test_all_baselines_are_tried_in_both_layouts(run, benchmark_path, monkeypatch):
+    from cases import Side
+
+    seen = []
+
+    def compiled(side, **options):
+        seen.append((side.inputs[0].is_contiguous(), next(side.function.parameters()).shape, options))
+        return side
+
+    monkeypatch.setattr(Side, "compiled", compiled)
+    case = next(run.make_cases("frozen", True))
+    work = case.work()
+    with torch.no_grad():
+        calls = run.baseline_candidates(case, work.eager, run.BASELINES["all"], 10)
+        results = [call() for call in calls.values()]
+    names = ["eager", *run.COMPILED]
+    assert list(calls) == [*names, *(name + run.OTHER for name in names)]
+    assert [contiguous for contiguous, _, _ in seen] == [True] * 4 + [False] * 4
+    assert [options for _, _, options in seen] == [*run.COMPILED.values()] * 2
+    for y in results[5:]:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, results[0])
+    times = {name: [4.0] * 5 for name in calls} | {f"freezing{run.OTHER}": [2.0] * 5, "zeroblock": [1.0] * 5}
+    row = run.compare(timing_of(times))
+    assert (row["ratio"], row["best_all"], row["ratio_all"], row["lo_all"]) == (4.0, "freezing other layout", 2.0, 2.0)
+    assert row["other_layout"] == 2.0 and not any(name.endswith(run.OTHER) for name in row)
+
+
+def timing_of(times):
+    from zeroblock.testing.timing import Timing
+
+    return Timing(times, {name: [True] * len(values) for name, values in times.items()})
+
+
+def test_reduced_precision_lasts_as_long_as_its_case(run):
+    high = next(case for case in run.make_cases("dense", True) if case.dtype == run.HIGH)
+    before = torch.get_float32_matmul_precision()
+    with run.precision(high):
+        assert torch.get_float32_matmul_precision() == "high" and high.torch_dtype is torch.float32
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_most_memory_is_that_of_memory_given_back_too():
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import torch, whole; before = whole._most_resident();"
+        "torch.ones(1 << 26); print(whole._most_resident() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 * (1 << 28) < int(done.stdout) < 1.5 * (1 << 28)
+
+
+def test_the_scaling_run_writes_every_point(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--threads", "1,2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*/scaling.csv")
+    rows = list(csv.DictReader(path.open(newline="")))
+    assert len(rows) == 2 * 2 * 4 * 2  # blocks, modes, axes, values
+    for row in rows:
+        assert all(float(row[name]) > 0 for name in ("eager", "zeroblock", "flop_limit", "bandwidth_limit")), row
+    assert all(p.stat().st_size > 5000 for p in path.parent.glob("scaling-*.png"))
+    assert len(list(path.parent.glob("scaling-*.png"))) == 2
+
+
+def test_the_limits_count_the_work_by_hand(benchmark_path):
+    import scaling
+
+    point = scaling.Point("resblock", 2, 32, 4, 1)
+    pixels, width, emb = 2 * 16, 32, 512
+    convs, film = 2 * 2 * pixels * 9 * width * width, 2 * 2 * emb * 2 * width
+    activations = 4 * pixels * width
+    weights = 4 * (2 * (9 * width * width + width) + 4 * width + (emb + 1) * 2 * width)
+    flops, moved = scaling.count(point.work("inference").eager, "inference")
+    assert (flops, moved) == (convs + film, 2 * activations + 4 * 2 * emb + weights)
+    flops, moved = scaling.count(point.work("training").eager, "training")
+    assert (flops, moved) == (3 * (convs + film), 5 * activations + 3 * (4 * 2 * emb + weights))
