@@ -5,6 +5,7 @@ repairs of triton/interpret.py, and is then the only one that `backend` yields (
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -76,68 +77,32 @@ def device(backend):
     return device_of(backend)
 
 
-# Too much work for interpreted and for emulated kernels: the arithmetic of the dtypes does not depend on the strides
-# (fp32 runs dense, nhwc and strided, bf16 dense and nhwc, fp16 dense), and kernels tell fp16 from bf16 in loads, stores
-# and the operands of products alone: the first case of each op shows that.
+# Too much work for interpreted and for emulated kernels, beside what is marked so: the arithmetic of the dtypes does
+# not depend on the strides (fp32 runs dense, nhwc and strided, bf16 dense and nhwc, fp16 dense), and kernels tell fp16
+# from bf16 in loads, stores and the operands of products alone: the first case of each op shows that.
 REPEATED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
 FIRST = {case.op: str(case) for case in reversed(CASES) if not case.large}.values()
-# For the interpreter also the cases that are large by name, and what differs in the gradients that are wanted: in most
-# ops kernels do not see which.
-SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
-# For the emulator the group norm's: it computes all gradients whichever are wanted, and its dense loop over chunks is
-# that of the case "large".
-SLOW_EMULATED = (
-    "test_group_of_a_million_elements[cuda-dense]",
-    "test_gradient_of_one_input_alone[cuda-group_norm_silu",
-    "test_without_gradients[cuda-group_norm_silu",
-)
-
-
-# Their tests share what takes long to build, so that one of pytest-xdist's workers runs them all.
-ONE_WORKER = (
-    "tools/test_benchmarks.py",
-    "tools/test_benchmarks_gpu.py",
-    "cuda/test_build.py",
-    "cuda/test_static.py",
-    "doctor/test_html.py",
-    "ops/test_isa.py",
-    "tools/test_packaging.py",
-)
-
-
-def name(path: str | pathlib.Path) -> str:
-    """Folder and file below tests/."""
-    return "/".join(pathlib.Path(path).parts[-2:])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Files of ONE_WORKER go to a worker as a whole and, being the largest, first; other tests one by one.
+    """Files marked one_worker go to a worker as a whole and, being the largest, first; other tests one by one.
 
-    The mark xdist_group would say so too, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.
+    The process that schedules sees the tests' names alone, so it looks for the mark in the file's text. The mark
+    xdist_group would do, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.
     """
     from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def stays_whole(path: str) -> bool:
+        return "pytest.mark.one_worker" in (config.rootpath / path).read_text()
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path = nodeid.split("::")[0]
-            return path if name(path) in ONE_WORKER else nodeid
+            return path if stays_whole(path) else nodeid
 
     return Scheduling(config, log) if config.getvalue("dist") in ("load", "loadgroup") else None
-
-
-# Left out of the reduced set, beside what is slow: the emulator, its tables and the doctor's page hold no line of
-# torch; benchmarks are run with one torch alone. Of the emulated kernels that set keeps the cases of
-# ops/test_unusual_input, which take every op forward and backward through the bindings.
-ONE_TORCH = (
-    "tools/test_benchmarks.py",
-    "tools/test_benchmarks_gpu.py",
-    "tools/test_benchmarks_run.py",
-    "cuda/test_emulator.py",
-    "cuda/test_static.py",
-    "cuda/test_traffic.py",
-    "doctor/test_html.py",
-)
 
 
 def parameters(item) -> dict:
@@ -158,17 +123,20 @@ def repeats(item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # -m reads the marks in a hook of the same name
 def pytest_collection_modifyitems(config, items):
-    """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels."""
+    """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels.
+
+    Emulated kernels hold no line of torch: the reduced set has those of files marked every_torch.
+    """
     for item in items:
-        if name(item.path) in ONE_TORCH or (emulates(item) and name(item.path) != "ops/test_unusual_input.py"):
+        if emulates(item) and "every_torch" not in item.keywords:
             item.add_marker(pytest.mark.slow)
 
     def wanted(item):
         if not INTERPRETS:
-            return not emulates(item) or not (item.name.startswith(SLOW_EMULATED) or repeats(item))
-        if "triton" in item.path.parent.name or "interpreted" in item.keywords:
+            return not emulates(item) or not ("slow_emulated" in item.keywords or repeats(item))
+        if item.path.parent.name == "triton" or "interpreted" in item.keywords:
             return True
-        quick = item.originalname not in SLOW_INTERPRETED and "large" not in item.name
+        quick = "slow_interpreted" not in item.keywords and "large" not in item.name
         return "backend" in item.fixturenames and quick and not repeats(item)
 
     rest = [item for item in items if not wanted(item)]

@@ -14,6 +14,8 @@ from zeroblock.backends import cuda as _cuda
 
 from .simt import emulated, static
 
+pytestmark = pytest.mark.one_worker
+
 ROOT = Path(__file__).parents[2]
 NEEDED = None
 if torch.version.cuda is None:

@@ -8,7 +8,10 @@ import pytest
 
 from .simt import emulated
 
-pytestmark = pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing())),
+]
 BUILDS = tuple(emulated.BUILDS)
 QUIET = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=0"}
 
@@ -107,7 +110,6 @@ def test_planted_bug_is_caught(name, build, expected):
 # ---- the real kernels -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_kernels_are_clean(build):
     """Every launcher over small shapes on exact heap blocks, blocks concurrent: no report, nothing unwritten."""
@@ -189,7 +191,6 @@ def _program_with_bugs(build, folder):
     return emulated.program("drive.cpp", build, sources)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("build", BUILDS)
 def test_bugs_planted_in_the_real_kernels_are_caught(build, tmp_path):
     path = _program_with_bugs(build, tmp_path)

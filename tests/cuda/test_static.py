@@ -7,6 +7,8 @@ import pytest
 
 from .simt import emulated, static
 
+pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
+
 ROWS = static.read()
 NEEDED = None
 if static.nvcc() is None or static.disassembler() is None:
@@ -51,7 +53,6 @@ def test_clusters_are_compiled_for_sm_90_and_later_alone():
     assert len(launched) == 8 and min(launched) > 1
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(NEEDED is not None, reason=str(NEEDED))
 def test_the_table_is_of_these_sources():
     done = subprocess.run(

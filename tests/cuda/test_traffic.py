@@ -4,6 +4,8 @@ import pytest
 
 from .simt import compare, emulated, traffic
 
+pytestmark = pytest.mark.slow
+
 ROWS = traffic.committed()
 TRITON = {row["case"]: row for row in compare.read(compare.TRITON / "traffic.csv")}
 
@@ -66,7 +68,6 @@ def test_a_second_read_shows():
     assert [float(row["ratio"]) for row in traffic.parse(twice)] == [1.561, 1.0]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
 def test_the_table_is_what_the_kernels_do():
     """Exact numbers: `python -m tests.cuda.simt.traffic` renews them."""

@@ -13,6 +13,8 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import eager
 
+pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 

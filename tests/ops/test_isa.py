@@ -95,8 +95,8 @@ def avx2(avx2_library, monkeypatch):
         yield module
 
 
-if _missing() is not None:
-    pytestmark = pytest.mark.skip(reason=_missing())
+MISSING = _missing()
+pytestmark = [pytest.mark.one_worker, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 
 @pytest.mark.slow

@@ -14,6 +14,14 @@ from ..cuda.simt import emulated
 
 SMALL = {str(case): case for case in CASES if not case.large}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+# The emulated group norm computes all gradients whichever are wanted.
+small_cases = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow_emulated] * case.op.startswith("group_norm_silu"))
+        for name, case in SMALL.items()
+    ],
+)
 
 
 @dtypes
@@ -24,13 +32,15 @@ def test_outputs_and_gradients(backend, device, case, layout, dtype):
     assert_parity(case, dtype, layout, device)
 
 
-@pytest.mark.parametrize("case", SMALL.values(), ids=str)
+@pytest.mark.slow_interpreted  # in most ops kernels do not see which gradients are wanted
+@small_cases
 def test_gradient_of_one_input_alone(backend, device, case):
     for name in floating(case.inputs(Draw(torch.float32))):
         assert_parity(case, torch.float32, device=device, wrt=(name,))
 
 
-@pytest.mark.parametrize("case", SMALL.values(), ids=str)
+@pytest.mark.slow_interpreted
+@small_cases
 def test_without_gradients(backend, device, case):
     assert_parity(case, torch.float32, device=device, wrt=())
 
@@ -203,7 +213,11 @@ def test_gate_norm_with_mean_far_above_std(backend, device):
     assert_parity(Shifted(case.op, "mean-1000", case.sizes), torch.float32, device=device)
 
 
-@pytest.mark.parametrize("layout", ("dense", "nhwc"))
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("dense", marks=pytest.mark.slow_emulated), "nhwc"],  # its dense loop over chunks: the case "large"
+)
 def test_group_of_a_million_elements(backend, device, layout):
     case = _norm_case("group_norm_silu", {"num_groups": 1}, N=1, C=64, S=(125, 126), film=True, mean=3.0, std=1.0)
     assert_parity(case, torch.float32, layout, device)

@@ -12,6 +12,9 @@ from zeroblock.testing.cases import CASES, OPS
 from zeroblock.testing.draw import Draw
 from zeroblock.testing.parity import assert_parity, floating
 
+# They take every op forward and backward through the bindings.
+pytestmark = pytest.mark.every_torch
+
 CASE = {case.op: case for case in reversed(CASES) if not case.large}  # the first of each op
 
 

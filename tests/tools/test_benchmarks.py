@@ -11,6 +11,8 @@ import pytest
 
 from ..conftest import BENCHMARKS
 
+pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
+
 CASES = {
     "memory_bound": 28, "zero": 16, "dense": 22, "frozen": 11, "overhead": 26, "saved": 32, "models": 24, "whole": 12,
     "peak": 1,

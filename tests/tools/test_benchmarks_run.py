@@ -10,6 +10,8 @@ import torch
 
 from ..conftest import BENCHMARKS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(benchmark_path):
