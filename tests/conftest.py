@@ -34,13 +34,13 @@ if INTERPRETS and importlib.util.find_spec("triton") and importlib.util.find_spe
     torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
 
 from .cuda.simt import emulated  # noqa: E402
+from .support import BENCHMARKS  # noqa: E402
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
 
 TESTS = pathlib.Path(__file__).parent
-BENCHMARKS = TESTS.parent / "benchmarks"
 
 # Tests of the interpreted kernels: their modules would switch this process to the interpreter. All but one.
 collect_ignore = [

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..support import HANG
+
 
 def run_on_two_ranks(worker: Path, folder: Path, *arguments: str) -> None:
     """The script `worker`, with rank, world size, a rendezvous file in `folder` and the arguments; both must exit 0."""
@@ -28,7 +30,7 @@ def run_on_two_ranks(worker: Path, folder: Path, *arguments: str) -> None:
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=HANG)[0] for rank in ranks]
     finally:
         for rank in ranks:  # one that failed leaves the other waiting
             rank.kill()

@@ -1,7 +1,5 @@
 """accelerate() and restore(): what they report and refuse, and that the checks of their tests can fail."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import eager, reset_counters
 
+from ..support import ROOT
 from .cases import Case, Net, assert_drop_in, example
 
 # ---- report ---------------------------------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ def test_backend_of_the_forward():
 
 
 def test_every_family_is_in_the_readme():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert [name for name in zb.convert.families() if f"`{name}`" not in readme] == []
 
 

@@ -5,18 +5,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from zeroblock.backends import cuda as _cuda
 
+from ..support import ROOT
 from .simt import emulated, static
 
 pytestmark = pytest.mark.one_worker
 
-ROOT = Path(__file__).parents[2]
 NEEDED = None
 if torch.version.cuda is None:
     NEEDED = "this torch was built without CUDA"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from ..support import ROOT
 from .simt import emulated, static
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
@@ -55,7 +56,6 @@ def test_clusters_are_compiled_for_sm_90_and_later_alone():
 
 @pytest.mark.skipif(NEEDED is not None, reason=str(NEEDED))
 def test_the_table_is_of_these_sources():
-    done = subprocess.run(
-        [sys.executable, str(static.ROOT / "tests/cuda/simt/static.py"), "--check", "1"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tests.cuda.simt.static", "--check", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

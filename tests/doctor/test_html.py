@@ -13,6 +13,8 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import eager
 
+from ..support import HANG
+
 pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -21,7 +23,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 def run(page, *options):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", *options, page]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stderr
     return result
 

@@ -8,7 +8,7 @@ import torch
 
 import zeroblock as zb
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
 
 
 @pytest.fixture(autouse=True)

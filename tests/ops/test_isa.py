@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +18,11 @@ from zeroblock.testing import CPU_MISSING, use_backend
 from zeroblock.testing.cases import CASES, DTYPES
 from zeroblock.testing.parity import assert_deterministic, assert_parity
 
+from ..support import ROOT
 from ..zero import test_kernel as zero_kernel
 from . import test_winograd as winograd
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = ROOT / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 NATIVE = (
     "group_norm_silu",

@@ -17,6 +17,8 @@ from zeroblock.plan import planned as _plan
 from zeroblock.steps import winograd as _winograd
 from zeroblock.testing import CPU_MISSING, eager, use_backend
 
+from ..support import HANG
+
 if CPU_MISSING is not None:
     pytestmark = pytest.mark.skip(reason=f"the cpu backend cannot run: {CPU_MISSING}")
 else:
@@ -137,7 +139,7 @@ print(json.dumps({"activation": x.nbytes, "growth": found, "kept": status("VmRSS
 @pytest.mark.parametrize("tile", (2, 4))
 def test_the_scratch_of_winograd_is_bounded_and_kept(tile):
     """V of a whole map would be 4 (tile 2) or 2.25 (tile 4) times the activation of 51 MB."""
-    done = subprocess.run([sys.executable, "-c", SCRATCH, str(tile)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", SCRATCH, str(tile)], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     results = found["activation"], found["activation"], 64 * 64 * 9 * 4

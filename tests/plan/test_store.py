@@ -14,6 +14,7 @@ from zeroblock.plan import planned as _plan
 from zeroblock.plan import store as _plan_store
 from zeroblock.plan.store import Entry, Store
 
+from ..support import HANG
 from .cases import BIG, FakeTimer, chosen, double, never, x4
 
 
@@ -121,7 +122,7 @@ assert [os.wait()[1] for _ in range(3)] == [0, 0, 0]
 def test_processes_write_at_the_same_time(tmp_path):
     """Three processes, forked where torch is imported once and no thread runs yet."""
     command = [sys.executable, "-W", "error", "-c", WRITERS, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0 and not done.stderr, done.stderr
     entries = Store(tmp_path, {"format": 0}).entries
     assert set(entries) == {f"{n}-{i}" for n in range(3) for i in range(20)}

@@ -5,13 +5,12 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
+from ..support import BENCHMARKS, HANG
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def rows(tmp_path_factory):
         sys.executable, str(BENCHMARKS / "gpu.py"), "--quick", "--device", "cpu", "--baselines", "eager",
         "--rounds", "3", "--out", str(out),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=out, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=out, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("*/gpu.csv")
     return list(csv.DictReader(path.open(newline="")))

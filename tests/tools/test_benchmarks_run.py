@@ -1,6 +1,7 @@
 """What the benchmarks compare with and count: baselines in both layouts, limits of scaling, memory of processes."""
 
 import csv
+import signal
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 import torch
 
-from ..conftest import BENCHMARKS
+from ..support import BENCHMARKS, HANG
 
 pytestmark = pytest.mark.slow
 
@@ -26,15 +27,14 @@ def test_a_compilation_that_takes_too_long_is_left_out(run, benchmark_path, caps
     class Slow(Side):
         def compiled(self, **options):
             if "mode" in options:
-                time.sleep(20)
+                time.sleep(HANG)
             return self
 
     case = next(run.make_cases("dense", True))
-    start = time.perf_counter()
-    found = run.compiled_candidates(case, Slow(lambda: None, (), ()), ("compile", "max_autotune"), 0.2)
-    assert list(found) == ["compile"] and time.perf_counter() - start < 10
-    assert "max_autotune failed: not done after 0.2 s" in capsys.readouterr().out
-    time.sleep(0.3)  # the alarm is off again
+    found = run.compiled_candidates(case, Slow(lambda: None, (), ()), ("compile", "max_autotune"), 2)
+    assert list(found) == ["compile"]
+    assert "max_autotune failed: not done after 2 s" in capsys.readouterr().out
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_all_baselines_are_tried_in_both_layouts(run, benchmark_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_all_baselines_are_tried_in_both_layouts(run, benchmark_path, monkeypatc
     case = next(run.make_cases("frozen", True))
     work = case.work()
     with torch.no_grad():
-        calls = run.baseline_candidates(case, work.eager, run.BASELINES["all"], 10)
+        calls = run.baseline_candidates(case, work.eager, run.BASELINES["all"], HANG)
         results = [call() for call in calls.values()]
     names = ["eager", *run.COMPILED]
     assert list(calls) == [*names, *(name + run.OTHER for name in names)]
@@ -84,7 +84,7 @@ def test_the_most_memory_is_that_of_memory_given_back_too():
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import torch, whole; before = whole._most_resident();"
         "torch.ones(1 << 26); print(whole._most_resident() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert 0.9 * (1 << 28) < int(done.stdout) < 1.5 * (1 << 28)
 
@@ -92,7 +92,7 @@ def test_the_most_memory_is_that_of_memory_given_back_too():
 def test_the_scaling_run_writes_every_point(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--threads", "1,2", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*/scaling.csv")
     rows = list(csv.DictReader(path.open(newline="")))

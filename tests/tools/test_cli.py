@@ -15,6 +15,8 @@ from zeroblock import cli
 from zeroblock.doctor import random_target_loss, text
 from zeroblock.tools import bench as _bench
 
+from ..support import HANG
+
 FACTORIES = """
 import torch
 from torch import nn
@@ -235,5 +237,5 @@ def test_bench_measures_the_models_it_is_given():
 def test_python_m(folder):
     command = [sys.executable, "-m", "zeroblock", "info"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0 and result.stdout.strip() == zb.info()

@@ -11,6 +11,8 @@ import pytest
 from zeroblock import nn as fused
 from zeroblock.tools import demo
 
+from ..support import HANG
+
 MISSING = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
 needs_extra = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install zeroblock[demo]")
 
@@ -20,7 +22,7 @@ def test_demo_quick(tmp_path):
     picture = tmp_path / "picture.png"
     command = [sys.executable, "-m", "zeroblock.tools.demo", "--quick", "--out", str(picture)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # spinning threads crawl when others share the cores
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all checks passed" in result.stdout and "FAILED" not in result.stdout
     for model in ("U-Net", "DiT"):

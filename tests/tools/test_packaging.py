@@ -14,9 +14,10 @@ import pytest
 import zeroblock as zb
 from zeroblock.testing import CPU_MISSING
 
+from ..support import ROOT
+
 pytestmark = pytest.mark.one_worker
 
-ROOT = Path(__file__).parents[2]
 HF_KERNELS = "def get_kernel(name):\n    return name\n"
 INSTALL = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target")
 

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from ...support import HANG, ROOT
+
 SIMT, CSRC = ROOT / "tests/cuda/simt", ROOT / "csrc"
 BINDINGS = [CSRC / "bindings_cuda.cpp", CSRC / "bindings_cuda_conv.cpp"]
 CACHE = ROOT / "build/simt"
@@ -64,7 +65,7 @@ def missing() -> str | None:
 
 
 def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=HANG)
 
 
 def jobs() -> int:

@@ -1,4 +1,4 @@
-"""Facts of the CUDA kernels, compiled without a GPU: `python tests/cuda/simt/static.py` renews static.csv.
+"""Facts of the CUDA kernels, compiled without a GPU: `python -m tests.cuda.simt.static` renews static.csv.
 
 Each source is compiled for each target and read back: registers, spills, static and dynamic shared memory, resident
 blocks, and how many instructions of the kinds that matter. Rows carry the hash of what was compiled (sources, compiler,
@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from ...support import HANG, ROOT
+
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 TABLE = Path(__file__).with_name("static.csv")
 CACHE = ROOT / "build/simt/cubin"
@@ -56,7 +57,7 @@ def disassembler() -> str | None:
 
 
 def run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return done.stdout
@@ -278,7 +279,9 @@ def main() -> int:
         rows = read()
         stale = {row["hash"] for row in rows} ^ {digest(source, target) for source in SOURCES for target in TARGETS}
         if stale:
-            raise SystemExit("static.csv is not of these sources and this nvcc: tests/cuda/simt/static.py renews it")
+            raise SystemExit(
+                "static.csv is not of these sources and this nvcc: python -m tests.cuda.simt.static renews it"
+            )
         for number in range(arguments.check):
             compare(rows, SOURCES[number * 3 % len(SOURCES)], TARGETS[number % len(TARGETS)])
     wrong = [text for row in rows for text in problems(row)]
