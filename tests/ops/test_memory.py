@@ -111,7 +111,8 @@ SCRATCH = """
 import json, sys
 from pathlib import Path
 import torch
-from zeroblock import _cpu, _winograd
+from zeroblock.backends import cpu as _cpu
+from zeroblock.steps import winograd as _winograd
 torch.set_num_threads(2)
 
 def status(name):
