@@ -1,4 +1,7 @@
-"""Fixtures of all tests.
+"""Fixtures of all tests, which stand in folders that mirror zeroblock/ (tests/ops, tests/blocks, ...).
+
+`pytest -k layer_norm_modulate` runs the tests of one op: they have it in their names or ids (`-k winograd` for the
+convolutions of that kind).
 
 With TRITON_INTERPRET=1 in the environment the triton backend runs on CPU tensors, in Triton's interpreter with the
 repairs of triton/interpret.py, and is then the only one that `backend` yields (`make test` runs the suite both ways).

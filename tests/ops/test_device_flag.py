@@ -64,13 +64,13 @@ def _linear(draw, gate="bd", activation="gelu_tanh"):
 
 
 CALLS = {
-    "conv-1x1": lambda draw: _conv_residual(draw, 1),
-    "conv-3x3": _conv_residual,
-    "fused-3x3": _fused,
-    "fused-1x1": lambda draw: _fused(draw, 1),
-    "linear-bd": _linear,
-    "linear-one": lambda draw: _linear(draw, "one", None),
-    "linear-no-gate": lambda draw: _linear(draw, None, "silu"),
+    "conv_residual-1x1": lambda draw: _conv_residual(draw, 1),
+    "conv_residual-3x3": _conv_residual,
+    "group_norm_silu_conv_residual-3x3": _fused,
+    "group_norm_silu_conv_residual-1x1": lambda draw: _fused(draw, 1),
+    "linear_gate_residual-bd": _linear,
+    "linear_gate_residual-one": lambda draw: _linear(draw, "one", None),
+    "linear_gate_residual-no-gate": lambda draw: _linear(draw, None, "silu"),
 }
 calls = pytest.mark.parametrize("call", CALLS)
 
@@ -149,7 +149,7 @@ def test_gradients(call, is_zero):
 
 
 @pytest.mark.parametrize("weights", ("zero", "dense"))
-def test_zero_gate(weights):
+def test_zero_gate_of_linear_gate_residual(weights):
     function, inputs, options = _linear(Draw(torch.float32, device=DEVICE))
     inputs["gate"] = torch.zeros(2, 24, device=DEVICE)
     if weights == "zero":
@@ -183,7 +183,7 @@ def test_captured_kernels_judge_the_weights_of_each_replay(call):
         _assert_bare(y, inputs, call)
 
 
-def test_captured_backward_of_the_norm():
+def test_captured_backward_of_group_norm_silu():
     draw = Draw(torch.float32, device=DEVICE)
     x, dy, flag = draw.normal(2, 24, 6, 5), draw.normal(2, 24, 6, 5), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     vectors = (draw.normal(24), draw.normal(24), draw.normal(2, 24), draw.normal(2, 24))

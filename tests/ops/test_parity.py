@@ -47,7 +47,7 @@ def test_without_gradients(backend, device, case):
 
 @pytest.mark.parametrize("used", (0, 1))
 @pytest.mark.parametrize("gate", ("one", "d", "bd", "btd"))
-def test_gradient_through_one_of_two_outputs(backend, device, gate, used):
+def test_gate_residual_layer_norm_modulate_through_one_of_two_outputs(backend, device, gate, used):
     """A loss that reads x_new alone still sends zeros to shift and scale."""
     case = SMALL[f"gate_residual_layer_norm_modulate-gate-{gate}"]
 
@@ -61,7 +61,7 @@ def test_gradient_through_one_of_two_outputs(backend, device, gate, used):
 
 
 @dtypes
-def test_gradient_of_the_tensor_that_is_chunked(backend, device, dtype):
+def test_layer_norm_modulate_of_the_tensor_that_is_chunked(backend, device, dtype):
     """DiT: the six vectors of a block are views of one [B, 6D] tensor, which gets the gradient."""
     draw, B, T, D = Draw(dtype, device=device), 3, 9, 20
     x, vectors, dy = draw.normal(B, T, D), draw.normal(B, 6 * D), draw.normal(B, T, D)
@@ -167,14 +167,14 @@ GROUPS = {"num_groups": 4}
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("layout", ("dense", "nhwc"))
 @pytest.mark.parametrize("mean", (1000.0, -3000.0))
-def test_group_norm_with_mean_far_above_std(backend, device, layout, mean, dtype):
+def test_group_norm_silu_with_mean_far_above_std(backend, device, layout, mean, dtype):
     case = _norm_case("group_norm_silu", GROUPS, N=3, C=32, S=(17, 19), film=True, mean=mean, std=1.0)
     assert_parity(case, dtype, layout, device)
 
 
 @pytest.mark.parametrize("layout", ("dense", "nhwc"))
 @pytest.mark.parametrize("mean", (1000.0, -3000.0))
-def test_group_norm_variance_is_no_difference_of_squares(backend, device, layout, mean):
+def test_group_norm_silu_variance_is_no_difference_of_squares(backend, device, layout, mean):
     """E[x^2] - E[x]^2 is all that eager has channels-last: its error allows the same fault. Rounding the mean to fp32
     costs an ulp of it."""
     if backend == "reference" and layout == "nhwc":
@@ -186,7 +186,7 @@ def test_group_norm_variance_is_no_difference_of_squares(backend, device, layout
 
 @pytest.mark.parametrize("layout", ("dense", "nhwc"))
 @pytest.mark.parametrize("rows", (1, 9, 30))
-def test_group_norm_of_an_image_with_a_step(backend, device, layout, rows):
+def test_group_norm_silu_of_an_image_with_a_step(backend, device, layout, rows):
     """The mean of what comes first says nothing of the rest."""
     if backend == "reference" and layout == "nhwc":
         pytest.skip("the reference is eager")
@@ -202,7 +202,7 @@ def test_row_norms_with_mean_far_above_std(backend, device, op, mean):
     assert_parity(_norm_case(op, {}, B=2, T=9, D=301, mean=mean, std=1.0), torch.float32, device=device)
 
 
-def test_gate_norm_with_mean_far_above_std(backend, device):
+def test_gate_residual_layer_norm_modulate_with_mean_far_above_std(backend, device):
     case = SMALL["gate_residual_layer_norm_modulate-gate-bd"]
 
     class Shifted(Case):
@@ -218,13 +218,13 @@ def test_gate_norm_with_mean_far_above_std(backend, device):
     "layout",
     [pytest.param("dense", marks=pytest.mark.slow_emulated), "nhwc"],  # its dense loop over chunks: the case "large"
 )
-def test_group_of_a_million_elements(backend, device, layout):
+def test_group_norm_silu_of_a_million_elements(backend, device, layout):
     case = _norm_case("group_norm_silu", {"num_groups": 1}, N=1, C=64, S=(125, 126), film=True, mean=3.0, std=1.0)
     assert_parity(case, torch.float32, layout, device)
 
 
 @dtypes
-def test_group_whose_channels_are_no_power_of_two(backend, device, dtype):
+def test_group_norm_silu_whose_channels_are_no_power_of_two(backend, device, dtype):
     """5 channels of 2048 pixels: a program of the Triton kernel holds them in three tiles of two channels, the last
     one half empty."""
     case = _norm_case("group_norm_silu", {"num_groups": 2}, N=2, C=10, S=(64, 32), film=True, mean=0.5, std=2.0)
@@ -245,7 +245,7 @@ def test_tiny_and_huge_values(backend, device, op, std):
 
 
 @dtypes
-def test_silu_far_from_zero(backend, device, dtype):
+def test_group_norm_silu_far_from_zero(backend, device, dtype):
     """exp over- and underflows; silu and its derivative go to 0 on the left and to x and 1 on the right."""
     x = torch.tensor([-1e4, -500.0, -104.0, -90.0, -88.5, -30.0, 0.0, 30.0, 88.5, 90.0, 104.0, 500.0, 1e4] * 3)
     case = _norm_case("group_norm_silu", {"num_groups": 1, "eps": 0.0}, N=1, C=1, S=(39,))

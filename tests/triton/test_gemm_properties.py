@@ -84,7 +84,7 @@ def test_conv_residual(data):
 
 @drawn
 @given(st.data())
-def test_conv_gradients(data):
+def test_conv_residual_gradients(data):
     dtype = data.draw(dtypes)
     x, weight, _, dy, padding = operands(data.draw(convolutions()), dtype, data.draw(layouts))
     with poison_empty(), interpret.program_order(data.draw(st.integers(0, 9))):
