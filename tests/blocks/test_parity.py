@@ -14,7 +14,8 @@ import zeroblock as zb
 from zeroblock import testing
 from zeroblock.testing import eager
 
-from .cases import CASES, DTYPES, EAGER, NEVER_SKIPPED, PHASES, check, pair, run
+from ..twins import EAGER, results
+from .cases import CASES, DTYPES, NEVER_SKIPPED, PHASES, check, pair
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -35,13 +36,13 @@ def test_matches_eager_without_gradients(name, phase):
     before = [t.clone() for t in inputs]
     with torch.no_grad():
         for mode in (True, False):
-            results = []
+            ys = []
             for module, tensors in ((block, inputs), (oracle, inputs), (exact, [t.double() for t in inputs])):
                 torch.manual_seed(3)
-                results.append(module.train(mode)(*tensors))
-            assert results[0].stride() == results[1].stride()
-            testing.assert_error_budget(*results, f"training={mode}")
-            assert all(results[0].data_ptr() != t.data_ptr() for t in inputs), "the result must be a fresh tensor"
+                ys.append(module.train(mode)(*tensors))
+            assert ys[0].stride() == ys[1].stride()
+            testing.assert_error_budget(*ys, f"training={mode}")
+            assert all(ys[0].data_ptr() != t.data_ptr() for t in inputs), "the result must be a fresh tensor"
     for t, kept in zip(inputs, before, strict=True):
         testing.assert_bitwise_equal(t, kept, "input")
 
@@ -116,7 +117,7 @@ def test_copies_conversions_and_printing(name):
     assert all(key in repr(block) for key, _ in block.named_children()) and type(block).__name__ in repr(block)
     for dtype in (torch.float16, torch.bfloat16) if CASES[name].half else ():
         assert copy.deepcopy(block).to(dtype)(*(t.to(dtype) for t in inputs)).dtype == dtype
-    got, exact = (run(module.double(), [t.double() for t in inputs]) for module in (block, oracle))
+    got, exact = (results(module.double(), [t.double() for t in inputs]) for module in (block, oracle))
     for key, value in exact.items():
         torch.testing.assert_close(got[key], value, msg=lambda text, key=key: f"fp64 {key}: {text}")
 

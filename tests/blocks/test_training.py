@@ -14,7 +14,8 @@ import zeroblock as zb
 from zeroblock import testing
 from zeroblock.testing import eager
 
-from .cases import EAGER, tokens_body
+from ..twins import EAGER
+from .cases import tokens_body
 
 STEPS = 20
 

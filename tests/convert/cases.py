@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import zeroblock as zb
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters
 
+from ..twins import assert_gradients
 from .model_cases import assert_trained_alike, outputs
 
 DRAWS = 4
@@ -140,32 +141,7 @@ def assert_same(case: Case, randomize: bool) -> None:
                 assert not got[name].any(), name
                 got[name] = None
         draws.append((got, expected, exact))
-    assert_same_gradients(draws)
-
-
-def assert_same_gradients(draws: list[tuple[dict, dict, dict]]) -> None:
-    """(got, eager's, exact) of several draws: the same tensors, zeros where eager has zeros, the rest by error budget.
-
-    As in `assert_gradients` each gradient is measured relative to its own norm; over several draws, since the largest
-    error of one is luck.
-    """
-    joint: list[list[Tensor]] = [[], [], []]
-    for got, expected, exact in draws:
-        names = []
-        for name, g in expected.items():
-            assert (got[name] is None) == (g is None), f"{name}: {got[name]}, eager has {g}"
-            if g is None:
-                continue
-            assert got[name].dtype == g.dtype and got[name].shape == g.shape, name
-            if not g.any():
-                assert not got[name].any(), f"{name}: not zero"
-            elif (g.double() - exact[name]).norm() < exact[name].norm():  # the others cancel
-                names.append(name)
-        scales = {n: exact[n].norm() for n in names}
-        for rows, gradients in zip(joint, (got, expected, exact), strict=True):
-            rows.append(torch.cat([(gradients[n].double() / scales[n]).flatten() for n in names]))
-    a, b, x = (torch.stack(rows) for rows in joint)
-    assert_error_budget(a.float(), b.float(), x, f"gradients of {', '.join(names)}", draws=True)
+    assert_gradients(*draws)  # of several draws: the largest error of one is luck
 
 
 def assert_skips(expected: dict[str, int]) -> None:

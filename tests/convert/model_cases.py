@@ -16,7 +16,7 @@ from zeroblock import testing
 from zeroblock.convert import Report
 from zeroblock.convert.proof import _tensors as outputs
 
-from ..blocks.cases import Results, assert_within_budget
+from ..twins import Results, assert_within_budget
 
 STEPS = 10
 

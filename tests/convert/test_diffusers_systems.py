@@ -13,7 +13,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock import testing
 
-from ..blocks.cases import assert_within_budget
+from ..twins import assert_within_budget
 from .model_cases import accelerated, cast, check, drawn, evaluate, infer, prepared
 from .test_diffusers import BLOCKS
 from .test_diffusers_models import MODELS, diffusers

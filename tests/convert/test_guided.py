@@ -9,7 +9,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters
 
-from ..zero.cases import assert_gradients
+from ..twins import assert_gradients
 from . import oracles
 from .cases import Case, assert_drop_in, build, randomize_, run
 
@@ -102,7 +102,7 @@ def test_converted_to_fp16(randomize):
     assert counters()["ResBlock"] == ((1, 0) if randomize else (0, 1))
     expected_ys, expected = run(half[1], inputs)
     assert_error_budget(ys[0].detach(), expected_ys[0].detach(), exact_ys[0].detach(), "y")
-    assert_gradients(got, expected, exact)
+    assert_gradients((got, expected, exact))
     zeros = [n for n, g in expected.items() if not g.any()]
     assert bool(zeros) != randomize and not any(got[n].any() for n in zeros)
 

@@ -12,7 +12,7 @@ import zeroblock as zb
 from zeroblock import testing
 from zeroblock.testing import eager
 
-from ..blocks.cases import assert_within_budget, redrawn
+from ..twins import assert_within_budget, redrawn
 
 resnet = pytest.importorskip("diffusers.models.resnet", reason="the oracles are in diffusers, which is not here")
 attention = pytest.importorskip("diffusers.models.attention", reason="the oracles are in diffusers, which is not here")

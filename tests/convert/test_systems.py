@@ -13,8 +13,9 @@ import zeroblock as zb
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters, rounding
 from zeroblock.tools import models
 
+from ..twins import assert_gradients
 from . import test_edm, test_guided, test_others
-from .cases import assert_same_gradients, outputs, randomize_, run
+from .cases import outputs, randomize_, run
 from .ranks import run_on_two_ranks
 from .system_models import COUNTED, MODELS
 
@@ -50,7 +51,7 @@ def assert_as_good(ours, theirs, inputs, y, got):
     (expected_y,), expected = run(theirs, leaves(inputs))
     (exact_y,), exact = run(copy.deepcopy(theirs).double(), leaves(inputs, torch.float64))
     assert_error_budget(y.detach(), expected_y.detach(), exact_y.detach(), "y")
-    assert_same_gradients([(got, expected, exact)])
+    assert_gradients((got, expected, exact))
 
 
 # ---- compile and export ---------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def test_whole_model_that_tells_blocks_by_their_class(name):
         (expected_y,), expected = run(theirs, (x, *labels))
         (exact_y,), exact = run(copy.deepcopy(theirs).double(), (x.double(), *labels))
         assert_error_budget(y.detach(), expected_y.detach(), exact_y.detach())
-        assert_same_gradients([(got, expected, exact)])
+        assert_gradients((got, expected, exact))
         ours.load_state_dict(randomize_(theirs).state_dict())
     reset_counters()
     ours(x, *labels)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import zeroblock as zb
 from zeroblock import testing
 
-from ..blocks.cases import CASES, PHASES, assert_within_budget, pair, redrawn, run
+from ..blocks.cases import CASES, PHASES, pair
+from ..twins import assert_within_budget, redrawn, results
 
 BLOCKS = [n for n, c in CASES.items() if c.half and "checkpoint-dropout" not in n]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +55,7 @@ FUNCTIONS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable, Callable]] = {
         lambda x, nw, nb, w, b, r: zb.group_norm_silu_conv_residual(x, 4, nw, nb, w, b, r),
         lambda x, nw, nb, w, b, r: r + F.conv2d(F.silu(F.group_norm(x, 4, nw, nb)), w, b, padding=1),
     ),
-    "group_norm_silu_conv": (
+    "group_norm_silu_conv_residual-none": (
         (_X, _C, _C, (6, 8, 3, 3), (6,)),
         lambda x, nw, nb, w, b: zb.group_norm_silu_conv_residual(x, 4, nw, nb, w, b),
         lambda x, nw, nb, w, b: F.conv2d(F.silu(F.group_norm(x, 4, nw, nb)), w, b, padding=1),
@@ -64,7 +65,7 @@ FUNCTIONS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable, Callable]] = {
         zb.conv_residual,
         lambda h, w, b, r: r + F.conv2d(h, w, b, padding=1),
     ),
-    "conv": (
+    "conv_residual-none": (
         (_X, (6, 8, 3, 3)),
         lambda h, w: zb.conv_residual(h, w, None, None),
         lambda h, w: F.conv2d(h, w, padding=1),
@@ -87,7 +88,7 @@ FUNCTIONS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable, Callable]] = {
         lambda h, w, b, g, r: zb.linear_gate_residual(h, w, b, g, r, activation="gelu_tanh"),
         lambda h, w, b, g, r: r + g[:, None] * F.linear(F.gelu(h, approximate="tanh"), w, b),
     ),
-    "linear_residual": (
+    "linear_gate_residual-no-gate": (
         (_T, (6, 8), (6,), (2, 7, 6)),
         lambda h, w, b, r: zb.linear_gate_residual(h, w, b, None, r, activation="silu"),
         lambda h, w, b, r: r + F.linear(F.silu(h), w, b),
@@ -169,7 +170,7 @@ def test_block_matches_eager(name, autocast, phase, low):
 
     def sample(seed):
         tensors = redrawn(inputs, seed)
-        return run(ours, tensors), run(eagers, tensors), run(exact, [t.double() for t in tensors])
+        return results(ours, tensors), results(eagers, tensors), results(exact, [t.double() for t in tensors])
 
     assert_within_budget(sample)
 

@@ -8,7 +8,8 @@ import zeroblock as zb
 from zeroblock import reference as ref
 from zeroblock.testing import assert_bitwise_equal, counters, reset_counters
 
-from .cases import CASES, TAILED, assert_parity, conv_branch, image, matmuls, run, same, was_skipped, zeroed
+from ..twins import run
+from .cases import CASES, TAILED, assert_parity, conv_branch, image, matmuls, same, was_skipped, zeroed
 
 # The matmuls left in a zero phase. Training: the body once, for the gradient of the tail or the gate, and that.
 INFERENCE = dict.fromkeys(CASES, {}) | {

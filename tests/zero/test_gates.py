@@ -7,7 +7,8 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, counters, eager, reset_counters
 
-from .cases import CASES, conv_body, image, linear_body, matmuls, run, was_skipped, zeroed
+from ..twins import run
+from .cases import CASES, conv_body, image, linear_body, matmuls, was_skipped, zeroed
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

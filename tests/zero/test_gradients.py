@@ -9,17 +9,8 @@ import zeroblock as zb
 from zeroblock import reference as ref
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, eager
 
-from .cases import (
-    CASES,
-    TAILED,
-    assert_gradients,
-    assert_parity,
-    conv_branch,
-    image,
-    random_like,
-    run,
-    was_skipped,
-)
+from ..twins import assert_gradients, random_like, run
+from .cases import CASES, TAILED, assert_parity, conv_branch, image, was_skipped
 
 # ---- rule 5: equal to eager's ---------------------------------------------------------------------------------------
 
@@ -92,7 +83,7 @@ def test_op_gradients_equal_the_references(op, dtype, bias):
 
     got = {}
     assert was_skipped(op, lambda: got.update(step(zb, dtype)))
-    assert_gradients(got, step(ref, dtype), step(ref, torch.float64))
+    assert_gradients((got, step(ref, dtype), step(ref, torch.float64)))
     assert sum(bool(g.any()) for g in got.values()) == 2 + bias + (bias and op == "linear_gate_residual")
 
 

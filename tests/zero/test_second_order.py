@@ -12,7 +12,8 @@ import zeroblock as zb
 from zeroblock import reference as ref
 from zeroblock.testing import counters, eager, reset_counters
 
-from .cases import CASES, conv_body, gradients, image, linear_body, was_skipped, zeroed
+from ..twins import gradients
+from .cases import CASES, conv_body, image, linear_body, was_skipped, zeroed
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # of fp64 runs
 

@@ -17,7 +17,8 @@ from zeroblock import zero
 from zeroblock.testing import counters, eager, reset_counters
 
 from ..convert.ranks import run_on_two_ranks
-from .cases import CASES, TAILED, assert_gradients, assert_parity, gradients, image, random_like, run, was_skipped
+from ..twins import assert_gradients, gradients, random_like, run
+from .cases import CASES, TAILED, assert_parity, image, was_skipped
 
 # ---- autocast -------------------------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ def test_compile_without_a_graph_break(name):
         assert counters().get(case.counter, (0, 0))[1] == 0
         if value == 0:
             assert torch.equal(y, expected_y)
-        assert_gradients(got, expected, exact)
+        assert_gradients((got, expected, exact))
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -9,7 +9,8 @@ import zeroblock as zb
 from zeroblock import zero
 from zeroblock.testing import CPU_MISSING, counters, eager, reset_counters, use_backend
 
-from .cases import CASES, TAILED, assert_parity, conv_branch, image, run, was_skipped
+from ..twins import run
+from .cases import CASES, TAILED, assert_parity, conv_branch, image, was_skipped
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 needs_cpu_kernels = pytest.mark.skipif(CPU_MISSING is not None, reason=str(CPU_MISSING))
@@ -165,7 +166,7 @@ def parametrized(make):
 def test_parametrized_weight_is_evaluated_once_and_never_judged(name, ns):
     """Evaluating it can have effects (spectral norm's power iteration), so it happens as often as in eager."""
     case = CASES[name]
-    module, parametrization = parametrized(lambda: case.make(ns))
+    module, parametrization = parametrized(lambda: case.build(ns))
     reset_counters()
     module(*case.example()).sum().backward()
     assert counters().get(case.counter, (0, 0))[1] == 0
@@ -212,7 +213,7 @@ def test_weight_subclass_is_dense():
 @pytest.mark.parametrize("name", ["ResBlock", "DiTBlock", "ZeroConv2d", "ResidualBranch-conv"])
 def test_meta_weights_give_meta_results(name):
     case = CASES[name]
-    module = case.make(zb.nn).to("meta")
+    module = case.build(zb.nn).to("meta")
     inputs = tuple(t.detach().to("meta") for t in case.example())
     assert module(*inputs).device.type == "meta"
 

@@ -8,7 +8,8 @@ import torch
 import zeroblock as zb
 from zeroblock.testing import counters, reset_counters
 
-from .cases import CASES, TAILED, conv_branch, image, random_like, run, was_skipped
+from ..twins import random_like, run
+from .cases import CASES, TAILED, conv_branch, image, was_skipped
 
 
 def skips(module, *inputs):
