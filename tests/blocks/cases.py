@@ -121,7 +121,7 @@ CASES = {
         lambda: nn.Conv2d(8, 8, 2, 2),
         (2, 8, 6, 4),
         "tail.weight",
-    ),  # fmt: skip
+    ),
     "ResidualBranch-linear": _branch(tokens_body, _LINEAR, torch.ones(12), None, (2, 5, 12), "tail.weight"),
     "ResidualBranch-linear-gate": _branch(tokens_body, _LINEAR, torch.ones(12), None, (2, 5, 12), "gate"),
     "ResidualBranch-token-gate": _branch(tokens_body, _LINEAR, torch.ones(2, 5, 12), None, (2, 5, 12), "gate"),

@@ -75,20 +75,19 @@ CASES = {
     ),
     "DiTBlock": Case(lambda ns: ns.DiTBlock(32, 4), ((4, 9, 32), (4, 32)), {"DiTBlock": 1}),
     "FinalLayer": Case(lambda ns: ns.FinalLayer(32, 1, 6), ((4, 9, 32), (4, 32)), {"FinalLayer": 1}),
-    "ZeroConv2d": Case(
-        lambda ns: _Residual(ns.ZeroConv2d(6, 6, 3, padding=1)), ((4, 6, 5, 7),), {"ZeroConv2d": 1}
-    ),
+    "ZeroConv2d": Case(lambda ns: _Residual(ns.ZeroConv2d(6, 6, 3, padding=1)), ((4, 6, 5, 7),), {"ZeroConv2d": 1}),
     "ZeroLinear": Case(lambda ns: _Residual(ns.ZeroLinear(12, 12)), ((4, 5, 12),), {"ZeroLinear": 1}),
     "FixupBasicBlock": Case(lambda ns: ns.FixupBasicBlock(8, 8), ((4, 8, 6, 6),), {"FixupBasicBlock": 1}, 0.2),
     "FixupBottleneck": Case(lambda ns: ns.FixupBottleneck(16, 4), ((4, 16, 6, 6),), {"FixupBottleneck": 1}, 0.2),
     "ReZero": Case(lambda ns: ns.ReZero(tokens_body()), ((4, 5, 12),), {"ReZero": 1}),
     "ResidualBranch": Case(
         lambda ns: ns.ResidualBranch(tokens_body(), eager.zero_module(nn.Linear(12, 12)), nn.Parameter(torch.ones(12))),
-        ((4, 5, 12),), {"ResidualBranch": 1},
+        ((4, 5, 12),),
+        {"ResidualBranch": 1},
     ),
     "UNet": Case(_UNet, ((4, 3, 6, 6), _EMB), {"ZeroConv2d": 1, "ResBlock": 2}, 0.1),
     "DiT": Case(_DiT, ((4, 9, 32), (4, 32)), {"FinalLayer": 1, "DiTBlock": 2}),
-}  # fmt: skip
+}
 
 OPTIMIZERS = {
     "SGD": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),

@@ -127,8 +127,17 @@ class GlideResBlock(eager.ResBlock):
 class SgmResBlock(eager.ResBlock):
     """With a kernel size for each dimension, an embedding for each frame, or none."""
 
-    def __init__(self, channels, emb_channels, dropout=0.0, dims=2, kernel_size=3, exchange_temb_dims=False,
-                 skip_t_emb=False, **options):  # fmt: skip
+    def __init__(
+        self,
+        channels,
+        emb_channels,
+        dropout=0.0,
+        dims=2,
+        kernel_size=3,
+        exchange_temb_dims=False,
+        skip_t_emb=False,
+        **options,
+    ):
         super().__init__(channels, emb_channels, dropout, dims=dims, **options)
         padding = [k // 2 for k in kernel_size] if isinstance(kernel_size, (tuple, list)) else kernel_size // 2
         width = self.out_channels

@@ -57,13 +57,29 @@ class EDMGroupNorm(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, emb_channels, up=False, down=False, num_heads=0, dropout=0.0,
-                 skip_scale=1.0, eps=1e-5, resample_proj=False, adaptive_scale=True, init_zero=0.0):  # fmt: skip
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        emb_channels,
+        up=False,
+        down=False,
+        num_heads=0,
+        dropout=0.0,
+        skip_scale=1.0,
+        eps=1e-5,
+        resample_proj=False,
+        adaptive_scale=True,
+        init_zero=0.0,
+    ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.num_heads, self.dropout, self.skip_scale, self.adaptive_scale = (
-            num_heads, dropout, skip_scale, adaptive_scale
-        )  # fmt: skip
+            num_heads,
+            dropout,
+            skip_scale,
+            adaptive_scale,
+        )
         self.norm0 = EDMGroupNorm(in_channels, eps)
         self.conv0 = EDMConv2d(in_channels, out_channels, 3, up, down)
         self.affine = EDMLinear(emb_channels, out_channels * (2 if adaptive_scale else 1))

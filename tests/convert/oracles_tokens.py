@@ -129,11 +129,13 @@ class ControlNet(nn.Module):
         self.input_hint_block = Layers(
             nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.SiLU(), zero_module(nn.Conv2d(8, channels, 3, padding=1))
         )
-        self.input_blocks = nn.ModuleList([
-            Layers(nn.Conv2d(4, channels, 3, padding=1)),
-            Layers(eager.ResBlock(channels, 16, 0.0), SpatialTransformer(channels, context_dim)),
-            Layers(nn.Conv2d(channels, channels, 3, padding=1, stride=2)),
-        ])  # fmt: skip
+        self.input_blocks = nn.ModuleList(
+            [
+                Layers(nn.Conv2d(4, channels, 3, padding=1)),
+                Layers(eager.ResBlock(channels, 16, 0.0), SpatialTransformer(channels, context_dim)),
+                Layers(nn.Conv2d(channels, channels, 3, padding=1, stride=2)),
+            ]
+        )
         self.zero_convs = nn.ModuleList([zero_conv() for _ in self.input_blocks])
         self.middle_block = Layers(eager.ResBlock(channels, 16, 0.0))
         self.middle_block_out = zero_conv()

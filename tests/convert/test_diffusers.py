@@ -86,7 +86,8 @@ BLOCKS = {
     "resnet-spatial": _resnet("ResnetBlockCondNorm2D", channels=32, spatial=True, time_embedding_norm="spatial"),
     "temporal": Case(
         lambda: resnet.TemporalConvLayer(16, norm_num_groups=4),
-        lambda g: {"hidden_states": normal(g, 6, 16, 4, 3), "num_frames": 3}, rows("conv4.3")[:1],
+        lambda g: {"hidden_states": normal(g, 6, 16, 4, 3), "num_frames": 3},
+        rows("conv4.3")[:1],
         {"TemporalConvLayer": 1},
     ),
     "dit": _dit(),
@@ -99,47 +100,70 @@ BLOCKS = {
     "joint-dual": Case(
         lambda: attention.JointTransformerBlock(16, 2, 8, qk_norm="rms_norm", use_dual_attention=True),
         lambda g: _tokens(g, "hidden_states", "encoder_hidden_states", temb=(2, 16)),
-        rows("norm1.linear", 2, 5, 8, of=9) + rows("norm1_context.linear", 2, 5, of=6), {"JointTransformerBlock": 4},
+        rows("norm1.linear", 2, 5, 8, of=9) + rows("norm1_context.linear", 2, 5, of=6),
+        {"JointTransformerBlock": 4},
     ),
     "flux": Case(
-        lambda: flux.FluxTransformerBlock(16, 2, 8), _flux_tokens,
-        rows("norm1.linear", 2, 5, of=6) + rows("norm1_context.linear", 2, 5, of=6), {"FluxTransformerBlock": 3},
+        lambda: flux.FluxTransformerBlock(16, 2, 8),
+        _flux_tokens,
+        rows("norm1.linear", 2, 5, of=6) + rows("norm1_context.linear", 2, 5, of=6),
+        {"FluxTransformerBlock": 3},
     ),
     "flux-single": Case(
-        lambda: flux.FluxSingleTransformerBlock(16, 2, 8), _flux_tokens, rows("norm.linear", 2, of=3),
+        lambda: flux.FluxSingleTransformerBlock(16, 2, 8),
+        _flux_tokens,
+        rows("norm.linear", 2, of=3),
         {"FluxSingleTransformerBlock": 1},
     ),
     "flux-single-proj": Case(
-        lambda: flux.FluxSingleTransformerBlock(16, 2, 8), _flux_tokens, rows("proj_out")[:1],
+        lambda: flux.FluxSingleTransformerBlock(16, 2, 8),
+        _flux_tokens,
+        rows("proj_out")[:1],
         {"FluxSingleTransformerBlock": 1},
     ),
     "gligen": Case(
-        lambda: attention.GatedSelfAttentionDense(16, 10, 2, 8), lambda g: _tokens(g, "x", objs=(2, 3, 10)),
-        (("alpha_attn", 0, 1), ("alpha_dense", 0, 1)), {"GatedSelfAttentionDense": 2},
+        lambda: attention.GatedSelfAttentionDense(16, 10, 2, 8),
+        lambda g: _tokens(g, "x", objs=(2, 3, 10)),
+        (("alpha_attn", 0, 1), ("alpha_dense", 0, 1)),
+        {"GatedSelfAttentionDense": 2},
     ),
     "motion": Case(
         lambda: motion.AnimateDiffTransformer3D(2, 8, in_channels=16, norm_num_groups=4),
-        lambda g: {"hidden_states": normal(g, 6, 16, 3, 2), "num_frames": 3}, rows("proj_out")[:1],
+        lambda g: {"hidden_states": normal(g, 6, 16, 3, 2), "num_frames": 3},
+        rows("proj_out")[:1],
         {"AnimateDiffTransformer3D": 1},
     ),
     "ada-zero": Case(
-        lambda: normalization.AdaLayerNormZero(16), lambda g: _tokens(g, "x", emb=(2, 16)), (), {},
+        lambda: normalization.AdaLayerNormZero(16),
+        lambda g: _tokens(g, "x", emb=(2, 16)),
+        (),
+        {},
     ),
     "ada-zero-single": Case(
-        lambda: normalization.AdaLayerNormZeroSingle(16), lambda g: _tokens(g, "x", emb=(2, 16)), (), {},
+        lambda: normalization.AdaLayerNormZeroSingle(16),
+        lambda g: _tokens(g, "x", emb=(2, 16)),
+        (),
+        {},
     ),
     "ada-zero-x": Case(
-        lambda: normalization.SD35AdaLayerNormZeroX(16), lambda g: _tokens(g, "hidden_states", emb=(2, 16)), (), {},
+        lambda: normalization.SD35AdaLayerNormZeroX(16),
+        lambda g: _tokens(g, "hidden_states", emb=(2, 16)),
+        (),
+        {},
     ),
     "ada-continuous": Case(
         lambda: normalization.AdaLayerNormContinuous(16, 12),
-        lambda g: _tokens(g, "x", conditioning_embedding=(2, 12)), (), {},
+        lambda g: _tokens(g, "x", conditioning_embedding=(2, 12)),
+        (),
+        {},
     ),
     "ada-continuous-rms": Case(
         lambda: normalization.AdaLayerNormContinuous(16, 12, elementwise_affine=True, norm_type="rms_norm"),
-        lambda g: _tokens(g, "x", conditioning_embedding=(2, 12)), (), {},
+        lambda g: _tokens(g, "x", conditioning_embedding=(2, 12)),
+        (),
+        {},
     ),
-}  # fmt: skip
+}
 
 
 test_gradients, test_inference, test_ten_steps = three_tests(BLOCKS)

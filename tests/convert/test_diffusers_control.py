@@ -25,9 +25,14 @@ def _image_inputs(g):
 
 def _union():
     return diffusers.ControlNetUnionModel(
-        **_NET, conditioning_embedding_out_channels=(4, 8), addition_time_embed_dim=4, num_control_type=2,
-        num_trans_channel=8, num_trans_head=2, num_proj_channel=8,
-    )  # fmt: skip
+        **_NET,
+        conditioning_embedding_out_channels=(4, 8),
+        addition_time_embed_dim=4,
+        num_control_type=2,
+        num_trans_channel=8,
+        num_trans_head=2,
+        num_proj_channel=8,
+    )
 
 
 def _union_inputs(g, controls=1):
@@ -52,25 +57,46 @@ def _sparse_inputs(g):
 
 def _sd3():
     return diffusers.SD3ControlNetModel(
-        sample_size=4, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
-        caption_projection_dim=16, pooled_projection_dim=10, pos_embed_max_size=4,
-    )  # fmt: skip
+        sample_size=4,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        pos_embed_max_size=4,
+    )
 
 
 def _flux():
     return diffusers.FluxControlNetModel(
-        in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=[4, 4, 8],
-    )  # fmt: skip
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        axes_dims_rope=[4, 4, 8],
+    )
 
 
 def _xs(**options):
     return diffusers.UNetControlNetXSModel(
-        sample_size=8, down_block_types=CONDITIONED["down_block_types"], block_out_channels=(8, 16), norm_num_groups=4,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=12, num_attention_heads=2,
-        ctrl_conditioning_embedding_out_channels=(4, 8), ctrl_block_out_channels=(4, 8), ctrl_num_attention_heads=2,
-        ctrl_max_norm_num_groups=4, **options,
-    )  # fmt: skip
+        sample_size=8,
+        down_block_types=CONDITIONED["down_block_types"],
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12,
+        num_attention_heads=2,
+        ctrl_conditioning_embedding_out_channels=(4, 8),
+        ctrl_block_out_channels=(4, 8),
+        ctrl_num_attention_heads=2,
+        ctrl_max_norm_num_groups=4,
+        **options,
+    )
 
 
 _ZERO = (("controlnet_*_block*", 0, 1), ("controlnet_blocks*", 0, 1))
@@ -80,21 +106,31 @@ NETS = {
     "sd3": Case(
         _sd3,
         lambda g: {
-            "hidden_states": normal(g, 2, 4, 4, 4), "controlnet_cond": normal(g, 2, 4, 4, 4),
-            "encoder_hidden_states": normal(g, 2, 3, 12), "pooled_projections": normal(g, 2, 10),
+            "hidden_states": normal(g, 2, 4, 4, 4),
+            "controlnet_cond": normal(g, 2, 4, 4, 4),
+            "encoder_hidden_states": normal(g, 2, 3, 12),
+            "pooled_projections": normal(g, 2, 10),
             "timestep": torch.tensor([1, 2]),
         },
-        _ZERO, {"ZeroLayer": 2}, {"ControlNetModel": 1},
+        _ZERO,
+        {"ZeroLayer": 2},
+        {"ControlNetModel": 1},
     ),
     "flux": Case(
-        _flux, lambda g: {**flux_inputs(g), "controlnet_cond": normal(g, 2, 4, 4)}, _ZERO, {"ZeroLayer": 3},
+        _flux,
+        lambda g: {**flux_inputs(g), "controlnet_cond": normal(g, 2, 4, 4)},
+        _ZERO,
+        {"ZeroLayer": 3},
         {"ControlNetModel": 1},
     ),
     "xs": Case(
-        _xs, _image_inputs, (("*ctrl_to_base*", 0, 1), ("control_to_base_for_conv_in*", 0, 1)), {"ZeroLayer": 13},
+        _xs,
+        _image_inputs,
+        (("*ctrl_to_base*", 0, 1), ("control_to_base_for_conv_in*", 0, 1)),
+        {"ZeroLayer": 13},
         {"UNetControlNetXSModel": 1},
     ),
-}  # fmt: skip
+}
 
 
 test_gradients, test_inference, test_ten_steps = three_tests(NETS, together=True, slow=True)

@@ -95,9 +95,12 @@ def _in_4_bits(model, bnb):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
                 packed = bnb.nn.Linear4bit(
-                    layer.in_features, layer.out_features, bias=layer.bias is not None, quant_type="nf4",
+                    layer.in_features,
+                    layer.out_features,
+                    bias=layer.bias is not None,
+                    quant_type="nf4",
                     compute_dtype=torch.float32,
-                )  # fmt: skip
+                )
                 packed.load_state_dict(layer.state_dict())
                 setattr(parent, name, packed.to("cpu"))
     return model

@@ -60,11 +60,13 @@ CASES = {
     "own attention": Case(lambda: DiT(eager.DiTBlock), inputs, ZERO, 5),
     "qk norm": Case(lambda: DiT(qk_norm=True, norm_layer=nn.LayerNorm), inputs, ZERO, 5),
     "attention dropout": Case(lambda: DiT(attn_drop=0.2, proj_drop=0.1), inputs, ZERO, 5),
-    "fast-DiT": Case(lambda: DiT(checkpointed=False), inputs, {"DiTBlock": 8, "FinalLayer": 1}, 5,
-                     skipped_inference=ZERO),
-    "fast-DiT, reentrant": Case(lambda: DiT(checkpointed=True), inputs, {"DiTBlock": 8, "FinalLayer": 1}, 5,
-                                skipped_inference=ZERO),
-}  # fmt: skip
+    "fast-DiT": Case(
+        lambda: DiT(checkpointed=False), inputs, {"DiTBlock": 8, "FinalLayer": 1}, 5, skipped_inference=ZERO
+    ),
+    "fast-DiT, reentrant": Case(
+        lambda: DiT(checkpointed=True), inputs, {"DiTBlock": 8, "FinalLayer": 1}, 5, skipped_inference=ZERO
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,9 +15,11 @@ EMB = (2, 16)
 def block(skipped=1, channels=16, **options):
     branches = 1 + bool(options.get("num_heads"))
     return Case(
-        lambda: oracles.UNetBlock(16, channels, 16, **options), lambda: (torch.randn(2, 16, 4, 4), torch.randn(EMB)),
-        {"UNetBlock": skipped} if skipped else {}, branches,
-    )  # fmt: skip
+        lambda: oracles.UNetBlock(16, channels, 16, **options),
+        lambda: (torch.randn(2, 16, 4, 4), torch.randn(EMB)),
+        {"UNetBlock": skipped} if skipped else {},
+        branches,
+    )
 
 
 SONG = {"skip_scale": 0.5**0.5, "eps": 1e-6, "adaptive_scale": False, "resample_proj": True, "init_zero": 1e-5}
@@ -34,10 +36,12 @@ CASES = {
 
 
 EDM2 = Case(
-    oracles.UNet, lambda: (torch.randn(2, 3, 8, 8), torch.randn(2, 6)), {}, 3, skipped_inference={
-        "EDM2UNet": 1, "MPConv": 3
-    },
-)  # fmt: skip
+    oracles.UNet,
+    lambda: (torch.randn(2, 3, 8, 8), torch.randn(2, 6)),
+    {},
+    3,
+    skipped_inference={"EDM2UNet": 1, "MPConv": 3},
+)
 CASES["edm2"] = EDM2
 
 

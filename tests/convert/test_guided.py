@@ -29,9 +29,12 @@ def resblock(kind=eager.ResBlock, dropout=0.0, dims=2, **options):
 
 def attention(order):
     return Case(
-        lambda: oracles.AttentionBlock(64, 4, order), lambda: (torch.randn(2, 64, 3, 4),), {"AttentionBlock": 2}, 1,
+        lambda: oracles.AttentionBlock(64, 4, order),
+        lambda: (torch.randn(2, 64, 3, 4),),
+        {"AttentionBlock": 2},
+        1,
         skipped_inference={"AttentionBlock": 1},
-    )  # fmt: skip
+    )
 
 
 CASES = {

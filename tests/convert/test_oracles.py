@@ -46,9 +46,16 @@ class DiffusersDiT(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.block = attention.BasicTransformerBlock(
-            dim, heads, dim // heads, num_embeds_ada_norm=4, attention_bias=True, activation_fn="gelu-approximate",
-            norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-6,
-        )  # fmt: skip
+            dim,
+            heads,
+            dim // heads,
+            num_embeds_ada_norm=4,
+            attention_bias=True,
+            activation_fn="gelu-approximate",
+            norm_type="ada_norm_zero",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+        )
         self.block.norm1.emb = _Given()
 
     def forward(self, x, c):
@@ -84,22 +91,25 @@ def _run(block: nn.Module, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor
 
 def _resnet(film: bool, channels: int, out_channels: int) -> nn.Module:
     return resnet.ResnetBlock2D(
-        in_channels=channels, out_channels=out_channels, temb_channels=24, groups=32, eps=1e-5,
+        in_channels=channels,
+        out_channels=out_channels,
+        temb_channels=24,
+        groups=32,
+        eps=1e-5,
         time_embedding_norm="scale_shift" if film else "default",
-    )  # fmt: skip
+    )
 
 
 CASES = {
     "resnet-add": (lambda: _resnet(False, 64, 64), lambda ns: ns.ResBlock(64, 24, 0.0)),
     "resnet-add-1x1": (lambda: _resnet(False, 64, 96), lambda ns: ns.ResBlock(64, 24, 0.0, 96)),
-    "resnet-film": (
-        lambda: _resnet(True, 64, 64), lambda ns: ns.ResBlock(64, 24, 0.0, use_scale_shift_norm=True)
-    ),
+    "resnet-film": (lambda: _resnet(True, 64, 64), lambda ns: ns.ResBlock(64, 24, 0.0, use_scale_shift_norm=True)),
     "resnet-film-1x1": (
-        lambda: _resnet(True, 96, 64), lambda ns: ns.ResBlock(96, 24, 0.0, 64, use_scale_shift_norm=True)
+        lambda: _resnet(True, 96, 64),
+        lambda ns: ns.ResBlock(96, 24, 0.0, 64, use_scale_shift_norm=True),
     ),
     "dit": (lambda: DiffusersDiT(48, 4), lambda ns: ns.DiTBlock(48, 4)),
-}  # fmt: skip
+}
 
 
 def _pair(name: str, phase: str, namespace) -> tuple[nn.Module, nn.Module, list[torch.Tensor]]:

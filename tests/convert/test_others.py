@@ -24,16 +24,20 @@ class PixArt(nn.Module):
 
 def fixup(kind, inplanes, planes, stride=1, downsample=lambda: None):
     return Case(
-        lambda: kind(inplanes, planes, stride, downsample()), lambda: (torch.randn(2, inplanes, 6, 6),),
-        {"FixupBlock": 1}, 1,
-    )  # fmt: skip
+        lambda: kind(inplanes, planes, stride, downsample()),
+        lambda: (torch.randn(2, inplanes, 6, 6),),
+        {"FixupBlock": 1},
+        1,
+    )
 
 
 def rezero(dropout):
     return Case(
-        lambda: oracles.RZTXEncoderLayer(16, 2, 32, dropout), lambda: (torch.randn(5, 2, 16),),
-        {"RZTXEncoderLayer": 2}, 2,
-    )  # fmt: skip
+        lambda: oracles.RZTXEncoderLayer(16, 2, 32, dropout),
+        lambda: (torch.randn(5, 2, 16),),
+        {"RZTXEncoderLayer": 2},
+        2,
+    )
 
 
 CASES = {
@@ -44,21 +48,28 @@ CASES = {
     "rezero": rezero(0.0),
     "rezero-dropout": rezero(0.2),
     "pixart": Case(
-        PixArt, lambda: (torch.randn(2, 5, 24), torch.randn(2, 3, 24), torch.randn(2, 144)),
-        {"T2IFinalLayer": 1, "ZeroLayer": 1}, 3, skipped_inference={"T2IFinalLayer": 1, "PixArtBlock": 1},
+        PixArt,
+        lambda: (torch.randn(2, 5, 24), torch.randn(2, 3, 24), torch.randn(2, 144)),
+        {"T2IFinalLayer": 1, "ZeroLayer": 1},
+        3,
+        skipped_inference={"T2IFinalLayer": 1, "PixArtBlock": 1},
     ),
     "spatial-transformer": Case(
-        lambda: oracles.SpatialTransformer(32, 8), lambda: (torch.randn(2, 32, 4, 4), torch.randn(2, 3, 8)),
-        {"ZeroLayer": 1}, 2, skipped_inference={"SpatialTransformer": 1, "ZeroLayer": 1},
+        lambda: oracles.SpatialTransformer(32, 8),
+        lambda: (torch.randn(2, 32, 4, 4), torch.randn(2, 3, 8)),
+        {"ZeroLayer": 1},
+        2,
+        skipped_inference={"SpatialTransformer": 1, "ZeroLayer": 1},
     ),
     "controlnet": Case(
         oracles.ControlNet,
         lambda: (torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 3, 8)),
         # Four zero convolutions and the hint's; two ResBlocks, and the transformer's projection.
-        {"ZeroLayer": 6, "ResBlock": 2}, 10,
+        {"ZeroLayer": 6, "ResBlock": 2},
+        10,
         skipped_inference={"ControlNet": 1, "ZeroLayer": 6, "ResBlock": 2, "SpatialTransformer": 1},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -27,8 +27,11 @@ needs_nvcc = pytest.mark.skipif(NEEDED is not None, reason=str(NEEDED))
 def _source(target):
     names = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for name in names.splitlines():
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +49,18 @@ def _wheel(source, tmp_path, **env):
     """What the build printed, and where its wheel is unpacked. What is built matters here, not how fast it runs."""
     site = tmp_path / "site"
     env = {"CXXFLAGS": "-O1", "NVCC_APPEND_FLAGS": "-Xcicc -O1 -Xptxas -O1", **env}
-    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps", "-w",
-               str(tmp_path), "."]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--verbose",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
     done = subprocess.run(command, cwd=source, env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
@@ -94,9 +107,12 @@ def test_without_nvcc_the_wheel_says_so(source, tmp_path):
 def test_asking_without_nvcc_names_what_is_missing(source, tmp_path):
     env = {**os.environ, "ZEROBLOCK_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=source, env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "setup.py", "--quiet", "build_ext"],
+        cwd=source,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and "ZEROBLOCK_BUILD_CUDA=1, but" in done.stderr and "nvcc was not found" in done.stderr
     assert ("torch was built without CUDA" in done.stderr) == (torch.version.cuda is None)
 
@@ -106,9 +122,12 @@ def test_asking_without_nvcc_names_what_is_missing(source, tmp_path):
 def test_an_architecture_that_cannot_be_is_refused(source, archs, message):
     env = {**os.environ, "ZEROBLOCK_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": archs}
     done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=source, env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "setup.py", "--quiet", "build_ext"],
+        cwd=source,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and message in done.stderr
 
 

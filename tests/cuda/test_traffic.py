@@ -57,9 +57,15 @@ copy-8 end
 def test_what_the_numbers_mean():
     forward, backward = traffic.parse(PRINTED)
     assert forward == {
-        "case": "copy-8", "compulsory": "8208", "moved": str(8208 + 512), "partials": "512",
-        "ratio": "1.062", "distinct": str(8208 + 512), "requested": str(8192 + 512 + 160), "dot_flops": "0",
-    }  # fmt: skip
+        "case": "copy-8",
+        "compulsory": "8208",
+        "moved": str(8208 + 512),
+        "partials": "512",
+        "ratio": "1.062",
+        "distinct": str(8208 + 512),
+        "requested": str(8192 + 512 + 160),
+        "dot_flops": "0",
+    }
     assert (backward["case"], backward["moved"], backward["dot_flops"]) == ("copy_bwd-8", "8192", "64")
 
 

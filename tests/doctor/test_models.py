@@ -73,9 +73,14 @@ def test_timm(name):
 def test_diffusers_unet():
     diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
     model = diffusers.UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     d = no_alarm(model, {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([3, 7])})
     assert {p.measured for p in d.parameters} == {1}  # "zero" is only a name there
 
@@ -92,15 +97,21 @@ def test_diffusers_dit():
 def test_diffusers_controlnet():
     diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
     model = diffusers.ControlNetModel(
-        block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        norm_num_groups=8,
         conditioning_embedding_out_channels=(8, 16),
-    )  # fmt: skip
+    )
     batch = {
-        "sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 7]),
-        "encoder_hidden_states": torch.randn(2, 5, 16), "controlnet_cond": torch.randn(2, 3, 16, 16),
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "controlnet_cond": torch.randn(2, 3, 16, 16),
         "return_dict": False,
-    }  # fmt: skip
+    }
     d = zb.doctor(model, batch, steps=3)
     assert d.healthy and d.findings == []
     first = {p.name: p.measured for p in d.parameters}

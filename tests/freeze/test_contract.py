@@ -226,8 +226,9 @@ def test_check_finds_writes_that_leave_no_trace(where):
         "conv": lambda m: (m, m.weight, (torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last),)),
         "linear": lambda m: (m, m.weight, (torch.randn(2, 8),)),
         "ResBlock": lambda m: (
-            m, m.in_layers[2].weight, (torch.randn(1, 32, 4, 4).to(memory_format=torch.channels_last),
-            torch.randn(1, 16)),
+            m,
+            m.in_layers[2].weight,
+            (torch.randn(1, 32, 4, 4).to(memory_format=torch.channels_last), torch.randn(1, 16)),
         ),
         "DiT": lambda m: (m, m.mlp.fc1.weight, tokens),
     }[where](
@@ -239,7 +240,7 @@ def test_check_finds_writes_that_leave_no_trace(where):
                 "DiT": lambda: zb.nn.DiTBlock(32, 2),
             }[where]()
         )
-    )  # fmt: skip
+    )
     with torch.no_grad():
         plain, checked = zb.freeze(model), None
         before = model(*inputs)

@@ -148,9 +148,15 @@ def test_blocks(dtype, layout, packed_runs):
 def test_a_whole_model(packed_runs):
     def model():
         return nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1),
-            nn.Flatten(2), nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 4),
-        )  # fmt: skip
+            nn.Conv2d(3, 32, 3, padding=1),
+            nn.GroupNorm(8, 32),
+            nn.SiLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Flatten(2),
+            nn.Linear(64, 16),
+            nn.GELU(),
+            nn.Linear(16, 4),
+        )
 
     oracle = randomise(model())
     frozen = copy.deepcopy(oracle)

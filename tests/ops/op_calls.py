@@ -76,8 +76,11 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             fused(zero(6, 8, 3, 3)),
             (x, 2, None, None, 1e-5, None, None, None, 0.0, n(6, 8, 1, 1), None, None, [0, 0], NEVER),
         ],
-        "layer_norm_modulate_linear": [(t, u, n(2, 8), n(6, 8), n(6), 1e-6), (t, None, None, n(6, 8), None, 1e-6),
-                                       (t, n(2, 5, 8), n(2, 5, 8), n(6, 8), n(6), 1e-6)],
+        "layer_norm_modulate_linear": [
+            (t, u, n(2, 8), n(6, 8), n(6), 1e-6),
+            (t, None, None, n(6, 8), None, 1e-6),
+            (t, n(2, 5, 8), n(2, 5, 8), n(6, 8), n(6), 1e-6),
+        ],
         "linear_gate_residual": [
             (t, n(6, 8), n(6), n(2, 6), n(2, 5, 6), "gelu_tanh", HOST, True),
             (t, n(6, 8), n(6), None, n(2, 5, 6), "silu", HOST, False),
@@ -88,7 +91,7 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             (t, n(6, 8), n(6), zero(2, 6), n(2, 5, 6), None, HOST, False),
             (t, zero(6, 8), n(6), None, None, None, HOST, False),
         ],
-    }  # fmt: skip
+    }
 
 
 def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:

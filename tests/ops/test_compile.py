@@ -29,10 +29,19 @@ def _r(*size: int) -> torch.Tensor:
 def _inputs(n: int = 2, s: int = 5) -> dict[str, torch.Tensor]:
     """One set of operands for all functions: n samples, s rows of pixels, s tokens."""
     return {
-        "x": _r(n, 8, s, 3), "image": _r(n, 6, s, 3), "conv": _r(6, 8, 3, 3), "scale": _r(n, 8), "shift": _r(n, 8) + 1,
-        "t": _r(n, s, 8), "u": _r(n, s, 8) + 1, "linear": _r(6, 8), "bias": _r(6), "gate": _r(n, 6),
-        "weight": _r(8), "tokens": _r(n, s, 6),
-    }  # fmt: skip
+        "x": _r(n, 8, s, 3),
+        "image": _r(n, 6, s, 3),
+        "conv": _r(6, 8, 3, 3),
+        "scale": _r(n, 8),
+        "shift": _r(n, 8) + 1,
+        "t": _r(n, s, 8),
+        "u": _r(n, s, 8) + 1,
+        "linear": _r(6, 8),
+        "bias": _r(6),
+        "gate": _r(n, 6),
+        "weight": _r(8),
+        "tokens": _r(n, s, 6),
+    }
 
 
 FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable]] = {
@@ -158,9 +167,10 @@ BLOCKS: dict[str, Callable[[], tuple[nn.Module, list[torch.Tensor]]]] = {
     "FixupBottleneck": lambda: (zb.nn.FixupBottleneck(8, 2), [_r(2, 8, 5, 4)]),
     "ReZero": lambda: (zb.nn.ReZero(nn.Sequential(nn.Linear(8, 8), nn.SiLU())), [_r(2, 5, 8)]),
     "ResidualBranch": lambda: (
-        zb.nn.ResidualBranch(nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.ones(8))), [_r(2, 5, 8)]
+        zb.nn.ResidualBranch(nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.ones(8))),
+        [_r(2, 5, 8)],
     ),
-}  # fmt: skip
+}
 
 
 def _randomised(name: str) -> tuple[nn.Module, list[torch.Tensor]]:

@@ -186,16 +186,25 @@ NATIVE = pytest.mark.skipif(testing.CPU_MISSING is not None, reason=f"the native
 def test_explain_names_the_backend_that_runs(op, monkeypatch):
     calls = []
     for primitives in (zb.backends.available._cpu, zb.backends.available._plain):
-        for name in ("group_norm_silu", "layer_norm_modulate", "gate_residual", "gate_residual_layer_norm_modulate",
-                     "activation", "is_zero"):  # fmt: skip
+        for name in (
+            "group_norm_silu",
+            "layer_norm_modulate",
+            "gate_residual",
+            "gate_residual_layer_norm_modulate",
+            "activation",
+            "is_zero",
+        ):
             original = getattr(primitives, name)
             record = lambda *a, p=primitives, f=original: (calls.append(p.NAME), f(*a))[1]  # noqa: E731
             monkeypatch.setattr(primitives, name, record)
     for dtype, forced, expected, reason in (
-        (F32, "auto", "cpu", None), (BF16, "auto", "cpu", None), (F16, "cpu", "cpu", None),
-        (F64, "auto", "reference", "float64"), (F64, "cpu", "reference", "float64"),
+        (F32, "auto", "cpu", None),
+        (BF16, "auto", "cpu", None),
+        (F16, "cpu", "cpu", None),
+        (F64, "auto", "reference", "float64"),
+        (F64, "cpu", "reference", "float64"),
         (F32, "reference", "reference", "forced"),
-    ):  # fmt: skip
+    ):
         args, kwargs = _public_call(op, dtype)
         with testing.use_backend(forced):
             explanation = zb.explain(op, *args, **kwargs)

@@ -42,7 +42,7 @@ CASES = [
     _case(FUSED, "bare", {"num_groups": 5}, N=2, C=35, S=(12, 9), out=32, affine=False, bias=False, residual=False),
     _case(FUSED, "dropout", {"num_groups": 8, "dropout_p": 0.3}, N=2, C=32, S=(12, 10), out=40, keep=True),
     _case(FUSED, "unpadded", {"num_groups": 4, "padding": 0}, N=2, C=36, S=(12, 11), out=40, padding=0),
-]  # fmt: skip
+]
 cases = pytest.mark.parametrize(
     ("case", "layout"), [pytest.param(c, layout, id=f"{c}-{layout}") for c in CASES for layout in c.layouts]
 )
@@ -233,10 +233,16 @@ def test_the_rule(called, fast):
     torch.set_float32_matmul_precision("highest")
     assert choose(2, 64, 32, 32) == 2
     refused = [
-        choose(2, 8, 32, 32), choose(2, 64, 32, 32, K=3), choose(1, 64, 4, 4), choose(0, 64, 32, 32),
-        choose(2, 64, 32, 32, k=1), choose(2, 64, 32, 32, padding=(1, 0)), choose(2, 64, 2, 2, padding=(0, 0)),
-        choose(2, 64, 32, 32, dtype=torch.bfloat16), choose(2, 64, 32, 32, dtype=torch.float64),
-    ]  # fmt: skip
+        choose(2, 8, 32, 32),
+        choose(2, 64, 32, 32, K=3),
+        choose(1, 64, 4, 4),
+        choose(0, 64, 32, 32),
+        choose(2, 64, 32, 32, k=1),
+        choose(2, 64, 32, 32, padding=(1, 0)),
+        choose(2, 64, 2, 2, padding=(0, 0)),
+        choose(2, 64, 32, 32, dtype=torch.bfloat16),
+        choose(2, 64, 32, 32, dtype=torch.float64),
+    ]
     assert not any(refused)
     with use_backend("reference"):
         from zeroblock.backends import reference as _plain
@@ -253,8 +259,10 @@ def test_a_residual_of_another_layout_or_shape_is_added():
     x, weight = torch.randn(2, 32, 9, 8), torch.randn(32, 32, 3, 3)
     y = _winograd.conv(P, x, weight, None, None, (1, 1), tile=2)
     for residual in (
-        torch.randn_like(y).to(memory_format=torch.channels_last), torch.randn(32, 1, 1), torch.randn_like(y).double()
-    ):  # fmt: skip
+        torch.randn_like(y).to(memory_format=torch.channels_last),
+        torch.randn(32, 1, 1),
+        torch.randn_like(y).double(),
+    ):
         got = _winograd.conv(P, x, weight, None, residual, (1, 1), tile=2)
         assert_bitwise_equal(got, residual + y)
         assert got.stride() == (residual + y).stride()

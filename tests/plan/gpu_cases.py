@@ -24,8 +24,13 @@ from zeroblock.reference import dropout_keep, is_zero, modulation
 from .cases import FakeTimer
 
 STEPS: list[PlannedOp] = [
-    *_gpu.STEPS.values(), _gpu.CONV, _gpu.NORM_CONV, _gpu.DGRAD, _gpu.WGRAD, _gpu.LINEAR,
-]  # fmt: skip
+    *_gpu.STEPS.values(),
+    _gpu.CONV,
+    _gpu.NORM_CONV,
+    _gpu.DGRAD,
+    _gpu.WGRAD,
+    _gpu.LINEAR,
+]
 WHO_JUDGES = {"auto": zero.DEVICE, "sync": zero.HOST, "never": zero.NEVER}
 _select = _backends.select
 
@@ -174,16 +179,27 @@ def inputs(op: str, dtype: torch.dtype = torch.float32, kernel: int = 3, grad: b
         "conv_residual": {"h": nhwc(*image), **tail},
         "group_norm_silu_conv_residual": {"x": nhwc(*image), "norm_weight": draw(8), "norm_bias": draw(8), **tail},
         "linear_gate_residual": {
-            "h": draw(*tokens), "weight": draw(8, 8), "bias": draw(8), "gate": draw(*row), "residual": draw(*tokens)
+            "h": draw(*tokens),
+            "weight": draw(8, 8),
+            "bias": draw(8),
+            "gate": draw(*row),
+            "residual": draw(*tokens),
         },
-    }[op]  # fmt: skip
+    }[op]
     return {name: t.requires_grad_(grad) for name, t in found.items()}
 
 
 OPS = (
-    "group_norm_silu", "layer_norm_modulate", "rms_norm_modulate", "layer_norm_modulate_linear", "gate_residual",
-    "gate_residual_layer_norm_modulate", "conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual",
-)  # fmt: skip
+    "group_norm_silu",
+    "layer_norm_modulate",
+    "rms_norm_modulate",
+    "layer_norm_modulate_linear",
+    "gate_residual",
+    "gate_residual_layer_norm_modulate",
+    "conv_residual",
+    "group_norm_silu_conv_residual",
+    "linear_gate_residual",
+)
 # Without triton the GEMMs of OPS[6:] have no ways of their own to choose among.
 TRITON = pytest.mark.skipif(not _gpu.LINEAR.candidates.keys() - {"library"}, reason="triton is not installed")
 _TAILS = [pytest.param(op, marks=TRITON) for op in OPS[6:]]

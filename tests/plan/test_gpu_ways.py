@@ -21,21 +21,28 @@ pytestmark = pytest.mark.interpreted
 INTERPRETS = _backends.interprets()
 TRITON = _backends._load("triton")
 NORMS = (
-    "group_norm_silu-film", "layer_norm_modulate-chunks", "rms_norm_modulate-affine-prime", "gate_residual-one",
+    "group_norm_silu-film",
+    "layer_norm_modulate-chunks",
+    "rms_norm_modulate-affine-prime",
+    "gate_residual-one",
     "gate_residual_layer_norm_modulate-gate-bd",
-)  # fmt: skip
+)
 CONVS = (
-    "conv_residual-3x3", "conv_residual-1x1-no-bias", "group_norm_silu_conv_residual-film",
+    "conv_residual-3x3",
+    "conv_residual-1x1-no-bias",
+    "group_norm_silu_conv_residual-film",
     "group_norm_silu_conv_residual-1x1-bare",
-)  # fmt: skip
+)
 # Channels by eight, as the CUDA convolution takes them.
 POINTS = (
     Case("conv_residual", "point", {"N": 2, "C": 16, "S": (9, 7), "K": 1, "out": 8, "padding": 0}, {"padding": 0}),
     Case(
-        "group_norm_silu_conv_residual", "point", {"N": 2, "C": 16, "S": (9, 7), "K": 1, "out": 8, "padding": 0},
+        "group_norm_silu_conv_residual",
+        "point",
+        {"N": 2, "C": 16, "S": (9, 7), "K": 1, "out": 8, "padding": 0},
         {"padding": 0, "num_groups": 4},
     ),
-)  # fmt: skip
+)
 LINEARS = (
     *[str(c) for c in CASES if c.op == "linear_gate_residual" and not c.large][:2],
     next(str(c) for c in CASES if c.op == "layer_norm_modulate_linear"),
@@ -113,9 +120,15 @@ def _facts(launch) -> tuple:
     a = launch.arguments
     sizes = tuple(a[k] for k in ("BM", "BN", "BK"))
     operand = a["x"] if "x" in a else a["h"]
-    return launch.kernel.__name__, sizes, operand.dtype, a.get("KH"), a["workspace"] is not None, "fold" in a and (
-        a["fold"] is not None
-    ), *sorted(launch.options.items())  # fmt: skip
+    return (
+        launch.kernel.__name__,
+        sizes,
+        operand.dtype,
+        a.get("KH"),
+        a["workspace"] is not None,
+        "fold" in a and (a["fold"] is not None),
+        *sorted(launch.options.items()),
+    )
 
 
 @pytest.mark.skipif(TRITON is None or INTERPRETS, reason="needs triton, not interpreting")
@@ -158,9 +171,13 @@ def test_what_a_plan_may_choose_is_compiled_ahead_of_time():
 
 def _tile(launch) -> tuple:
     a = launch.arguments
-    return launch.kernel.__module__, launch.kernel.__name__, a["ROWS"], a.get("BLOCK_D", a.get("COLS")), *sorted(
-        launch.options.items()
-    )  # fmt: skip
+    return (
+        launch.kernel.__module__,
+        launch.kernel.__name__,
+        a["ROWS"],
+        a.get("BLOCK_D", a.get("COLS")),
+        *sorted(launch.options.items()),
+    )
 
 
 @pytest.mark.skipif(TRITON is None or INTERPRETS, reason="needs triton, not interpreting")

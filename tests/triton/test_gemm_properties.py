@@ -22,8 +22,12 @@ from zeroblock.kernels import linear_gate_residual as linear  # noqa: E402
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty  # noqa: E402
 from zeroblock.testing.draw import Draw  # noqa: E402
 
-drawn = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow,
-                 HealthCheck.function_scoped_fixture])  # fmt: skip
+drawn = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 dtypes = st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
 layouts = st.sampled_from(("dense", "nhwc", "strided"))
 

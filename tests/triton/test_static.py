@@ -16,8 +16,18 @@ pytest.importorskip("triton")
 from ..support import HANG, ROOT  # noqa: E402
 from . import ptx, static  # noqa: E402
 
-GOOD = {"case": "c", "kernel": "k", "target": "sm_90", "registers": 64, "spills": 0, "shared": 1024, "warps": 8,
-        "blocks": 4, "wide": 100, "tensor": 8}  # fmt: skip
+GOOD = {
+    "case": "c",
+    "kernel": "k",
+    "target": "sm_90",
+    "registers": 64,
+    "spills": 0,
+    "shared": 1024,
+    "warps": 8,
+    "blocks": 4,
+    "wide": 100,
+    "tensor": 8,
+}
 
 
 def compiling(*arguments: str) -> subprocess.CompletedProcess:

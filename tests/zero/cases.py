@@ -105,19 +105,11 @@ CASES = {
         "gate",
         "ResidualBranch",
     ),
-    "ReZero": Case(
-        lambda ns: ns.ReZero(linear_body()), (TOKENS,), "resweight", "ReZero"
-    ),
-    "ZeroConv2d": Case(
-        lambda ns: ns.ZeroConv2d(32, 32, 3, padding=1), (IMAGE, IMAGE), "weight", "ZeroConv2d"
-    ),
-    "ZeroLinear": Case(
-        lambda ns: ns.ZeroLinear(16, 16), (TOKENS, TOKENS), "weight", "ZeroLinear"
-    ),
-    "FixupBasicBlock": Case(
-        lambda ns: ns.FixupBasicBlock(8, 8), ((2, 8, 6, 6),), "conv2.weight", "FixupBasicBlock"
-    ),
-}  # fmt: skip
+    "ReZero": Case(lambda ns: ns.ReZero(linear_body()), (TOKENS,), "resweight", "ReZero"),
+    "ZeroConv2d": Case(lambda ns: ns.ZeroConv2d(32, 32, 3, padding=1), (IMAGE, IMAGE), "weight", "ZeroConv2d"),
+    "ZeroLinear": Case(lambda ns: ns.ZeroLinear(16, 16), (TOKENS, TOKENS), "weight", "ZeroLinear"),
+    "FixupBasicBlock": Case(lambda ns: ns.FixupBasicBlock(8, 8), ((2, 8, 6, 6),), "conv2.weight", "FixupBasicBlock"),
+}
 GATED = ["DiTBlock", "ResidualBranch-gate", "ResidualBranch-conv-gate", "ReZero"]  # zero by their gate
 TAILED = [name for name in CASES if name not in GATED]
 

@@ -39,14 +39,18 @@ def test_autocast_equals_eager(name, autocast, dtype, phase):
     assert_parity(case, ours, theirs, case.example(dtype), skipped=phase == "zero", autocast=autocast)
 
 
-@pytest.mark.parametrize("shortcut, x_dtype, expected", [
-    ({}, torch.float32, torch.float32),
-    ({}, torch.bfloat16, torch.bfloat16),
-    ({"out_channels": 64}, torch.float32, torch.bfloat16),
-    ({"out_channels": 64, "use_conv": True}, torch.float32, torch.bfloat16),
-    ({"up": True}, torch.float32, torch.float32),
-    ({"down": True}, torch.float32, torch.float32),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shortcut, x_dtype, expected",
+    [
+        ({}, torch.float32, torch.float32),
+        ({}, torch.bfloat16, torch.bfloat16),
+        ({"out_channels": 64}, torch.float32, torch.bfloat16),
+        ({"out_channels": 64, "use_conv": True}, torch.float32, torch.bfloat16),
+        ({"up": True}, torch.float32, torch.float32),
+        ({"down": True}, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
 def test_autocast_output_dtype_of_a_resblock(shortcut, x_dtype, expected):
     for ns in (zb.nn, eager):
         block = ns.ResBlock(32, 16, 0.0, **shortcut)

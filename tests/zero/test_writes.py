@@ -46,7 +46,7 @@ SILENT_WRITES = {
     "foreach on .data": lambda w: torch._foreach_add_([w.data], 0.5),
     "numpy": through_numpy,
     "another process": through_other_process,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("write", SILENT_WRITES)

@@ -14,8 +14,19 @@ HERE = Path(__file__).parent
 TRITON = HERE.parents[1] / "triton"
 PAGE = HERE / "backends.md"
 TARGETS = ("sm_80", "sm_90", "sm_100")
-COLUMNS = ("op", "kernel", "registers", "spills", "shared", "threads", "blocks", "instructions", "bytes moved", "ratio",
-           "tensor FLOPs")  # fmt: skip
+COLUMNS = (
+    "op",
+    "kernel",
+    "registers",
+    "spills",
+    "shared",
+    "threads",
+    "blocks",
+    "instructions",
+    "bytes moved",
+    "ratio",
+    "tensor FLOPs",
+)
 Row = dict[str, str]
 
 
@@ -35,34 +46,68 @@ TOTALS, PARAMS = "group_norm_silu_bwd_totals_kernel", "group_norm_silu_bwd_param
 SAMPLES, GATE = "row_norm_bwd_samples_kernel<bf16>", "gate_residual_bwd_gate_kernel<bf16>"
 ROWS, FUSED = "layer_norm_modulate-1152", "gate_residual_layer_norm_modulate-1152"
 PAIRS = (
-    Pair("group_norm_silu-320x64-bf16-nchw", (FWD.format("false,3"),),
-         ("group_norm_silu-320x64-bfloat16-nchw", ("_one_read",)),
-         two_passes=(FWD.format("false,1"), FWD.format("false,2"))),
-    Pair("group_norm_silu_bwd-320x64-bf16-nchw", (BWD.format("false,3"), PARAMS),
-         ("group_norm_silu_bwd-320x64-bfloat16-nchw", ("_sums", "_combine", "_apply", "_parameters")),
-         two_passes=(BWD.format("false,1"), TOTALS, BWD.format("false,2"), PARAMS)),
-    Pair("group_norm_silu-1280x8-bf16-nhwc", (FWD.format("true,0"),),
-         ("group_norm_silu-1280x8-bfloat16-nhwc", ("_one_read",))),
-    Pair("group_norm_silu_bwd-1280x8-bf16-nhwc", (BWD.format("true,0"), PARAMS),
-         ("group_norm_silu_bwd-1280x8-bfloat16-nhwc", ("_one_read", "_parameters"))),
+    Pair(
+        "group_norm_silu-320x64-bf16-nchw",
+        (FWD.format("false,3"),),
+        ("group_norm_silu-320x64-bfloat16-nchw", ("_one_read",)),
+        two_passes=(FWD.format("false,1"), FWD.format("false,2")),
+    ),
+    Pair(
+        "group_norm_silu_bwd-320x64-bf16-nchw",
+        (BWD.format("false,3"), PARAMS),
+        ("group_norm_silu_bwd-320x64-bfloat16-nchw", ("_sums", "_combine", "_apply", "_parameters")),
+        two_passes=(BWD.format("false,1"), TOTALS, BWD.format("false,2"), PARAMS),
+    ),
+    Pair(
+        "group_norm_silu-1280x8-bf16-nhwc",
+        (FWD.format("true,0"),),
+        ("group_norm_silu-1280x8-bfloat16-nhwc", ("_one_read",)),
+    ),
+    Pair(
+        "group_norm_silu_bwd-1280x8-bf16-nhwc",
+        (BWD.format("true,0"), PARAMS),
+        ("group_norm_silu_bwd-1280x8-bfloat16-nhwc", ("_one_read", "_parameters")),
+    ),
     Pair(ROWS, ("row_norm_fwd_kernel<bf16,8,false>",), (f"{ROWS}-bfloat16-sample", ("_forward",))),
-    Pair(ROWS.replace("-", "_bwd-"), ("row_norm_bwd_kernel<bf16,8,false>", SAMPLES),
-         (f"{ROWS}-bfloat16-sample", ("_backward",))),
+    Pair(
+        ROWS.replace("-", "_bwd-"),
+        ("row_norm_bwd_kernel<bf16,8,false>", SAMPLES),
+        (f"{ROWS}-bfloat16-sample", ("_backward",)),
+    ),
     Pair(FUSED, ("row_norm_fwd_kernel<bf16,8,true>",), (f"{FUSED}-bfloat16-sample", ("_forward",))),
-    Pair(FUSED.replace("-", "_bwd-"), ("row_norm_bwd_kernel<bf16,8,true>", SAMPLES),
-         (f"{FUSED}-bfloat16-sample", ("_backward",))),
-    Pair("gate_residual-sample", ("gate_residual_fwd_kernel<bf16,8>",),
-         ("gate_residual-1152-bfloat16-sample", ("_forward",))),
-    Pair("gate_residual_bwd-sample", ("gate_residual_bwd_kernel<bf16,8>", GATE),
-         ("gate_residual-1152-bfloat16-sample", ("_backward", "_sum_partials"))),
-    Pair("conv_residual-3x3", ("conv_residual_kernel<bf16,128,false>",),
-         ("conv_residual-3x3-128x128-bf16", ("_conv_residual",)), "conv_residual-3x3-0"),
-    Pair("conv_residual-1x1", ("conv_residual_kernel<bf16,128,false>",),
-         ("conv_residual-1x1-64x64-bf16", ("_conv_residual",))),
-    Pair("group_norm_silu_conv_residual-1x1", ("conv_residual_kernel<bf16,128,true>",),
-         ("group_norm_silu_conv_residual-128x128-bf16", ("_fold", "_conv_residual"))),
+    Pair(
+        FUSED.replace("-", "_bwd-"),
+        ("row_norm_bwd_kernel<bf16,8,true>", SAMPLES),
+        (f"{FUSED}-bfloat16-sample", ("_backward",)),
+    ),
+    Pair(
+        "gate_residual-sample",
+        ("gate_residual_fwd_kernel<bf16,8>",),
+        ("gate_residual-1152-bfloat16-sample", ("_forward",)),
+    ),
+    Pair(
+        "gate_residual_bwd-sample",
+        ("gate_residual_bwd_kernel<bf16,8>", GATE),
+        ("gate_residual-1152-bfloat16-sample", ("_backward", "_sum_partials")),
+    ),
+    Pair(
+        "conv_residual-3x3",
+        ("conv_residual_kernel<bf16,128,false>",),
+        ("conv_residual-3x3-128x128-bf16", ("_conv_residual",)),
+        "conv_residual-3x3-0",
+    ),
+    Pair(
+        "conv_residual-1x1",
+        ("conv_residual_kernel<bf16,128,false>",),
+        ("conv_residual-1x1-64x64-bf16", ("_conv_residual",)),
+    ),
+    Pair(
+        "group_norm_silu_conv_residual-1x1",
+        ("conv_residual_kernel<bf16,128,true>",),
+        ("group_norm_silu_conv_residual-128x128-bf16", ("_fold", "_conv_residual")),
+    ),
     Pair("zero_flag-zero", ("set_flags_kernel", "zero_flag_kernel"), ("zero_flag-bfloat16", ("_scan", "_combine"))),
-)  # fmt: skip
+)
 
 
 def read(path: Path) -> list[Row]:

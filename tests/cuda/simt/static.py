@@ -92,8 +92,13 @@ def facts(source: Path, target: str, fresh: bool = False) -> list[dict[str, str]
     ):
         # sm_90 and later count the 1 KB that the system takes of each block.
         own = int(shared) - (1024 if target != "sm_80" and int(shared) >= 1024 else 0)
-        rows[name] = {"target": target, "registers": registers, "spills": str(int(stack) + int(local)),
-                      "static_shared": str(own), "hash": digest(source, target)}  # fmt: skip
+        rows[name] = {
+            "target": target,
+            "registers": registers,
+            "spills": str(int(stack) + int(local)),
+            "static_shared": str(own),
+            "hash": digest(source, target),
+        }
     counts: dict[str, collections.Counter] = {name: collections.Counter() for name in rows}
     current = None
     for line in assembly.splitlines():

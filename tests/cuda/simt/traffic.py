@@ -55,11 +55,15 @@ def row(case: str, launches: list[Launch]) -> dict[str, str]:
     compulsory = sum({(a.buffer, a.read): a.size for a in accesses if not a.scratch}.values())
     total, partials = (sum(values) for values in zip(*map(moved, launches), strict=True))
     return {
-        "case": case, "compulsory": str(compulsory), "moved": str(total), "partials": str(partials),
-        "ratio": f"{total / compulsory:.3f}", "distinct": str(sum(a.once for a in accesses)),
+        "case": case,
+        "compulsory": str(compulsory),
+        "moved": str(total),
+        "partials": str(partials),
+        "ratio": f"{total / compulsory:.3f}",
+        "distinct": str(sum(a.once for a in accesses)),
         "requested": str(sum(a.requested for a in accesses)),
         "dot_flops": str(sum(launch[0].flops for launch in launches)),
-    }  # fmt: skip
+    }
 
 
 def name_of(case: str, call: int) -> str:
@@ -84,8 +88,9 @@ def parse(printed: str) -> list[dict[str, str]]:
         found = launches.setdefault(launch, [])
         for is_read, requested, once in ((True, read, read_once), (False, written, written_once)):
             if int(requested):
-                found.append(Access(int(buffer), is_read, role == "scratch", int(size), int(requested), int(once),
-                                    int(flops)))  # fmt: skip
+                found.append(
+                    Access(int(buffer), is_read, role == "scratch", int(size), int(requested), int(once), int(flops))
+                )
     return rows
 
 
