@@ -1,10 +1,14 @@
-"""Fixtures of all tests.
+"""Fixtures of all tests, which stand in folders that mirror zeroblock/ (tests/ops, tests/blocks, ...).
+
+`pytest -k layer_norm_modulate` runs the tests of one op: they have it in their names or ids (`-k winograd` for the
+convolutions of that kind).
 
 With TRITON_INTERPRET=1 in the environment the triton backend runs on CPU tensors, in Triton's interpreter with the
 repairs of triton/interpret.py, and is then the only one that `backend` yields (`make test` runs the suite both ways).
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -32,17 +36,19 @@ if INTERPRETS and importlib.util.find_spec("triton") and importlib.util.find_spe
     interpret.install()
     torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
 
-from .simt import emulated  # noqa: E402
+from .cuda.simt import emulated  # noqa: E402
+from .support import BENCHMARKS  # noqa: E402
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
 
-# Tests of the interpreted kernels: their modules would switch this process to the interpreter.
-collect_ignore = [] if INTERPRETS else ["triton"]
+TESTS = pathlib.Path(__file__).parent
 
-
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+# Tests of the interpreted kernels: their modules would switch this process to the interpreter. All but one.
+collect_ignore = [
+    str(path) for path in (TESTS / "triton").glob("test_*.py") if not INTERPRETS and path.name != "test_compile.py"
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +63,7 @@ def benchmark_path():
 def backend(request):
     """Runs the test once per backend, with that backend for every tensor it takes; skips one that cannot run here.
 
-    Without a GPU the CUDA kernels run in the emulator (tests/simt), on CPU tensors.
+    Without a GPU the CUDA kernels run in the emulator (tests/cuda/simt), on CPU tensors.
     """
     with contextlib.ExitStack() as stack:
         if request.param == "cuda" and not torch.cuda.is_available() and emulated.missing() is None:
@@ -74,59 +80,32 @@ def device(backend):
     return device_of(backend)
 
 
-# Too much work for interpreted and for emulated kernels: the arithmetic of the dtypes does not depend on the strides
-# (fp32 runs dense, nhwc and strided, bf16 dense and nhwc, fp16 dense), and kernels tell fp16 from bf16 in loads, stores
-# and the operands of products alone: the first case of each op shows that.
+# Too much work for interpreted and for emulated kernels, beside what is marked so: the arithmetic of the dtypes does
+# not depend on the strides (fp32 runs dense, nhwc and strided, bf16 dense and nhwc, fp16 dense), and kernels tell fp16
+# from bf16 in loads, stores and the operands of products alone: the first case of each op shows that.
 REPEATED = ("strided-bfloat16", "strided-float16", "nhwc-float16")
 FIRST = {case.op: str(case) for case in reversed(CASES) if not case.large}.values()
-# For the interpreter also the cases that are large by name, and what differs in the gradients that are wanted: in most
-# ops kernels do not see which.
-SLOW_INTERPRETED = ("test_group_of_a_million_elements", "test_gradient_of_one_input_alone", "test_without_gradients")
-# For the emulator the group norm's: it computes all gradients whichever are wanted, and its dense loop over chunks is
-# that of the case "large".
-SLOW_EMULATED = (
-    "test_group_of_a_million_elements[cuda-dense]",
-    "test_gradient_of_one_input_alone[cuda-group_norm_silu",
-    "test_without_gradients[cuda-group_norm_silu",
-)
-
-
-# Their tests share what takes long to build, so that one of pytest-xdist's workers runs them all.
-ONE_WORKER = ("benchmarks", "benchmarks_gpu", "cuda_build", "cuda_static", "doctor_html", "isa", "packaging")
-
-
-def stem(path: str | pathlib.Path) -> str:
-    return pathlib.Path(path).stem.removeprefix("test_")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Files of ONE_WORKER go to a worker as a whole and, being the largest, first; other tests one by one.
+    """Files marked one_worker go to a worker as a whole and, being the largest, first; other tests one by one.
 
-    The mark xdist_group would say so too, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.
+    The process that schedules sees the tests' names alone, so it looks for the mark in the file's text. The mark
+    xdist_group would do, but pytest-xdist 3.8 writes groups where pytest 9.2 does not read them.
     """
     from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def stays_whole(path: str) -> bool:
+        return "pytest.mark.one_worker" in (config.rootpath / path).read_text()
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path = nodeid.split("::")[0]
-            return path if stem(path) in ONE_WORKER else nodeid
+            return path if stays_whole(path) else nodeid
 
     return Scheduling(config, log) if config.getvalue("dist") in ("load", "loadgroup") else None
-
-
-# Left out of the reduced set, beside what is slow: the emulator, its tables and the doctor's page hold no line of
-# torch; benchmarks are run with one torch alone. Of the emulated kernels that set keeps the cases of
-# test_unusual_input, which take every op forward and backward through the bindings.
-ONE_TORCH = (
-    "benchmarks",
-    "benchmarks_gpu",
-    "benchmarks_run",
-    "cuda_emulator",
-    "cuda_static",
-    "cuda_traffic",
-    "doctor_html",
-)
 
 
 def parameters(item) -> dict:
@@ -147,17 +126,20 @@ def repeats(item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # -m reads the marks in a hook of the same name
 def pytest_collection_modifyitems(config, items):
-    """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels."""
+    """Interpreted and emulated kernels run the quick part; an interpreting process only what tests the kernels.
+
+    Emulated kernels hold no line of torch: the reduced set has those of files marked every_torch.
+    """
     for item in items:
-        if stem(item.path) in ONE_TORCH or (emulates(item) and stem(item.path) != "unusual_input"):
+        if emulates(item) and "every_torch" not in item.keywords:
             item.add_marker(pytest.mark.slow)
 
     def wanted(item):
         if not INTERPRETS:
-            return not emulates(item) or not (item.name.startswith(SLOW_EMULATED) or repeats(item))
-        if "triton" in item.path.parent.name or "interpreted" in item.keywords:
+            return not emulates(item) or not ("slow_emulated" in item.keywords or repeats(item))
+        if item.path.parent.name == "triton" or "interpreted" in item.keywords:
             return True
-        quick = item.originalname not in SLOW_INTERPRETED and "large" not in item.name
+        quick = "slow_interpreted" not in item.keywords and "large" not in item.name
         return "backend" in item.fixturenames and quick and not repeats(item)
 
     rest = [item for item in items if not wanted(item)]

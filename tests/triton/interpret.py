@@ -174,10 +174,20 @@ def _erf(x):
 
 
 LIBDEVICE = {
-    "tanh": np.tanh, "fast_tanhf": np.tanh, "exp": np.exp, "fast_expf": np.exp, "expm1": np.expm1, "log1p": np.log1p,
-    "erf": _erf, "rsqrt": lambda x: 1 / np.sqrt(x), "pow": np.power, "rint": np.rint, "div_rn": np.divide,
-    "fast_dividef": np.divide, "fma": _fma,
-}  # fmt: skip
+    "tanh": np.tanh,
+    "fast_tanhf": np.tanh,
+    "exp": np.exp,
+    "fast_expf": np.exp,
+    "expm1": np.expm1,
+    "log1p": np.log1p,
+    "erf": _erf,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "pow": np.power,
+    "rint": np.rint,
+    "div_rn": np.divide,
+    "fast_dividef": np.divide,
+    "fma": _fma,
+}
 
 
 def _libdevice(function):

@@ -108,8 +108,10 @@ def compile_facts(launch, target: str) -> dict[str, object]:
     warps, shared = options["num_warps"], compiled.metadata.shared
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
-        count = {key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1]) for key in (
-            "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")}  # fmt: skip
+        count = {
+            key: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
+            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        }
         registers = count["vgpr_count"]
         spills = sum(count.values()) - registers
         instructions = len(re.findall(r"^\s+[svdgb]\w*_\w+", assembly, re.M))
@@ -268,11 +270,15 @@ def main(arguments: list[str]) -> int:
     known = read()
     missing = [key for key in _planned if key not in known]
     if options.check is not None:
-        found = [f"{row['case']} {row['target']} is compiled no longer" for key, row in known.items()
-                 if key not in _planned]  # fmt: skip
+        found = [
+            f"{row['case']} {row['target']} is compiled no longer" for key, row in known.items() if key not in _planned
+        ]
         again = compile_all(sample([key for key in _planned if key in known], options.check), options.jobs)
-        found += [f"{row['case']} {row['target']}: {row} but the table says {known[key]}" for key, row in again.items()
-                  if row != known[key]]  # fmt: skip
+        found += [
+            f"{row['case']} {row['target']}: {row} but the table says {known[key]}"
+            for key, row in again.items()
+            if row != known[key]
+        ]
         if len(missing) + len(found) > MISSING:
             found = [f"{TABLE.name} is stale: {len(missing)} rows missing; run python -m tests.triton.static"]
             missing = []

@@ -77,7 +77,7 @@ def test_conv_residual(case, dtype, layout, plan):
 
 @pytest.mark.parametrize(("dtype", "config"), [(dtype, c) for dtype in DTYPES for c in _gemm.configs(dtype)])
 @pytest.mark.parametrize("case", CONVS)
-def test_conv_gradients(case, dtype, config):
+def test_conv_residual_gradients(case, dtype, config):
     x, weight, _, dy, padding = conv_inputs(case, dtype, "nhwc")
 
     def eager(dy, x, weight):

@@ -22,8 +22,12 @@ from zeroblock.kernels import linear_gate_residual as linear  # noqa: E402
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty  # noqa: E402
 from zeroblock.testing.draw import Draw  # noqa: E402
 
-drawn = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow,
-                 HealthCheck.function_scoped_fixture])  # fmt: skip
+drawn = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 dtypes = st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
 layouts = st.sampled_from(("dense", "nhwc", "strided"))
 
@@ -84,7 +88,7 @@ def test_conv_residual(data):
 
 @drawn
 @given(st.data())
-def test_conv_gradients(data):
+def test_conv_residual_gradients(data):
     dtype = data.draw(dtypes)
     x, weight, _, dy, padding = operands(data.draw(convolutions()), dtype, data.draw(layouts))
     with poison_empty(), interpret.program_order(data.draw(st.integers(0, 9))):

@@ -13,18 +13,28 @@ import pytest
 
 pytest.importorskip("triton")
 
+from ..support import HANG, ROOT  # noqa: E402
 from . import ptx, static  # noqa: E402
 
-ROOT = Path(__file__).parent.parent.parent
-GOOD = {"case": "c", "kernel": "k", "target": "sm_90", "registers": 64, "spills": 0, "shared": 1024, "warps": 8,
-        "blocks": 4, "wide": 100, "tensor": 8}  # fmt: skip
+GOOD = {
+    "case": "c",
+    "kernel": "k",
+    "target": "sm_90",
+    "registers": 64,
+    "spills": 0,
+    "shared": 1024,
+    "warps": 8,
+    "blocks": 4,
+    "wide": 100,
+    "tensor": 8,
+}
 
 
 def compiling(*arguments: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=HANG, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}
     )
 
 
@@ -221,7 +231,7 @@ def test_planted_kernels_are_caught(tmp_path):
 def test_nothing_is_compiled_in_an_interpreting_process():
     env = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.triton.static", "--check", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=HANG)
     assert done.returncode and "nothing can be compiled" in done.stderr
 
 

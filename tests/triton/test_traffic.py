@@ -92,8 +92,13 @@ def test_small_operands_count_once():
 
 # ---- the committed table --------------------------------------------------------------------------------------------
 
-ONE_READ = ("group_norm_silu-", "layer_norm_modulate-", "rms_norm_modulate-", "gate_residual-",
-            "gate_residual_layer_norm_modulate-")  # fmt: skip
+ONE_READ = (
+    "group_norm_silu-",
+    "layer_norm_modulate-",
+    "rms_norm_modulate-",
+    "gate_residual-",
+    "gate_residual_layer_norm_modulate-",
+)
 FUSED = (
     "conv_residual-1x1",
     "conv_residual-3x3-0",
@@ -126,8 +131,23 @@ def test_table_reaches_the_targets():
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("last", (False, True))
-@pytest.mark.parametrize(("C", "side"), [(320, 64), (320, 32), (640, 32), (640, 16), (1280, 16), (1280, 8), (960, 16),
-                                         (192, 64), (384, 32), (576, 16), (960, 32), (1280, 32)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("C", "side"),
+    [
+        (320, 64),
+        (320, 32),
+        (640, 32),
+        (640, 16),
+        (1280, 16),
+        (1280, 8),
+        (960, 16),
+        (192, 64),
+        (384, 32),
+        (576, 16),
+        (960, 32),
+        (1280, 32),
+    ],
+)
 def test_unet_shapes_are_read_once(C, side, last, dtype):
     """Groups of the U-Net stages stay on chip; what is larger than a register file is split, backward of fp32 first."""
     x = torch.empty(2, C, side, side, dtype=dtype, device="meta")

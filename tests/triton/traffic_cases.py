@@ -189,7 +189,7 @@ CASES: dict[str, Case] = {}
 for _C, _side, _dtype, _last in (
     *((C, side, BF16, last) for C, side in ((320, 64), (640, 32), (1280, 16), (1280, 8)) for last in (False, True)),
     (640, 16, F32, False),
-):  # fmt: skip
+):
     _name = f"{_C}x{_side}-{'bf16' if _dtype == BF16 else 'fp32'}-{'nhwc' if _last else 'nchw'}"
     CASES[f"group_norm_silu-{_name}"] = _group_norm(_C, _side, _dtype, _last, False, False)
     CASES[f"group_norm_silu_bwd-{_name}"] = _group_norm(_C, _side, _dtype, _last, False, True)
@@ -243,10 +243,15 @@ def row(name: str) -> dict[str, object]:
     compulsory = sum(t.numel() * t.element_size() for t in [*inputs, *outputs])
     moved = recorded.moved()
     return {
-        "case": name, "compulsory": compulsory, "moved": moved, "partials": moved - recorded.moved(known),
-        "ratio": f"{moved / compulsory:.3f}", "requested": recorded.total("requested"),
-        "sectors": recorded.total("sectors"), "dot_flops": recorded.dot_flops,
-    }  # fmt: skip
+        "case": name,
+        "compulsory": compulsory,
+        "moved": moved,
+        "partials": moved - recorded.moved(known),
+        "ratio": f"{moved / compulsory:.3f}",
+        "requested": recorded.total("requested"),
+        "sectors": recorded.total("sectors"),
+        "dot_flops": recorded.dot_flops,
+    }
 
 
 def committed() -> dict[str, dict[str, str]]:

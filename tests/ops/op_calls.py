@@ -1,0 +1,155 @@
+"""Example calls of every registered op, in any dtype and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from zeroblock.zero import HOST, NEVER
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = {"fp32": F32, "bf16": BF16, "fp16": F16, "fp64": F64}
+LAYOUTS = ("contiguous", "channels-last", "strided")
+
+Make = Callable[..., torch.Tensor]
+
+
+def registered(op: str) -> torch._ops.OpOverload:
+    """The op as the dispatcher knows it: what a compiler, a mode or a tensor subclass calls."""
+    return getattr(torch.ops.zeroblock, op).default
+
+
+def maker(dtype: torch.dtype, layout: str) -> Make:
+    """make(*size): random values. channels-last: dense in another dimension order; strided: a slice of a larger one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*size: int) -> torch.Tensor:
+        if layout == "contiguous":
+            return torch.randn(size, generator=generator).to(dtype)
+        if layout == "strided":
+            t = torch.randn([n + 1 for n in size], generator=generator).to(dtype)
+            return t[tuple(slice(1, None) for _ in size)]
+        t = torch.randn(size[:1] + size[2:] + size[1:2], generator=generator).to(dtype)
+        return t.movedim(-1, 1) if len(size) > 1 else t
+
+    return make
+
+
+def forward_calls(make: Make) -> dict[str, list[tuple]]:
+    """Arguments of every forward op: everything given, the least given, zero paths, per-token operands."""
+    n = make
+    zero = lambda *size: torch.zeros_like(n(*size))  # noqa: E731
+    x, t, u, v = n(2, 8, 5, 3), n(2, 5, 8), n(2, 8), n(8)
+    keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+
+    def fused(weight):
+        return (x, 4, v, n(8), 1e-5, u, n(2, 8), keep, 0.3, weight, n(6), n(2, 6, 5, 3), [1, 1], HOST)
+
+    return {
+        "group_norm_silu": [
+            (x, 4, v, n(8), 1e-5, u, n(2, 8), True),
+            (n(2, 8, 7), 2, None, None, 1e-3, None, None, False),
+        ],
+        "layer_norm_modulate": [
+            (t, u, n(2, 8), v, n(8), 1e-6),
+            (t, n(2, 5, 8), n(2, 5, 8), None, None, 1e-6),
+            (t, None, None, None, None, 1e-6),
+        ],
+        "rms_norm_modulate": [
+            (t, u, n(2, 8), v, 1e-6),
+            (t, n(2, 5, 8), n(2, 5, 8), None, 1e-6),
+            (t, None, None, None, 1e-6),
+        ],
+        "gate_residual": [(t, g, n(2, 5, 8)) for g in (u, v, n(2, 5, 8), n(1))] + [(x, n(1), n(2, 8, 5, 3))],
+        "gate_residual_layer_norm_modulate": [
+            (t, u, n(2, 5, 8), n(2, 8), n(2, 8), 1e-6),
+            (t, n(2, 5, 8), n(2, 5, 8), n(2, 5, 8), n(2, 5, 8), 1e-6),
+            (t, n(1), n(2, 5, 8), n(2, 8), n(2, 8), 1e-6),
+            (t, v, n(2, 5, 8), n(2, 8), n(2, 8), 1e-6),
+        ],
+        "conv_residual": [
+            (x, n(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [1, 1], HOST),
+            (x, n(6, 8, 1, 1), None, None, [0, 0], NEVER),
+            (x, zero(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [1, 1], HOST),
+            (x, zero(6, 8, 3, 3), None, None, [1, 1], HOST),
+            (n(2, 8, 7), n(6, 8, 3), n(6), n(2, 6, 7), [1], HOST),
+            (n(1, 4, 3, 3, 3), n(2, 4, 3, 3, 3), n(2), n(1, 2, 3, 3, 3), [1, 1, 1], HOST),
+        ],
+        "group_norm_silu_conv_residual": [
+            fused(n(6, 8, 3, 3)),
+            fused(zero(6, 8, 3, 3)),
+            (x, 2, None, None, 1e-5, None, None, None, 0.0, n(6, 8, 1, 1), None, None, [0, 0], NEVER),
+        ],
+        "layer_norm_modulate_linear": [
+            (t, u, n(2, 8), n(6, 8), n(6), 1e-6),
+            (t, None, None, n(6, 8), None, 1e-6),
+            (t, n(2, 5, 8), n(2, 5, 8), n(6, 8), n(6), 1e-6),
+        ],
+        "linear_gate_residual": [
+            (t, n(6, 8), n(6), n(2, 6), n(2, 5, 6), "gelu_tanh", HOST, True),
+            (t, n(6, 8), n(6), None, n(2, 5, 6), "silu", HOST, False),
+            (t, n(6, 8), None, n(6), None, None, HOST, True),
+            (t, n(6, 8), None, None, None, "gelu", HOST, False),
+            (t, zero(6, 8), n(6), n(2, 6), n(2, 5, 6), "gelu_tanh", HOST, True),
+            (t, zero(6, 8), n(6), n(1), n(2, 5, 6), None, HOST, False),
+            (t, n(6, 8), n(6), zero(2, 6), n(2, 5, 6), None, HOST, False),
+            (t, zero(6, 8), n(6), None, None, None, HOST, False),
+        ],
+    }
+
+
+def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
+    """The calls of `op`_bwd that the backward of the op makes after op(*args) gave out."""
+    dy = like(*out[0].shape).to(out[0].dtype)
+    if op == "group_norm_silu":
+        x, groups, w, b, _, scale, shift, silu = args
+        return [(dy, x, *out[1:], w, b, scale, shift, groups, silu)]
+    if op == "layer_norm_modulate":
+        x, shift, scale, w, b, _ = args
+        return [(dy, x, *out[1:], shift, scale, w, b)]
+    if op == "rms_norm_modulate":
+        x, shift, scale, w, _ = args
+        return [(dy, x, out[1], shift, scale, w)]
+    if op == "gate_residual":
+        return [(dy, args[1], args[2], True, True), (dy, args[1], args[2], False, True), (dy, *args[1:], True, False)]
+    if op == "gate_residual_layer_norm_modulate":
+        _, gate, branch, shift, scale, _ = args
+        rest = (like(*out[1].shape), out[0], *out[2:], gate, branch, shift, scale)
+        return [(dy, *rest), (None, *rest)]
+    if op == "conv_residual":
+        h, w, b, _, padding, skip = args
+        masks = ([True, True, b is not None], [True, False, False])
+        return [(dy, h, w, out[1], skip, padding, b is not None, mask) for mask in masks]
+    if op == "group_norm_silu_conv_residual":
+        x, groups, nw, nb, eps, scale, shift, keep, p, w, b, _, padding, skip = args
+        masks = ([True, True, b is not None], [False, True, False], [True, False, False])
+        return [
+            (
+                dy,
+                x,
+                *out[1:3],
+                groups,
+                nw,
+                nb,
+                eps,
+                scale,
+                shift,
+                keep,
+                p,
+                w,
+                out[3],
+                skip,
+                padding,
+                b is not None,
+                mask,
+            )
+            for mask in masks
+        ]
+    if op == "layer_norm_modulate_linear":
+        x, shift, scale, w, b, eps = args
+        masks = ([True, True, b is not None], [False, True, False], [True, False, False])
+        return [(dy, x, *out[1:], shift, scale, w, eps, b is not None, mask) for mask in masks]
+    h, w, b, gate, _, activation, skip, saved = args
+    masks = ([True, True, b is not None, saved], [False, True, False, False], [True, False, False, False])
+    return [(dy, h, w, gate, out[1], out[2], skip, activation, b is not None, mask) for mask in masks]
