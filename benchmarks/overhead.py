@@ -8,7 +8,7 @@ from blocks import DITS, QUICK_DITS, conv_tail, dit_blocks, gate_rows, module_wo
 from cases import DTYPES, IMAGES, MODES, QUICK_IMAGES, Case, Side, Work, memory_bound, text
 from torch import Tensor
 
-from zeroblock import zero
+from zeroblock.blocks.decision import Answer, decide
 
 TINY_IMAGE, TINY_TOKENS = (1, 32, 4, 4), (1, 4, 64)
 
@@ -52,11 +52,10 @@ def _check_case(make_blocks: Callable, tail: Callable, worst: bool) -> Callable[
 
     def build(case: Case) -> Work:
         eager_block, own_block, inputs = make_blocks(DTYPES[case.dtype])
-        tensors = late(tail(own_block)) if worst else tail(own_block)
+        tensors = tuple(late(tail(own_block)) if worst else tail(own_block))
 
-        def decision() -> bool:  # policy, hooks, values: the most that a module looks at
-            may_skip = zero.may_skip_branch("zero_check", "auto", tensors[0]) and zero.bypassable(own_block.children())
-            return may_skip and all(zero.is_exactly_zero(tensor) for tensor in tensors)
+        def decision() -> Answer:  # policy, values and, while zero, hooks: all that a module looks at
+            return decide("zero_check", "auto", tensors, bypassed=own_block.children())
 
         return Work(Side(eager_block, inputs, ()), Side(decision, (), ()))
 

@@ -20,14 +20,14 @@ _proved: dict[tuple, str | None] = {}
 
 
 def disagreement(block: nn.Module, family: Family) -> str | None:
-    """None when both forwards agree, else the reason to leave the block alone; remembered for blocks of one make."""
-    key = (type(family), *_make(block, family))
+    """None when both forwards agree, else the reason to leave the block alone; remembered by fingerprint."""
+    key = (type(family), *_fingerprint(block, family))
     if key not in _proved:
         _proved[key] = _compare(block, family)
     return _proved[key]
 
 
-def _make(block: nn.Module, family: Family) -> tuple:
+def _fingerprint(block: nn.Module, family: Family) -> tuple:
     """What a block's forward can depend on but its tensors' values: classes, functions, shapes, plain attributes."""
     code = tuple((type(m), type(m).forward, getattr(type(m), family.method, None)) for m in block.modules())
     plain = tuple(

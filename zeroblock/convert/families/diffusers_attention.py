@@ -33,7 +33,7 @@ class _Ungated(InferenceSkip):
             block = block._modules[name]
         return [block]
 
-    def bare(self, block: Any, x: Tensor, residual: bool) -> Tensor:
+    def _residual_alone(self, block: Any, x: Tensor, residual: bool) -> Tensor:
         """(x +) the bias of the last layer, in eager's dtype."""
         (layer,) = self.zero_layers(block)
         dtype = autocast_dtype(layer.weight) or layer.weight.dtype
@@ -67,11 +67,11 @@ class Attention(_Ungated):
         eager = functools.partial(self.eager, block, x, *args, **kwargs)
         if not fits or not self.skips(block):
             return eager()
-        y = self.bare(block, x, residual)
+        y = self._residual_alone(block, x, residual)
         if residual:
             y = y / block.rescale_output_factor
         key = (x.dim(), x.is_contiguous(), x.dtype, y.dtype, type(block.processor), len(args), *sorted(kwargs))
-        return self.foretold(block, key, y, eager)
+        return self.predicted(block, key, y, eager)
 
 
 @register
@@ -95,8 +95,8 @@ class FeedForward(_Ungated):
         eager = functools.partial(self.eager, block, hidden_states, *args, **kwargs)
         if not self.skips(block):
             return eager()
-        y = self.bare(block, hidden_states, False)
-        return self.foretold(block, (hidden_states.dim(), hidden_states.dtype, y.dtype), y, eager)
+        y = self._residual_alone(block, hidden_states, False)
+        return self.predicted(block, (hidden_states.dim(), hidden_states.dtype, y.dtype), y, eager)
 
 
 @register
@@ -125,6 +125,6 @@ class Transformer2DModel(_Ungated):
             return eager()
         output = sys.modules[type(block).__module__].Transformer2DModelOutput
         wrap = (lambda y: output(sample=y)) if kwargs.get("return_dict", True) else (lambda y: (y,))
-        y = self.bare(block, hidden_states, True)
+        y = self._residual_alone(block, hidden_states, True)
         key = (hidden_states.is_contiguous(), hidden_states.dtype, y.dtype, len(args), *sorted(kwargs))
-        return self.foretold(block, key, y, eager, wrap)
+        return self.predicted(block, key, y, eager, wrap)

@@ -49,8 +49,12 @@ class ControlNetModel(ControlBranch):
 
     name = "ControlNetModel"
     classes = (
-        "ControlNetModel", "ControlNetUnionModel", "SparseControlNetModel", "SD3ControlNetModel", "FluxControlNetModel",
-    )  # fmt: skip
+        "ControlNetModel",
+        "ControlNetUnionModel",
+        "SparseControlNetModel",
+        "SD3ControlNetModel",
+        "FluxControlNetModel",
+    )
 
     def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
         if type(block).forward.__qualname__ not in {f"{name}.forward" for name in self.classes}:
@@ -109,9 +113,9 @@ class UNetControlNetXSModel(InferenceSkip):
         rest = (layer for m in towards for layer in (m if isinstance(m, nn.ModuleList) else [m]))
         return [block.control_to_base_for_conv_in, *rest]
 
-    def holders(self, block: Any) -> tuple[Tensor, ...] | None:
+    def judged_tensors(self, block: Any) -> tuple[Tensor, ...] | None:
         """Biases too: they go through the U-Net."""
-        weights = super().holders(block)
+        weights = super().judged_tensors(block)
         biases = (layer.bias for layer in self.zero_layers(block))
         return None if weights is None else (*weights, *(b for b in biases if b is not None))
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import zero
-from ...nn.residual import residual_branch
+from ...blocks.decision import allowed, bypassable
+from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
-from .adaln import draws, gated_branch, held_by, is_plain, is_plain_linear
+from .adaln import gated_branch, is_plain, is_plain_linear, may_draw, zeroing_tensors
 
 
 @register
@@ -37,7 +37,7 @@ class TemporalConvLayer(Family):
         return missing
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"conv4": held_by(block.conv4[3], block.conv4[3].weight)}
+        return {"conv4": zeroing_tensors(block.conv4[3], block.conv4[3].weight)}
 
     def example(self, block: Any) -> tuple:
         return torch.randn(4, block.in_dim, 3, 2), 2
@@ -46,7 +46,7 @@ class TemporalConvLayer(Family):
         frames, *image = hidden_states.shape
         *front, tail = (block.conv1, block.conv2, block.conv3, *block.conv4)
         fits = hidden_states.dim() == 4 and is_plain(hidden_states, tail.weight, tail.bias)
-        if not fits or frames % num_frames or not zero.bypassable((block.conv4,)):
+        if not fits or frames % num_frames or not bypassable((block.conv4,)):
             return self.eager(block, hidden_states, num_frames)
         x = hidden_states.reshape(frames // num_frames, num_frames, *image).permute(0, 2, 1, 3, 4)
 
@@ -55,7 +55,7 @@ class TemporalConvLayer(Family):
                 x = layer(x)
             return x
 
-        y = residual_branch(self.name, self.zero_skip, x, body, tail, None, (x,), modules=tuple(front))
+        _, y = residual_branch(self.name, self.zero_skip, x, body, tail, None, (x,), modules=tuple(front))
         if y is None:
             y = x + tail(body(x))
         return y.permute(0, 2, 1, 3, 4).reshape(frames, *image)
@@ -81,7 +81,7 @@ class AnimateDiffTransformer3D(Family):
         return lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"proj_out": held_by(block.proj_out, block.proj_out.weight)}
+        return {"proj_out": zeroing_tensors(block.proj_out, block.proj_out.weight)}
 
     def example(self, block: Any) -> tuple:
         return torch.randn(4, block.proj_in.in_features, 3, 2), None, None, None, 2
@@ -119,11 +119,11 @@ class AnimateDiffTransformer3D(Family):
 
         modules = (block.norm, block.proj_in, block.transformer_blocks)
         y = None
-        if zero.bypassable(modules) and zero.may_skip_branch(self.name, self.zero_skip, tail.weight):
-            y = residual_branch(
-                self.name, self.zero_skip, tokens(hidden_states), body, tail, None, (hidden_states,), modules=modules,
-                random=any(map(draws, modules)),
-            )  # fmt: skip
+        if bypassable(modules) and allowed(self.name, self.zero_skip, tail.weight):  # else spare the reordering
+            x, random = tokens(hidden_states), any(map(may_draw, modules))
+            _, y = residual_branch(
+                self.name, self.zero_skip, x, body, tail, None, (hidden_states,), modules=modules, random=random
+            )
         if y is None:
             return self.eager(block, hidden_states, num_frames=num_frames)
         return y.reshape(*inner, channels).permute(0, 3, 4, 1, 2).reshape(hidden_states.shape)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..._autocast import autocast_dtype
 from ..._compose import bare_residual
+from ...blocks.layers import is_plain_layer
 from ..family import lacks, register
-from .whole_skip import ControlBranch, InferenceSkip, is_plain_layer
+from .whole_skip import ControlBranch, InferenceSkip
 
 
 @register
@@ -43,7 +44,7 @@ class SpatialTransformer(InferenceSkip):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         y = bare_residual(x, bias, None, 1, dtype, None)
         key = (x.dtype, dtype, len(args), *sorted(kwargs))
-        return self.foretold(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
+        return self.predicted(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
 
 
 @register
