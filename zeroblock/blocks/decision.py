@@ -48,19 +48,15 @@ def decide(
     bypassed: Iterable[nn.Module | None] = (),
     *,
     may_draw: bool = True,
-    branches: int = 1,
-    decides_run: bool = True,
 ) -> Answer:
-    """Whether the branch `name` is skipped at this call, counted once.
+    """Whether the branch `name` is skipped at this call, and why; counted once.
 
     weights: the tensors that hold the branch at zero while all of them are zero; gates: likewise.
     bypassed: the modules that a skip leaves uncalled. may_draw: False: they must not draw random numbers either.
-    branches: how many branches a skip leaves out. decides_run: False: RUN is no decision (and is not counted), since
-    each branch is asked for afterwards.
     """
     if not allowed(name, policy, weights[0] if weights else gates[0]):
         return NOT_ALLOWED
-    return conclude(name, judge(weights, gates), bypassed, may_draw, branches, decides_run)
+    return conclude(name, judge(weights, gates), bypassed, may_draw=may_draw)
 
 
 def judge(weights: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> Answer:
@@ -73,21 +69,17 @@ def judge(weights: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> Answer:
 
 
 def conclude(
-    name: str,
-    answer: Answer,
-    bypassed: Iterable[nn.Module | None],
-    may_draw: bool = True,
-    branches: int = 1,
-    decides_run: bool = True,
+    name: str, answer: Answer, bypassed: Iterable[nn.Module | None], *, may_draw: bool = True, branches: int = 1
 ) -> Answer:
-    """The answer once the modules that a skip bypasses were looked at too, counted; arguments as in `decide`."""
-    if answer is not RUN:
-        if not bypassable(bypassed, may_draw):
-            return NOT_ALLOWED
+    """The answer that the values gave, once the `bypassed` modules were looked at too: counted, as `branches` skips
+    where that is how many a skip leaves out."""
+    if answer is RUN:
+        zero.count(name, False)
+    elif bypassable(bypassed, may_draw):
         for _ in range(branches):
             zero.count(name, True)
-    elif decides_run:
-        zero.count(name, False)
+    else:
+        return NOT_ALLOWED
     return answer
 
 
