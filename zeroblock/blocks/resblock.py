@@ -139,7 +139,7 @@ def _body(layers: Layers, size: tuple[int, ...], x: Tensor, emb: Any) -> tuple[T
             padding=conv.padding,
             zero_skip=UNTESTED,
         )
-    return (h,) if scale is None else (h, scale, shift)
+    return (h,) if scale is None or shift is None else (h, scale, shift)
 
 
 def _draw_keep(layers: Layers, x: Tensor, size: tuple[int, ...]) -> Tensor | None:

@@ -290,6 +290,6 @@ def _differentiable(
         if gate is not None:
             y = tail.broadcast(gate, y.dim()) * y
     inputs = [weight, bias, gate, *activations, *(p for _, _, p in branch.parameters)]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -85,14 +85,14 @@ def restore(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model must be an nn.Module, got {type(model).__name__}")
     _refuse_compiled("restore", model)
-    blocks = [(path, m) for path, m in model.named_modules() if applied(m) is not None]
-    for path, m in blocks:
+    blocks = [(path, m, was) for path, m in model.named_modules() if (was := applied(m)) is not None]
+    for path, m, _ in blocks:
         if not _is_ours(m):
             raise RuntimeError(
                 f"restore: the class of {path or 'the model'} became {type(m).__name__} after accelerate"
             )
-    for _, m in blocks:
-        m.__class__ = applied(m).original
+    for _, m, was in blocks:
+        m.__class__ = was.original
     return len(blocks)
 
 

@@ -38,11 +38,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import copyreg
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
+from copyreg import __newobj__ as _newobj  # type: ignore[attr-defined]
+from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class Family:
     def on_class_created(self, kind: type[nn.Module]) -> None:
         """Called once for every subclass that `accelerated_class` creates for this family."""
 
-    def eager(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def eager(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         """The method the block had before accelerate."""
         return getattr(type(block)._zeroblock.original, self.method)(block, *args, **kwargs)
 
@@ -163,7 +164,7 @@ def _replacement(method: Callable, family: Family) -> Callable:
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
     @functools.wraps(method)
-    def replaced(self, *args, **kwargs):
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs and not takes_all and not all(name in names for name in kwargs):
             return method(self, *args, **kwargs)  # a fork's own argument
         if backend == "auto" and not fast:
@@ -178,23 +179,23 @@ def _replacement(method: Callable, family: Family) -> Callable:
     return replaced
 
 
-def _pickled_as(original: type) -> Callable:
-    def __reduce_ex__(self, protocol):
+def _pickled_as(original: Any) -> Callable:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Pickles as the original class."""
         reduced = original.__reduce_ex__(self, protocol)
         if isinstance(reduced, str) or type(self)._zeroblock.original is not original:
             return reduced
         function, args, *rest = reduced
         args = tuple(original if a is type(self) else a for a in args)
-        if function is copyreg.__newobj__ and args == (original,):  # which insists on the object's own class
-            function, args = copyreg._reconstructor, (original, object, None)
+        if function is _newobj and args == (original,):  # which insists on the object's own class
+            function, args = _reconstructor, (original, object, None)
         return function, args, *rest
 
     return __reduce_ex__
 
 
 def _copied_as(original: type, copier: Callable) -> Callable:
-    def method(self, *args):
+    def method(self: Any, *args: Any) -> Any:
         """A copy as the original class makes it, accelerated like the block it was taken of."""
         accelerated = type(self)
         self.__class__ = original

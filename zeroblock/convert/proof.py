@@ -142,7 +142,9 @@ def _run(block: nn.Module, method: str, example: tuple) -> list[Tensor]:
         # A non-leaf like in a model: blocks may write into their input's successors, never into the input.
         result = getattr(block, method)(*(t * 1 if _is_floating(t) else t for t in inputs))
         outputs = _tensors(result)
-        loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in outputs)
+        loss = torch.zeros(())
+        for t in outputs:
+            loss = loss + (t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum()
         wanted = [t for t in inputs if _is_floating(t)]
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]

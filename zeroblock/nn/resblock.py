@@ -124,12 +124,13 @@ class ResBlock(nn.Module):
         h = conv1(self.h_upd(silu1(norm1(x))))
         scale, shift, e = self._embedding(emb, h.dtype)
         h = norm2(h if e is None else h + e)
-        if scale is not None:
+        if scale is not None and shift is not None:
             h = h * (1 + channel_view(scale, h.dim())) + channel_view(shift, h.dim())
         return self.skip_connection(self.x_upd(x)) + conv2(dropout(silu2(h)))
 
     def _embedding(self, emb: Tensor, dtype: torch.dtype) -> resblock.Embedding:
-        e = self.emb_layers(emb).to(dtype)
+        e: Tensor = self.emb_layers(emb).to(dtype)
         if self.use_scale_shift_norm:
-            return *e.chunk(2, dim=1), None
-        return None, None, channel_view(e, self.out_layers[3].weight.dim())
+            scale, shift = e.chunk(2, dim=1)
+            return scale, shift, None
+        return None, None, channel_view(e, self.out_layers[3].weight.dim())  # type: ignore[operator]

@@ -143,7 +143,7 @@ def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
     net: Any = getattr(ff, "net", None)
     if type(ff).__name__ != "FeedForward" or net is None or len(net) not in (3, 4) or not bypassable((ff,)):
         return None
-    act, *dropouts = net[0], net[1], *net[3:]
+    act, dropouts = net[0], [net[1], *list(net)[3:]]
     if not all(type(d) is nn.Dropout and (not d.training or d.p == 0.0) for d in dropouts):
         return None
     proj = getattr(act, "proj", None)

@@ -22,10 +22,10 @@ class _Ungated(InferenceSkip):
     inner = True
     last: tuple[str, ...]  # the path of the layer that holds the branch at zero
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         return type(block).__name__ in self.classes and type(block).__module__.startswith("diffusers.")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, ".".join(self.last))
 
     def zero_layers(self, block: Any) -> list[Any]:
@@ -116,7 +116,7 @@ class Transformer2DModel(_Ungated):
     classes = ("Transformer2DModel",)
     last = ("proj_out",)
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         return super().knows(block) and getattr(block, "is_input_continuous", False)
 
     def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -56,7 +56,7 @@ class ControlNetModel(ControlBranch):
         "FluxControlNetModel",
     )
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if type(block).forward.__qualname__ not in {f"{name}.forward" for name in self.classes}:
             return "its forward is not diffusers' own"
         return None if self.zero_layers(block) else "it has no zero layers for its feature maps"
@@ -97,7 +97,7 @@ class UNetControlNetXSModel(InferenceSkip):
     name = "UNetControlNetXSModel"
     classes = ("UNetControlNetXSModel", "ControlNetXSAdapter")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if type(block).forward.__qualname__ == "ControlNetXSAdapter.forward":
             return "it is the parts of a control U-Net: accelerate the UNetControlNetXSModel made of it"
         if type(block).forward.__qualname__ != "UNetControlNetXSModel.forward":

@@ -37,7 +37,7 @@ def _streams(D: int) -> tuple[Tensor, Tensor, Tensor]:
 class _TwoStreams(Family):
     """Attention of both streams together, then a feed-forward for each."""
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")
 
     def example(self, block: Any) -> tuple:
@@ -189,7 +189,7 @@ class FluxSingleTransformerBlock(Family):
     name = "FluxSingleTransformerBlock"
     classes = ("FluxSingleTransformerBlock",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm.linear", "proj_mlp", "act_mlp", "proj_out", "attn")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:

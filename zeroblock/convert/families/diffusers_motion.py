@@ -30,7 +30,7 @@ class TemporalConvLayer(Family):
     classes = ("TemporalConvLayer",)
     dense_backend = "eager"
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "conv1.2", "conv2.3", "conv3.3", "conv4.3")
         if missing is None and len(block.conv4) != 4:
             return "its conv4 is not norm, activation, dropout and convolution"
@@ -44,7 +44,8 @@ class TemporalConvLayer(Family):
 
     def forward(self, block: Any, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
         frames, *image = hidden_states.shape
-        *front, tail = (block.conv1, block.conv2, block.conv3, *block.conv4)
+        *inner, tail = block.conv4
+        front = [block.conv1, block.conv2, block.conv3, *inner]
         fits = hidden_states.dim() == 4 and is_plain(hidden_states, tail.weight, tail.bias)
         if not fits or frames % num_frames or not bypassable((block.conv4,)):
             return self.eager(block, hidden_states, num_frames)
@@ -77,7 +78,7 @@ class AnimateDiffTransformer3D(Family):
     classes = ("AnimateDiffTransformer3D",)
     dense_backend = "eager"
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -143,7 +144,7 @@ class GatedSelfAttentionDense(Family):
     name = "GatedSelfAttentionDense"
     classes = ("GatedSelfAttentionDense",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "linear", "norm1", "attn", "norm2", "ff", "alpha_attn", "alpha_dense")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:

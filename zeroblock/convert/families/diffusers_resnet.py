@@ -19,7 +19,7 @@ class _Resnet(Family):
 
     parts: tuple[str, ...] = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, *self.parts, "output_scale_factor")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -90,7 +90,7 @@ class ResnetBlock2D(_Resnet):
     name = "ResnetBlock2D"
     classes = ("ResnetBlock2D",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         norms = isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)
         return super().match(block, path, root) or (None if norms else "its norms are not nn.GroupNorm")
 
@@ -145,7 +145,7 @@ class ResnetBlock2D(_Resnet):
         h = block.conv1(_resampled(block, block.nonlinearity(block.norm1(x))))
         scale, shift, e = self._embedding(block, temb)
         h = block.norm2(h if e is None else h + e)
-        if scale is not None:
+        if scale is not None and shift is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return block.dropout(block.nonlinearity(h))
 

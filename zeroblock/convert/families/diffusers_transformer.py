@@ -34,11 +34,11 @@ class BasicTransformerBlock(Family):
     name = "BasicTransformerBlock"
     classes = ("BasicTransformerBlock",)
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         # With plain norms there is neither a modulation nor a gate, and nothing that starts at zero.
         return super().knows(block) and getattr(block, "norm_type", None) not in ("layer_norm", "layer_norm_i2vgen")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "norm_type", "norm1", "attn1", "ff")
         if missing is not None:
             return missing
@@ -73,7 +73,7 @@ class BasicTransformerBlock(Family):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
+        timestep: Any = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Any] | None = None,
@@ -139,7 +139,7 @@ class DiTTransformer2DModel(Family):
     name = "DiTTransformer2DModel"
     classes = ("DiTTransformer2DModel",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "pos_embed", "transformer_blocks.0.norm1.emb", "norm_out", "proj_out_1", "proj_out_2")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:

@@ -74,8 +74,10 @@ class UNetBlock(Family):
         return missing or (None if self._fits(block) else "its layers are not EDM's, or are parametrised or watched")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        found = {"conv1": (block.conv1.weight,)}
-        return found | {"proj": (block.proj.weight,)} if block.num_heads else found
+        found: dict[str, tuple[Tensor, ...]] = {"conv1": (block.conv1.weight,)}
+        if block.num_heads:
+            found["proj"] = (block.proj.weight,)
+        return found
 
     def example(self, block: Any) -> tuple:
         return torch.randn(2, block.in_channels, 4, 4), torch.randn(2, block.affine.in_features)

@@ -58,7 +58,7 @@ class EDM2UNet(InferenceSkip):
     name = "EDM2UNet"
     classes = ("UNet",)
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         return super().knows(block) and hasattr(block, "out_gain")
 
     def match(self, block: Any, path: str, root: nn.Module) -> str | None:
@@ -68,8 +68,11 @@ class EDM2UNet(InferenceSkip):
         return (block.out_gain,)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        gains = {f"{path}.emb_gain": (m.emb_gain,) for path, m in block.named_modules() if hasattr(m, "emb_gain")}
-        return {"out_gain": (block.out_gain,)} | gains
+        found: dict[str, tuple[Tensor, ...]] = {"out_gain": (block.out_gain,)}
+        for path, m in block.named_modules():
+            if hasattr(m, "emb_gain"):
+                found[f"{path}.emb_gain"] = (m.emb_gain,)
+        return found
 
     def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.skips(block):

@@ -52,7 +52,8 @@ class ResBlock(Family):
         if not isinstance(block.emb_layers, nn.Module):
             return x, None
         frames = (4,) if getattr(block, "exchange_temb_dims", False) else ()
-        return x, torch.randn(2, *frames, block.emb_layers[-1].in_features)
+        last: Any = list(block.emb_layers.children())[-1]
+        return x, torch.randn(2, *frames, last.in_features)
 
     def _fits(self, block: Any) -> bool:
         if len(block.in_layers) != 3 or len(block.out_layers) != 4:

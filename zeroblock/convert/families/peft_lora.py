@@ -28,7 +28,7 @@ class LoRA(Family):
     classes = ("LoraLayer",)
     dense_backend = "eager"
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if not {c.__name__ for c in type(block).__mro__} & {"Linear", "Conv1d", "Conv2d", "Conv3d"}:
             return "a LoRA layer with a forward of its own (embedding or quantised)"
         missing = lacks(block, "base_layer", "lora_A", "lora_B", "lora_dropout", "scaling")

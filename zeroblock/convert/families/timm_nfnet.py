@@ -31,7 +31,7 @@ class NormFreeBlock(Family):
     name = "NormFreeBlock"
     classes = ("NormFreeBlock",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if not hasattr(block, "skipinit_gain"):
             return "it has no skipinit_gain"
         return lacks(block, "act1", "conv1", "act2", "conv2", "act3", "conv3", "alpha", "beta", "drop_path")

@@ -36,7 +36,7 @@ class ResNetBlock(Family):
     name = "ResNetBlock"
     classes = ("BasicBlock", "Bottleneck")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "conv1", "bn1", "conv2", "bn2")
         if missing is not None:
             return missing

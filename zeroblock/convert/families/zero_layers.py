@@ -31,10 +31,10 @@ class ZeroLayer(Family):
     classes = ()
     inner = True
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         return type(block) in _KINDS and is_plain_layer(block) and zero.is_exactly_zero(block.weight.detach())
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return None
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
