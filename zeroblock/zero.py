@@ -46,9 +46,9 @@ executed: dict[str, int] = {}
 skipped: dict[str, int] = {}
 
 
-def count(name: str, was_skipped: bool) -> None:
+def count(name: str, was_skipped: bool, times: int = 1) -> None:
     table = skipped if was_skipped else executed
-    table[name] = table.get(name, 0) + 1
+    table[name] = table.get(name, 0) + times
 
 
 def counters() -> dict[str, tuple[int, int]]:
@@ -68,7 +68,7 @@ def is_plain_tensor(t: object) -> bool:
 
 def may_judge(t: Tensor) -> bool:
     """Only plain floating strided tensors are judged (rule 1)."""
-    return is_plain_tensor(t) and t.dtype in DTYPES and t.device.type != "meta"
+    return type(t) in _PLAIN and t.layout is torch.strided and t.dtype in DTYPES and t.device.type != "meta"
 
 
 def is_exactly_zero(t: Tensor) -> bool:

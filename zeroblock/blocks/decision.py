@@ -56,28 +56,32 @@ def decide(
     """
     if not allowed(name, policy, weights[0] if weights else gates[0]):
         return NOT_ALLOWED
-    return conclude(name, judge(weights, gates), bypassed, may_draw=may_draw)
+    return conclude(name, judge(weights, gates), bypassed, may_draw)
 
 
 def judge(weights: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> Answer:
     """What the values say: RUN, or which of them hold the branch at zero."""
-    if gates and all(map(zero.is_exactly_zero, gates)):
+    if gates and _all_zero(gates):
         return SKIP_BY_GATE
-    if weights and all(map(zero.is_exactly_zero, weights)):
-        return SKIP_BY_WEIGHT
-    return RUN
+    return SKIP_BY_WEIGHT if weights and _all_zero(weights) else RUN
+
+
+def _all_zero(tensors: tuple[Tensor, ...]) -> bool:
+    for t in tensors:
+        if not zero.is_exactly_zero(t):
+            return False
+    return True
 
 
 def conclude(
-    name: str, answer: Answer, bypassed: Iterable[nn.Module | None], *, may_draw: bool = True, branches: int = 1
+    name: str, answer: Answer, bypassed: Iterable[nn.Module | None], may_draw: bool = True, branches: int = 1
 ) -> Answer:
     """The answer that the values gave, once the `bypassed` modules were looked at too: counted, as `branches` skips
     where that is how many a skip leaves out."""
     if answer is RUN:
         zero.count(name, False)
-    elif bypassable(bypassed, may_draw):
-        for _ in range(branches):
-            zero.count(name, True)
+    elif not bypassed or bypassable(bypassed, may_draw):
+        zero.count(name, True, branches)
     else:
         return NOT_ALLOWED
     return answer

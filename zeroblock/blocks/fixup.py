@@ -19,7 +19,7 @@ from .residual import residual_branch
 def forward(name: str, policy: str, block: Any, x: Tensor) -> Tensor:
     """y of a basic block or, where it has a conv3, of a bottleneck; skipped while the last convolution is zero."""
     before_last: Callable[[Any, Tensor], Tensor]
-    if hasattr(block, "conv3"):
+    if "conv3" in block._modules:
         before_last, conv, bias = bottleneck_body, block.conv3, block.bias3b
     else:
         before_last, conv, bias = basic_body, block.conv2, block.bias2b

@@ -54,17 +54,18 @@ def residual_if_gates_are_zero(
     whatever its input; counted as a skip of a branch for each. None: the branches are to be looked at one by one."""
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
-    if weight.shape[0] % chunks or not allowed(name, policy, weight):
+    hidden = "weight" in layer.__dict__ or "bias" in layer.__dict__  # attributes that hide the parameters
+    if hidden or weight.shape[0] % chunks or not allowed(name, policy, weight):
         return None
     backend = _kernel(layer, weight, bias, residual, True)
     if backend is not None:
         y = backend.residual_if_zero(weight, bias, chunks, _mask(gates), residual, None, True)
     else:
-        y = copy_of_residual(residual) if _rows_are_zero(layer, chunks, gates) else None
-    if y is None:
+        parameters = (weight,) if bias is None else (weight, bias)
+        y = copy_of_residual(residual) if _rows_are_zero(parameters, chunks, gates) else None
+    if y is None or conclude(name, SKIP_BY_GATE, bypassed, branches=len(gates)) is not SKIP_BY_GATE:
         return None
-    answer = conclude(name, SKIP_BY_GATE, bypassed, branches=len(gates))
-    return y if answer is SKIP_BY_GATE else None
+    return y
 
 
 def copy_of_residual(x: Tensor) -> Tensor:
@@ -78,12 +79,13 @@ def _mask(parts: tuple[int, ...]) -> int:
     return sum(1 << i for i in parts)
 
 
-def _rows_are_zero(layer: Any, chunks: int, gates: tuple[int, ...]) -> bool:
-    parameters = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
-    if not all(map(zero.may_judge, parameters)):
-        return False
-    rows = (t.detach().unflatten(0, (chunks, -1))[i] for i in gates for t in parameters)
-    return _packed.verdict("gate rows", parameters, lambda: all(map(zero.is_exactly_zero, rows)))
+def _rows_are_zero(parameters: tuple[Tensor, ...], chunks: int, gates: tuple[int, ...]) -> bool:
+    def decide() -> bool:
+        if not all(map(zero.may_judge, parameters)):
+            return False
+        return all(zero.is_exactly_zero(t.detach().unflatten(0, (chunks, -1))[i]) for i in gates for t in parameters)
+
+    return _packed.verdict("gate rows", parameters, decide)
 
 
 def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Tensor, is_linear: bool) -> Any:

@@ -100,14 +100,13 @@ def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
 def _decide(layers: Layers, x: Tensor) -> tuple[Answer, Tensor | None]:
     """Whether the block is skipped, and y where nothing but x and conv2's bias is left of it."""
     name, policy, _, _, _, conv2, dropout, _, embedders, shortcut, resample_h, resample_x = layers
-    copies_x = (
+    if (
         resample_x is None
-        and type(shortcut) is nn.Identity
         and not torch.is_grad_enabled()
+        and type(shortcut) is nn.Identity
+        and not (shortcut._forward_hooks or shortcut._forward_pre_hooks or "forward" in shortcut.__dict__)
         and (dropout is None or not dropout.training or dropout.p == 0.0)
-        and bypassable((shortcut,))
-    )
-    if copies_x:
+    ):
         return residual_if_zero(name, policy, conv2, x, embedders)
     bypassed = (*embedders, resample_h) if isinstance(resample_h, nn.Module) else embedders
     return decide(name, policy, (conv2.weight,), bypassed=bypassed), None

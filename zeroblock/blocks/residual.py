@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .decision import NOT_ALLOWED, SKIP_BY_GATE, SKIPS, Answer, allowed, decide
+from .decision import NOT_ALLOWED, SKIP_BY_GATE, SKIP_BY_WEIGHT, SKIPS, Answer, allowed, conclude, decide, judge
 from .layers import is_plain_layer, may_draw, parameters_of
 from .one_pass import residual_if_zero
 from .skip import Branch, Tail, skipped_branch
@@ -104,11 +104,16 @@ class _Replayable:
 
 def skip_zero_layer(name: str, policy: str, layer: Any, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
     """residual + layer(x) of a plain layer that is zero and may be skipped; None: compute it densely."""
-    if x.dim() != layer.weight.dim() and not isinstance(layer, nn.Linear):
+    weight = layer.weight
+    if x.dim() != weight.dim() and not isinstance(layer, nn.Linear):
         return None
-    tail = Tail(layer)
-    if residual is not None and allowed(name, policy, layer.weight) and residual.shape != tail.output_size(x):
-        return None  # eager broadcasts or raises
-    if decide(name, policy, (layer.weight,)) not in SKIPS:
+    if not allowed(name, policy, weight):
         return None
-    return skipped_branch(Branch(tail, (x,), (), lambda x: (x,), lambda x: x, x), residual)
+    tail = None
+    if residual is not None:
+        tail = Tail(layer)
+        if residual.shape != tail.output_size(x):
+            return None  # eager broadcasts or raises
+    if conclude(name, judge((weight,), ()), ()) is not SKIP_BY_WEIGHT:
+        return None
+    return skipped_branch(Branch(tail or Tail(layer), (x,), (), lambda x: (x,), lambda x: x, x), residual)

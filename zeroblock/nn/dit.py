@@ -96,7 +96,10 @@ class DiTBlock(nn.Module):
     def _modulation_linear(self) -> Any:
         """The layer that gives all of adaLN_modulation's result; None where it was replaced by something else."""
         modulation: Any = self._modules["adaLN_modulation"]
-        return [*modulation._modules.values()][-1] if type(modulation).forward is nn.Sequential.forward else None
+        if type(modulation).forward is not nn.Sequential.forward:
+            return None
+        *_, last = modulation._modules.values()
+        return last
 
     def _halves(self) -> tuple[adaln.Half, adaln.Half] | None:
         """Both halves for the fused ops; None where layers were replaced or are watched by hooks."""

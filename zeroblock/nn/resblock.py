@@ -111,11 +111,21 @@ class ResBlock(nn.Module):
             return None
         if not resblock.fusable(norm1, conv1, norm2, conv2) or not bypassable((in_layers, out_layers)):
             return None
-        layers = ("ResBlock", self.zero_skip, norm1, conv1, norm2, conv2, dropout, self._embedding, (emb_layers,))
-        shortcut = modules["skip_connection"]
-        if self.updown:
-            return resblock.Layers(*layers, shortcut, self.h_upd, self.x_upd)
-        return resblock.Layers(*layers, shortcut)
+        resample_h, resample_x = (modules["h_upd"], modules["x_upd"]) if self.updown else (None, None)
+        return resblock.Layers(
+            "ResBlock",
+            self.zero_skip,
+            norm1,
+            conv1,
+            norm2,
+            conv2,
+            dropout,
+            self._embedding,
+            (emb_layers,),
+            modules["skip_connection"],
+            resample_h,
+            resample_x,
+        )
 
     def _unfused(self, x: Tensor, emb: Tensor) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
