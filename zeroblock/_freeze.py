@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import zero
 from .backends.select import select
-from .blocks import layers as _common
+from .blocks.layers import is_plain_layer, plain_forward
 from .blocks.skip import conv_padding
 from .ops.residual_alone import residual_alone
 from .steps import packed
@@ -103,6 +103,7 @@ class FrozenConv(_Frozen):
 
 
 class FrozenLinear(_Frozen, nn.Linear):
+    @plain_forward
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         copy = _usable(x, weight, bias)
@@ -115,7 +116,6 @@ class FrozenLinear(_Frozen, nn.Linear):
         return select("linear_gate_residual", x).linear(x, weight, bias)
 
 
-_common._LINEAR_FORWARDS.add(FrozenLinear.forward)
 _classes: dict[type, type] = {}
 
 
@@ -144,7 +144,7 @@ def _geometry(conv: nn.Module) -> Geometry | None:
 
 def _why_not(module: nn.Module) -> str | None:
     """None when the layer can be frozen, else the reason."""
-    if not (_common.is_plain_conv(module) or _common.is_plain_linear(module)):
+    if not is_plain_layer(module):
         return "its weight is computed, or it is not a plain layer (a subclass, or padding other than zeros)"
     weight = module.weight
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or weight.device.type == "meta":

@@ -4,8 +4,8 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 
 1. Zero means every element is +0 or -0, by its bits. Only plain floating strided tensors are ever tested.
 2. The values decide, at that call: on the CPU an early-exit scan before each use; on a GPU a kernel writes a flag that
-   zeroblock's own kernels of the op read. Nothing is remembered between calls, unless `zeroblock.freeze` decided on the
-   user's word.
+   zeroblock's own kernels of the op read. Nothing is remembered between calls, unless `zeroblock.freeze` has
+   decided, which the user promises to keep valid.
 3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
@@ -19,20 +19,19 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 Policies: "auto" (never synchronises a device: CPU branches are skipped, an op's kernels on a GPU leave early, library
 calls there run), "sync" (reads the verdict back from the device and skips whole branches; refused during CUDA-graph
 capture), "never" (eager's behaviour, NaN and all).
-Under torch.compile and export the ops' own test applies: the tail is skipped, the body runs. This module decides;
-`blocks/skip.py` executes a skipped branch and its backward, `ops/residual_alone.py` a skipped op.
+Under torch.compile and export the ops' own test applies: the tail is skipped, the body runs. `blocks/decision.py`
+decides about branches, `blocks/skip.py` executes a skipped one and its backward, `ops/residual_alone.py` a skipped op.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
-from torch.nn.modules import module as _nn_module
 
 from .backends.available import kernels_run_on_host
 from .backends.select import select
@@ -41,6 +40,7 @@ from .steps.flag import DEVICE as DEVICE
 from .steps.flag import DTYPES as DTYPES
 from .steps.flag import HOST as HOST
 from .steps.flag import NEVER as NEVER
+from .steps.flag import is_plain_tensor as is_plain_tensor
 from .steps.flag import may_test as may_test
 
 POLICIES = ("auto", "sync", "never")
@@ -49,9 +49,9 @@ executed: dict[str, int] = {}
 skipped: dict[str, int] = {}
 
 
-def count(name: str, was_skipped: bool) -> None:
+def count(name: str, was_skipped: bool, times: int = 1) -> None:
     table = skipped if was_skipped else executed
-    table[name] = table.get(name, 0) + 1
+    table[name] = table.get(name, 0) + times
 
 
 def counters() -> dict[str, tuple[int, int]]:
@@ -68,7 +68,7 @@ def is_exactly_zero(t: Tensor) -> bool:
     """Every element is +0 or -0; False for any tensor that may not be tested (rule 1). Reads device memory back."""
     copy = packed.find(t) if packed.copies else None
     if copy is not None:
-        return copy.zero  # decided by `freeze`
+        return copy.zero  # as `freeze` found it: the user promised not to change it
     if not may_test(t):
         return False
     return select("is_zero", t).is_zero(t)
@@ -109,42 +109,3 @@ def test_of(op: str, policy: str, weight: Tensor) -> int:
             f'{op}: zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids'
         )
     return HOST
-
-
-def may_skip_branch(name: str, policy: str, weight: Tensor) -> bool:
-    """Whether a module may decide for a whole branch: also needs to run eagerly, outside any dispatch mode."""
-    return test_of(name, policy, weight) == HOST and runs_eagerly()
-
-
-def runs_eagerly() -> bool:
-    """No compilation, no dispatch mode, no transform: plain calls."""
-    return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack() and not transforms_active()
-
-
-def bypassable(modules: Iterable[nn.Module | None]) -> bool:
-    """Whether these submodules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn."""
-    if _nn_module._has_any_global_hook():
-        return False
-    waiting = list(modules)
-    for m in waiting:  # grows by the children of each
-        if m is None:
-            continue
-        own = m.__dict__  # read directly: looking attributes up on a module costs as much as all the rest
-        if "training" not in own:  # a ScriptModule keeps it elsewhere
-            own = {**own, **{name: getattr(m, name) for name in _READ}}
-        if (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own  # offloading and casting hooks replace it on the instance
-            or (own["training"] and isinstance(m, nn.modules.batchnorm._NormBase))  # updates running statistics
-        ):
-            return False
-        children = own["_modules"]
-        if children:
-            waiting.extend(children.values())
-    return True
-
-
-_READ = ("training", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

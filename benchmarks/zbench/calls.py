@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zeroblock import zero
+from zeroblock.blocks.decision import Answer, decide
 
 from . import ops
 from .blocks import DITS, QUICK_DITS, Pair, conv_tail, dit_blocks, gate_rows, resblocks
@@ -63,11 +63,10 @@ def _check_case(
 
     def build(case: Case) -> Work:
         pair = make_blocks(DTYPES[case.dtype])
-        tensors = late(tail(pair.own)) if worst else tail(pair.own)
+        tensors = tuple(late(tail(pair.own)) if worst else tail(pair.own))
 
-        def decision() -> bool:  # policy, hooks, values: the most that a module looks at
-            may_skip = zero.may_skip_branch("zero_check", "auto", tensors[0]) and zero.bypassable(pair.own.children())
-            return may_skip and all(zero.is_exactly_zero(tensor) for tensor in tensors)
+        def decision() -> Answer:  # policy, values and, while zero, hooks: all that a module looks at
+            return decide("zero_check", "auto", tensors, bypassed=pair.own.children())
 
         return Work(Side(pair.eager, pair.inputs, ()), Side(decision, (), ()))
 

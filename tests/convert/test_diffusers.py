@@ -250,7 +250,7 @@ def _swap_scale_and_shift(monkeypatch):
 
 
 def _return_almost_x(monkeypatch):
-    monkeypatch.setattr(diffusers_mmdit, "copied", lambda x: x * 1.0001)
+    monkeypatch.setattr(diffusers_mmdit, "copy_of_residual", lambda x: x * 1.0001)
     return BLOCKS["flux"], "zero", infer
 
 

@@ -270,8 +270,8 @@ def test_controlnet_with_another_forward_is_left_alone():
 
 def test_a_controlnet_that_returns_something_else_is_not_skipped(monkeypatch):
     family = FAMILIES["ControlNetModel"]
-    original = family._made
-    monkeypatch.setattr(family, "_made", lambda *args: [t + 1e-6 for t in original(*args)])
+    original = family._results
+    monkeypatch.setattr(family, "_results", lambda *args: [t + 1e-6 for t in original(*args)])
     model, inputs = _control("zero")
     ours, _ = accelerated(model)
     got, _ = _skipped(ours, **inputs)

@@ -222,5 +222,5 @@ def test_one_wrong_gradient_is_found(monkeypatch):
 def test_the_proof_of_a_model_copies_one_block():
     model = diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=5, sample_size=4, num_embeds_ada_norm=10)
     family = FAMILIES["DiTTransformer2DModel"]()
-    assert len(family.specimen(model).transformer_blocks) == 1 and len(model.transformer_blocks) == 5
+    assert len(family.proof_target(model).transformer_blocks) == 1 and len(model.transformer_blocks) == 5
     assert len(zb.accelerate(model).branches) == 11

@@ -1,59 +1,81 @@
-"""What the modules share: zero initialisation and the question whether a layer is the plain one it looks like."""
+"""What kind of layer a module is: the plain one it looks like, one that may draw random numbers, one of zeroblock's."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import zero
 from ..backends.select import select
-from . import skip as _branch
 
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# A parameter, the module that holds it and its name there.
+Owned = tuple[nn.Module, str, Tensor]
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+# The forwards that compute torch's convolution or linear of the module's own weight and bias.
+_PLAIN_FORWARDS: set[Callable[..., Any]] = {
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+    nn.Linear.forward,
+}
 
 
-def zero_parameters(module: nn.Module) -> nn.Module:
-    """Sets every parameter of module to zero, in place, and returns it."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.zero_()
-    return module
+def plain_forward(forward: Forward) -> Forward:
+    """Decorator: this forward of a subclass computes what torch's does, so that its layers count as plain ones."""
+    _PLAIN_FORWARDS.add(forward)
+    return forward
 
 
-def is_plain_conv(module: nn.Module) -> bool:
-    """A convolution whose forward is torch.convolution of its weight: no subclass of unknown making, zero padding."""
+def is_plain_conv(module: Any) -> bool:
+    """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding."""
     return (
         isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        and type(module).forward in _CONV_FORWARDS
+        and type(module).forward in _PLAIN_FORWARDS
         and module._parameters.get("weight") is not None  # parametrized and pruned weights live elsewhere
         and module.padding_mode == "zeros"
     )
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: Any) -> bool:
+    """A linear layer whose forward is F.linear of its weight."""
     return (
         isinstance(module, nn.Linear)
-        and type(module).forward in _LINEAR_FORWARDS
+        and type(module).forward in _PLAIN_FORWARDS
         and module._parameters.get("weight") is not None
     )
 
 
-def linear(module: nn.Linear, h: Tensor, activation: str | None = None) -> Tensor:
-    """act(module(h)) of a plain linear layer, for inference: by the fastest way of its backend."""
-    h = h.to(module.weight.dtype)
-    return select("linear_gate_residual", h).linear(h, module.weight, module.bias, activation)
+def is_plain_layer(module: Any) -> bool:
+    return is_plain_linear(module) or is_plain_conv(module)
 
 
-# Filled with the forwards of zeroblock's own subclasses by zero_layers.py.
-_CONV_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
-_LINEAR_FORWARDS = {nn.Linear.forward}
+def is_plain_norm(module: Any) -> bool:
+    """A LayerNorm of the last dimension without parameters."""
+    plain = isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+    return plain and module._parameters.get("weight") is None and len(module.normalized_shape) == 1
 
 
-def parameters_of(*modules: nn.Module) -> list[_branch.Owned]:
-    """Every parameter of the modules; none while gradients are off, when nobody asks for theirs."""
+def fits_fused(conv: Any) -> bool:
+    """A convolution that the fused ops take: plain, stride 1, dilation 1, one group."""
+    if not is_plain_conv(conv) or isinstance(conv.padding, str):
+        return False
+    return conv.groups == 1 and max(conv.stride) == 1 and max(conv.dilation) == 1
+
+
+def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """act(F.linear(h, weight, bias)) without gradients, by the fastest way of its backend."""
+    return select("linear_gate_residual", h).linear(h.to(weight.dtype), weight, bias, activation)
+
+
+def parameters_of(*modules: nn.Module) -> list[Owned]:
+    """Every parameter of the modules; empty when gradients are disabled."""
     if not torch.is_grad_enabled():
         return []
-    found: dict[int, _branch.Owned] = {}
+    found: dict[int, Owned] = {}
     for top in modules:
         for m in top.modules():
             for name, p in m._parameters.items():
@@ -62,7 +84,24 @@ def parameters_of(*modules: nn.Module) -> list[_branch.Owned]:
     return list(found.values())
 
 
-# Modules of torch.nn that never draw random numbers, by the file that defines them.
+# ---- whose a module is, and what it may draw -------------------------------------------------------------------------
+
+_own_packages: tuple[str, ...] = ()
+
+
+def register_own_package(package: str) -> None:
+    """`package.*` defines modules of zeroblock's own: accelerate leaves them alone, and none of their forwards draws a
+    random number but through its submodules."""
+    global _own_packages
+    _own_packages = (*_own_packages, f"{package}.")
+
+
+def is_own(module: nn.Module) -> bool:
+    """One of zeroblock's own modules (also while frozen, which keeps the name of the class); not a user's subclass."""
+    return type(module).__module__.startswith(_own_packages)
+
+
+# The files of torch.nn whose modules never draw random numbers, with the exceptions among them.
 _DETERMINISTIC = {
     f"torch.nn.modules.{name}"
     for name in "activation batchnorm container conv flatten instancenorm linear normalization padding pixelshuffle "
@@ -71,35 +110,24 @@ _DETERMINISTIC = {
 _RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
-def may_draw(module: nn.Module) -> bool:
-    """Whether a call of module may consume random numbers: in training, anything but the layers known not to."""
-    return any(m.training and not _is_deterministic(m) for m in module.modules())
+def may_draw(module: nn.Module, trusted: tuple[str, ...] = ()) -> bool:
+    """Whether a call of module may consume random numbers: in training, anything but the layers known not to.
+
+    trusted: prefixes of modules (of attention processors too) whose code draws through layers of torch alone.
+    """
+    return any(m.training and not is_deterministic(m, trusted) for m in module.modules())
 
 
-def _is_deterministic(m: nn.Module) -> bool:
+def is_deterministic(m: nn.Module, trusted: tuple[str, ...] = ()) -> bool:
+    """Whether the forward of m itself, its submodules aside, draws no random numbers."""
     declared = getattr(m, "draws_random_numbers", None)
     if declared is not None:
         return not declared
     if isinstance(m, nn.modules.dropout._DropoutNd):
         return m.p in (0.0, 1.0)
     home = type(m).__module__
-    return (home in _DETERMINISTIC or home.startswith("zeroblock.nn.")) and not isinstance(m, _RANDOM)
-
-
-def fits_fused(conv: nn.Module) -> bool:
-    """A convolution that the fused ops take: plain, stride 1, dilation 1, one group."""
-    if not is_plain_conv(conv) or isinstance(conv.padding, str):
-        return False
-    return conv.groups == 1 and max(conv.stride) == 1 and max(conv.dilation) == 1
-
-
-def decide(name: str, tail: _branch.Tail, gate: Tensor | None = None) -> str | None:
-    """ "weight" or "gate" when the branch is zero by it (the caller has made sure that a skip is allowed), else
-    None."""
-    found = None
-    if gate is not None and zero.is_exactly_zero(gate):
-        found = "gate"
-    elif tail.weight is not None and zero.is_exactly_zero(tail.weight):
-        found = "weight"
-    zero.count(name, found is not None)
-    return found
+    if home in _DETERMINISTIC:
+        return not isinstance(m, _RANDOM)
+    if trusted and home.startswith(trusted):
+        return type(getattr(m, "processor", m)).__module__.startswith(trusted)
+    return is_own(m)

@@ -1,56 +1,112 @@
-"""Inference of a branch that may be zero, where nothing but its residual is left to compute: one native call.
-
-The same rules as `_branch.py` (contract: zero.py), without gradients, for operands that the kernel takes as they are.
-"""
+"""The decision and its result in one pass over memory: inference of a branch of which, while zero, nothing but its
+residual is left to compute. The rules are those of `decision.py` and `skip.py`, for operands that the kernel takes."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import zero
 from .._layout import channels_last_format
 from ..backends.select import select
+from ..ops.residual_alone import residual_alone
 from ..steps import packed as _packed
+from .decision import NOT_ALLOWED, RUN, SKIP_BY_GATE, SKIP_BY_WEIGHT, Answer, allowed, conclude, judge
 
-_PLAIN = (Tensor, nn.Parameter)
+
+def residual_if_zero(
+    name: str, policy: str, layer: nn.Module, residual: Tensor, bypassed: Iterable[nn.Module | None]
+) -> tuple[Answer, Tensor | None]:
+    """`decide` for a branch without a gate that ends in `layer`, a plain convolution or linear, without gradients; and
+    residual + bias where the weight is zero. None where it is not, or where the caller has to compute that sum."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if not allowed(name, policy, weight):
+        return NOT_ALLOWED, None
+    bias = layer._parameters.get("bias")
+    is_linear = weight.dim() == 2
+    backend = _kernel(layer, weight, bias, residual, is_linear)
+    fits = is_linear or residual.dim() == weight.dim()
+    if backend is None or not fits or residual.size(-1 if is_linear else 1) != weight.size(0):
+        y, answer = None, judge((layer.weight,), ())  # type: ignore[arg-type]  # a Module's attribute
+    else:
+        bias_last = is_linear or not residual.is_contiguous()
+        y = backend.residual_if_zero(weight, None, 1, 1, residual, bias, bias_last)
+        answer = RUN if y is None else SKIP_BY_WEIGHT
+    answer = conclude(name, answer, bypassed)
+    return (answer, y) if answer is SKIP_BY_WEIGHT else (answer, None)
 
 
-def residual_if_zero(layer: nn.Module, residual: Tensor, parts: int = 1, which: int = 1) -> Any:
-    """Test and result in one pass over memory: residual + bias where the weight of `layer`, a plain convolution or
-    linear, is exactly zero; None where it is not; NotImplemented for operands that take the two steps apart.
+def residual_if_gates_are_zero(
+    name: str,
+    policy: str,
+    layer: nn.Module,
+    residual: Tensor,
+    chunks: int,
+    gates: tuple[int, ...],
+    bypassed: Iterable[nn.Module | None],
+) -> Tensor | None:
+    """A copy of the residual while the `gates` among the `chunks` vectors that the plain linear `layer` gives are zero
+    whatever its input; counted as a skip of a branch for each. None: the branches are to be looked at one by one."""
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+    hidden = "weight" in layer.__dict__ or "bias" in layer.__dict__  # attributes that hide the parameters
+    if hidden or weight.shape[0] % chunks or not allowed(name, policy, weight):
+        return None
+    backend = _kernel(layer, weight, bias, residual, True)
+    if backend is not None:
+        y = backend.residual_if_zero(weight, bias, chunks, _mask(gates), residual, None, True)
+    else:
+        parameters = (weight,) if bias is None else (weight, bias)
+        y = copy_of_residual(residual) if _rows_are_zero(parameters, chunks, gates) else None
+    if y is None or conclude(name, SKIP_BY_GATE, bypassed, branches=len(gates)) is not SKIP_BY_GATE:
+        return None
+    return y
 
-    With parts > 1 weight and bias are cut into that many runs of rows; those whose bits are set in `which` have to be
-    zero, and the result is the residual alone. For inference only, and where `zero.may_skip_branch` holds.
-    """
-    own, parameters = layer.__dict__, layer._parameters
-    weight: Any = parameters["weight"]
-    bias = parameters.get("bias")
-    P, dtype = select("add_bias", residual), residual.dtype
+
+def copy_of_residual(x: Tensor) -> Tensor:
+    """What is left of a block all of whose branches are skipped."""
+    return residual_alone(x, None, None, -1, x.dtype, None)
+
+
+@functools.cache
+def _mask(parts: tuple[int, ...]) -> int:
+    """As the kernel is told which parts have to be zero: the bits of their numbers."""
+    return sum(1 << i for i in parts)
+
+
+def _rows_are_zero(parameters: tuple[Tensor, ...], chunks: int, gates: tuple[int, ...]) -> bool:
+    def decide() -> bool:
+        if not all(map(zero.may_test, parameters)):
+            return False
+        return all(zero.is_exactly_zero(t.detach().unflatten(0, (chunks, -1))[i]) for i in gates for t in parameters)
+
+    return _packed.decide_once("gate rows", parameters, decide)
+
+
+def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Tensor, is_linear: bool) -> Any:
+    """The backend whose kernel takes these operands, None where there is none."""
+    backend, dtype, fields = select("add_bias", residual), residual.dtype, layer.__dict__
     if (
-        P.residual_if_zero is None
-        or type(residual) not in _PLAIN
-        or residual.layout is not torch.strided
+        backend.residual_if_zero is None
+        or not zero.is_plain_tensor(residual)
         or not _takes(weight, dtype)
         or (bias is not None and not _takes(bias, dtype))
-        or "weight" in own  # an attribute that hides the parameter
-        or "bias" in own
+        or "weight" in fields  # an attribute that hides the parameter
+        or "bias" in fields
         or (_packed.copies and any(t is not None and _packed.is_frozen(t) for t in (weight, bias)))
         or torch.is_autocast_enabled("cpu")
         or torch._C._get_tracing_state() is not None  # torch.jit.trace would record the undefined result
     ):
-        return NotImplemented
-    is_linear, last = weight.dim() == 2, not residual.is_contiguous()
-    if last and (is_linear or channels_last_format(residual) is None):
-        return NotImplemented
-    if parts > 1:
-        return P.residual_if_zero(weight, bias, parts, which, residual, None, True)
-    if residual.size(-1 if is_linear else 1) != weight.size(0) or not (is_linear or residual.dim() == weight.dim()):
-        return NotImplemented
-    return P.residual_if_zero(weight, None, 1, 1, residual, bias, last or is_linear)
+        return None
+    dense = residual.is_contiguous() or (not is_linear and channels_last_format(residual) is not None)
+    return backend if dense else None
 
 
 def _takes(t: Tensor, dtype: torch.dtype) -> bool:
-    plain = type(t) in _PLAIN and t.dtype == dtype and t.layout is torch.strided and t.is_cpu
-    return plain and (t.is_contiguous() or channels_last_format(t) is not None)
+    dense = zero.is_plain_tensor(t) and t.dtype == dtype and t.is_cpu
+    return dense and (t.is_contiguous() or channels_last_format(t) is not None)

@@ -17,37 +17,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional, zero
+from .. import functional
 from .._autocast import autocast_dtype
-from .._layout import channels_last_format
 from ..reference import draw_keep, dropout_keep
-from . import layers as _common
+from ..steps.conv import empty_conv_output
+from .decision import SKIPS, UNTESTED, Answer, bypassable, decide, op_policy
+from .layers import fits_fused, is_plain_conv, parameters_of
 from .one_pass import residual_if_zero
-from .skip import Branch, Tail, bare_branch, skipped_branch
+from .skip import Branch, Tail, skipped_branch, skipped_value
 
 # (scale, shift, None) for FiLM, (None, None, e) to be added to conv1's output, e broadcast to it; or nothing at all.
 Embedding = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Layers(NamedTuple):
-    """The parts of one block. `name` is that of its counter; norm1 and norm2 hold num_groups, weight, bias and eps.
+    """The parts of one block."""
 
-    embed(emb, dtype) gives the embedding for a conv1 that computes in dtype, by the modules `others`, which a skip
-    leaves uncalled. resample_h and resample_x (None: absent) act between silu and conv1, and on x; shortcut(resampled
-    x) is the residual.
-    """
-
-    name: str
+    name: str  # of its counter
     zero_skip: str
-    norm1: Any
+    norm1: Any  # has num_groups, weight, bias and eps, as norm2
     conv1: Any
     norm2: Any
     conv2: Any
     dropout: Any  # has p and training; None: absent
-    embed: Callable[[Tensor, torch.dtype], Embedding]
-    others: tuple[nn.Module, ...]
-    shortcut: Callable[[Tensor], Tensor]
-    resample_h: Callable[[Tensor], Tensor] | None = None
+    embed: Callable[[Any, torch.dtype], Embedding]  # embed(emb, dtype) for a conv1 that computes in dtype
+    embedders: tuple[nn.Module, ...]  # the modules that embed calls
+    shortcut: Callable[[Tensor], Tensor]  # shortcut(resampled x) is the residual
+    resample_h: Callable[[Tensor], Tensor] | None = None  # between silu and conv1
     resample_x: Callable[[Tensor], Tensor] | None = None
 
 
@@ -62,7 +58,7 @@ def is_norm(norm: Any) -> bool:
 
 
 def _same_size(conv: Any) -> bool:
-    if not _common.fits_fused(conv):
+    if not fits_fused(conv):
         return False
     for k, p in zip(conv.kernel_size, conv.padding, strict=True):
         if k != 2 * p + 1:
@@ -70,64 +66,50 @@ def _same_size(conv: Any) -> bool:
     return True
 
 
-def bare(
-    name: str, policy: str, conv2: Any, dropout: Any, shortcut: Any, bypassed: tuple[nn.Module, ...], x: Tensor
-) -> Any:
-    """The inference of a block whose shortcut is the identity, when nothing else has to be computed: y where conv2's
-    weight is exactly zero, None where it is not, NotImplemented where `forward` has to find out. Test and copy are one
-    pass over memory. For layers that are `fusable`; `bypassed`: what a skip leaves uncalled and nobody has looked at
-    yet, which None tells is `zero.bypassable`."""
-    if (
-        torch.is_grad_enabled()
-        or type(shortcut) is not nn.Identity
-        or (dropout is not None and dropout.training and dropout.p != 0.0)
-        or not zero.may_skip_branch(name, policy, conv2._parameters["weight"])
-        or not zero.bypassable((*bypassed, shortcut))
-    ):
-        return NotImplemented
-    y = residual_if_zero(conv2, x)
-    if y is not NotImplemented:
-        zero.count(name, y is not None)
-    return y
-
-
 def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
-    """y of a block whose layers are `fusable` and `zero.bypassable`."""
-    conv2 = layers.conv2
-    if layers.resample_x is None and not torch.is_grad_enabled():
-        y = bare(layers.name, layers.zero_skip, conv2, layers.dropout, layers.shortcut, layers.others, x)
-        if y is None:
-            layers = layers._replace(zero_skip="never")  # judged already
-        elif y is not NotImplemented:
-            return y
-    resampled = x if layers.resample_x is None else layers.resample_x(x)
-    size = (x.shape[0], layers.conv1.out_channels, *resampled.shape[2:])
-    tail_skip = layers.zero_skip
-    bypassed = (*layers.others, *(m for m in (layers.resample_h,) if isinstance(m, nn.Module)))
-    if zero.may_skip_branch(layers.name, layers.zero_skip, conv2.weight) and zero.bypassable(bypassed):
-        tail = Tail(conv2)
-        if _common.decide(layers.name, tail):
-            return _skipped(layers, x, emb, resampled, size, tail)
-        tail_skip = "never"  # judged already
+    """y of a block whose layers are `fusable`, with no hooks that watch them."""
+    answer, y = _decide(layers, x)
+    if y is not None:
+        return y
+    _, policy, _, conv1, norm2, conv2, dropout, _, _, shortcut, _, resample_x = layers
+    resampled = x if resample_x is None else resample_x(x)
+    size = (x.shape[0], conv1.out_channels, *resampled.shape[2:])
+    if answer in SKIPS:
+        return _skipped(layers, x, emb, resampled, size)
     keep = _draw_keep(layers, x, size)
     h, *film = _body(layers, size, x, emb)
     scale, shift = film or (None, None)
     return functional.group_norm_silu_conv_residual(
         h,
-        layers.norm2.num_groups,
-        layers.norm2.weight,
-        layers.norm2.bias,
+        norm2.num_groups,
+        norm2.weight,
+        norm2.bias,
         conv2.weight,
         conv2.bias,
-        layers.shortcut(resampled),
-        eps=layers.norm2.eps,
+        shortcut(resampled),
+        eps=norm2.eps,
         scale=scale,
         shift=shift,
         padding=conv2.padding,
-        dropout_p=0.0 if layers.dropout is None else layers.dropout.p,
+        dropout_p=0.0 if dropout is None else dropout.p,
         keep=keep,
-        zero_skip=tail_skip,
+        zero_skip=op_policy(answer, policy),
     )
+
+
+def _decide(layers: Layers, x: Tensor) -> tuple[Answer, Tensor | None]:
+    """Whether the block is skipped, and y where nothing but x and conv2's bias is left of it."""
+    name, policy, _, _, _, conv2, dropout, _, embedders, shortcut, resample_h, resample_x = layers
+    if (
+        resample_x is None
+        and not torch.is_grad_enabled()
+        and type(shortcut) is nn.Identity
+        and not (shortcut._forward_hooks or shortcut._forward_pre_hooks or "forward" in shortcut.__dict__)
+        and (dropout is None or not dropout.training or dropout.p == 0.0)
+    ):
+        return residual_if_zero(name, policy, conv2, x, embedders)
+    bypassed = (*embedders, resample_h) if isinstance(resample_h, nn.Module) else embedders
+    return decide(name, policy, (conv2.weight,), bypassed=bypassed), None
 
 
 def _hidden_dtype(layers: Layers) -> torch.dtype:
@@ -142,13 +124,21 @@ def _body(layers: Layers, size: tuple[int, ...], x: Tensor, emb: Any) -> tuple[T
     e = None if e is None else e.expand(size)
     if layers.resample_h is not None:
         h = layers.resample_h(functional.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
-        h = functional.conv_residual(h, conv.weight, conv.bias, e, padding=conv.padding, zero_skip="never")
+        h = functional.conv_residual(h, conv.weight, conv.bias, e, padding=conv.padding, zero_skip=UNTESTED)
     else:
         h = functional.group_norm_silu_conv_residual(
-            x, norm.num_groups, norm.weight, norm.bias, conv.weight, conv.bias, e, eps=norm.eps,
-            padding=conv.padding, zero_skip="never",
-        )  # fmt: skip
-    return (h,) if scale is None else (h, scale, shift)
+            x,
+            norm.num_groups,
+            norm.weight,
+            norm.bias,
+            conv.weight,
+            conv.bias,
+            e,
+            eps=norm.eps,
+            padding=conv.padding,
+            zero_skip=UNTESTED,
+        )
+    return (h,) if scale is None or shift is None else (h, scale, shift)
 
 
 def _draw_keep(layers: Layers, x: Tensor, size: tuple[int, ...]) -> Tensor | None:
@@ -156,20 +146,18 @@ def _draw_keep(layers: Layers, x: Tensor, size: tuple[int, ...]) -> Tensor | Non
     dropout = layers.dropout
     if dropout is None or not dropout.training or dropout.p == 0.0:
         return None
-    layout = channels_last_format(x) or channels_last_format(layers.conv1.weight) or torch.contiguous_format
-    h = torch.empty(size, dtype=_hidden_dtype(layers), device=x.device, memory_format=layout)
+    h = empty_conv_output(x, layers.conv1.weight, size, _hidden_dtype(layers))
     return draw_keep(h, dropout.p, True)
 
 
-def _skipped(layers: Layers, x: Tensor, emb: Any, resampled: Tensor, size: tuple[int, ...], tail: Tail) -> Tensor:
-    norm = layers.norm2
+def _skipped(layers: Layers, x: Tensor, emb: Any, resampled: Tensor, size: tuple[int, ...]) -> Tensor:
+    norm, tail, shortcut = layers.norm2, Tail(layers.conv2), layers.shortcut
     keep = _draw_keep(layers, x, size)
-    shortcut = layers.shortcut
     residual = shortcut(resampled)
     if not torch.is_grad_enabled():
-        # A plain convolution's result is nobody else's.
-        owned = isinstance(shortcut, nn.Module) and _common.is_plain_conv(shortcut) and zero.bypassable((shortcut,))
-        return bare_branch(tail, residual, residual, owned=owned)
+        # Nobody else holds what a plain convolution returns.
+        owned = isinstance(shortcut, nn.Module) and is_plain_conv(shortcut) and bypassable((shortcut,))
+        return skipped_value(tail, residual, residual, owned=owned)
 
     def hidden(h: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         a = functional.group_norm_silu(h, norm.num_groups, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift)
@@ -179,7 +167,7 @@ def _skipped(layers: Layers, x: Tensor, emb: Any, resampled: Tensor, size: tuple
         return _body(layers, size, x, emb)
 
     activations = (x,) if emb is None else (x, emb)
-    parameters = _common.parameters_of(layers.norm1, layers.conv1, *layers.others, norm)
+    parameters = parameters_of(layers.norm1, layers.conv1, *layers.embedders, norm)
     recomputed = (norm.weight, norm.bias)
     branch = Branch(tail, activations, parameters, body, hidden, residual, carried=True, recomputed=recomputed)
     return skipped_branch(branch, residual)

@@ -1,6 +1,6 @@
-"""Executes a branch that is zero, and its backward (contract: zero.py).
+"""Executes a branch that was found zero, and its backward (contract: zero.py).
 
-The modules describe their branch to `skipped_branch`; whatever a skipped branch still has to compute is here.
+A block describes its branch to `skipped_branch`; whatever a skipped branch still has to compute is here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
 from ..backends.select import select
-from ..ops.residual_alone import residual_alone as bare_residual
+from ..ops.residual_alone import residual_alone
 from ..reference import channel_view, modulation
 from ..steps.conv import conv_size, empty_conv_output
 from ..steps.linear import linear_grads
+from .layers import Owned, linear
 
 
-def conv_padding(conv: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def conv_padding(conv: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The padding on both sides of each dimension, and what "same" adds on the far side of it for even kernels."""
     zeros = (0,) * len(conv.kernel_size)
     if not isinstance(conv.padding, str):
@@ -36,13 +38,14 @@ def conv_padding(conv: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
 class Tail:
     """The last layer of a branch: a convolution, a linear layer, or nothing (`module` None)."""
 
-    def __init__(self, module: nn.Module | None):
+    def __init__(self, module: Any):
         self.module = module
         self.is_conv = module is not None and not isinstance(module, nn.Linear)
         self.weight: Tensor | None = getattr(module, "weight", None)
         self.bias: Tensor | None = getattr(module, "bias", None)
-        # A bias that eager adds after the convolution: its gradient is a plain sum, more accurate than the library's.
-        self.bias_apart = getattr(module, "bias_apart", False)
+        # Whether eager adds the bias after the convolution: its gradient is then a plain sum, more accurate than the
+        # library's.
+        self.bias_apart: bool = getattr(module, "bias_apart", False)
         self.autocast = None if self.weight is None else autocast_dtype(self.weight)
         # What the layer computes in.
         self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
@@ -59,7 +62,7 @@ class Tail:
     def overhang(self) -> tuple[int, ...]:
         return self._paddings[1]
 
-    def _conv_arguments(self) -> tuple:
+    def _conv_arguments(self) -> tuple[Any, ...]:
         m = self.module
         return list(m.stride), list(self.padding), list(m.dilation), False, [0] * len(self.padding), m.groups
 
@@ -70,7 +73,7 @@ class Tail:
         return F.pad(h, [side for extra in reversed(self.overhang) for side in (0, extra)])
 
     def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if self.module is None:
+        if weight is None:
             return h
         h, weight = h.to(self.dtype), weight.to(self.dtype)
         bias = None if bias is None else bias.to(self.dtype)
@@ -78,7 +81,7 @@ class Tail:
             return torch.convolution(self._padded(h), weight, bias, *self._conv_arguments())
         if torch.is_grad_enabled():
             return F.linear(h, weight, bias)
-        return select("linear_gate_residual", h).linear(h, weight, bias)
+        return linear(h, weight, bias)
 
     def output_size(self, h: Tensor) -> tuple[int, ...]:
         m = self.module
@@ -92,7 +95,7 @@ class Tail:
 
     def empty_output(self, h: Tensor) -> Tensor:
         """An uninitialised tensor like tail(h), in eager's memory format."""
-        if self.module is None:
+        if self.weight is None or self.dtype is None:
             return torch.empty_like(h)
         if self.is_conv:
             return empty_conv_output(h, self.weight, self.output_size(h), self.dtype)
@@ -102,17 +105,17 @@ class Tail:
         """(dweight, dbias) where mask asks, computed in the layer's dtype."""
         dy, h = dy.to(self.dtype), h.to(self.dtype)
         if not self.is_conv:
-            P = select("linear_gate_residual_bwd", dy)
-            dweight, dbias = linear_grads(P, dy, h, weight, True, [False, *mask])[1:]
+            backend = select("linear_gate_residual_bwd", dy)
+            dweight, dbias = linear_grads(backend, dy, h, weight, True, [False, *mask])[1:]
         else:
-            inside = mask[1] and not self.bias_apart
+            inside = [False, mask[0], mask[1] and not self.bias_apart]
+            h, sizes = self._padded(h), [weight.shape[0]]
             _, dweight, dbias = torch.ops.aten.convolution_backward.default(
-                dy, self._padded(h), weight.to(self.dtype), [weight.shape[0]], *self._conv_arguments(),
-                [False, mask[0], inside],
-            )  # fmt: skip
-            if mask[1] and not inside:
+                dy, h, weight.to(self.dtype), sizes, *self._conv_arguments(), inside
+            )
+            if mask[1] and self.bias_apart:
                 dbias = self.bias_grad(dy)
-        return tuple(None if g is None else g.to(weight.dtype) for g in (dweight, dbias))
+        return None if dweight is None else dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype)
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         return dy.sum([d for d in range(dy.dim()) if d != (1 if self.is_conv else dy.dim() - 1)])
@@ -124,31 +127,25 @@ class Tail:
         return modulation(v)
 
 
-# A parameter, where it lives and what it is called there.
-Owned = tuple[nn.Module, str, Tensor]
-
-
 @dataclasses.dataclass
 class Branch:
-    """A branch whose tail weight (or, with `zero_gate`, whose gate) was found zero.
-
-    body(*activations) runs everything before the tail and returns the tensors from which `hidden` gives the tail's
-    input again (ResBlock: conv1's output; norm and activation are recomputed). Both are differentiable. `parameters`
-    are those of the body. `example` gives the output's shape and device where there is no residual (it is the tail's
-    input), its rank otherwise. A body that draws random numbers always runs. `carried`: the residual depends on the
-    first activation, which gets its gradient there, without a tensor of zeros being added to it. `recomputed` are the
-    parameters `hidden` reads: like the tail's weight they must not change between forward and backward.
-    """
+    """A branch that was found zero, for `skipped_branch`."""
 
     tail: Tail
-    activations: Sequence[Tensor]
-    parameters: Sequence[Owned]
+    activations: Sequence[Tensor]  # what the body is called with
+    parameters: Sequence[Owned]  # those of the body: they get gradients of zeros
+    # Everything before the tail, differentiable; returns the tensors that `hidden` is called with in backward.
     body: Callable[..., tuple[Tensor, ...]]
+    # The tail's input from what the body returned, differentiable (ResBlock: norm and activation of conv1's output,
+    # which are recomputed, not saved).
     hidden: Callable[..., Tensor]
+    # A tensor with the output's shape and device: the residual, or without one the tail's input.
     example: Tensor
-    zero_gate: bool = False
-    always_run: bool = False
+    zero_gate: bool = False  # the gate is what was found zero, else the tail's weight
+    always_run: bool = False  # run the body though nobody wants its result: it draws random numbers
+    # The residual depends on the first activation, which gets its gradient there: none of zeros is added to it.
     carried: bool = False
+    # Parameters that `hidden` reads: like the tail's weight they must not change between forward and backward.
     recomputed: Sequence[Tensor] = ()
 
 
@@ -160,10 +157,10 @@ def skipped_branch(branch: Branch, residual: Tensor | None, gate: Tensor | None 
         return _SkippedBranch.apply(branch, *inputs)
     if branch.always_run:
         branch.body(*branch.activations)
-    return bare_branch(tail, residual, branch.example, gate, branch.zero_gate)
+    return skipped_value(tail, residual, branch.example, gate, branch.zero_gate)
 
 
-def bare_branch(
+def skipped_value(
     tail: Tail,
     residual: Tensor | None,
     example: Tensor,
@@ -171,15 +168,16 @@ def bare_branch(
     zero_gate: bool = False,
     owned: bool = False,
 ) -> Tensor:
-    """The value of a skipped branch, for arguments as in `Branch`; written into the residual where it is `owned`."""
+    """The result of a skipped branch, for arguments as in `Branch`; written into the residual itself where that is
+    `owned`: nobody else holds it."""
     dtype = tail.dtype or example.dtype
     bias = None if zero_gate else tail.bias
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if gate is not None:
         dtype, gate = torch.promote_types(dtype, gate.dtype), tail.broadcast(gate, example.dim())
-    empty = lambda: tail.empty_output(example)  # noqa: E731
-    return bare_residual(residual, bias, gate, 1 if tail.is_conv else -1, dtype, empty, owned)
+    empty = functools.partial(tail.empty_output, example)
+    return residual_alone(residual, bias, gate, 1 if tail.is_conv else -1, dtype, empty, owned)
 
 
 class _SkippedBranch(torch.autograd.Function):
@@ -190,14 +188,22 @@ class _SkippedBranch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, branch, residual, weight, bias, gate, *upstream):
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        branch: Branch,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        *upstream: Tensor,
+    ) -> Tensor:
         # The function keeps no activation but through save_for_backward.
         ctx.branch = dataclasses.replace(branch, activations=(), example=branch.example.new_empty(0))
         ctx.residual_dtype = None if residual is None else residual.dtype
         need_hidden = ctx.needs_input_grad[2] and not branch.zero_gate
         need_output = ctx.needs_input_grad[4] and branch.zero_gate
         activations = upstream[: len(branch.activations)]
-        body = ()
+        body: tuple[Tensor, ...] = ()
         if need_hidden or need_output or branch.always_run:
             body = branch.body(*activations)
         if need_output:
@@ -207,10 +213,10 @@ class _SkippedBranch(torch.autograd.Function):
         ctx.counts = len(activations), len(body)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, bias, gate, *activations, *body, *branch.recomputed)
-        return bare_branch(branch.tail, residual, branch.example, gate, branch.zero_gate)
+        return skipped_value(branch.tail, residual, branch.example, gate, branch.zero_gate)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = ctx.needs_input_grad[1:]
         if dy is None:
             return (None,) * (1 + len(needs))
@@ -261,23 +267,32 @@ def _as_in_forward(parameters: Sequence[Owned]) -> Iterator[None]:
 def _gate_grad(tail: Tail, dy: Tensor, gate: Tensor, output: Tensor) -> Tensor:
     """sum of dy * output over the dimensions along which the gate is broadcast."""
     if not tail.is_conv or gate.numel() == 1:
-        primitives = select("gate_residual_bwd", output)
-        return primitives.gate_residual_bwd(dy.to(output.dtype), gate, output, True, False)[0]
+        backend = select("gate_residual_bwd", output)
+        dgate, _ = backend.gate_residual_bwd(dy.to(output.dtype), gate, output, True, False)
+        assert dgate is not None
+        return dgate
     wide = torch.promote_types(dy.dtype, torch.float32)
     grad = dy.to(wide) * output.to(wide)
     return grad.sum_to_size(tail.broadcast(gate, dy.dim()).shape).view(gate.shape).to(gate.dtype)
 
 
-def _differentiable(branch, needs, dy, weight, bias, gate, activations):
+def _differentiable(
+    branch: Branch,
+    needs: Sequence[bool],
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activations: Sequence[Tensor],
+) -> list[Tensor | None]:
     """The gradients with a graph of their own (create_graph): the branch again, densely."""
     tail = branch.tail
-
     autocast = torch.autocast(dy.device.type, dtype=tail.autocast, enabled=tail.autocast is not None)
     with torch.enable_grad(), autocast, _as_in_forward(branch.parameters):
         y = tail(branch.hidden(*branch.body(*activations)), weight, bias)
         if gate is not None:
             y = tail.broadcast(gate, y.dim()) * y
     inputs = [weight, bias, gate, *activations, *(p for _, _, p in branch.parameters)]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -1,5 +1,5 @@
 """accelerate() and restore(): other people's blocks run by zeroblock, in place (families and their contract:
-`_core.py`)."""
+`family.py`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _checks, zero
 from ..backends import available as _backends
 from ..backends.select import select
+from ..blocks.layers import is_own
 from . import proof
 from .families import FAMILIES
 from .family import Family, accelerated_class, applied
@@ -37,10 +38,10 @@ def accelerate(
 ) -> Report:
     """Has zeroblock run the blocks of `model` that it knows, in place; returns what was done, printable as a table.
 
-    Blocks are found by class name and structure, and each make is proved on a random copy before it is touched: one
-    that computes something else is left alone and reported. Parameters, their names and order, state_dict, hooks,
-    isinstance relations, deepcopy and pickle (which writes the original class) stay as they are; only `type(block)`
-    changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
+    Blocks are found by class name and structure. Each distinct implementation is verified once, on a copy with random
+    parameters: a block that computes something else is left alone and reported. Parameters, their names and order,
+    state_dict, hooks, isinstance relations, deepcopy and pickle (which writes the original class) stay as they are;
+    only `type(block)` changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
 
     Args: zero_skip as in zeroblock/zero.py. backend: "auto", or the one that runs the blocks' forwards. precision:
     "strict", the accuracy of eager, or "fast", which allows ways of reduced float32 precision in the blocks'
@@ -63,7 +64,7 @@ def accelerate(
     before = [(m, type(m)) for m in model.modules() if applied(m) is not None and _is_ours(m)]
     restore(model)
     try:
-        found, left_alone = _plan(model, [family(zero_skip, backend, precision) for family in _in_order()])
+        found, left_alone = _search(model, [family(zero_skip, backend, precision) for family in _in_order()])
         if strict and (left_alone or not found):
             rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
             raise RuntimeError(f"accelerate: strict, and not everything could be accelerated:\n{rest}")
@@ -85,14 +86,14 @@ def restore(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model must be an nn.Module, got {type(model).__name__}")
     _refuse_compiled("restore", model)
-    blocks = [(path, m) for path, m in model.named_modules() if applied(m) is not None]
-    for path, m in blocks:
+    blocks = [(path, m, was) for path, m in model.named_modules() if (was := applied(m)) is not None]
+    for path, m, _ in blocks:
         if not _is_ours(m):
             raise RuntimeError(
                 f"restore: the class of {path or 'the model'} became {type(m).__name__} after accelerate"
             )
-    for _, m in blocks:
-        m.__class__ = applied(m).original
+    for _, m, was in blocks:
+        m.__class__ = was.original
     return len(blocks)
 
 
@@ -115,22 +116,22 @@ def _refuse_compiled(what: str, model: nn.Module) -> None:
             raise RuntimeError(f"{what}: {path or 'the model'} is compiled, and its code would stay as it is; {advice}")
 
 
-def _plan(model: nn.Module, known: list[Family]) -> tuple[list[tuple[str, nn.Module, Family]], list[LeftAlone]]:
+def _search(model: nn.Module, known: list[Family]) -> tuple[list[tuple[str, nn.Module, Family]], list[LeftAlone]]:
     found: list[tuple[str, nn.Module, Family]] = []
     left_alone: list[LeftAlone] = []
-    claimed: set[nn.Module] = set()
+    taken: set[nn.Module] = set()  # what belongs to a block that was found already
     for path, block in model.named_modules():
-        if type(block).__module__.startswith("zeroblock.nn"):
-            claimed.update(block.modules())
+        if is_own(block):
+            taken.update(block.modules())
             continue
         reasons: list[str] = []
         for family in known:
-            if block in claimed and family.inner or not family.knows(block):
+            if block in taken and family.inner or not family.knows(block):
                 continue
             reason = _obstacle(block, path, model, family)
             if reason is None:
                 found.append((path, block, family))
-                claimed.update(family.claims(block))
+                taken.update(family.inner_modules(block))
                 reasons = []
                 break
             reasons.append(reason)
@@ -157,7 +158,7 @@ def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> 
         accelerated_class(type(block), family)
     except TypeError as error:
         return f"its class cannot be extended: {error}"
-    return proof.disagreement(family.specimen(block), family)
+    return proof.disagreement(family.proof_target(block), family)
 
 
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
@@ -168,6 +169,5 @@ def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
 
 
 def _zero_now(tensors: tuple[Tensor, ...]) -> bool | None:
-    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype not in zero.DTYPES or t.is_meta for t in tensors):
-        return None
-    return all(zero.is_exactly_zero(t.detach()) for t in tensors)
+    """Whether all of them are zero; None where one cannot be judged."""
+    return all(map(zero.is_exactly_zero, tensors)) if all(map(zero.may_test, tensors)) else None

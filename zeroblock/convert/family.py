@@ -1,12 +1,12 @@
 """How accelerate() takes over a block: the contract between the core and the families.
 
 A family is one kind of block in other people's models. It is a subclass of `Family`, registered by `@register`, in a
-file of its own in this package; it never imports the package whose blocks it knows. What it says:
+file of its own in `families/`; it never imports the package whose blocks it knows. What it says:
 
     name       its key in reports and in `python -m zeroblock info NAME`; also the name of its counter
     classes    the names of the classes it may know (of the block's class or one of its bases)
     method     the method that accelerate replaces, "forward" unless the class has an inner one ("_forward")
-    inner      whether it leaves blocks alone that an outer block claims (see below)
+    inner      whether it leaves blocks alone that belong to an outer block (see below)
     dense_backend  who runs the branches that are not zero, where that is not a backend of zeroblock
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
                forward and in training backward (three lines of use)
@@ -14,20 +14,20 @@ file of its own in this package; it never imports the package whose blocks it kn
 and four methods, `block` being the foreign module:
 
     match(block, path, root)     None when the block has this family's structure, else the reason why it has not
-    forward(block, *a, **kw)     the method's replacement, built of zeroblock.functional, _resblock, nn.residual and
-                                 _branch.skipped_branch, obeying self.zero_skip. It looks at the block anew at each
-                                 call: layers that are replaced, hooked, parametrised or quantised by then, and
-                                 arguments it does not know, go to `return self.eager(block, *a, **kw)`, the original
+    forward(block, *a, **kw)     the method's replacement, built of zeroblock.functional and the forwards in
+                                 zeroblock.blocks, obeying self.zero_skip. It looks at the block anew at each call:
+                                 layers that are replaced, hooked, parametrised or quantised by then, and arguments
+                                 it does not know, go to `return self.eager(block, *a, **kw)`, the original
     branches(block)              {name of a residual branch: the tensors that hold it at zero together}
     example(block)               arguments of the method, small CPU tensors in float32, for the proof below
 
 Nobody can tell by its name whether a block computes what its namesake does, so `accelerate` proves it: a copy of the
 block with random parameters runs both forwards in train mode under one seed, and their results and the gradients of
-their inputs must agree (`_proof.py`). A family that needs no proof, because it calls the original and only skips,
+their inputs must agree (`proof.py`). A family that needs no proof, because it calls the original and only skips,
 returns None from `example`. The proof makes subclasses and modified forwards safe: they fit or are left alone.
 
 Nested blocks are all visited, outer first. `inner` families (single zero layers, attention of any block) leave those in
-`claims(block)` (default: all submodules) to the block, which may need to find them unchanged.
+`inner_modules(block)` (default: all submodules) to the block, which may need to find them unchanged.
 
 An accelerated block changes nothing but its class: to a subclass of its own class, made once for each family and set of
 options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay; pickle and
@@ -38,11 +38,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import copyreg
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable
+from copyreg import __newobj__ as _newobj  # type: ignore[attr-defined]
+from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -81,17 +82,17 @@ class Family:
     def example(self, block: Any) -> tuple | None:
         raise NotImplementedError
 
-    def specimen(self, block: nn.Module) -> nn.Module:
+    def proof_target(self, block: nn.Module) -> nn.Module:
         """What the proof copies: the block, or less of it where the rest proves nothing."""
         return block
 
-    def claims(self, block: nn.Module) -> Iterable[nn.Module]:
+    def inner_modules(self, block: nn.Module) -> Iterable[nn.Module]:
         return block.modules()
 
-    def made(self, kind: type) -> None:
-        """Called once for every class made of this family."""
+    def on_class_created(self, kind: type[nn.Module]) -> None:
+        """Called once for every subclass that `accelerated_class` creates for this family."""
 
-    def eager(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def eager(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         """The method the block had before accelerate."""
         return getattr(type(block)._zeroblock.original, self.method)(block, *args, **kwargs)
 
@@ -147,12 +148,12 @@ def accelerated_class(original: type, family: Family) -> type:
             family.method: _replacement(getattr(original, family.method), family),
         }
         _classes[key] = types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(body))
-        family.made(_classes[key])
+        family.on_class_created(_classes[key])
     return _classes[key]
 
 
 def applied(block: nn.Module) -> _Applied | None:
-    """What accelerate made of this block, None when it is untouched."""
+    """What accelerate did to this block, None when it is untouched."""
     return getattr(type(block), "_zeroblock", None)
 
 
@@ -163,7 +164,7 @@ def _replacement(method: Callable, family: Family) -> Callable:
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
     @functools.wraps(method)
-    def replaced(self, *args, **kwargs):
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs and not takes_all and not all(name in names for name in kwargs):
             return method(self, *args, **kwargs)  # a fork's own argument
         if backend == "auto" and not fast:
@@ -178,31 +179,31 @@ def _replacement(method: Callable, family: Family) -> Callable:
     return replaced
 
 
-def _pickled_as(original: type) -> Callable:
-    def __reduce_ex__(self, protocol):
+def _pickled_as(original: Any) -> Callable:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Pickles as the original class."""
         reduced = original.__reduce_ex__(self, protocol)
         if isinstance(reduced, str) or type(self)._zeroblock.original is not original:
             return reduced
         function, args, *rest = reduced
         args = tuple(original if a is type(self) else a for a in args)
-        if function is copyreg.__newobj__ and args == (original,):  # which insists on the object's own class
-            function, args = copyreg._reconstructor, (original, object, None)
+        if function is _newobj and args == (original,):  # which insists on the object's own class
+            function, args = _reconstructor, (original, object, None)
         return function, args, *rest
 
     return __reduce_ex__
 
 
 def _copied_as(original: type, copier: Callable) -> Callable:
-    def method(self, *args):
+    def method(self: Any, *args: Any) -> Any:
         """A copy as the original class makes it, accelerated like the block it was taken of."""
-        mine = type(self)
+        accelerated = type(self)
         self.__class__ = original
         try:
             twin = copier(self, *args)
         finally:
-            self.__class__ = mine
-        twin.__class__ = mine
+            self.__class__ = accelerated
+        twin.__class__ = accelerated
         return twin
 
     return method

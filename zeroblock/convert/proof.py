@@ -20,14 +20,14 @@ _proved: dict[tuple, str | None] = {}
 
 
 def disagreement(block: nn.Module, family: Family) -> str | None:
-    """None when both forwards agree, else the reason to leave the block alone; remembered for blocks of one make."""
-    key = (type(family), *_make(block, family))
+    """None when both forwards agree, else the reason to leave the block alone; remembered by fingerprint."""
+    key = (type(family), *_fingerprint(block, family))
     if key not in _proved:
         _proved[key] = _compare(block, family)
     return _proved[key]
 
 
-def _make(block: nn.Module, family: Family) -> tuple:
+def _fingerprint(block: nn.Module, family: Family) -> tuple:
     """What a block's forward can depend on but its tensors' values: classes, functions, shapes, plain attributes."""
     code = tuple((type(m), type(m).forward, getattr(type(m), family.method, None)) for m in block.modules())
     plain = tuple(
@@ -142,7 +142,9 @@ def _run(block: nn.Module, method: str, example: tuple) -> list[Tensor]:
         # A non-leaf like in a model: blocks may write into their input's successors, never into the input.
         result = getattr(block, method)(*(t * 1 if _is_floating(t) else t for t in inputs))
         outputs = _tensors(result)
-        loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in outputs)
+        loss = torch.zeros(())
+        for t in outputs:
+            loss = loss + (t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum()
         wanted = [t for t in inputs if _is_floating(t)]
         found = torch.autograd.grad(loss, wanted, allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]

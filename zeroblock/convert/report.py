@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from .. import zero
 
@@ -52,13 +53,13 @@ class Report:
             rows = [(b.path, b.family, words[b.zero], b.backend) for b in self.branches]
             lines += ["", *_table(("branch", "family", "zero now", "backend"), rows)]
         if self.left_alone:
-            rows = [(b.path, b.block, b.reason) for b in self.left_alone]
-            lines += ["", *_table(("left alone", "class", "why"), rows)]
+            reasons = [(b.path, b.block, b.reason) for b in self.left_alone]
+            lines += ["", *_table(("left alone", "class", "why"), reasons)]
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]

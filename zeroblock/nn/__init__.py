@@ -1,6 +1,7 @@
 """Drop-in modules: same constructors, parameter names and gradients as the blocks they stand for, zero branches
 skipped."""
 
+from ..blocks.layers import register_own_package
 from .dit import Attention, DiTBlock, FinalLayer, Mlp
 from .fixup import FixupBasicBlock, FixupBottleneck
 from .resblock import GroupNorm32, ResBlock
@@ -23,3 +24,5 @@ __all__ = [
     "ZeroConv3d",
     "ZeroLinear",
 ]
+
+register_own_package(__name__)

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import functional, zero
-from ..blocks import layers as _common
-from ..blocks import resblock as _resblock
+from .. import functional
+from ..blocks import resblock
+from ..blocks.decision import bypassable
 from ..reference import channel_view
+from .init import CONVS, zero_parameters
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -72,7 +73,7 @@ class ResBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
         self.updown = up or down
-        conv, width = _common.CONVS[dims], self.out_channels
+        conv, width = CONVS[dims], self.out_channels
 
         self.in_layers = nn.Sequential(GroupNorm32(32, channels), nn.SiLU(), conv(channels, width, 3, padding=1))
         if self.updown:
@@ -85,7 +86,7 @@ class ResBlock(nn.Module):
             GroupNorm32(32, width),
             nn.SiLU(),
             nn.Dropout(dropout),
-            _common.zero_parameters(conv(width, width, 3, padding=1)),
+            zero_parameters(conv(width, width, 3, padding=1)),
         )
         self.skip_connection: nn.Module = nn.Identity()
         if width != channels:
@@ -97,31 +98,34 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm1, _, conv1 = self._modules["in_layers"]._modules.values()
-        norm2, _, dropout, conv2 = self._modules["out_layers"]._modules.values()
-        if not self._is_own(norm1, conv1, norm2, conv2):
-            return self._unfused(x, emb)
-        policy, shortcut = self.zero_skip, self._modules["skip_connection"]
-        layers, y = (self._modules["in_layers"], self._modules["out_layers"]), NotImplemented
-        if not self.updown and not torch.is_grad_enabled():
-            bypassed = (*layers, self._modules["emb_layers"])
-            y = _resblock.bare("ResBlock", policy, conv2, dropout, shortcut, bypassed, x)
-        if y is None:
-            policy = "never"  # judged already, and nothing watches the layers
-        elif y is not NotImplemented:
-            return y
-        elif not zero.bypassable(layers):
-            return self._unfused(x, emb)
-        resample = (self.h_upd, self.x_upd) if self.updown else (None, None)
-        parts = _resblock.Layers(
-            "ResBlock", policy, norm1, conv1, norm2, conv2, dropout, self._embedding, (self.emb_layers,),
-            shortcut, *resample,
-        )  # fmt: skip
-        return _resblock.forward(parts, x, emb)
+        layers = self._layers()
+        return self._unfused(x, emb) if layers is None else resblock.forward(layers, x, emb)
 
-    def _is_own(self, norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
-        """The layers are the ones this class made."""
-        return type(norm1) is type(norm2) is GroupNorm32 and _resblock.fusable(norm1, conv1, norm2, conv2)
+    def _layers(self) -> resblock.Layers | None:
+        """The parts for the fused ops; None where layers were replaced or are watched by hooks."""
+        modules: dict[str, Any] = self._modules
+        in_layers, out_layers, emb_layers = modules["in_layers"], modules["out_layers"], modules["emb_layers"]
+        norm1, _, conv1 = in_layers._modules.values()
+        norm2, _, dropout, conv2 = out_layers._modules.values()
+        if type(norm1) is not GroupNorm32 or type(norm2) is not GroupNorm32:
+            return None
+        if not resblock.fusable(norm1, conv1, norm2, conv2) or not bypassable((in_layers, out_layers)):
+            return None
+        resample_h, resample_x = (modules["h_upd"], modules["x_upd"]) if self.updown else (None, None)
+        return resblock.Layers(
+            "ResBlock",
+            self.zero_skip,
+            norm1,
+            conv1,
+            norm2,
+            conv2,
+            dropout,
+            self._embedding,
+            (emb_layers,),
+            modules["skip_connection"],
+            resample_h,
+            resample_x,
+        )
 
     def _unfused(self, x: Tensor, emb: Tensor) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
@@ -130,12 +134,13 @@ class ResBlock(nn.Module):
         h = conv1(self.h_upd(silu1(norm1(x))))
         scale, shift, e = self._embedding(emb, h.dtype)
         h = norm2(h if e is None else h + e)
-        if scale is not None:
+        if scale is not None and shift is not None:
             h = h * (1 + channel_view(scale, h.dim())) + channel_view(shift, h.dim())
         return self.skip_connection(self.x_upd(x)) + conv2(dropout(silu2(h)))
 
-    def _embedding(self, emb: Tensor, dtype: torch.dtype) -> _resblock.Embedding:
-        e = self.emb_layers(emb).to(dtype)
+    def _embedding(self, emb: Tensor, dtype: torch.dtype) -> resblock.Embedding:
+        e: Tensor = self.emb_layers(emb).to(dtype)
         if self.use_scale_shift_norm:
-            return *e.chunk(2, dim=1), None
-        return None, None, channel_view(e, self.out_layers[3].weight.dim())
+            scale, shift = e.chunk(2, dim=1)
+            return scale, shift, None
+        return None, None, channel_view(e, self.out_layers[3].weight.dim())  # type: ignore[operator]

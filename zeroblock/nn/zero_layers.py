@@ -7,24 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .. import zero
-from ..blocks import layers as _common
-from ..blocks.skip import Branch, Tail, skipped_branch
-
-
-def skip_zero_layer(
-    name: str, policy: str, layer: nn.Module, x: Tensor, residual: Tensor | None = None
-) -> Tensor | None:
-    """residual + layer(x) of a plain layer that is zero and may be skipped; None: compute it densely."""
-    if x.dim() != layer.weight.dim() and not isinstance(layer, nn.Linear):
-        return None
-    if not zero.may_skip_branch(name, policy, layer.weight):
-        return None
-    tail = Tail(layer)
-    fits = residual is None or residual.shape == tail.output_size(x)
-    if not fits or not _common.decide(name, tail):
-        return None
-    return skipped_branch(Branch(tail, (x,), (), lambda x: (x,), lambda x: x, x), residual)
+from ..blocks.layers import is_plain_conv, is_plain_linear, plain_forward
+from ..blocks.residual import skip_zero_layer
+from .init import zero_parameters
 
 
 class _ZeroLayer(nn.Module):
@@ -37,7 +22,7 @@ class _ZeroLayer(nn.Module):
     zero_skip = "auto"
 
     def reset_parameters(self) -> None:
-        _common.zero_parameters(self)
+        zero_parameters(self)
 
     def _is_plain(self, x: Tensor) -> bool:
         raise NotImplementedError
@@ -46,6 +31,7 @@ class _ZeroLayer(nn.Module):
         y = super().forward(x)
         return y if residual is None else residual + y
 
+    @plain_forward
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = None
         if self._is_plain(x):
@@ -55,7 +41,7 @@ class _ZeroLayer(nn.Module):
 
 class _ZeroConv(_ZeroLayer):
     def _is_plain(self, x: Tensor) -> bool:
-        return _common.is_plain_conv(self)
+        return is_plain_conv(self)
 
 
 class ZeroConv1d(_ZeroConv, nn.Conv1d):
@@ -74,8 +60,4 @@ class ZeroLinear(_ZeroLayer, nn.Linear):
     """nn.Linear that starts at zero: forward(x, residual=None) = residual + linear(x), skipped while zero."""
 
     def _is_plain(self, x: Tensor) -> bool:
-        return _common.is_plain_linear(self)
-
-
-_common._CONV_FORWARDS.add(_ZeroLayer.forward)
-_common._LINEAR_FORWARDS.add(_ZeroLayer.forward)
+        return is_plain_linear(self)

@@ -16,13 +16,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_plain_tensor(t: object) -> bool:
-    """A Tensor or Parameter, not a subclass, which may compute anything."""
-    return type(t) is Tensor or type(t) is nn.Parameter
+    """A strided Tensor or Parameter: no subclass, which may compute anything, neither quantised nor sparse."""
+    return (type(t) is Tensor or type(t) is nn.Parameter) and t.layout is torch.strided
 
 
 def may_test(t: Tensor) -> bool:
-    """Only plain floating strided tensors with values are ever tested."""
-    return is_plain_tensor(t) and t.layout is torch.strided and t.dtype in DTYPES and t.device.type != "meta"
+    """Only plain floating tensors with values are ever tested (rule 1 of zero.py)."""
+    return is_plain_tensor(t) and t.dtype in DTYPES and t.device.type != "meta"
 
 
 def skipped(like: Tensor, what: int) -> Tensor:

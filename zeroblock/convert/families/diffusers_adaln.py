@@ -16,7 +16,7 @@ from .adaln import modulated
 
 
 class _AdaLayerNorm(Family):
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "silu", "linear", "norm")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:

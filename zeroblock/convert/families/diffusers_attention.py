@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._autocast import autocast_dtype
-from ...ops.residual_alone import residual_alone as bare_residual
+from ...ops.residual_alone import residual_alone
 from ..family import lacks, register
 from .whole_skip import InferenceSkip
 
@@ -22,10 +22,10 @@ class _Ungated(InferenceSkip):
     inner = True
     last: tuple[str, ...]  # the path of the layer that holds the branch at zero
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         return type(block).__name__ in self.classes and type(block).__module__.startswith("diffusers.")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, ".".join(self.last))
 
     def zero_layers(self, block: Any) -> list[Any]:
@@ -33,13 +33,13 @@ class _Ungated(InferenceSkip):
             block = block._modules[name]
         return [block]
 
-    def bare(self, block: Any, x: Tensor, residual: bool) -> Tensor:
+    def _residual_alone(self, block: Any, x: Tensor, residual: bool) -> Tensor:
         """(x +) the bias of the last layer, in eager's dtype."""
         (layer,) = self.zero_layers(block)
         dtype = autocast_dtype(layer.weight) or layer.weight.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
         if residual:
-            return bare_residual(x, bias, None, 1 if x.dim() == 4 else -1, dtype, None)
+            return residual_alone(x, bias, None, 1 if x.dim() == 4 else -1, dtype, None)
         y = x.new_zeros((*x.shape[:-1], layer.weight.shape[0]), dtype=dtype)
         return y if bias is None else y + bias
 
@@ -67,11 +67,11 @@ class Attention(_Ungated):
         eager = functools.partial(self.eager, block, x, *args, **kwargs)
         if not fits or not self.skips(block):
             return eager()
-        y = self.bare(block, x, residual)
+        y = self._residual_alone(block, x, residual)
         if residual:
             y = y / block.rescale_output_factor
         key = (x.dim(), x.is_contiguous(), x.dtype, y.dtype, type(block.processor), len(args), *sorted(kwargs))
-        return self.foretold(block, key, y, eager)
+        return self.predicted(block, key, y, eager)
 
 
 @register
@@ -95,8 +95,8 @@ class FeedForward(_Ungated):
         eager = functools.partial(self.eager, block, hidden_states, *args, **kwargs)
         if not self.skips(block):
             return eager()
-        y = self.bare(block, hidden_states, False)
-        return self.foretold(block, (hidden_states.dim(), hidden_states.dtype, y.dtype), y, eager)
+        y = self._residual_alone(block, hidden_states, False)
+        return self.predicted(block, (hidden_states.dim(), hidden_states.dtype, y.dtype), y, eager)
 
 
 @register
@@ -116,7 +116,7 @@ class Transformer2DModel(_Ungated):
     classes = ("Transformer2DModel",)
     last = ("proj_out",)
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         return super().knows(block) and getattr(block, "is_input_continuous", False)
 
     def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +125,6 @@ class Transformer2DModel(_Ungated):
             return eager()
         output = sys.modules[type(block).__module__].Transformer2DModelOutput
         wrap = (lambda y: output(sample=y)) if kwargs.get("return_dict", True) else (lambda y: (y,))
-        y = self.bare(block, hidden_states, True)
+        y = self._residual_alone(block, hidden_states, True)
         key = (hidden_states.is_contiguous(), hidden_states.dtype, y.dtype, len(args), *sorted(kwargs))
-        return self.foretold(block, key, y, eager, wrap)
+        return self.predicted(block, key, y, eager, wrap)

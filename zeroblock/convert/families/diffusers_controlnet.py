@@ -49,10 +49,14 @@ class ControlNetModel(ControlBranch):
 
     name = "ControlNetModel"
     classes = (
-        "ControlNetModel", "ControlNetUnionModel", "SparseControlNetModel", "SD3ControlNetModel", "FluxControlNetModel",
-    )  # fmt: skip
+        "ControlNetModel",
+        "ControlNetUnionModel",
+        "SparseControlNetModel",
+        "SD3ControlNetModel",
+        "FluxControlNetModel",
+    )
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if type(block).forward.__qualname__ not in {f"{name}.forward" for name in self.classes}:
             return "its forward is not diffusers' own"
         return None if self.zero_layers(block) else "it has no zero layers for its feature maps"
@@ -93,7 +97,7 @@ class UNetControlNetXSModel(InferenceSkip):
     name = "UNetControlNetXSModel"
     classes = ("UNetControlNetXSModel", "ControlNetXSAdapter")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if type(block).forward.__qualname__ == "ControlNetXSAdapter.forward":
             return "it is the parts of a control U-Net: accelerate the UNetControlNetXSModel made of it"
         if type(block).forward.__qualname__ != "UNetControlNetXSModel.forward":
@@ -109,9 +113,9 @@ class UNetControlNetXSModel(InferenceSkip):
         rest = (layer for m in towards for layer in (m if isinstance(m, nn.ModuleList) else [m]))
         return [block.control_to_base_for_conv_in, *rest]
 
-    def holders(self, block: Any) -> tuple[Tensor, ...] | None:
+    def judged_tensors(self, block: Any) -> tuple[Tensor, ...] | None:
         """Biases too: they go through the U-Net."""
-        weights = super().holders(block)
+        weights = super().judged_tensors(block)
         biases = (layer.bias for layer in self.zero_layers(block))
         return None if weights is None else (*weights, *(b for b in biases if b is not None))
 

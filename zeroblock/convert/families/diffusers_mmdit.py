@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import functional, zero
-from ...nn.residual import residual_branch
+from ... import functional
+from ...blocks import adaln
+from ...blocks.decision import NOT_ALLOWED, SKIPS, bypassable, decide, op_policy
+from ...blocks.one_pass import copy_of_residual
+from ...blocks.residual import residual_branch, skip_residual
 from ..family import Family, lacks, register
 from .adaln import (
-    copied,
-    draws,
     feed_forward,
     gate_rows,
     gated,
     gated_branch,
-    gates_stay_zero,
-    held_by,
     is_plain,
     is_plain_linear,
+    may_draw,
+    zeroing_tensors,
 )
+
+Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _streams(D: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,41 +37,33 @@ def _streams(D: int) -> tuple[Tensor, Tensor, Tensor]:
 class _TwoStreams(Family):
     """Attention of both streams together, then a feed-forward for each."""
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")
 
     def example(self, block: Any) -> tuple:
         return _streams(block.norm1.linear.in_features)
 
     def _attended(
-        self, attn: nn.Module, attend: Callable, x: Tensor, context: Tensor, gates: tuple[Tensor, Tensor], *h: Tensor
+        self, attn: nn.Module, attend: Attend, x: Tensor, context: Tensor, gates: tuple[Tensor, Tensor], *h: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(x + gate * out, context + gate_context * out_context), out, out_context = attend(*h) by the module attn; it
-        is skipped while both gates are zero."""
-        if not self._all_zero(attn, gates):
+        is skipped while both gates are zero, which counts as one branch."""
+        answer = decide(self.name, self.zero_skip, (), gates, (attn,)) if is_plain(*gates) else NOT_ALLOWED
+        if answer not in SKIPS:
             outs = attend(*h)
             return gated(x, gates[0], outs[0]), gated(context, gates[1], outs[1])
-        if not torch.is_grad_enabled() and not draws(attn):
-            return copied(x), copied(context)
+        random = may_draw(attn)
+        if not torch.is_grad_enabled() and not random:
+            return copy_of_residual(x), copy_of_residual(context)
         # As one stream, so that the attention runs once and both gates get their gradients of it.
         gate = torch.cat([g[:, None].expand_as(t) for g, t in zip(gates, (x, context), strict=True)], dim=1)
-        y = residual_branch(
-            self.name, self.zero_skip, torch.cat([x, context], dim=1),
-            lambda *h: torch.cat(attend(*h), dim=1), None, gate, h, modules=(attn,), random=draws(attn),
-        )  # fmt: skip
-        assert y is not None
+
+        def body(*h: Tensor) -> Tensor:
+            return torch.cat(attend(*h), dim=1)
+
+        y = skip_residual(answer, torch.cat([x, context], dim=1), body, None, gate, h, (attn,), random)
         x, context = y.split([x.shape[1], context.shape[1]], dim=1)
         return x.contiguous(), context.contiguous()
-
-    def _all_zero(self, attn: nn.Module, gates: tuple[Tensor, ...]) -> bool:
-        if not is_plain(*gates) or not zero.may_skip_branch(self.name, self.zero_skip, gates[0]):
-            return False
-        if not zero.bypassable((attn,)):
-            return False
-        found = all(map(zero.is_exactly_zero, gates))
-        if not found or not torch.is_grad_enabled():
-            zero.count(self.name, found)
-        return found
 
     def _context_rows(self, block: Any) -> tuple[Tensor, ...]:
         return gate_rows(block.norm1_context.linear, 6, 2)
@@ -114,13 +109,15 @@ class JointTransformerBlock(_TwoStreams):
         if block.use_dual_attention:
             *mlp, h2, gate2 = mlp
         attn = block.attn
+
+        def attend(h: Tensor, h_context: Tensor) -> tuple[Tensor, Tensor]:
+            return attn(hidden_states=h, encoder_hidden_states=h_context)
+
         if block.context_pre_only:
             h_context = block.norm1_context(context, temb)
-            attend = lambda h, h_context: attn(hidden_states=h, encoder_hidden_states=h_context)[0]  # noqa: E731
-            x = gated_branch(self, x, gate, attend, (h, h_context), attn)
+            x = gated_branch(self, x, gate, lambda *h: attend(*h)[0], (h, h_context), attn)
         else:
             h_context, gate_context, *mlp_context = block.norm1_context(context, emb=temb)
-            attend = lambda h, h_context: attn(hidden_states=h, encoder_hidden_states=h_context)  # noqa: E731
             x, context = self._attended(attn, attend, x, context, (gate, gate_context), h, h_context)
         if block.use_dual_attention:
             x = gated_branch(self, x, gate2, lambda h: block.attn2(hidden_states=h), (h2,), block.attn2)
@@ -192,11 +189,14 @@ class FluxSingleTransformerBlock(Family):
     name = "FluxSingleTransformerBlock"
     classes = ("FluxSingleTransformerBlock",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm.linear", "proj_mlp", "act_mlp", "proj_out", "attn")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"gate": gate_rows(block.norm.linear, 3, 2), "proj_out": held_by(block.proj_out, block.proj_out.weight)}
+        return {
+            "gate": gate_rows(block.norm.linear, 3, 2),
+            "proj_out": zeroing_tensors(block.proj_out, block.proj_out.weight),
+        }
 
     def example(self, block: Any) -> tuple:
         return _streams(block.norm.linear.in_features)
@@ -216,10 +216,14 @@ class FluxSingleTransformerBlock(Family):
                 block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        if not gates_stay_zero(self, block, block.norm.linear, (2,), 3):
+        y = None
+        if not block.training:
+            linear, gates = block.norm.linear, (2,)
+            y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), 3, gates)
+        if y is None:
             h, gate = block.norm(x, emb=temb)
-            x = self._branch(block, x, h, gate, image_rotary_emb)
-        x = _clipped(x)
+            y = self._branch(block, x, h, gate, image_rotary_emb)
+        x = _clipped(y)
         return x[:, :text], x[:, text:]
 
     def _branch(self, block: Any, x: Tensor, h: Tensor, gate: Tensor, rotary: Any) -> Tensor:
@@ -230,24 +234,16 @@ class FluxSingleTransformerBlock(Family):
             return torch.cat([block.attn(hidden_states=h, image_rotary_emb=rotary), mlp], dim=2)
 
         modules = (block.attn, block.proj_mlp, block.act_mlp)
-        y = residual_branch(
-            self.name,
-            self.zero_skip,
-            x,
-            before_proj,
-            proj,
-            gate,
-            (h,),
-            modules=modules,
-            random=any(map(draws, modules)),
+        random = any(map(may_draw, modules))
+        answer, y = residual_branch(
+            self.name, self.zero_skip, x, before_proj, proj, gate, (h,), modules=modules, random=random
         )
         if y is not None:
             return y
-        if not zero.bypassable((proj,)):
+        if not bypassable((proj,)):
             return gated(x, gate, proj(before_proj(h)))
-        return functional.linear_gate_residual(
-            before_proj(h), proj.weight, proj.bias, gate, x, zero_skip=self.zero_skip
-        )
+        policy = op_policy(answer, self.zero_skip)
+        return functional.linear_gate_residual(before_proj(h), proj.weight, proj.bias, gate, x, zero_skip=policy)
 
 
 def _clipped(x: Tensor) -> Tensor:

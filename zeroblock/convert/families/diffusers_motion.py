@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import zero
-from ...nn.residual import residual_branch
+from ...blocks.decision import allowed, bypassable
+from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
-from .adaln import draws, gated_branch, held_by, is_plain, is_plain_linear
+from .adaln import gated_branch, is_plain, is_plain_linear, may_draw, zeroing_tensors
 
 
 @register
@@ -30,23 +30,24 @@ class TemporalConvLayer(Family):
     classes = ("TemporalConvLayer",)
     dense_backend = "eager"
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "conv1.2", "conv2.3", "conv3.3", "conv4.3")
         if missing is None and len(block.conv4) != 4:
             return "its conv4 is not norm, activation, dropout and convolution"
         return missing
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"conv4": held_by(block.conv4[3], block.conv4[3].weight)}
+        return {"conv4": zeroing_tensors(block.conv4[3], block.conv4[3].weight)}
 
     def example(self, block: Any) -> tuple:
         return torch.randn(4, block.in_dim, 3, 2), 2
 
     def forward(self, block: Any, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
         frames, *image = hidden_states.shape
-        *front, tail = (block.conv1, block.conv2, block.conv3, *block.conv4)
+        *inner, tail = block.conv4
+        front = [block.conv1, block.conv2, block.conv3, *inner]
         fits = hidden_states.dim() == 4 and is_plain(hidden_states, tail.weight, tail.bias)
-        if not fits or frames % num_frames or not zero.bypassable((block.conv4,)):
+        if not fits or frames % num_frames or not bypassable((block.conv4,)):
             return self.eager(block, hidden_states, num_frames)
         x = hidden_states.reshape(frames // num_frames, num_frames, *image).permute(0, 2, 1, 3, 4)
 
@@ -55,7 +56,7 @@ class TemporalConvLayer(Family):
                 x = layer(x)
             return x
 
-        y = residual_branch(self.name, self.zero_skip, x, body, tail, None, (x,), modules=tuple(front))
+        _, y = residual_branch(self.name, self.zero_skip, x, body, tail, None, (x,), modules=tuple(front))
         if y is None:
             y = x + tail(body(x))
         return y.permute(0, 2, 1, 3, 4).reshape(frames, *image)
@@ -77,11 +78,11 @@ class AnimateDiffTransformer3D(Family):
     classes = ("AnimateDiffTransformer3D",)
     dense_backend = "eager"
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"proj_out": held_by(block.proj_out, block.proj_out.weight)}
+        return {"proj_out": zeroing_tensors(block.proj_out, block.proj_out.weight)}
 
     def example(self, block: Any) -> tuple:
         return torch.randn(4, block.proj_in.in_features, 3, 2), None, None, None, 2
@@ -119,11 +120,11 @@ class AnimateDiffTransformer3D(Family):
 
         modules = (block.norm, block.proj_in, block.transformer_blocks)
         y = None
-        if zero.bypassable(modules) and zero.may_skip_branch(self.name, self.zero_skip, tail.weight):
-            y = residual_branch(
-                self.name, self.zero_skip, tokens(hidden_states), body, tail, None, (hidden_states,), modules=modules,
-                random=any(map(draws, modules)),
-            )  # fmt: skip
+        if bypassable(modules) and allowed(self.name, self.zero_skip, tail.weight):  # else spare the reordering
+            x, random = tokens(hidden_states), any(map(may_draw, modules))
+            _, y = residual_branch(
+                self.name, self.zero_skip, x, body, tail, None, (hidden_states,), modules=modules, random=random
+            )
         if y is None:
             return self.eager(block, hidden_states, num_frames=num_frames)
         return y.reshape(*inner, channels).permute(0, 3, 4, 1, 2).reshape(hidden_states.shape)
@@ -143,7 +144,7 @@ class GatedSelfAttentionDense(Family):
     name = "GatedSelfAttentionDense"
     classes = ("GatedSelfAttentionDense",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "linear", "norm1", "attn", "norm2", "ff", "alpha_attn", "alpha_dense")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:

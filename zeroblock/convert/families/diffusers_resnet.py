@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import zero
-from ...blocks import resblock as _resblock
-from ...nn.residual import residual_branch
+from ...blocks import resblock
+from ...blocks.decision import allowed, bypassable
+from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
-from .adaln import held_by
+from .adaln import zeroing_tensors
 
 
 class _Resnet(Family):
@@ -19,15 +19,15 @@ class _Resnet(Family):
 
     parts: tuple[str, ...] = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, *self.parts, "output_scale_factor")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"conv2": held_by(block.conv2, block.conv2.weight)}
+        return {"conv2": zeroing_tensors(block.conv2, block.conv2.weight)}
 
     def forward(self, block: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         plain = input_tensor.dim() == 4 and type(block.dropout) is nn.Dropout
-        if args or kwargs or not plain or not zero.bypassable([getattr(block, name) for name in self.parts]):
+        if args or kwargs or not plain or not bypassable([getattr(block, name) for name in self.parts]):
             return self.eager(block, input_tensor, temb, *args, **kwargs)
         y = self._fused(block, input_tensor, temb)
         if y is None:
@@ -50,7 +50,7 @@ class _Resnet(Family):
         """Norms and activations that the fused ops do not know: by its modules, when the branch is zero."""
         modules = [getattr(block, name) for name in self.parts if name != "conv2"] + [*self._embedders(block)]
         modules += [m for m in (block.upsample, block.downsample) if isinstance(m, nn.Module)]
-        if not zero.bypassable(modules) or not zero.may_skip_branch(self.name, self.zero_skip, block.conv2.weight):
+        if not bypassable(modules) or not allowed(self.name, self.zero_skip, block.conv2.weight):
             return None
         residual = _shortcut(block, _resampled(block, x))
         activations = (x,) if temb is None else (x, temb)
@@ -58,7 +58,7 @@ class _Resnet(Family):
         def body(x: Tensor, temb: Tensor | None = None) -> Tensor:
             return self._before_conv2(block, x, temb)
 
-        y = residual_branch(
+        _, y = residual_branch(
             self.name, self.zero_skip, residual, body, block.conv2, None, activations, modules=tuple(modules)
         )
         return residual + block.conv2(body(*activations)) if y is None else y
@@ -90,7 +90,7 @@ class ResnetBlock2D(_Resnet):
     name = "ResnetBlock2D"
     classes = ("ResnetBlock2D",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         norms = isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)
         return super().match(block, path, root) or (None if norms else "its norms are not nn.GroupNorm")
 
@@ -102,7 +102,7 @@ class ResnetBlock2D(_Resnet):
     def _embedders(self, block: Any) -> tuple[nn.Module, ...]:
         return () if block.time_emb_proj is None else (block.time_emb_proj,)
 
-    def _embedding(self, block: Any, temb: Tensor | None) -> _resblock.Embedding:
+    def _embedding(self, block: Any, temb: Tensor | None) -> resblock.Embedding:
         if temb is None:
             return None, None, None
         e = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
@@ -118,16 +118,25 @@ class ResnetBlock2D(_Resnet):
 
     def _fused(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor | None:
         norm1, conv1, norm2, conv2 = block.norm1, block.conv1, block.norm2, block.conv2
-        fits = type(block.nonlinearity) is nn.SiLU and _resblock.fusable(norm1, conv1, norm2, conv2)
+        fits = type(block.nonlinearity) is nn.SiLU and resblock.fusable(norm1, conv1, norm2, conv2)
         resample = block.upsample or block.downsample
         if not fits or not self._takes(block, temb) or not isinstance(resample, (nn.Module, type(None))):
             return None  # FIR filters are functions
-        layers = _resblock.Layers(
-            self.name, self.zero_skip, norm1, conv1, norm2, conv2, block.dropout,
-            lambda temb, dtype: self._embedding(block, temb), self._embedders(block),
-            lambda x: _shortcut(block, x), resample, resample,
-        )  # fmt: skip
-        return _resblock.forward(layers, x, temb)
+        layers = resblock.Layers(
+            self.name,
+            self.zero_skip,
+            norm1,
+            conv1,
+            norm2,
+            conv2,
+            block.dropout,
+            embed=lambda temb, dtype: self._embedding(block, temb),
+            embedders=self._embedders(block),
+            shortcut=lambda x: _shortcut(block, x),
+            resample_h=resample,
+            resample_x=resample,
+        )
+        return resblock.forward(layers, x, temb)
 
     def _by_parts(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor | None:
         return super()._by_parts(block, x, temb) if self._takes(block, temb) else None
@@ -136,7 +145,7 @@ class ResnetBlock2D(_Resnet):
         h = block.conv1(_resampled(block, block.nonlinearity(block.norm1(x))))
         scale, shift, e = self._embedding(block, temb)
         h = block.norm2(h if e is None else h + e)
-        if scale is not None:
+        if scale is not None and shift is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return block.dropout(block.nonlinearity(h))
 

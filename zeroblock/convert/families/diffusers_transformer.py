@@ -11,21 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import functional, zero
-from ...blocks import layers as _common
-from ...blocks.skip import Branch, Tail, skipped_branch
+from ...blocks import adaln
+from ...blocks.decision import SKIPS, bypassable, decide
+from ...blocks.layers import is_plain_norm
 from ..family import Family, lacks, register
-from .adaln import (
-    copied,
-    feed_forward,
-    fits,
-    gate_rows,
-    gated_branch,
-    gates_stay_zero,
-    held_by,
-    is_plain_linear,
-    modulated,
-)
+from .adaln import feed_forward, fits, gate_rows, gated_branch, is_plain_linear, modulated, zeroing_tensors
 
 
 @register
@@ -44,11 +34,11 @@ class BasicTransformerBlock(Family):
     name = "BasicTransformerBlock"
     classes = ("BasicTransformerBlock",)
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         # With plain norms there is neither a modulation nor a gate, and nothing that starts at zero.
         return super().knows(block) and getattr(block, "norm_type", None) not in ("layer_norm", "layer_norm_i2vgen")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "norm_type", "norm1", "attn1", "ff")
         if missing is not None:
             return missing
@@ -59,12 +49,13 @@ class BasicTransformerBlock(Family):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         if block.norm_type == "ada_norm_zero":
-            return {"attn1": gate_rows(block.norm1.linear, 6, 2), "ff": gate_rows(block.norm1.linear, 6, 5)}
+            attn1, ff = (gate_rows(block.norm1.linear, adaln.CHUNKS, gate) for gate in adaln.GATES)
+            return {"attn1": attn1, "ff": ff}
         table = block.scale_shift_table.detach()
         found: dict[str, tuple[Tensor, ...]] = {"attn1": (table[2],), "ff": (table[5],)}
         if block.attn2 is not None:
             out = block.attn2.to_out[0]
-            found["attn2"] = held_by(out, out.weight)
+            found["attn2"] = zeroing_tensors(out, out.weight)
         return found
 
     def example(self, block: Any) -> tuple:
@@ -82,20 +73,21 @@ class BasicTransformerBlock(Family):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
+        timestep: Any = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         x = hidden_states
         if x.dim() != 3 or cross_attention_kwargs or block._chunk_size is not None or block.only_cross_attention:
-            return self.eager(
-                block, x, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
-                cross_attention_kwargs, class_labels, added_cond_kwargs,
-            )  # fmt: skip
+            rest = (encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs, class_labels)
+            return self.eager(block, x, attention_mask, *rest, added_cond_kwargs)
         if block.norm_type == "ada_norm_zero":
-            if block.attn2 is None and gates_stay_zero(self, block, block.norm1.linear, (2, 5), 6):
-                return copied(x)
+            if block.attn2 is None and not block.training:
+                linear = block.norm1.linear
+                y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children())
+                if y is not None:
+                    return y
             h, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
             norm_mlp = block.norm3
         else:
@@ -114,7 +106,6 @@ class BasicTransformerBlock(Family):
         """x + attn2(x, context)"""
         bias = self._output_bias(block.attn2)
         if bias is not None:
-            zero.count(self.name, True)
             return x + bias
         h = x if block.norm_type == "ada_norm_single" else block.norm2(x)
         if block.pos_embed is not None and block.norm_type != "ada_norm_single":
@@ -128,8 +119,9 @@ class BasicTransformerBlock(Family):
             return None
         if attn.residual_connection or attn.rescale_output_factor != 1.0:
             return None
-        may = zero.may_skip_branch(self.name, self.zero_skip, out.weight) and zero.bypassable((attn,))
-        return out.bias if may and zero.is_exactly_zero(out.weight) and out.bias.dtype == out.weight.dtype else None
+        if out.bias.dtype != out.weight.dtype:
+            return None
+        return out.bias if decide(self.name, self.zero_skip, (out.weight,), bypassed=(attn,)) in SKIPS else None
 
 
 @register
@@ -147,16 +139,16 @@ class DiTTransformer2DModel(Family):
     name = "DiTTransformer2DModel"
     classes = ("DiTTransformer2DModel",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "pos_embed", "transformer_blocks.0.norm1.emb", "norm_out", "proj_out_1", "proj_out_2")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"proj_out_2": held_by(block.proj_out_2, block.proj_out_2.weight)}
+        return {"proj_out_2": zeroing_tensors(block.proj_out_2, block.proj_out_2.weight)}
 
-    def claims(self, block: nn.Module) -> tuple[nn.Module, ...]:
+    def inner_modules(self, block: Any) -> tuple[nn.Module, ...]:
         return (block, block.proj_out_2)
 
-    def specimen(self, block: Any) -> nn.Module:
+    def proof_target(self, block: Any) -> nn.Module:
         """The model with one of its blocks."""
         model = copy.copy(block)
         model.__dict__["_modules"] = dict(block._modules)
@@ -192,13 +184,13 @@ class DiTTransformer2DModel(Family):
             return (sample,)
         return sys.modules[type(block).__module__].Transformer2DModelOutput(sample=sample)
 
-    def _head(self, norm: nn.Module, linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def _head(self, norm: Any, linear: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """linear(norm(x) * (1 + scale) + shift)"""
-        if not is_plain_linear(linear) or not zero.bypassable((norm, linear)) or not fits(norm, x, shift, scale):
+        plain = is_plain_linear(linear) and is_plain_norm(norm) and bypassable((norm, linear))
+        if not plain or not fits(norm, x, shift, scale):
             return linear(modulated(norm, x, shift, scale))
-        if zero.may_skip_branch(self.name, self.zero_skip, linear.weight):
-            tail = Tail(linear)
-            if _common.decide(self.name, tail):
-                modulation = functools.partial(modulated, norm)
-                return skipped_branch(Branch(tail, (x, shift, scale), (), lambda *t: t, modulation, x), None)
-        return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=norm.eps)
+
+        def vectors(shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+            return shift, scale
+
+        return adaln.final_layer(self.name, self.zero_skip, (x, shift, scale), norm.eps, vectors, linear)

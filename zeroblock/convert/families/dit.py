@@ -8,19 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import functional, zero
-from ...blocks import layers as _common
-from ...nn.dit import fused_final, fused_half
-from ...nn.residual import residual_branch
+from ... import functional
+from ...blocks import adaln
+from ...blocks.decision import bypassable
+from ...blocks.layers import is_plain_linear, is_plain_norm
+from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
-from .adaln import copied, gates_stay_zero
 
 _NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops take, or are watched by hooks"
-
-
-def plain_norm(norm: Any) -> bool:
-    """A LayerNorm of the last dimension without parameters."""
-    return type(norm).forward is nn.LayerNorm.forward and norm.weight is None and len(norm.normalized_shape) == 1
 
 
 def inactive(dropout: Any) -> bool:
@@ -58,11 +53,11 @@ class DiTBlock(_Modulated):
     parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation.1")
 
     def _fits(self, block: Any) -> bool:
-        return plain_norm(block.norm1) and plain_norm(block.norm2) and zero.bypassable((block.norm1, block.norm2))
+        return is_plain_norm(block.norm1) and is_plain_norm(block.norm2) and bypassable((block.norm1, block.norm2))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         linear = block.adaLN_modulation[-1]
-        rows = [tuple(t.chunk(6)[i] for t in (linear.weight, linear.bias)) for i in (2, 5)]
+        rows = [tuple(t.chunk(adaln.CHUNKS)[i] for t in (linear.weight, linear.bias)) for i in adaln.GATES]
         return {"attn": rows[0], "mlp": rows[1]}
 
     def example(self, block: Any) -> tuple:
@@ -72,34 +67,37 @@ class DiTBlock(_Modulated):
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
             return self.eager(block, x, c)
-        if gates_stay_zero(self, block, block.adaLN_modulation[-1], (2, 5), 6):
-            return copied(x)
-        vectors = block.adaLN_modulation(c).chunk(6, dim=1)
-        x = self._half(x, vectors[:3], block.norm1, block.attn, _attention_parts(block.attn))
-        return self._half(x, vectors[3:], block.norm2, block.mlp, _mlp_parts(block.mlp))
+        last = block.adaLN_modulation[-1]
+        if not block.training:
+            y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children())
+            if y is not None:
+                return y
+        vectors = block.adaLN_modulation(c).chunk(adaln.CHUNKS, dim=1)
+        x = self._half(x, vectors[adaln.MSA], block.norm1, block.attn, _attention_half(block.norm1, block.attn))
+        return self._half(x, vectors[adaln.MLP], block.norm2, block.mlp, mlp_half(block.norm2, block.mlp))
 
-    def _half(self, x: Tensor, vectors: tuple, norm: Any, layer: nn.Module, parts: tuple | None) -> Tensor:
-        if parts is not None:
-            first, between, tail, *modules = parts
-            return fused_half(self.name, self.zero_skip, x, vectors, norm.eps, first, between, tail, tuple(modules))
+    def _half(self, x: Tensor, vectors: adaln.Vectors, norm: Any, layer: nn.Module, half: adaln.Half | None) -> Tensor:
+        """x + gate * layer(modulate(norm x)); half None: the layer is called as a whole."""
+        if half is not None:
+            return adaln.half(self.name, self.zero_skip, x, vectors, half)
         shift, scale, gate = vectors
 
         def body(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             return layer(functional.layer_norm_modulate(x, shift, scale, eps=norm.eps))
 
-        y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x, shift, scale), modules=(layer,))
+        _, y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x, shift, scale), modules=(layer,))
         return functional.gate_residual(x, gate, body(x, shift, scale)) if y is None else y
 
 
-def _attention_parts(attn: Any) -> tuple | None:
-    """(qkv, what lies between, proj, the norms between) of timm's Attention; None: it is to be called as a whole."""
+def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
+    """timm's Attention by its layers; None: it is to be called as a whole."""
     if type(attn).__name__ != "Attention" or lacks(attn, "qkv", "proj", "num_heads", "attn_drop", "proj_drop"):
         return None
-    plain = _common.is_plain_linear(attn.qkv) and _common.is_plain_linear(attn.proj)
+    plain = is_plain_linear(attn.qkv) and is_plain_linear(attn.proj)
     between = [m for name, m in attn.named_children() if name not in ("qkv", "proj")]
     q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     known = all(inactive(m) or m in (q_norm, k_norm) for m in between)
-    if not (plain and known and inactive(attn.attn_drop) and inactive(attn.proj_drop) and zero.bypassable((attn,))):
+    if not (plain and known and inactive(attn.attn_drop) and inactive(attn.proj_drop) and bypassable((attn,))):
         return None
 
     def attend(qkv: Tensor) -> Tensor:
@@ -108,20 +106,20 @@ def _attention_parts(attn: Any) -> tuple | None:
         k = k if k_norm is None else k_norm(k)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    return attn.qkv, attend, attn.proj, *(m for m in (q_norm, k_norm) if m is not None)
+    norms = tuple(m for m in (q_norm, k_norm) if m is not None)
+    return adaln.Half(norm.eps, attn.qkv, attend, attn.proj, norms)
 
 
-def _mlp_parts(mlp: Any) -> tuple | None:
-    """(fc1, the activation's name, fc2) of timm's Mlp; None: it is to be called as a whole."""
+def mlp_half(norm: Any, mlp: Any) -> adaln.Half | None:
+    """timm's Mlp by its layers; None: it is to be called as a whole."""
     if type(mlp).__name__ != "Mlp" or lacks(mlp, "fc1", "act", "fc2") or type(mlp.act) not in (nn.GELU, nn.SiLU):
         return None
     rest = [m for name, m in mlp.named_children() if name not in ("fc1", "act", "fc2")]
-    plain = _common.is_plain_linear(mlp.fc1) and _common.is_plain_linear(mlp.fc2)
-    if not (plain and all(map(inactive, rest)) and zero.bypassable((mlp,))):
+    plain = is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2)
+    if not (plain and all(map(inactive, rest)) and bypassable((mlp,))):
         return None
-    if type(mlp.act) is nn.SiLU:
-        return mlp.fc1, "silu", mlp.fc2
-    return mlp.fc1, "gelu_tanh" if mlp.act.approximate == "tanh" else "gelu", mlp.fc2
+    gelu = "gelu_tanh" if getattr(mlp.act, "approximate", None) == "tanh" else "gelu"
+    return adaln.Half(norm.eps, mlp.fc1, "silu" if type(mlp.act) is nn.SiLU else gelu, mlp.fc2)
 
 
 @register
@@ -141,7 +139,7 @@ class FinalLayer(_Modulated):
 
     def _fits(self, block: Any) -> bool:
         norm, linear = block.norm_final, block.linear
-        return plain_norm(norm) and _common.is_plain_linear(linear) and zero.bypassable((norm, linear))
+        return is_plain_norm(norm) and is_plain_linear(linear) and bypassable((norm, linear))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"linear": (block.linear.weight,)}
@@ -154,4 +152,8 @@ class FinalLayer(_Modulated):
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
             return self.eager(block, x, c)
         modulation, eps = block.adaLN_modulation, block.norm_final.eps
-        return fused_final(self.name, self.zero_skip, (x, c), eps, modulation, block.linear, (modulation,))
+
+        def vectors(c: Tensor) -> tuple[Tensor, ...]:
+            return modulation(c).chunk(2, dim=1)
+
+        return adaln.final_layer(self.name, self.zero_skip, (x, c), eps, vectors, block.linear, (modulation,))

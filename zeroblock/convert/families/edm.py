@@ -3,15 +3,18 @@ convolutions resample first, the bias is added afterwards."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import functional, zero
-from ...blocks import layers as _common
-from ...blocks import resblock as _resblock
+from ... import functional
+from ...blocks import resblock
+from ...blocks.decision import SKIPS, UNTESTED, bypassable, decide, op_policy
+from ...blocks.layers import parameters_of
 from ...blocks.skip import Branch, Tail, skipped_branch
 from ...reference import channel_view
 from ..family import Family, lacks, register
@@ -31,7 +34,7 @@ class _Conv:
         self.out_channels, self.in_channels, *self.kernel_size = self.weight.shape
         self.padding = [k // 2 for k in self.kernel_size]
 
-    def modules(self):
+    def modules(self) -> Iterator[nn.Module]:
         return self.module.modules()
 
 
@@ -71,8 +74,10 @@ class UNetBlock(Family):
         return missing or (None if self._fits(block) else "its layers are not EDM's, or are parametrised or watched")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        found = {"conv1": (block.conv1.weight,)}
-        return found | {"proj": (block.proj.weight,)} if block.num_heads else found
+        found: dict[str, tuple[Tensor, ...]] = {"conv1": (block.conv1.weight,)}
+        if block.num_heads:
+            found["proj"] = (block.proj.weight,)
+        return found
 
     def example(self, block: Any) -> tuple:
         return torch.randn(2, block.in_channels, 4, 4), torch.randn(2, block.affine.in_features)
@@ -86,24 +91,24 @@ class UNetBlock(Family):
             all(map(_is_conv, convs))
             and not any(conv.up or conv.down for conv in convs[1:])
             and all(norm._parameters.get("weight") is not None and hasattr(norm, "num_groups") for norm in norms)
-            and zero.bypassable((*norms, *convs))
+            and bypassable((*norms, *convs))
         )
 
     def forward(self, block: Any, x: Tensor, emb: Tensor) -> Tensor:
         if not self._fits(block):
             return self.eager(block, x, emb)
-        y = _resblock.forward(self._layers(block, x.dtype), x, emb)
+        y = resblock.forward(self._layers(block, x.dtype), x, emb)
         y = y if block.skip_scale == 1 else y * block.skip_scale
         if block.num_heads:
             y = self._attention(block, y)
             y = y if block.skip_scale == 1 else y * block.skip_scale
         return y
 
-    def _layers(self, block: Any, dtype: torch.dtype) -> _resblock.Layers:
+    def _layers(self, block: Any, dtype: torch.dtype) -> resblock.Layers:
         conv0, skip = block.conv0, block.skip
         resamples = conv0.up or conv0.down
 
-        def embed(emb: Tensor, dtype: torch.dtype) -> _resblock.Embedding:
+        def embed(emb: Tensor, dtype: torch.dtype) -> resblock.Embedding:
             e = block.affine(emb).to(dtype)
             if block.adaptive_scale:
                 return *e.chunk(2, dim=1), None
@@ -112,32 +117,37 @@ class UNetBlock(Family):
         def same(x: Tensor) -> Tensor:
             return x
 
-        return _resblock.Layers(
-            self.name, self.zero_skip, block.norm0, _Conv(conv0, dtype), block.norm1, _Conv(block.conv1, dtype),
-            _Dropout(block.dropout, block.training), embed, (block.affine,),
-            same if skip is None or resamples else skip,
-            (lambda h: _resample(conv0, h)) if resamples else None,
-            skip if resamples else None,
-        )  # fmt: skip
+        return resblock.Layers(
+            self.name,
+            self.zero_skip,
+            block.norm0,
+            _Conv(conv0, dtype),
+            block.norm1,
+            _Conv(block.conv1, dtype),
+            _Dropout(block.dropout, block.training),
+            embed,
+            embedders=(block.affine,),
+            shortcut=same if skip is None or resamples else skip,
+            resample_h=functools.partial(_resample, conv0) if resamples else None,
+            resample_x=skip if resamples else None,
+        )
 
     def _attention(self, block: Any, x: Tensor) -> Tensor:
         norm, qkv, proj = block.norm2, _Conv(block.qkv, x.dtype), _Conv(block.proj, x.dtype)
 
         def body(x: Tensor) -> tuple[Tensor]:
             h = functional.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=None)
-            h = functional.conv_residual(h, qkv.weight, qkv.bias, None, padding=qkv.padding, zero_skip="never")
+            h = functional.conv_residual(h, qkv.weight, qkv.bias, None, padding=qkv.padding, zero_skip=UNTESTED)
             # [N, heads, features, qkv, T]; fused attention wants the features together.
             q, k, v = h.flatten(2).unflatten(1, (block.num_heads, -1, 3)).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
             return (F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape),)
 
-        if zero.may_skip_branch(self.name, self.zero_skip, proj.weight):
-            tail = Tail(proj)
-            if _common.decide(self.name, tail):
-                parameters = _common.parameters_of(norm, block.qkv)
-                return skipped_branch(Branch(tail, (x,), parameters, body, lambda h: h, x, carried=True), x)
-        return functional.conv_residual(
-            body(x)[0], proj.weight, proj.bias, x, padding=proj.padding, zero_skip=self.zero_skip
-        )
+        answer = decide(self.name, self.zero_skip, (proj.weight,))
+        if answer in SKIPS:
+            parameters = parameters_of(norm, block.qkv)
+            return skipped_branch(Branch(Tail(proj), (x,), parameters, body, lambda h: h, x, carried=True), x)
+        (h,), policy = body(x), op_policy(answer, self.zero_skip)
+        return functional.conv_residual(h, proj.weight, proj.bias, x, padding=proj.padding, zero_skip=policy)
 
 
 def _is_conv(conv: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import zero
+from ...blocks.decision import SKIPS, decide
 from ..family import Family, lacks, register
 from .whole_skip import InferenceSkip
 
@@ -19,8 +19,8 @@ class MPConv(Family):
     Source: NVlabs/edm2 `training/networks_edm2.MPConv`: Block.emb_linear by emb_gain, UNet.out_conv by out_gain.
     Use: zb.accelerate(net).
     Inference: while gain is a tensor that is zero the result is zeros, without normalisation and matmul.
-    Training forward: as ever: each forward writes the normalised weight back.
-    Training backward: as ever.
+    Training forward: unchanged, the original runs: each forward writes the normalised weight back.
+    Training backward: unchanged.
     """
 
     name = "MPConv"
@@ -38,11 +38,8 @@ class MPConv(Family):
         return torch.randn(2, block.weight.shape[1], *size), torch.tensor(0.7)
 
     def forward(self, block: Any, x: Tensor, gain: Any = 1) -> Tensor:
-        judged = isinstance(gain, Tensor) and not torch.is_grad_enabled() and not block.training
-        if judged and zero.may_skip_branch(self.name, self.zero_skip, gain):
-            found = zero.is_exactly_zero(gain)
-            zero.count(self.name, found)
-            if found:
+        if isinstance(gain, Tensor) and not torch.is_grad_enabled() and not block.training:
+            if decide(self.name, self.zero_skip, (gain,)) in SKIPS:
                 return x.new_zeros(x.shape[0], block.weight.shape[0], *x.shape[2:])
         return self.eager(block, x, gain)
 
@@ -55,28 +52,31 @@ class EDM2UNet(InferenceSkip):
     Use: zb.accelerate(net) for the network or the Precond around it.
     Inference: while out_gain is zero the result is zeros and nothing runs (once for every size it does, to be
     compared).
-    Training forward: as ever. Training backward: as ever.
+    Training forward: unchanged, the original runs. Training backward: unchanged.
     """
 
     name = "EDM2UNet"
     classes = ("UNet",)
 
-    def knows(self, block: nn.Module) -> bool:
+    def knows(self, block: Any) -> bool:
         return super().knows(block) and hasattr(block, "out_gain")
 
     def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return lacks(block, "enc", "dec", "out_conv.weight", "out_gain")
 
-    def holders(self, block: Any) -> tuple[Tensor, ...]:
+    def judged_tensors(self, block: Any) -> tuple[Tensor, ...]:
         return (block.out_gain,)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        gains = {f"{path}.emb_gain": (m.emb_gain,) for path, m in block.named_modules() if hasattr(m, "emb_gain")}
-        return {"out_gain": (block.out_gain,)} | gains
+        found: dict[str, tuple[Tensor, ...]] = {"out_gain": (block.out_gain,)}
+        for path, m in block.named_modules():
+            if hasattr(m, "emb_gain"):
+                found[f"{path}.emb_gain"] = (m.emb_gain,)
+        return found
 
     def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.skips(block):
             return self.eager(block, x, *args, **kwargs)
         key = (x.shape, x.dtype, len(args), *sorted(kwargs))
         y = x.new_zeros(x.shape[0], block.out_conv.weight.shape[0], *x.shape[2:])
-        return self.foretold(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
+        return self.predicted(block, key, y, lambda: self.eager(block, x, *args, **kwargs))

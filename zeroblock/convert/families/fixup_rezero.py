@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
-from ...blocks import layers as _common
-from ...nn.fixup import basic_body, bottleneck_body, fixup_block
-from ...nn.residual import residual_branch
+from ...blocks import fixup
+from ...blocks.layers import is_plain_conv
+from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 
 
@@ -44,19 +44,10 @@ class FixupBlock(Family):
 
     def _fits(self, block: Any) -> bool:
         convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
-        return len(convs) >= 2 and all(map(_common.is_plain_conv, convs))
+        return len(convs) >= 2 and all(map(is_plain_conv, convs))
 
     def forward(self, block: Any, x: Tensor) -> Tensor:
-        if not self._fits(block):
-            return self.eager(block, x)
-        body, conv, bias = (bottleneck_body, block.conv3, block.bias3b) if hasattr(block, "conv3") else (
-            basic_body, block.conv2, block.bias2b
-        )  # fmt: skip
-
-        def run(x: Tensor, *_parameters: Tensor) -> Tensor:
-            return body(block, x)
-
-        return fixup_block(self.name, self.zero_skip, block, run, conv, bias, x)
+        return fixup.forward(self.name, self.zero_skip, block, x) if self._fits(block) else self.eager(block, x)
 
 
 @register
@@ -99,5 +90,5 @@ class RZTXEncoderLayer(Family):
 
     def _half(self, block: Any, x: Tensor, body: Any, modules: tuple[nn.Module, ...]) -> Tensor:
         gate = block.resweight
-        y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x,), modules=modules)
+        _, y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x,), modules=modules)
         return functional.gate_residual(x, gate, body(x)) if y is None else y

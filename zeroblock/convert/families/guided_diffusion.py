@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import functional, zero
-from ...blocks import layers as _common
-from ...blocks import resblock as _resblock
-from ...nn.residual import residual_branch
+from ... import functional
+from ...blocks import resblock
+from ...blocks.decision import bypassable, op_policy
+from ...blocks.layers import fits_fused
+from ...blocks.residual import residual_branch
 from ...reference import channel_view
 from ..family import Family, lacks, register
 
@@ -40,7 +41,7 @@ class ResBlock(Family):
         return missing or (None if self._fits(block) else _NOT_PLAIN)
 
     def forward(self, block: Any, x: Tensor, emb: Any) -> Tensor:
-        return _resblock.forward(self._layers(block), x, emb) if self._fits(block) else self.eager(block, x, emb)
+        return resblock.forward(self._layers(block), x, emb) if self._fits(block) else self.eager(block, x, emb)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"out_layers.3": (block.out_layers[3].weight,)}
@@ -51,22 +52,23 @@ class ResBlock(Family):
         if not isinstance(block.emb_layers, nn.Module):
             return x, None
         frames = (4,) if getattr(block, "exchange_temb_dims", False) else ()
-        return x, torch.randn(2, *frames, block.emb_layers[-1].in_features)
+        last: Any = list(block.emb_layers.children())[-1]
+        return x, torch.randn(2, *frames, last.in_features)
 
     def _fits(self, block: Any) -> bool:
         if len(block.in_layers) != 3 or len(block.out_layers) != 4:
             return False
         norm1, _, conv1 = block.in_layers
         norm2, _, _, conv2 = block.out_layers
-        return _resblock.fusable(norm1, conv1, norm2, conv2) and zero.bypassable((block.in_layers, block.out_layers))
+        return resblock.fusable(norm1, conv1, norm2, conv2) and bypassable((block.in_layers, block.out_layers))
 
-    def _layers(self, block: Any) -> _resblock.Layers:
+    def _layers(self, block: Any) -> resblock.Layers:
         norm1, _, conv1 = block.in_layers
         norm2, _, dropout, conv2 = block.out_layers
         updown = getattr(block, "updown", False)
         no_embedding = getattr(block, "skip_t_emb", False)
 
-        def embed(emb: Tensor, dtype: torch.dtype) -> _resblock.Embedding:
+        def embed(emb: Tensor, dtype: torch.dtype) -> resblock.Embedding:
             if no_embedding:
                 return None, None, None
             e = block.emb_layers(emb).to(dtype)
@@ -77,11 +79,20 @@ class ResBlock(Family):
             e = e.reshape(*e.shape, *[1] * (conv1.weight.dim() - e.dim()))  # an embedding for each frame
             return None, None, e.transpose(1, 2) if block.exchange_temb_dims else e
 
-        return _resblock.Layers(
-            self.name, self.zero_skip, norm1, conv1, norm2, conv2, dropout, embed,
-            () if no_embedding else (block.emb_layers,), block.skip_connection,
-            block.h_upd if updown else None, block.x_upd if updown else None,
-        )  # fmt: skip
+        return resblock.Layers(
+            self.name,
+            self.zero_skip,
+            norm1,
+            conv1,
+            norm2,
+            conv2,
+            dropout,
+            embed,
+            embedders=() if no_embedding else (block.emb_layers,),
+            shortcut=block.skip_connection,
+            resample_h=block.h_upd if updown else None,
+            resample_x=block.x_upd if updown else None,
+        )
 
 
 @register
@@ -121,21 +132,20 @@ class AttentionBlock(Family):
 
         modules = (norm, qkv, block.attention)
         random = False if _layout(block) else None
-        y = residual_branch(
+        answer, y = residual_branch(
             self.name, self.zero_skip, tokens, body, proj, None, (tokens,), modules=modules, random=random
         )
         if y is None:
-            y = functional.conv_residual(
-                body(tokens), proj.weight, proj.bias, tokens, padding=0, zero_skip=self.zero_skip
-            )
+            h, policy = body(tokens), op_policy(answer, self.zero_skip)
+            y = functional.conv_residual(h, proj.weight, proj.bias, tokens, padding=0, zero_skip=policy)
         return y.reshape(x.shape)
 
     def _fits(self, block: Any) -> bool:
         convs = (block.qkv, block.proj_out)
         return (
-            _resblock.is_norm(block.norm)
-            and all(_common.fits_fused(conv) and conv.kernel_size == (1,) for conv in convs)
-            and zero.bypassable((block.norm, block.qkv, block.attention, block.proj_out))
+            resblock.is_norm(block.norm)
+            and all(fits_fused(conv) and conv.kernel_size == (1,) for conv in convs)
+            and bypassable((block.norm, block.qkv, block.attention, block.proj_out))
         )
 
 

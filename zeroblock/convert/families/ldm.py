@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._autocast import autocast_dtype
-from ...ops.residual_alone import residual_alone as bare_residual
+from ...blocks.layers import is_plain_layer
+from ...ops.residual_alone import residual_alone
 from ..family import lacks, register
-from .whole_skip import ControlBranch, InferenceSkip, is_plain_layer
+from .whole_skip import ControlBranch, InferenceSkip
 
 
 @register
@@ -41,9 +42,9 @@ class SpatialTransformer(InferenceSkip):
         layer = block.proj_out
         dtype = autocast_dtype(layer.weight) or layer.weight.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
-        y = bare_residual(x, bias, None, 1, dtype, None)
+        y = residual_alone(x, bias, None, 1, dtype, None)
         key = (x.dtype, dtype, len(args), *sorted(kwargs))
-        return self.foretold(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
+        return self.predicted(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
 
 
 @register

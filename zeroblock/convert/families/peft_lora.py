@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn.residual import residual_branch
+from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 
 
@@ -28,7 +28,7 @@ class LoRA(Family):
     classes = ("LoraLayer",)
     dense_backend = "eager"
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if not {c.__name__ for c in type(block).__mro__} & {"Linear", "Conv1d", "Conv2d", "Conv3d"}:
             return "a LoRA layer with a forward of its own (embedding or quantised)"
         missing = lacks(block, "base_layer", "lora_A", "lora_B", "lora_dropout", "scaling")
@@ -36,7 +36,7 @@ class LoRA(Family):
             return "it is a variant of LoRA"
         return missing
 
-    def claims(self, block: Any) -> Iterator[nn.Module]:
+    def inner_modules(self, block: Any) -> Iterator[nn.Module]:
         yield block
         for adapters in (block.lora_A, block.lora_B, block.lora_dropout):
             yield from adapters.modules()
@@ -67,8 +67,8 @@ class LoRA(Family):
         A, B, dropout, scaling = block.lora_A[name], block.lora_B[name], block.lora_dropout[name], block.scaling[name]
         y = None
         if B.bias is None:
-            y = residual_branch(
-                self.name, self.zero_skip, result, lambda x: A(dropout(x)) * scaling, B, None, (x,),
-                modules=(A, dropout),
-            )  # fmt: skip
+            name, policy, modules = self.name, self.zero_skip, (A, dropout)
+            _, y = residual_branch(
+                name, policy, result, lambda x: A(dropout(x)) * scaling, B, None, (x,), modules=modules
+            )
         return result + B(A(dropout(x))) * scaling if y is None else y

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import zero
-from ...blocks import layers as _common
-from ...nn.dit import fused_final
-from ...ops.residual_alone import residual_alone as bare_residual
+from ...blocks import adaln
+from ...blocks.decision import SKIPS, decide
+from ...blocks.layers import is_plain_linear
+from ...ops.residual_alone import residual_alone
 from ..family import register
-from .dit import DiTBlock, FinalLayer, _mlp_parts
+from .dit import DiTBlock, FinalLayer, mlp_half
 
 
 @register
@@ -32,7 +32,7 @@ class PixArtBlock(DiTBlock):
     classes = ("PixArtBlock", "PixArtMSBlock")
     parts: tuple[str, ...] = ("norm1", "attn", "cross_attn.proj", "norm2", "mlp", "scale_shift_table")
 
-    def claims(self, block: nn.Module) -> Iterable[nn.Module]:
+    def inner_modules(self, block: Any) -> Iterable[nn.Module]:
         """All but the projection, which a single layer's family skips in training."""
         return [m for m in block.modules() if m is not block.cross_attn.proj]
 
@@ -51,19 +51,17 @@ class PixArtBlock(DiTBlock):
         if x.dim() != 3 or active or kwargs or not self._fits(block):
             return self.eager(block, x, y, t, mask, **kwargs)
         vectors = (block.scale_shift_table[None] + t.reshape(x.shape[0], 6, -1)).unbind(1)
-        x = self._half(x, vectors[:3], block.norm1, block.attn, None)
+        x = self._half(x, vectors[adaln.MSA], block.norm1, block.attn, None)
         x = self._cross_attention(block, x, y, mask)
-        return self._half(x, vectors[3:], block.norm2, block.mlp, _mlp_parts(block.mlp))
+        return self._half(x, vectors[adaln.MLP], block.norm2, block.mlp, mlp_half(block.norm2, block.mlp))
 
     def _cross_attention(self, block: Any, x: Tensor, y: Tensor, mask: Any) -> Tensor:
         layer = block.cross_attn
         proj = layer.proj
-        judged = not torch.is_grad_enabled() and _common.is_plain_linear(proj) and not _common.may_draw(layer)
-        if judged and zero.may_skip_branch(self.name, self.zero_skip, proj.weight) and zero.bypassable((layer,)):
-            found = zero.is_exactly_zero(proj.weight)
-            zero.count(self.name, found)
-            if found:
-                return bare_residual(x, proj.bias, None, -1, proj.weight.dtype, None)
+        if not torch.is_grad_enabled() and is_plain_linear(proj):
+            answer = decide(self.name, self.zero_skip, (proj.weight,), bypassed=(layer,), may_draw=False)
+            if answer in SKIPS:
+                return residual_alone(x, proj.bias, None, -1, proj.weight.dtype, None)
         return x + layer(x, y, mask)
 
 
@@ -90,8 +88,8 @@ class T2IFinalLayer(FinalLayer):
         if x.dim() != 3 or t.dim() != 2 or not self._fits(block):
             return self.eager(block, x, t)
 
-        def modulation(t: Tensor, table: Tensor) -> Tensor:
-            return table[None] + t[:, None]
+        def vectors(t: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+            return (table[None] + t[:, None]).unbind(1)
 
         activations = (x, t, block.scale_shift_table)
-        return fused_final(self.name, self.zero_skip, activations, block.norm_final.eps, modulation, block.linear)
+        return adaln.final_layer(self.name, self.zero_skip, activations, block.norm_final.eps, vectors, block.linear)

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import zero
-from ...nn.residual import residual_branch
+from ...blocks.decision import SKIPS, decide
+from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+
+# The modules of the branch, of which a block may lack some.
+_BRANCH = "conv1 act2 conv2 act2b conv2b attn act3 conv3 attn_last drop_path".split()
 
 
 @register
@@ -20,14 +23,15 @@ class NormFreeBlock(Family):
     models/nfnet.py.
     Use: zb.accelerate(model).
     Inference while it is zero: nothing of the branch is run (but for conv3's bias where its gain is the zero one).
-    Training forward while skipinit_gain is zero: the branch runs once, without a graph; conv3's gain: as ever.
+    Training forward while skipinit_gain is zero: the branch runs once, without a graph; with a zero
+    gain of conv3 it is unchanged.
     Training backward while skipinit_gain is zero: its gradient alone; the rest are zeros.
     """
 
     name = "NormFreeBlock"
     classes = ("NormFreeBlock",)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if not hasattr(block, "skipinit_gain"):
             return "it has no skipinit_gain"
         return lacks(block, "act1", "conv1", "act2", "conv2", "act3", "conv3", "alpha", "beta", "drop_path")
@@ -38,18 +42,14 @@ class NormFreeBlock(Family):
         gain = getattr(block.conv3, "gain", None)
         return {} if gain is None else {"conv3": (gain,)}
 
-    def claims(self, block: nn.Module) -> tuple[nn.Module, ...]:
+    def inner_modules(self, block: Any) -> tuple[nn.Module, ...]:
         return (block,)
 
     def example(self, block: Any) -> tuple:
         return (torch.randn(2, block.conv1.in_channels, 8, 8),)
 
     def forward(self, block: Any, x: Tensor) -> Tensor:
-        modules = (
-            block.conv1, block.act2, block.conv2, block.act2b, block.conv2b, block.attn, block.act3, block.conv3,
-            block.attn_last, block.drop_path,
-        )  # fmt: skip
-        present = tuple(m for m in modules if m is not None)
+        present = tuple(m for name in _BRANCH if (m := getattr(block, name)) is not None)
         gain = block.skipinit_gain
         if gain is None:
             bias = self._constant(block, present)
@@ -60,10 +60,12 @@ class NormFreeBlock(Family):
         shortcut = x if block.downsample is None else block.downsample(start)
         if gain is None:
             return self._branch(block, start) * block.alpha + shortcut
-        y = residual_branch(
-            self.name, self.zero_skip, shortcut, lambda t: self._branch(block, t), None, (gain * block.alpha).view(1),
-            (start,), modules=present,
-        )  # fmt: skip
+
+        def body(start: Tensor) -> Tensor:
+            return self._branch(block, start)
+
+        gate = (gain * block.alpha).view(1)
+        _, y = residual_branch(self.name, self.zero_skip, shortcut, body, None, gate, (start,), modules=present)
         return self._branch(block, start).mul_(gain) * block.alpha + shortcut if y is None else y
 
     def _branch(self, block: Any, out: Tensor) -> Tensor:
@@ -84,8 +86,5 @@ class NormFreeBlock(Family):
             return None
         if block.drop_path.training and not isinstance(block.drop_path, nn.Identity):
             return None
-        if not zero.may_skip_branch(self.name, self.zero_skip, gain) or not zero.bypassable(modules):
-            return None
-        found = zero.is_exactly_zero(gain)
-        zero.count(self.name, found)
-        return bias[:, None, None] * block.alpha if found else None
+        answer = decide(self.name, self.zero_skip, (gain,), bypassed=modules)
+        return bias[:, None, None] * block.alpha if answer in SKIPS else None

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import zero
 from ..._autocast import autocast_dtype
-from ...blocks import layers as _common
-from ...ops.residual_alone import residual_alone as bare_residual
+from ...blocks.decision import SKIPS, decide
+from ...blocks.layers import is_plain_conv
+from ...ops.residual_alone import residual_alone
 from ..family import Family, lacks, register
 
 # What each of the two packages calls in turn; names that a block lacks, or has as None, are passed over.
@@ -29,14 +29,14 @@ class ResNetBlock(Family):
     models/resnet.py.
     Use: zb.accelerate(model), then model.eval() for inference.
     Inference (eval mode, no gradients) while that weight is zero: nothing but its bias is added to the shortcut.
-    Training forward: as ever; batch norms learn their statistics from every batch.
-    Training backward: as ever.
+    Training forward: unchanged; batch norms learn their statistics from every batch.
+    Training backward: unchanged.
     """
 
     name = "ResNetBlock"
     classes = ("BasicBlock", "Bottleneck")
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "conv1", "bn1", "conv2", "bn2")
         if missing is not None:
             return missing
@@ -51,7 +51,7 @@ class ResNetBlock(Family):
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"bn3" if hasattr(block, "conv3") else "bn2": (self._last_norm(block).weight,)}
 
-    def claims(self, block: nn.Module) -> tuple[nn.Module, ...]:
+    def inner_modules(self, block: Any) -> tuple[nn.Module, ...]:
         return (block,)
 
     def example(self, block: Any) -> tuple:
@@ -70,18 +70,14 @@ class ResNetBlock(Family):
             shortcut = x if block.downsample is None else block.downsample(x)
             dtype = autocast_dtype(conv.weight) or conv.weight.dtype
             bias = None if norm.bias is None else norm.bias.to(dtype)
-            return act(bare_residual(shortcut, bias, None, 1, dtype, None))
+            return act(residual_alone(shortcut, bias, None, 1, dtype, None))
         y = x
         for layer in layers:
             y = layer(y)
         y += x if block.downsample is None else block.downsample(x)
         return act(y)
 
-    def _is_zero(self, conv: nn.Module, norm: nn.Module, layers: list[nn.Module]) -> bool:
-        if torch.is_grad_enabled() or not _common.is_plain_conv(conv):
+    def _is_zero(self, conv: nn.Module, norm: Any, layers: list[nn.Module]) -> bool:
+        if torch.is_grad_enabled() or not is_plain_conv(conv):
             return False
-        if not zero.may_skip_branch(self.name, self.zero_skip, norm.weight) or not zero.bypassable(layers):
-            return False
-        found = zero.is_exactly_zero(norm.weight)
-        zero.count(self.name, found)
-        return found
+        return decide(self.name, self.zero_skip, (norm.weight,), bypassed=layers) in SKIPS

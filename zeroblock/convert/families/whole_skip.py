@@ -13,16 +13,17 @@ from torch.utils import _pytree
 from ... import zero
 from ..._autocast import autocast_dtype
 from ..._layout import channels_last_format
-from ...blocks import layers as _common
+from ...blocks.decision import NOT_ALLOWED, SKIP_BY_GATE, SKIPS, allowed, conclude, decide
+from ...blocks.layers import is_plain_layer
 from ..family import Family
-from .adaln import held_by
+from .adaln import zeroing_tensors
 
 
 class InferenceSkip(Family):
     """A block that is skipped while nobody wants gradients and all that holds it at zero is zero.
 
-    What it returns then is foretold. The first time, for every kind of input, the original runs and must confirm the
-    prophecy bit for bit (`confirmed`); a block that does something else is never skipped.
+    What it returns then is predicted. For every kind of input the first call runs the original too, whose result must
+    match bit for bit (`confirmed`); a block that does something else is never skipped.
     """
 
     dense_backend = "eager"
@@ -38,33 +39,33 @@ class InferenceSkip(Family):
         """The plain layers whose weights hold the block at zero."""
         raise NotImplementedError
 
-    def holders(self, block: Any) -> tuple[Tensor, ...] | None:
+    def judged_tensors(self, block: Any) -> tuple[Tensor, ...] | None:
         """The tensors that hold the block at zero; None when that cannot be relied on now."""
         layers = self.zero_layers(block)
         return tuple([layer.weight for layer in layers]) if all(map(is_plain_layer, layers)) else None
 
-    def claims(self, block: Any) -> Iterable[nn.Module]:
+    def inner_modules(self, block: Any) -> Iterable[nn.Module]:
         return (block,)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"": tuple(t for layer in self.zero_layers(block) for t in held_by(layer, layer.weight))}
+        return {"": tuple(t for layer in self.zero_layers(block) for t in zeroing_tensors(layer, layer.weight))}
 
     def skips(self, block: Any, scaled_away: bool = False) -> bool:
         """Whether the block may be skipped at this call and is zero, or multiplied by zero."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or block.training:
             return False
-        tensors = self.holders(block)
+        tensors = self.judged_tensors(block)
         if not tensors or not all(map(zero.may_test, tensors)):
             return False
-        if not zero.may_skip_branch(self.name, self.zero_skip, tensors[0]):
-            return False
-        found = scaled_away or all(map(zero.is_exactly_zero, tensors))
-        if found and (_common.may_draw(block) or not zero.bypassable(block.children())):
-            return False
-        zero.count(self.name, found)
-        return found
+        if not scaled_away:
+            answer = decide(self.name, self.zero_skip, tensors, bypassed=block.children(), may_draw=False)
+        elif allowed(self.name, self.zero_skip, tensors[0]):
+            answer = conclude(self.name, SKIP_BY_GATE, block.children(), may_draw=False)
+        else:
+            answer = NOT_ALLOWED
+        return answer in SKIPS
 
-    def foretold(self, block: Any, key: Any, y: Tensor, eager: Callable[[], Any], wrap: Callable = lambda y: y) -> Any:
+    def predicted(self, block: Any, key: Any, y: Tensor, eager: Callable[[], Any], wrap: Callable = lambda y: y) -> Any:
         """wrap(y), once eager() returned the same for inputs of this kind."""
         seen, expected = self.confirmed.setdefault(block, {}), wrap(y)
         if key not in seen:
@@ -91,30 +92,26 @@ class ControlBranch(InferenceSkip):
         seen, key = self.confirmed.setdefault(block, {}), (zeros, self._kind(block, given))
         if seen.get(key):
             leaves, spec = seen[key]
-            made = iter(self._made(layers, leaves, self.scales(block, given)))
-            return _pytree.tree_unflatten([next(made) if isinstance(t, Tensor) else t for t in leaves], spec)
+            results = iter(self._results(layers, leaves, self.scales(block, given)))
+            return _pytree.tree_unflatten([next(results) if isinstance(t, Tensor) else t for t in leaves], spec)
         theirs = eager()
         if key not in seen:
             leaves, spec = _pytree.tree_flatten(theirs)
             metas = [torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for t in leaves]
             found = [t for t in leaves if isinstance(t, Tensor)]
-            equal = len(found) == len(layers) and _same(found, self._made(layers, metas, self.scales(block, given)))
+            equal = len(found) == len(layers) and _same(found, self._results(layers, metas, self.scales(block, given)))
             seen[key] = (metas, spec) if equal else None
         return theirs
 
     def _kind(self, block: Any, given: dict[str, Any]) -> tuple:
         """What the shapes, dtypes and strides of the results may depend on. Numbers, as time steps, do not count."""
         leaves, spec = _pytree.tree_flatten(given)
-        kinds = tuple(
-            (t.shape, t.dtype, t.device, channels_last_format(t)) if isinstance(t, Tensor)
-            else t if t is None or isinstance(t, (bool, str)) else type(t)
-            for t in leaves
-        )  # fmt: skip
+        kinds = tuple(map(_kind_of, leaves))
         first = self.zero_layers(block)[0].weight
         layout = tuple(p.stride() for p in block.parameters() if p.dim() > 3)
         return str(spec), kinds, first.dtype, autocast_dtype(first), hash(layout)
 
-    def _made(self, layers: list[Any], leaves: list[Any], scales: list[Any]) -> list[Tensor]:
+    def _results(self, layers: list[Any], leaves: list[Any], scales: list[Any]) -> list[Tensor]:
         """Fresh tensors like the meta tensors among leaves: each layer's bias, times its scale."""
         maps = []
         metas = (t for t in leaves if isinstance(t, Tensor))
@@ -135,5 +132,7 @@ def _same(theirs: list[Any], ours: list[Tensor]) -> bool:
     )
 
 
-def is_plain_layer(layer: nn.Module) -> bool:
-    return _common.is_plain_conv(layer) or _common.is_plain_linear(layer)
+def _kind_of(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device, channels_last_format(leaf)
+    return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import zero
-from ...blocks import layers as _common
-from ...nn.zero_layers import skip_zero_layer
+from ...blocks.layers import is_plain_layer, plain_forward
+from ...blocks.residual import skip_zero_layer
 from ..family import Family, register
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -31,10 +31,10 @@ class ZeroLayer(Family):
     classes = ()
     inner = True
 
-    def knows(self, block: nn.Module) -> bool:
-        return type(block) in _KINDS and _is_plain(block) and zero.is_exactly_zero(block.weight.detach())
+    def knows(self, block: Any) -> bool:
+        return type(block) in _KINDS and is_plain_layer(block) and zero.is_exactly_zero(block.weight.detach())
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         return None
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -46,14 +46,9 @@ class ZeroLayer(Family):
         sizes = [d * (k - 1) + 3 for d, k in zip(block.dilation, block.kernel_size, strict=True)]
         return (torch.randn(2, block.in_channels, *sizes),)
 
-    def made(self, kind: type) -> None:
-        # It is a plain layer still, whose weight the blocks around it may read.
-        (_common._LINEAR_FORWARDS if issubclass(kind, nn.Linear) else _common._CONV_FORWARDS).add(kind.forward)
+    def on_class_created(self, kind: type[nn.Module]) -> None:
+        plain_forward(kind.forward)  # the blocks around it may read its weight still
 
     def forward(self, block: nn.Module, input: Tensor) -> Tensor:
-        y = skip_zero_layer(self.name, self.zero_skip, block, input) if _is_plain(block) else None
+        y = skip_zero_layer(self.name, self.zero_skip, block, input) if is_plain_layer(block) else None
         return self.eager(block, input) if y is None else y
-
-
-def _is_plain(block: nn.Module) -> bool:
-    return _common.is_plain_conv(block) or _common.is_plain_linear(block)

@@ -1,0 +1,155 @@
+"""Transformer blocks with adaLN-Zero, whoever owns their layers: zeroblock.nn.DiTBlock and the converted ones.
+
+    x = x + gate_msa * attn(modulate(norm1 x)), then x = x + gate_mlp * mlp(modulate(norm2 x))
+
+modulate(h) = h * (1 + scale) + shift. Each half counts for itself (decision.py): a block that is skipped as a whole
+counts two skips, one that runs two executions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..reference import apply_activation
+from . import one_pass
+from .decision import NOT_ALLOWED, RUN, SKIPS, Answer, decide, op_policy, runs_eagerly
+from .layers import is_plain_linear, linear, parameters_of
+from .residual import skip_residual
+from .skip import Branch, Tail, skipped_branch
+
+# The modulation's vectors, in this order: shift, scale and gate of attention, then of the MLP.
+CHUNKS = 6
+GATES = (2, 5)
+MSA, MLP = slice(0, 3), slice(3, 6)
+
+Vectors = tuple[Tensor, ...]
+
+
+class Half(NamedTuple):
+    """last(between(first(modulate(norm x)))), norm a LayerNorm without parameters; no hooks watch its layers."""
+
+    eps: float
+    first: nn.Linear
+    between: Callable[[Tensor], Tensor] | str  # a function, or the name of an activation
+    last: nn.Linear
+    modules: tuple[nn.Module, ...] = ()  # those that `between` calls
+
+
+def copy_if_gates_are_zero(
+    name: str,
+    policy: str,
+    x: Tensor,
+    modulation: nn.Module,
+    bypassed: Iterable[nn.Module | None],
+    chunks: int = CHUNKS,
+    gates: tuple[int, ...] = GATES,
+) -> Tensor | None:
+    """Without gradients: a copy of x while the rows of `modulation`, a plain linear, that give the gates are zero.
+    Nothing need be computed then, not even the modulation. None: the halves are to be looked at one by one."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain_linear(modulation):
+        return None
+    return one_pass.residual_if_gates_are_zero(name, policy, modulation, x, chunks, gates, bypassed)
+
+
+def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:
+    """The whole block; vectors [B, D] as CHUNKS says."""
+    answers = [_decide_half(name, policy, x, vectors[2], attn), _decide_half(name, policy, x, vectors[5], mlp)]
+    if _runs_as_one(policy, answers, attn):
+        return _as_one(x, vectors, attn, mlp)
+    x = _half(name, policy, x, vectors[MSA], attn, answers[0])
+    return _half(name, policy, x, vectors[MLP], mlp, answers[1])
+
+
+def half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half) -> Tensor:
+    """x + gate * last(between(first(modulate(norm x)))), vectors (shift, scale, gate) [B, D]; skipped while gate or
+    last is zero."""
+    return _half(name, policy, x, vectors, layers, _decide_half(name, policy, x, vectors[2], layers))
+
+
+def _decide_half(name: str, policy: str, x: Tensor, gate: Tensor, layers: Half) -> Answer:
+    weight = layers.last.weight
+    if x.shape[-1] != weight.shape[0]:
+        return NOT_ALLOWED  # the op raises
+    return decide(name, policy, (weight,), (gate,))
+
+
+def _half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half, answer: Answer) -> Tensor:
+    shift, scale, gate = vectors
+    _, first, between, last, modules = layers
+    if answer in SKIPS:
+        before_last = functools.partial(_before_last, layers)
+        return skip_residual(answer, x, before_last, last, gate, (x, shift, scale), (first, *modules))
+    h = _after_first(layers, x, shift, scale)
+    activation = between if isinstance(between, str) else None
+    if not isinstance(between, str):
+        h = between(h)
+    policy = op_policy(answer, policy)
+    return functional.linear_gate_residual(h, last.weight, last.bias, gate, x, activation=activation, zero_skip=policy)
+
+
+def _after_first(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    first = layers.first
+    return functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=layers.eps)
+
+
+def _before_last(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    h, between = _after_first(layers, x, shift, scale), layers.between
+    return apply_activation(h, between) if isinstance(between, str) else between(h)
+
+
+def _runs_as_one(policy: str, answers: list[Answer], attn: Half) -> bool:
+    """Inference of both halves: no gradients, no autocast, nothing that watches the dispatcher, no flag on a device
+    that the ops' kernels would have to read."""
+    if torch.is_grad_enabled() or not runs_eagerly() or torch.is_autocast_enabled(attn.last.weight.device.type):
+        return False
+    return policy == "never" or answers == [RUN, RUN]
+
+
+def _as_one(x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:
+    """The block as one sequence: gate, residual and the next norm in one pass, the MLP's activation at the end of its
+    first GEMM."""
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
+    h = functional.layer_norm_modulate(x, shift_msa, scale_msa, eps=attn.eps)
+    branch = _branch(h, attn)
+    x, h = functional.gate_residual_layer_norm_modulate(x, gate_msa, branch, shift_mlp, scale_mlp, eps=mlp.eps)
+    return functional.gate_residual(x, gate_mlp, _branch(h, mlp))
+
+
+def _branch(h: Tensor, layers: Half) -> Tensor:
+    _, first, between, last, _ = layers
+    if isinstance(between, str):
+        h = linear(h, first.weight, first.bias, between)
+    else:
+        h = between(linear(h, first.weight, first.bias))
+    return linear(h, last.weight, last.bias)
+
+
+def final_layer(
+    name: str,
+    policy: str,
+    activations: tuple[Tensor, ...],
+    eps: float,
+    vectors: Callable[..., Vectors],
+    last: nn.Linear,
+    modules: tuple[nn.Module, ...] = (),
+) -> Tensor:
+    """last(modulate(norm x)) for activations (x, ...), vectors(...) being (shift, scale) [B, D] by these modules.
+
+    While last is zero the result is its bias.
+    """
+
+    def body(x: Tensor, *conditions: Tensor) -> Vectors:
+        return x, *vectors(*conditions)
+
+    if decide(name, policy, (last.weight,), bypassed=modules) in SKIPS:
+        hidden = functools.partial(functional.layer_norm_modulate, eps=eps)
+        branch = Branch(Tail(last), activations, parameters_of(*modules), body, hidden, activations[0])
+        return skipped_branch(branch, None)
+    x, shift, scale = body(*activations)
+    return functional.layer_norm_modulate_linear(x, shift, scale, last.weight, last.bias, eps=eps)

@@ -1,0 +1,136 @@
+"""May this residual branch be skipped, and why: the one question that blocks ask (contract: zero.py).
+
+In this order: the policy and the device, plain eager execution, the values, and for a branch that is zero whether
+anything watches the modules that a skip leaves uncalled. Values come before hooks: a weight that is not zero shows
+within its first elements, the hooks of a large block take longer to look through.
+
+Counters: a branch that is skipped counts one skip, one that was looked at and runs counts one execution, under the
+name of its module or family; where nobody may look (NOT_ALLOWED) the ops of the dense path keep their own counts. A
+transformer block has one branch for each gate, so a skipped block counts as many skips as it has gates.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
+from torch.nn.modules import module as _nn_module
+
+from .. import zero
+from .layers import is_deterministic
+
+
+class Answer(enum.Enum):
+    RUN = "it is not zero"
+    SKIP_BY_WEIGHT = "the weight of its last layer is zero"
+    SKIP_BY_GATE = "its gate is zero"
+    NOT_ALLOWED = "it must run, whatever its values"
+
+
+# Module globals: reading a member off its class costs several times as much.
+RUN, SKIP_BY_WEIGHT, SKIP_BY_GATE, NOT_ALLOWED = Answer
+SKIPS = (SKIP_BY_WEIGHT, SKIP_BY_GATE)
+
+# Policies for the ops a block calls. The weight was found not to be zero: the op need not look again.
+ALREADY_JUDGED = "never"
+# Not the last layer of its branch: its weight holds nothing at zero.
+UNTESTED = "never"
+
+
+def decide(
+    name: str,
+    policy: str,
+    weights: tuple[Tensor, ...] = (),
+    gates: tuple[Tensor, ...] = (),
+    bypassed: Iterable[nn.Module | None] = (),
+    *,
+    may_draw: bool = True,
+) -> Answer:
+    """Whether the branch `name` is skipped at this call, and why; counted once.
+
+    weights: the tensors that hold the branch at zero while all of them are zero; gates: likewise.
+    bypassed: the modules that a skip leaves uncalled. may_draw: False: they must not draw random numbers either.
+    """
+    if not allowed(name, policy, weights[0] if weights else gates[0]):
+        return NOT_ALLOWED
+    return conclude(name, judge(weights, gates), bypassed, may_draw)
+
+
+def judge(weights: tuple[Tensor, ...], gates: tuple[Tensor, ...]) -> Answer:
+    """What the values say: RUN, or which of them hold the branch at zero."""
+    if gates and _all_zero(gates):
+        return SKIP_BY_GATE
+    return SKIP_BY_WEIGHT if weights and _all_zero(weights) else RUN
+
+
+def _all_zero(tensors: tuple[Tensor, ...]) -> bool:
+    for t in tensors:
+        if not zero.is_exactly_zero(t):
+            return False
+    return True
+
+
+def conclude(
+    name: str, answer: Answer, bypassed: Iterable[nn.Module | None], may_draw: bool = True, branches: int = 1
+) -> Answer:
+    """The answer that the values gave, once the `bypassed` modules were looked at too: counted, as `branches` skips
+    where that is how many a skip leaves out."""
+    if answer is RUN:
+        zero.count(name, False)
+    elif not bypassed or bypassable(bypassed, may_draw):
+        zero.count(name, True, branches)
+    else:
+        return NOT_ALLOWED
+    return answer
+
+
+def op_policy(answer: Answer, policy: str) -> str:
+    """The zero_skip of an op that computes a branch for which `answer` was given."""
+    return ALREADY_JUDGED if answer is RUN else policy
+
+
+def allowed(name: str, policy: str, judged: Tensor) -> bool:
+    """Whether a module may look at `judged` and skip a whole branch: the policy lets the host decide, eagerly."""
+    return zero.test_of(name, policy, judged) == zero.HOST and runs_eagerly()
+
+
+def runs_eagerly() -> bool:
+    """No compilation, no dispatch mode, no transform: plain calls."""
+    return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack() and not zero.transforms_active()
+
+
+def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bool:
+    """Whether these modules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn; with
+    may_draw False, no random numbers drawn."""
+    if _nn_module._has_any_global_hook():
+        return False
+    waiting = list(modules)
+    for m in waiting:  # grows by the children of each
+        if m is None:
+            continue
+        fields = m.__dict__  # read directly: looking attributes up on a module costs as much as all the rest
+        if "training" not in fields:  # a ScriptModule keeps it elsewhere
+            fields = {**fields, **{name: getattr(m, name) for name in _READ}}
+        if (
+            fields["_forward_hooks"]
+            or fields["_forward_pre_hooks"]
+            or fields["_backward_hooks"]
+            or fields["_backward_pre_hooks"]
+            or "forward" in fields  # offloading and casting hooks replace it on the instance
+        ):
+            return False
+        if fields["training"]:
+            if isinstance(m, nn.modules.batchnorm._NormBase):  # updates running statistics
+                return False
+            if not may_draw and not is_deterministic(m):
+                return False
+        children = fields["_modules"]
+        if children:
+            waiting.extend(children.values())
+    return True
+
+
+_READ = ("training", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
