@@ -40,7 +40,7 @@ POLICIES = ("auto", "sync", "never")
 # Who knows the verdict on an op's weight: nobody asks, the host, the device alone.
 NEVER, HOST, DEVICE = 0, 1, 2
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN_TYPES = (Tensor, nn.Parameter)  # no subclass: neither sharded nor quantised
 
 executed: dict[str, int] = {}
 skipped: dict[str, int] = {}
@@ -61,14 +61,9 @@ def reset_counters() -> None:
     skipped.clear()
 
 
-def is_plain_tensor(t: object) -> bool:
-    """An ordinary strided tensor or parameter: no subclass, neither sharded nor quantised nor sparse."""
-    return type(t) in _PLAIN and t.layout is torch.strided  # type: ignore[attr-defined]
-
-
 def may_judge(t: Tensor) -> bool:
     """Only plain floating strided tensors are judged (rule 1)."""
-    return type(t) in _PLAIN and t.layout is torch.strided and t.dtype in DTYPES and t.device.type != "meta"
+    return type(t) in PLAIN_TYPES and t.layout is torch.strided and t.dtype in DTYPES and t.device.type != "meta"
 
 
 def is_exactly_zero(t: Tensor) -> bool:

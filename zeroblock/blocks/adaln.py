@@ -9,7 +9,7 @@ counts two skips, one that runs two executions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..reference import apply_activation
-from . import one_pass
 from .decision import NOT_ALLOWED, RUN, SKIPS, Answer, decide, op_policy, runs_eagerly
-from .layers import is_plain_linear, linear, parameters_of
+from .layers import linear, parameters_of
 from .residual import skip_residual
 from .skip import Branch, Tail, skipped_branch
 
@@ -39,22 +38,6 @@ class Half(NamedTuple):
     between: Callable[[Tensor], Tensor] | str  # a function, or the name of an activation
     last: nn.Linear
     modules: tuple[nn.Module, ...] = ()  # those that `between` calls
-
-
-def copy_if_gates_are_zero(
-    name: str,
-    policy: str,
-    x: Tensor,
-    modulation: nn.Module,
-    bypassed: Iterable[nn.Module | None],
-    chunks: int = CHUNKS,
-    gates: tuple[int, ...] = GATES,
-) -> Tensor | None:
-    """Without gradients: a copy of x while the rows of `modulation`, a plain linear, that give the gates are zero.
-    Nothing need be computed then, not even the modulation. None: the halves are to be looked at one by one."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain_linear(modulation):
-        return None
-    return one_pass.residual_if_gates_are_zero(name, policy, modulation, x, chunks, gates, bypassed)
 
 
 def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...blocks import adaln
 from ...blocks.decision import SKIPS, bypassable, decide
 from ...blocks.layers import is_plain_norm
+from ...blocks.one_pass import copy_if_gates_are_zero
 from ..family import Family, lacks, register
 from .adaln import feed_forward, fits, gate_rows, gated_branch, is_plain_linear, modulated, zeroing_tensors
 
@@ -85,7 +86,9 @@ class BasicTransformerBlock(Family):
         if block.norm_type == "ada_norm_zero":
             if block.attn2 is None and not block.training:
                 linear = block.norm1.linear
-                y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children())
+                y = copy_if_gates_are_zero(
+                    self.name, self.zero_skip, x, linear, block.children(), adaln.CHUNKS, adaln.GATES
+                )
                 if y is not None:
                     return y
             h, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)

@@ -12,6 +12,7 @@ from ... import functional
 from ...blocks import adaln
 from ...blocks.decision import bypassable
 from ...blocks.layers import is_plain_linear, is_plain_norm
+from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 
@@ -69,7 +70,7 @@ class DiTBlock(_Modulated):
             return self.eager(block, x, c)
         last = block.adaLN_modulation[-1]
         if not block.training:
-            y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children())
+            y = copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children(), adaln.CHUNKS, adaln.GATES)
             if y is not None:
                 return y
         vectors = block.adaLN_modulation(c).chunk(adaln.CHUNKS, dim=1)
