@@ -42,13 +42,6 @@ class Launch:
             return self.options
         return self.options | {"num_warps": max(1, self.options["num_warps"] * WARP // warp)}
 
-    def run(self) -> None:
-        device = next(v.device for v in self.arguments.values() if isinstance(v, torch.Tensor))
-        # Triton starts kernels on the current device.
-        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, **self.options_for(threads_of_warp(device)))
-
     def source(self):
         """The kernel as the JIT compiler specialises it for these arguments (not in an interpreting process)."""
         from triton.compiler import ASTSource
@@ -100,4 +93,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages
         launches.append(start)
         if not run:
             return
-    start.run()
+    device = next(v.device for v in arguments.values() if isinstance(v, torch.Tensor))
+    # Triton starts kernels on the current device.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](**arguments, **start.options_for(threads_of_warp(device)))

@@ -40,6 +40,7 @@ from .steps.flag import DEVICE as DEVICE
 from .steps.flag import DTYPES as DTYPES
 from .steps.flag import HOST as HOST
 from .steps.flag import NEVER as NEVER
+from .steps.flag import PLAIN_TYPES as PLAIN_TYPES
 from .steps.flag import is_plain_tensor as is_plain_tensor
 from .steps.flag import may_test as may_test
 

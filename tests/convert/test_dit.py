@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zeroblock.testing import eager
+import zeroblock as zb
+from zeroblock import functional
+from zeroblock.testing import assert_bitwise_equal, eager
 
 from .cases import Case, assert_drop_in
 
@@ -72,3 +74,27 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_drop_in(name):
     assert_drop_in(CASES[name])
+
+
+@pytest.mark.parametrize("make", [DiTBlock, eager.DiTBlock], ids=["timm", "own attention"])
+def test_inference_is_one_sequence(make, monkeypatch):
+    """Gate, residual and the next norm are one pass over x, whoever computes the attention; bits as in zeroblock.nn."""
+    torch.manual_seed(0)
+    block, ours = make(24, 2), zb.nn.DiTBlock(24, 2)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_(0, 0.2)
+    ours.load_state_dict(block.state_dict())
+    zb.accelerate(block, strict=True)
+    seams, op = [], functional.gate_residual_layer_norm_modulate
+    monkeypatch.setattr(
+        functional, "gate_residual_layer_norm_modulate", lambda *a, **kw: (seams.append(1), op(*a, **kw))[1]
+    )
+    with torch.no_grad():
+        x, c = inputs()
+        got, expected = block(x, c), ours(x, c)
+        assert len(seams) == 2
+        if make is DiTBlock:
+            assert_bitwise_equal(got, expected)
+    block(x, c), ours(x, c)
+    assert len(seams) == 2, "training keeps what each op saves for backward"

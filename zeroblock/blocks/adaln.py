@@ -9,7 +9,7 @@ counts two skips, one that runs two executions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..reference import apply_activation
-from . import one_pass
 from .decision import NOT_ALLOWED, RUN, SKIPS, Answer, decide, op_policy, runs_eagerly
-from .layers import is_plain_linear, linear, parameters_of
+from .layers import linear, parameters_of
 from .residual import skip_residual
 from .skip import Branch, Tail, skipped_branch
 
@@ -41,35 +40,48 @@ class Half(NamedTuple):
     modules: tuple[nn.Module, ...] = ()  # those that `between` calls
 
 
-def copy_if_gates_are_zero(
-    name: str,
-    policy: str,
-    x: Tensor,
-    modulation: nn.Module,
-    bypassed: Iterable[nn.Module | None],
-    chunks: int = CHUNKS,
-    gates: tuple[int, ...] = GATES,
-) -> Tensor | None:
-    """Without gradients: a copy of x while the rows of `modulation`, a plain linear, that give the gates are zero.
-    Nothing need be computed then, not even the modulation. None: the halves are to be looked at one by one."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain_linear(modulation):
-        return None
-    return one_pass.residual_if_gates_are_zero(name, policy, modulation, x, chunks, gates, bypassed)
+class Whole(NamedTuple):
+    """The branch of a half that is called as a whole: branch(*activations), by these modules."""
+
+    branch: Callable[..., Tensor]
+    activations: tuple[Tensor, ...]
+    modules: tuple[nn.Module, ...]
+    random: bool | None = None  # whether they may draw random numbers; None: look at them
 
 
 def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:
-    """The whole block; vectors [B, D] as CHUNKS says."""
+    """The whole block; vectors [B, D] as CHUNKS says. Inference is one sequence: gate, residual and the next norm in
+    one pass, the MLP's activation at the end of its first GEMM."""
     answers = [_decide_half(name, policy, x, vectors[2], attn), _decide_half(name, policy, x, vectors[5], mlp)]
-    if _runs_as_one(policy, answers, attn):
-        return _as_one(x, vectors, attn, mlp)
+    if _is_plain_inference(policy, answers, x):
+        shift, scale, gate = vectors[MSA]
+        branch = _branch(functional.layer_norm_modulate(x, shift, scale, eps=attn.eps), attn)
+        return _seam_and_mlp(x, gate, branch, vectors[MLP], mlp)
     x = _half(name, policy, x, vectors[MSA], attn, answers[0])
     return _half(name, policy, x, vectors[MLP], mlp, answers[1])
+
+
+def forward_around(name: str, policy: str, x: Tensor, gate: Tensor, attn: Whole, vectors: Vectors, mlp: Half) -> Tensor:
+    """`forward` for an attention that is called as a whole; vectors are those of the MLP."""
+    answers = [decide(name, policy, (), (gate,), attn.modules), _decide_half(name, policy, x, vectors[2], mlp)]
+    if _is_plain_inference(policy, answers, x):
+        return _seam_and_mlp(x, gate, attn.branch(*attn.activations), vectors, mlp)
+    if answers[0] in SKIPS:
+        x = skip_residual(answers[0], x, attn.branch, None, gate, attn.activations, attn.modules, attn.random)
+    else:
+        x = functional.gate_residual(x, gate, attn.branch(*attn.activations))
+    return _half(name, policy, x, vectors, mlp, answers[1])
 
 
 def half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half) -> Tensor:
     """x + gate * last(between(first(modulate(norm x)))), vectors (shift, scale, gate) [B, D]; skipped while gate or
     last is zero."""
-    return _half(name, policy, x, vectors, layers, _decide_half(name, policy, x, vectors[2], layers))
+    answer = _decide_half(name, policy, x, vectors[2], layers)
+    if _is_plain_inference(policy, [answer], x):
+        shift, scale, gate = vectors
+        h = functional.layer_norm_modulate(x, shift, scale, eps=layers.eps)
+        return functional.gate_residual(x, gate, _branch(h, layers))
+    return _half(name, policy, x, vectors, layers, answer)
 
 
 def _decide_half(name: str, policy: str, x: Tensor, gate: Tensor, layers: Half) -> Answer:
@@ -103,25 +115,23 @@ def _before_last(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tenso
     return apply_activation(h, between) if isinstance(between, str) else between(h)
 
 
-def _runs_as_one(policy: str, answers: list[Answer], attn: Half) -> bool:
-    """Inference of both halves: no gradients, no autocast, nothing that watches the dispatcher, no flag on a device
+def _is_plain_inference(policy: str, answers: list[Answer], x: Tensor) -> bool:
+    """Everything runs, without gradients and autocast; nothing watches the dispatcher, and there is no flag on a device
     that the ops' kernels would have to read."""
-    if torch.is_grad_enabled() or not runs_eagerly() or torch.is_autocast_enabled(attn.last.weight.device.type):
+    if torch.is_grad_enabled() or not runs_eagerly() or torch.is_autocast_enabled(x.device.type):
         return False
-    return policy == "never" or answers == [RUN, RUN]
+    return policy == "never" or all(answer is RUN for answer in answers)
 
 
-def _as_one(x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:
-    """The block as one sequence: gate, residual and the next norm in one pass, the MLP's activation at the end of its
-    first GEMM."""
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = vectors
-    h = functional.layer_norm_modulate(x, shift_msa, scale_msa, eps=attn.eps)
-    branch = _branch(h, attn)
-    x, h = functional.gate_residual_layer_norm_modulate(x, gate_msa, branch, shift_mlp, scale_mlp, eps=mlp.eps)
+def _seam_and_mlp(x: Tensor, gate: Tensor, branch: Tensor, vectors: Vectors, mlp: Half) -> Tensor:
+    """The block in inference, from the attention's result on."""
+    shift, scale, gate_mlp = vectors
+    x, h = functional.gate_residual_layer_norm_modulate(x, gate, branch, shift, scale, eps=mlp.eps)
     return functional.gate_residual(x, gate_mlp, _branch(h, mlp))
 
 
 def _branch(h: Tensor, layers: Half) -> Tensor:
+    """last(between(first(h))), without gradients."""
     _, first, between, last, _ = layers
     if isinstance(between, str):
         h = linear(h, first.weight, first.bias, between)

@@ -28,14 +28,14 @@ def forward(name: str, policy: str, block: Any, x: Tensor) -> Tensor:
         return before_last(block, x)
 
     identity = shortcut(block, x, conv.weight.shape[0])
-    scalars = [p for p in block.parameters(recurse=False) if p is not bias and p is not block.scale]
-    convs = tuple(m for m in block.children() if isinstance(m, nn.Conv2d) and m is not conv)
-    _, y = residual_branch(
-        name, policy, identity + bias, body, conv, block.scale, (x, *scalars), modules=(*convs, block.relu)
-    )
+    scale = block.scale
+    scalars = [p for p in block._parameters.values() if p is not None and p is not bias and p is not scale]
+    convs = tuple(m for m in block._modules.values() if isinstance(m, nn.Conv2d) and m is not conv)
+    modules = (*convs, block.relu)
+    _, y = residual_branch(name, policy, identity + bias, body, conv, scale, (x, *scalars), modules=modules)
     if y is not None:
         return F.relu(y, inplace=True)
-    out = conv(body(x)) * block.scale + bias
+    out = conv(body(x)) * scale + bias
     return F.relu(out.add_(identity), inplace=True)
 
 

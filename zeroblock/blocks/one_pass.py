@@ -16,6 +16,7 @@ from ..backends.select import select
 from ..ops.residual_alone import residual_alone
 from ..steps import packed as _packed
 from .decision import NOT_ALLOWED, RUN, SKIP_BY_GATE, SKIP_BY_WEIGHT, Answer, allowed, conclude, judge
+from .layers import is_plain_linear
 
 
 def residual_if_zero(
@@ -41,28 +42,30 @@ def residual_if_zero(
     return (answer, y) if answer is SKIP_BY_WEIGHT else (answer, None)
 
 
-def residual_if_gates_are_zero(
+def copy_if_gates_are_zero(
     name: str,
     policy: str,
-    layer: nn.Module,
-    residual: Tensor,
+    x: Tensor,
+    modulation: Any,
+    bypassed: Iterable[nn.Module | None],
     chunks: int,
     gates: tuple[int, ...],
-    bypassed: Iterable[nn.Module | None],
 ) -> Tensor | None:
-    """A copy of the residual while the `gates` among the `chunks` vectors that the plain linear `layer` gives are zero
-    whatever its input; counted as a skip of a branch for each. None: the branches are to be looked at one by one."""
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    assert weight is not None
-    hidden = "weight" in layer.__dict__ or "bias" in layer.__dict__  # attributes that hide the parameters
+    """Without gradients: a copy of x while the `gates` among the `chunks` vectors that `modulation`, a plain linear,
+    gives are zero whatever its input, so that nothing need be computed, not even the modulation; counted as a skip of
+    a branch for each. None: the branches are to be looked at one by one."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain_linear(modulation):
+        return None
+    weight, bias = modulation._parameters["weight"], modulation._parameters.get("bias")
+    hidden = "weight" in modulation.__dict__ or "bias" in modulation.__dict__  # attributes that hide the parameters
     if hidden or weight.shape[0] % chunks or not allowed(name, policy, weight):
         return None
-    backend = _kernel(layer, weight, bias, residual, True)
+    backend = _kernel(modulation, weight, bias, x, True)
     if backend is not None:
-        y = backend.residual_if_zero(weight, bias, chunks, _mask(gates), residual, None, True)
+        y = backend.residual_if_zero(weight, bias, chunks, _mask(gates), x, None, True)
     else:
         parameters = (weight,) if bias is None else (weight, bias)
-        y = copy_of_residual(residual) if _rows_are_zero(parameters, chunks, gates) else None
+        y = copy_of_residual(x) if _rows_are_zero(parameters, chunks, gates) else None
     if y is None or conclude(name, SKIP_BY_GATE, bypassed, branches=len(gates)) is not SKIP_BY_GATE:
         return None
     return y
@@ -93,7 +96,8 @@ def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Ten
     backend, dtype, fields = select("add_bias", residual), residual.dtype, layer.__dict__
     if (
         backend.residual_if_zero is None
-        or not zero.is_plain_tensor(residual)
+        or type(residual) not in zero.PLAIN_TYPES
+        or residual.layout is not torch.strided
         or not _takes(weight, dtype)
         or (bias is not None and not _takes(bias, dtype))
         or "weight" in fields  # an attribute that hides the parameter
@@ -108,5 +112,5 @@ def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Ten
 
 
 def _takes(t: Tensor, dtype: torch.dtype) -> bool:
-    dense = zero.is_plain_tensor(t) and t.dtype == dtype and t.is_cpu
-    return dense and (t.is_contiguous() or channels_last_format(t) is not None)
+    plain = type(t) in zero.PLAIN_TYPES and t.dtype == dtype and t.layout is torch.strided and t.is_cpu
+    return plain and (t.is_contiguous() or channels_last_format(t) is not None)

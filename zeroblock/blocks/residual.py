@@ -38,10 +38,11 @@ def residual_branch(
     if tail is not None:
         if not is_plain_layer(tail):
             return NOT_ALLOWED, None
-        weight: Tensor = tail.weight  # type: ignore[assignment]  # a Module's attribute
+        bypassed = (*modules, tail)
+        weight = tail._parameters["weight"]
+        assert weight is not None
         if residual.shape[-1 if weight.dim() == 2 else 1] != weight.shape[0]:
             return NOT_ALLOWED, None  # eager broadcasts or raises
-        weights, bypassed = (weight,), (*modules, tail)
         if gate is None and not torch.is_grad_enabled():
             answer, y = residual_if_zero(name, policy, tail, residual, bypassed)
             if answer not in SKIPS:
@@ -51,6 +52,7 @@ def residual_branch(
             if y is None or random:
                 y = skip_residual(answer, residual, body, tail, None, activations, modules, random)
             return answer, y
+        weights = (tail.weight,)  # type: ignore[assignment]  # a Module's attribute
     gates = () if gate is None else (gate,)
     answer = decide(name, policy, weights, gates, bypassed) if weights or gates else NOT_ALLOWED
     if answer not in SKIPS:

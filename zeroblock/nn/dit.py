@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..blocks import adaln
+from ..blocks.adaln import CHUNKS, GATES
 from ..blocks.decision import bypassable
 from ..blocks.layers import is_plain_linear, is_plain_norm
+from ..blocks.one_pass import copy_if_gates_are_zero
 from .init import zero_parameters
 
 
@@ -67,17 +69,13 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        last, parts = self._modulation_linear(), self._modules.values()
-        y = adaln.copy_if_gates_are_zero("DiTBlock", self.zero_skip, x, last, parts)
+        name, policy, modules = "DiTBlock", self.zero_skip, self._modules
+        y = copy_if_gates_are_zero(name, policy, x, self._modulation_linear(), modules.values(), CHUNKS, GATES)
         if y is not None:
             return y
         halves = self._halves()
-        vectors = self.adaLN_modulation(c).chunk(6, dim=1)
-        return (
-            self._unfused(x, *vectors)
-            if halves is None
-            else adaln.forward("DiTBlock", self.zero_skip, x, vectors, *halves)
-        )
+        vectors = self.adaLN_modulation(c).chunk(CHUNKS, dim=1)
+        return self._unfused(x, *vectors) if halves is None else adaln.forward(name, policy, x, vectors, *halves)
 
     def _unfused(
         self,
@@ -135,11 +133,12 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        linear, norm = self.linear, self.norm_final
+        modules: dict[str, Any] = self._modules
+        linear, norm = modules["linear"], modules["norm_final"]
         if not (is_plain_linear(linear) and is_plain_norm(norm) and bypassable((norm, linear))):
             return linear(_modulate(norm(x), *self._vectors(c)))
-        modules = (self.adaLN_modulation,)
-        return adaln.final_layer("FinalLayer", self.zero_skip, (x, c), norm.eps, self._vectors, linear, modules)
+        parts = (modules["adaLN_modulation"],)
+        return adaln.final_layer("FinalLayer", self.zero_skip, (x, c), norm.eps, self._vectors, linear, parts)
 
     def _vectors(self, c: Tensor) -> tuple[Tensor, ...]:
         """(shift, scale)"""

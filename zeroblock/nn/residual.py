@@ -38,16 +38,16 @@ class ResidualBranch(nn.Module):
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x)
         gate = self.gate(*args) if isinstance(self.gate, nn.Module) else self.gate
-        name, policy = type(self).__name__, self.zero_skip
-        _, y = residual_branch(name, policy, residual, self.body, self.tail, gate, (x, *args), modules=(self.body,))
+        name, policy, body, tail = type(self).__name__, self.zero_skip, self.body, self.tail
+        _, y = residual_branch(name, policy, residual, body, tail, gate, (x, *args), modules=(body,))
         if y is not None:
             return y
-        branch = self.tail(self.body(x, *args))
+        branch = tail(body(x, *args))
         if gate is None:
             return residual + branch
-        if gate.numel() == 1 or branch.dim() == 3 and not is_plain_conv(self.tail):
+        if gate.numel() == 1 or branch.dim() == 3 and not is_plain_conv(tail):
             return functional.gate_residual(residual, gate.view(-1) if gate.numel() == 1 else gate, branch)
-        return residual + Tail(self.tail).broadcast(gate, branch.dim()) * branch
+        return residual + Tail(tail).broadcast(gate, branch.dim()) * branch
 
 
 class ReZero(nn.Module):
@@ -65,6 +65,6 @@ class ReZero(nn.Module):
         self.resweight = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
-        name, policy = type(self).__name__, self.zero_skip
-        _, y = residual_branch(name, policy, x, self.body, None, self.resweight, (x, *args), modules=(self.body,))
-        return functional.gate_residual(x, self.resweight, self.body(x, *args)) if y is None else y
+        name, body, gate = type(self).__name__, self.body, self.resweight
+        _, y = residual_branch(name, self.zero_skip, x, body, None, gate, (x, *args), modules=(body,))
+        return functional.gate_residual(x, gate, body(x, *args)) if y is None else y

@@ -12,17 +12,18 @@ NEVER, HOST, DEVICE = 0, 1, 2
 # `skipped` of an op, int32 [1] on its device: it ran; its weight was zero; its gate was. Under DEVICE it is the flag.
 EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
 
+# No subclass, which may compute anything, neither sharded nor quantised.
+PLAIN_TYPES = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_plain_tensor(t: object) -> bool:
-    """A strided Tensor or Parameter: no subclass, which may compute anything, neither quantised nor sparse."""
-    return (type(t) is Tensor or type(t) is nn.Parameter) and t.layout is torch.strided
+    return type(t) in PLAIN_TYPES and t.layout is torch.strided  # type: ignore[attr-defined]
 
 
 def may_test(t: Tensor) -> bool:
     """Only plain floating tensors with values are ever tested (rule 1 of zero.py)."""
-    return is_plain_tensor(t) and t.dtype in DTYPES and t.device.type != "meta"
+    return type(t) in PLAIN_TYPES and t.layout is torch.strided and t.dtype in DTYPES and t.device.type != "meta"
 
 
 def skipped(like: Tensor, what: int) -> Tensor:

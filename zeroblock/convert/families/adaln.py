@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import functional, zero
-from ...blocks import layers
+from ...blocks import adaln, layers
 from ...blocks.decision import bypassable, op_policy
 from ...blocks.residual import residual_branch
 from ...reference import apply_activation, modulation
@@ -108,6 +108,9 @@ def feed_forward(
 
     Saved for backward: x and the first linear's output. Skipped while the gate or the last linear is exactly zero.
     """
+    half = fused_feed_forward(ff, norm, x, shift, scale, gate)
+    if half is not None:
+        return adaln.half(family.name, family.zero_skip, x, (shift, scale, gate), half)
     parts = _split(ff)
     if parts is None or not fits(norm, x, shift, scale) or not is_plain(gate):
 
@@ -116,13 +119,9 @@ def feed_forward(
 
         return gated_branch(family, x, gate, whole, (x, shift, scale), norm, ff)
     first, activation, last = parts
-    fused = activation is not None and norm.weight is None and _norm_kind(norm) == "layer"
 
     def hidden(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        if fused:
-            return functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=norm.eps)
-        h = modulated(norm, x, shift, scale)
-        return first(h)
+        return first(modulated(norm, x, shift, scale))
 
     def before_last(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return apply_activation(hidden(x, shift, scale), activation)
@@ -135,6 +134,18 @@ def feed_forward(
         return y
     h, policy = hidden(x, shift, scale), op_policy(answer, policy)
     return functional.linear_gate_residual(h, last.weight, last.bias, gate, x, activation=activation, zero_skip=policy)
+
+
+def fused_feed_forward(ff: nn.Module, norm: Any, x: Tensor, *vectors: Tensor) -> adaln.Half | None:
+    """The feed-forward as half of an adaLN block whose norm has no parameters and whose activation the ops know; None:
+    it is another one, or watched by hooks. vectors: shift, scale and gate."""
+    parts = _split(ff)
+    if parts is None or not layers.is_plain_norm(norm):
+        return None
+    first, activation, last = parts
+    if activation is None or not is_plain(vectors[2]) or not fits(norm, x, *vectors[:2]):
+        return None
+    return adaln.Half(norm.eps, first, activation, last)
 
 
 def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
-from ...blocks import adaln
 from ...blocks.decision import NOT_ALLOWED, SKIPS, bypassable, decide, op_policy
-from ...blocks.one_pass import copy_of_residual
+from ...blocks.one_pass import copy_if_gates_are_zero, copy_of_residual
 from ...blocks.residual import residual_branch, skip_residual
 from ..family import Family, lacks, register
 from .adaln import (
@@ -219,7 +218,7 @@ class FluxSingleTransformerBlock(Family):
         y = None
         if not block.training:
             linear, gates = block.norm.linear, (2,)
-            y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), 3, gates)
+            y = copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), 3, gates)
         if y is None:
             h, gate = block.norm(x, emb=temb)
             y = self._branch(block, x, h, gate, image_rotary_emb)

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 from ...blocks import adaln
 from ...blocks.decision import SKIPS, bypassable, decide
 from ...blocks.layers import is_plain_norm
+from ...blocks.one_pass import copy_if_gates_are_zero
 from ..family import Family, lacks, register
-from .adaln import feed_forward, fits, gate_rows, gated_branch, is_plain_linear, modulated, zeroing_tensors
+from .adaln import (
+    feed_forward,
+    fits,
+    fused_feed_forward,
+    gate_rows,
+    gated_branch,
+    is_plain,
+    is_plain_linear,
+    may_draw,
+    modulated,
+    zeroing_tensors,
+)
 
 
 @register
@@ -85,7 +97,9 @@ class BasicTransformerBlock(Family):
         if block.norm_type == "ada_norm_zero":
             if block.attn2 is None and not block.training:
                 linear = block.norm1.linear
-                y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children())
+                y = copy_if_gates_are_zero(
+                    self.name, self.zero_skip, x, linear, block.children(), adaln.CHUNKS, adaln.GATES
+                )
                 if y is not None:
                     return y
             h, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.norm1(x, timestep, class_labels, hidden_dtype=x.dtype)
@@ -97,7 +111,16 @@ class BasicTransformerBlock(Family):
             norm_mlp = block.norm2
         if block.pos_embed is not None:
             h = block.pos_embed(h)
-        x = gated_branch(self, x, gate_msa, lambda h: block.attn1(h, attention_mask=attention_mask), (h,), block.attn1)
+
+        def attend(h: Tensor) -> Tensor:
+            return block.attn1(h, attention_mask=attention_mask)
+
+        vectors = (shift_mlp, scale_mlp, gate_mlp)
+        half = None if block.attn2 is not None else fused_feed_forward(block.ff, norm_mlp, x, *vectors)
+        if half is not None and is_plain(gate_msa):
+            attn = adaln.Whole(attend, (h,), (block.attn1,), may_draw(block.attn1))
+            return adaln.forward_around(self.name, self.zero_skip, x, gate_msa, attn, vectors, half)
+        x = gated_branch(self, x, gate_msa, attend, (h,), block.attn1)
         if block.attn2 is not None:
             x = self._cross(block, x, encoder_hidden_states, encoder_attention_mask)
         return feed_forward(self, block.ff, norm_mlp, x, shift_mlp, scale_mlp, gate_mlp)

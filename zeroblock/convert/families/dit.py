@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ... import functional
 from ...blocks import adaln
 from ...blocks.decision import bypassable
 from ...blocks.layers import is_plain_linear, is_plain_norm
+from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 
@@ -69,24 +71,38 @@ class DiTBlock(_Modulated):
             return self.eager(block, x, c)
         last = block.adaLN_modulation[-1]
         if not block.training:
-            y = adaln.copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children())
+            y = copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children(), adaln.CHUNKS, adaln.GATES)
             if y is not None:
                 return y
         vectors = block.adaLN_modulation(c).chunk(adaln.CHUNKS, dim=1)
-        x = self._half(x, vectors[adaln.MSA], block.norm1, block.attn, _attention_half(block.norm1, block.attn))
-        return self._half(x, vectors[adaln.MLP], block.norm2, block.mlp, mlp_half(block.norm2, block.mlp))
+        msa, mlp = vectors[adaln.MSA], vectors[adaln.MLP]
+        attention_half, last_half = _attention_half(block.norm1, block.attn), mlp_half(block.norm2, block.mlp)
+        if last_half is None:
+            x = self._half(x, msa, block.norm1, block.attn, attention_half)
+            return self._half(x, mlp, block.norm2, block.mlp, None)
+        if attention_half is not None:
+            return adaln.forward(self.name, self.zero_skip, x, vectors, attention_half, last_half)
+        shift, scale, gate = msa
+        attn = adaln.Whole(_modulated(block.norm1, block.attn), (x, shift, scale), (block.attn,))
+        return adaln.forward_around(self.name, self.zero_skip, x, gate, attn, mlp, last_half)
 
     def _half(self, x: Tensor, vectors: adaln.Vectors, norm: Any, layer: nn.Module, half: adaln.Half | None) -> Tensor:
         """x + gate * layer(modulate(norm x)); half None: the layer is called as a whole."""
         if half is not None:
             return adaln.half(self.name, self.zero_skip, x, vectors, half)
         shift, scale, gate = vectors
-
-        def body(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-            return layer(functional.layer_norm_modulate(x, shift, scale, eps=norm.eps))
-
+        body = _modulated(norm, layer)
         _, y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x, shift, scale), modules=(layer,))
         return functional.gate_residual(x, gate, body(x, shift, scale)) if y is None else y
+
+
+def _modulated(norm: Any, layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """layer(modulate(norm x)) as a function of x, shift and scale"""
+
+    def body(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return layer(functional.layer_norm_modulate(x, shift, scale, eps=norm.eps))
+
+    return body
 
 
 def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
