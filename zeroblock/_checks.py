@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ._dtypes import FLOATING, FLOATING_NAMES
+
 ACTIVATIONS = (None, "silu", "gelu", "gelu_tanh")
 
 
@@ -30,7 +31,7 @@ def floating(op: str, required: int, **tensors: Any) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {arg} must be a Tensor, got {type(t).__name__}")
         if t.dtype not in FLOATING:
-            raise TypeError(f"{op}: {arg} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+            raise TypeError(f"{op}: {arg} must be {FLOATING_NAMES}, got {t.dtype}")
         if device is None:
             device, first = t.device, arg
         elif t.device != device:
@@ -51,7 +52,9 @@ def shapes(op: str, size: tuple, notation: str, **tensors: Tensor | None) -> Non
             raise fail(op, arg, f"have shape {notation} = {list(size)}", list(t.shape))
 
 
-def images(op: str, x: Tensor, num_groups: Any, scale, shift, **affine: Tensor | None) -> None:
+def images(
+    op: str, x: Tensor, num_groups: Any, scale: Tensor | None, shift: Tensor | None, **affine: Tensor | None
+) -> None:
     """x [N, C, *S], the two norm parameters [C], scale/shift [N, C], C divisible by num_groups."""
     if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
         raise TypeError(f"{op}: num_groups must be an int, got {type(num_groups).__name__}")
@@ -106,7 +109,9 @@ def same_shape(op: str, arg: str, t: Tensor, other: str, size: tuple) -> None:
         raise fail(op, arg, f"have the shape of {other}, {list(size)}", list(t.shape))
 
 
-def convolution(op: str, channels: int, h: Tensor, weight: Tensor, bias, residual, padding: Any) -> list[int]:
+def convolution(
+    op: str, channels: int, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: Any
+) -> list[int]:
     """Checks a stride-1 convolution of [N, C, *S] and its residual; returns the padding per dimension."""
     dims = weight.dim() - 2
     if not 1 <= dims <= 3 or h.dim() != weight.dim():
@@ -134,7 +139,7 @@ def convolution(op: str, channels: int, h: Tensor, weight: Tensor, bias, residua
     return pad
 
 
-def linear(op: str, features: int, weight: Tensor, bias) -> None:
+def linear(op: str, features: int, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or weight.shape[1] != features:
         raise fail(op, "weight", f"have shape [out, {features}]", list(weight.shape))
     shapes(op, (weight.shape[0],), "[out]", bias=bias)

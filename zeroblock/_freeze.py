@@ -49,25 +49,25 @@ class _Frozen(nn.Module):
 
     _zeroblock_original: type[nn.Module]
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Any:
         if not mode:
             return super().train(mode)
         _thaw(self)
         return self.train(mode)  # the original class's, now
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _thaw(self)
         return self._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         _thaw(self)
         return self._load_from_state_dict(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)
         return copyreg._reconstructor, (type(self)._zeroblock_original, object, None), *state  # type: ignore[attr-defined]
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{super().extra_repr()}, frozen"
 
 
@@ -104,8 +104,8 @@ class FrozenConv(_Frozen):
 
 class FrozenLinear(_Frozen, nn.Linear):
     @plain_forward
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name: callers pass it by keyword
+        x, weight, bias = input, self.weight, self.bias
         copy = _usable(x, weight, bias)
         if copy is None or x.dim() < 2 or x.shape[-1] != self.in_features:
             return super().forward(x)

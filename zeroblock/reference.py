@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._dtypes import INTEGERS
+
 Padding = int | Sequence[int]
 
 
@@ -233,6 +235,5 @@ def linear_gate_residual(
 
 def is_zero(*tensors: Tensor) -> Tensor:
     """One bool per tensor: every element is +0 or -0. Judged on the bits, so that flushed denormals do not pass."""
-    bits = {torch.float64: torch.int64, torch.float32: torch.int32}
-    flags = [((t.contiguous().view(bits.get(t.dtype, torch.int16)) << 1) == 0).all() for t in tensors]
+    flags = [((t.contiguous().view(INTEGERS[t.dtype]) << 1) == 0).all() for t in tensors]
     return torch.stack(flags) if flags else torch.empty(0, dtype=torch.bool)

@@ -37,7 +37,6 @@ from .backends.available import kernels_run_on_host
 from .backends.select import select
 from .steps import packed
 from .steps.flag import DEVICE as DEVICE
-from .steps.flag import DTYPES as DTYPES
 from .steps.flag import HOST as HOST
 from .steps.flag import NEVER as NEVER
 from .steps.flag import PLAIN_TYPES as PLAIN_TYPES

@@ -107,6 +107,16 @@ def test_linears(features, dtype, bias, packed_runs):
     assert packed_runs("linear") == 5
 
 
+@pytest.mark.parametrize("layer, size", [(nn.Linear(8, 5), (3, 8)), (nn.Conv2d(8, 5, 3), (2, 8, 5, 5))])
+def test_the_input_by_keyword(layer, size):
+    """diffusers calls its projections so."""
+    x = torch.randn(size)
+    zb.freeze(layer)
+    with torch.no_grad():
+        testing.assert_bitwise_equal(layer(input=x), layer(x))
+    zb.unfreeze(layer)
+
+
 @pytest.mark.parametrize("size", [(0, 8), (3, 0, 8), (8,)])
 def test_unusual_inputs_of_linears(size):
     model = randomise(nn.Linear(8, 5))

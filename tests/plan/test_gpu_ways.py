@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import zeroblock as zb
+from zeroblock._dtypes import KERNELS
 from zeroblock.backends import available as _backends
 from zeroblock.backends.base import GroupNorm
 from zeroblock.backends.gpu import gemms as _gpu_gemms
@@ -173,7 +174,7 @@ def test_what_a_plan_may_choose_is_compiled_ahead_of_time():
             yield lambda: TRITON.folded_norm_conv(x, norm, w, None, None, [0, 0], None, config)
 
     for config in _gpu_gemms.CONFIGS:
-        for dtype in _backends.DTYPES:
+        for dtype in KERNELS:
             if _gemm_takes(config, dtype):
                 missing = recorded(calls(config, dtype)) - compiled
                 assert not missing, (config, dtype, missing)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from .._dtypes import FLOATING
+
 if TYPE_CHECKING:
     from .cuda import Cuda
     from .triton import Triton
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 GPU_BACKENDS = ("triton", "cuda", "gpu")  # "gpu": the plan chooses between them (`gpu/`); forced in tests alone
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; float64 runs through the reference
 
 
 def _load_extension() -> str | None:
@@ -130,7 +131,7 @@ def why_not(name: str, op: str, x: Tensor) -> str | None:
     """None when the kernels of a backend take a call of `op` with first tensor x, else the reason."""
     if x.dtype == torch.float64 and op != "is_zero":
         return "float64 runs through the reference"
-    if x.dtype not in DTYPES and x.dtype != torch.float64:
+    if x.dtype not in FLOATING:
         return f"no kernel for {x.dtype}"
     if name == "cpu":
         return CPU_MISSING if x.device.type == "cpu" else f"the tensor is on {x.device.type}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._dtypes import KERNELS
 from . import available
-from .available import CPU_MISSING, DTYPES, GPU_BACKENDS
+from .available import CPU_MISSING, GPU_BACKENDS
 from .base import Backend
 from .reference import REFERENCE
 
@@ -19,15 +20,13 @@ if CPU_MISSING is None:
 def select(op: str, x: Tensor) -> Backend:
     """The backend for a call of `op` with first tensor x. On a GPU a plan (`gpu/`) chooses between the backends, unless
     one is forced; the reference takes what no kernel takes."""
-    forced = available._forced
+    forced, has_kernels = available._forced, x.dtype in KERNELS or op == "is_zero"
     if x.is_cpu and forced not in GPU_BACKENDS:
-        if CPU is not None and forced != "reference" and (x.dtype in DTYPES or op == "is_zero"):
-            return CPU
-        return REFERENCE
+        return CPU if CPU is not None and forced != "reference" and has_kernels else REFERENCE
     backend: Backend | None = None
     if forced == "triton" or forced == "cuda":
         backend = available.gpu_backend(forced) if available.why_not(forced, op, x) is None else None
-    elif (forced == "gpu" or (forced == "auto" and x.device.type == "cuda")) and (x.dtype in DTYPES or op == "is_zero"):
+    elif has_kernels and (forced == "gpu" or (forced == "auto" and x.device.type == "cuda")):
         from .gpu import GPU  # on first use: it imports triton
 
         backend = GPU

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .. import functional, zero
+from .._dtypes import FLOATING
 from .factors import Ranks, Watcher, rank, sample, sites, units
 from .tape import Recorder, Tape
 
@@ -101,7 +102,7 @@ def is_zero(tensors: list[Tensor]) -> list[bool]:
     verdicts: list[bool | None] = [None] * len(tensors)
     groups: dict[torch.device, list[int]] = {}
     for i, t in enumerate(tensors):
-        if type(t) in (Tensor, nn.Parameter) and t.dtype in zero.DTYPES and t.layout is torch.strided and t.numel():
+        if zero.is_plain_tensor(t) and t.dtype in FLOATING and t.numel():
             groups.setdefault(t.device, []).append(i)
         else:
             verdicts[i] = not bool(t.detach().ne(0).any())

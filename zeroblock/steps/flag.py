@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._dtypes import FLOATING
+
 # `zero_skip` of an op: its weight is not tested; tested on the host; tested by a kernel, whose flag the op's own
 # kernels read on the device, so that the host never knows.
 NEVER, HOST, DEVICE = 0, 1, 2
@@ -14,7 +16,6 @@ EXECUTED, ZERO_WEIGHT, ZERO_GATE = 0, 1, 2
 
 # No subclass, which may compute anything, neither sharded nor quantised.
 PLAIN_TYPES = (Tensor, nn.Parameter)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_plain_tensor(t: object) -> bool:
@@ -23,7 +24,7 @@ def is_plain_tensor(t: object) -> bool:
 
 def may_test(t: Tensor) -> bool:
     """Only plain floating tensors with values are ever tested (rule 1 of zero.py)."""
-    return type(t) in PLAIN_TYPES and t.layout is torch.strided and t.dtype in DTYPES and t.device.type != "meta"
+    return type(t) in PLAIN_TYPES and t.layout is torch.strided and t.dtype in FLOATING and t.device.type != "meta"
 
 
 def skipped(like: Tensor, what: int) -> Tensor:

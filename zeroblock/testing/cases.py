@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import functional
 from . import eager_ops
 from .draw import Draw
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Inputs = dict[str, Tensor | None]
 Size = Sequence[int]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import functional, zero
+from ..._dtypes import FLOATING
 from ...blocks import adaln, layers
 from ...blocks.decision import bypassable, op_policy
 from ...blocks.residual import residual_branch
@@ -20,7 +21,7 @@ from ..family import Family
 def is_plain(*tensors: Tensor | None) -> bool:
     """Ordinary tensors of a floating dtype that is computed in, no subclass (sharded, quantised)."""
     # FakeTensor stands for the others in torch.export.
-    return all(t is None or zero.may_test(t) or type(t) is FakeTensor and t.dtype in zero.DTYPES for t in tensors)
+    return all(t is None or zero.may_test(t) or type(t) is FakeTensor and t.dtype in FLOATING for t in tensors)
 
 
 def is_plain_linear(module: Any) -> bool:

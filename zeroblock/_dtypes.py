@@ -1,0 +1,19 @@
+"""The element types: one table for everything in Python but the Triton kernels, which have kernels/_dtypes.py."""
+
+from __future__ import annotations
+
+import torch
+
+KERNELS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (*KERNELS, torch.float64)  # float64 runs through the reference
+
+# The integer of as many bits, by which an element is tested for zero.
+INTEGERS = {
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float64: torch.int64,
+}
+
+_names = [str(dtype).removeprefix("torch.") for dtype in FLOATING]
+FLOATING_NAMES = f"{', '.join(_names[:-1])} or {_names[-1]}"
