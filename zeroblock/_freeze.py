@@ -64,7 +64,8 @@ class _Frozen(nn.Module):
         return self._load_from_state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *state = reduced
         return copyreg._reconstructor, (type(self)._zeroblock_original, object, None), *state  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
