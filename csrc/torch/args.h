@@ -47,7 +47,7 @@ inline int zero_test_size(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(is_here(t) && (type == ScalarType::Double || type == ScalarType::Float ||
                                  type == ScalarType::BFloat16 || type == ScalarType::Half),
-                  "zeroblock: zero is tested of float64, float32, bfloat16 and float16 on the ", device_name());
+                  "zeroblock: the zero test takes float64, float32, bfloat16 and float16 on the ", device_name());
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 

@@ -164,3 +164,15 @@ def test_avx2_residual_if_zero(avx2, dtype):
     zero_kernel.test_residual_if_zero_is_test_and_sum(dtype, flush=False)
     zero_kernel.test_sums_with_a_bias_in_both_layouts((2, 64, 33, 31), dtype, threads=2)
     zero_kernel.test_residual_if_zero_reads_the_parts_it_is_asked_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_avx2_winograd_weight_grad_of_a_panel_half_full(avx2_library, dtype):
+    """24 output channels: the last panel of 16 has none in its second vector, and nothing is read for it."""
+    x, dy = (torch.randn(1, c, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last) for c in (16, 24))
+    weight = torch.empty(24, 16, 3, 3, dtype=dtype)
+    got = avx2_library._winograd_weight_grad(dy, x, None, weight, 1, 2, True).double()
+    exact = torch.nn.grad.conv2d_weight(x.double(), list(weight.shape), dy.double(), padding=1)
+    largest = exact.abs().max().item()
+    torch.testing.assert_close(got, exact, rtol=0, atol=largest * max(1e-5, 2 * torch.finfo(dtype).eps))

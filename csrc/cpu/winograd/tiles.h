@@ -112,7 +112,7 @@ ZB_LOOPS void load_row(Source<T> s, int64_t n, int64_t row, int64_t first, int64
   const int64_t end = larger(begin, smaller(count, s.W - first)), c = block * kL;
   for (int64_t i = 0; i < begin; ++i) store(out + i * kL, zero());
   for (int64_t i = end; i < count; ++i) store(out + i * kL, zero());
-  const int lanes = static_cast<int>(smaller(kL, s.C - c));
+  const int lanes = static_cast<int>(larger(0, smaller(kL, s.C - c)));  // none in the second half of a last panel
   Vec mean = zero(), a = zero(), b = zero();
   if (s.affine != nullptr) {
     const float* affine = s.affine + n * 3 * s.C + c;
