@@ -30,8 +30,8 @@ Nested blocks are all visited, outer first. `inner` families (single zero layers
 `inner_modules(block)` (default: all submodules) to the block, which may need to find them unchanged.
 
 An accelerated block changes nothing but its class: to a subclass of its own class, created once for each family and
-set of options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay; pickle and
-torch.save write the original class; copy and deepcopy stay accelerated.
+set of options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay;
+pickle and torch.save write the original class; copy and deepcopy stay accelerated.
 """
 
 from __future__ import annotations
