@@ -4,9 +4,9 @@ In this order: the policy and the device, plain eager execution, the values, and
 anything watches the modules that a skip leaves uncalled. Values come before hooks: a weight that is not zero shows
 within its first elements, the hooks of a large block take longer to look through.
 
-Counters: a branch that is skipped counts one skip, one that was looked at and runs counts one execution, under the
-name of its module or family; where nobody may look (NOT_ALLOWED) the ops of the dense path keep their own counts. A
-transformer block has one branch for each gate, so a skipped block counts as many skips as it has gates.
+Counters: a skipped branch counts one skip, a branch that was found not to be zero one execution, under the name of its
+module or family; where a skip is not allowed only the ops of the dense path count. A transformer block has one branch
+for each gate, so a block that is skipped as a whole counts as many skips as it has gates, whoever owns it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Answer(enum.Enum):
     RUN = "it is not zero"
     SKIP_BY_WEIGHT = "the weight of its last layer is zero"
     SKIP_BY_GATE = "its gate is zero"
-    NOT_ALLOWED = "it must run, whatever its values"
+    NOT_ALLOWED = "it has to run, zero or not"
 
 
 # Module globals: reading a member off its class costs several times as much.

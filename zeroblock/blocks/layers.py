@@ -22,6 +22,7 @@ _PLAIN_FORWARDS: set[Callable[..., Any]] = {
     nn.Conv3d.forward,
     nn.Linear.forward,
 }
+_LINEAR_FORWARDS = _PLAIN_FORWARDS  # by which zeroblock/_freeze.py registers its forward
 
 
 def plain_forward(forward: Forward) -> Forward:

@@ -57,12 +57,13 @@ def copy_if_gates_are_zero(
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain_linear(modulation):
         return None
     weight, bias = modulation._parameters["weight"], modulation._parameters.get("bias")
-    hidden = "weight" in modulation.__dict__ or "bias" in modulation.__dict__  # attributes that hide the parameters
-    if hidden or weight.shape[0] % chunks or not allowed(name, policy, weight):
+    if weight.shape[0] % chunks or not allowed(name, policy, weight):
         return None
     backend = _kernel(modulation, weight, bias, x, True)
     if backend is not None:
         y = backend.residual_if_zero(weight, bias, chunks, _mask(gates), x, None, True)
+    elif "weight" in modulation.__dict__ or "bias" in modulation.__dict__:
+        return None  # attributes that hide the parameters
     else:
         parameters = (weight,) if bias is None else (weight, bias)
         y = copy_of_residual(x) if _rows_are_zero(parameters, chunks, gates) else None

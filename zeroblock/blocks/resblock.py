@@ -157,7 +157,7 @@ def _skipped(layers: Layers, x: Tensor, emb: Any, resampled: Tensor, size: tuple
     keep = _draw_keep(layers, x, size)
     residual = shortcut(resampled)
     if not torch.is_grad_enabled():
-        # Nobody else holds what a plain convolution returns.
+        # The only reference to what a plain convolution returned is this one.
         owned = isinstance(shortcut, nn.Module) and is_plain_conv(shortcut) and bypassable((shortcut,))
         return skipped_value(tail, residual, residual, owned=owned)
 

@@ -142,7 +142,7 @@ class Branch:
     # A tensor with the output's shape and device: the residual, or without one the tail's input.
     example: Tensor
     zero_gate: bool = False  # the gate is what was found zero, else the tail's weight
-    always_run: bool = False  # run the body though nobody wants its result: it draws random numbers
+    always_run: bool = False  # run the body even where its result is not needed: it draws random numbers
     # The residual depends on the first activation, which gets its gradient there: none of zeros is added to it.
     carried: bool = False
     # Parameters that `hidden` reads: like the tail's weight they must not change between forward and backward.
@@ -169,7 +169,7 @@ def skipped_value(
     owned: bool = False,
 ) -> Tensor:
     """The result of a skipped branch, for arguments as in `Branch`; written into the residual itself where that is
-    `owned`: nobody else holds it."""
+    `owned`: the caller holds the only reference."""
     dtype = tail.dtype or example.dtype
     bias = None if zero_gate else tail.bias
     if bias is not None and bias.dtype != dtype:

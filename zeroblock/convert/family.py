@@ -29,9 +29,9 @@ returns None from `example`. The proof makes subclasses and modified forwards sa
 Nested blocks are all visited, outer first. `inner` families (single zero layers, attention of any block) leave those in
 `inner_modules(block)` (default: all submodules) to the block, which may need to find them unchanged.
 
-An accelerated block changes nothing but its class: to a subclass of its own class, made once for each family and set of
-options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay; pickle and
-torch.save write the original class; copy and deepcopy stay accelerated.
+An accelerated block changes nothing but its class: to a subclass of its own class, created once for each family and
+set of options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay;
+pickle and torch.save write the original class; copy and deepcopy stay accelerated.
 """
 
 from __future__ import annotations

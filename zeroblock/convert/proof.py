@@ -16,6 +16,8 @@ from .family import Family, accelerated_class
 # Both run in float32: what rounds differently is below, another formula is far above.
 TOLERANCE = 1e-3
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs")]
+# How many numbers are drawn for a weight; odd, so that its rows differ where they are as long as a power of two.
+_DRAWN = (1 << 18) + 1
 _proved: dict[tuple, str | None] = {}
 
 
@@ -72,7 +74,7 @@ def _compare(block: nn.Module, family: Family) -> str | None:
 @contextlib.contextmanager
 def _neutral() -> Iterator[None]:
     """Random stream, gradients, autocast and defaults of dtype and device as the proof needs them, then as before; no
-    plan is measured for sizes that nobody uses again."""
+    plan is measured for sizes that do not come again."""
     dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -126,7 +128,7 @@ def _random(t: Tensor, name: str, is_parameter: bool) -> Tensor:
     if not is_parameter:
         return torch.ones(t.shape) if t.is_meta else t.detach().to("cpu", torch.float32, copy=True)
     # Repeated numbers are as good, and large weights cost less than drawing each of them.
-    n = min(t.numel(), (1 << 18) + 1)
+    n = min(t.numel(), _DRAWN)
     fresh = torch.randn(n).repeat(-(-t.numel() // max(n, 1)))[: t.numel()].view(t.shape)
     if t.dim() > 1:
         fresh /= max(t[0].numel(), 1) ** 0.5

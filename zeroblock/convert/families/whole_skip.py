@@ -20,7 +20,7 @@ from .adaln import zeroing_tensors
 
 
 class InferenceSkip(Family):
-    """A block that is skipped while nobody wants gradients and all that holds it at zero is zero.
+    """A block that is skipped, without gradients, while all the tensors that hold it at zero are zero.
 
     What it returns then is predicted. For every kind of input the first call runs the original too, whose result must
     match bit for bit (`confirmed`); a block that does something else is never skipped.
