@@ -62,7 +62,7 @@ class Backend:
     # ---- for `explain` ------------------------------------------------------------------------------------------
 
     def steps(self, op: str, arguments: dict[str, Any], training: bool) -> Iterator[Step]:
-        """The planned steps that a dense call of `op` takes, its own first; arguments by name, as in functional.py."""
+        """The planned steps that a dense call of `op` takes, its own first; arguments by name, as in functional/."""
         return iter(())
 
     def why_no_zero_path(self, op: str, arguments: dict[str, Any], plans: Sequence[Explanation]) -> str | None:

@@ -1,7 +1,7 @@
 """Every op as its users write it in plain PyTorch: the tests' eager twin, the benchmarks' baseline.
 
 Nothing here imports the rest of zeroblock, so that an error in it cannot hide itself. Arguments are those of the public
-function of the same name (zeroblock/functional.py); a dropout mask is given as `keep` (bool, x's shape) and not drawn.
+function of the same name (zeroblock/functional/); a dropout mask is given as `keep` (bool, x's shape) and not drawn.
 `zeroblock.reference` is no twin: it computes in fp32 and rounds once, where these round after every operation.
 """
 

@@ -1,0 +1,148 @@
+"""Of images [N, C, *S]: group norm with SiLU and FiLM, and convolutions with a residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import _checks, ops, zero
+from .. import reference as ref
+from .._autocast import autocast
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """y = act(group_norm(x) * (1 + scale) + shift), one pass, statistics in float32.
+
+    Args:
+        x: [N, C, *S], contiguous or channels-last (other layouts are copied); float32, bfloat16, float16
+            (float64 by the reference).
+        num_groups: divides C.
+        weight, bias: [C], any floating dtype, or None.
+        eps: >= 0, added to the variance.
+        scale, shift: [N, C] (FiLM), any strides and floating dtype, or None.
+        activation: "silu" or None.
+
+    Returns y like x. Saved for backward: x, mean, rstd.
+    Raises TypeError (kind, dtype), ValueError (shape, eps, group count, activation, device).
+    Source: Wu & He 2018; FiLM as in openai/guided-diffusion `ResBlock`.
+
+    >>> y = group_norm_silu(torch.randn(2, 64, 8, 8), 32)
+    """
+    op = "group_norm_silu"
+    _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
+    _checks.eps_value(op, eps)
+    _checks.choice(op, "activation", activation, ("silu", None))
+    if zero.transforms_active():
+        return ref.group_norm_silu(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
+    return ops.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
+
+
+def group_norm_silu_conv_residual(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    padding: int | Sequence[int] = 1,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    zero_skip: str = "auto",
+    keep: Tensor | None = None,
+) -> Tensor:
+    """y = residual + conv(dropout(silu(group_norm(x) * (1 + scale) + shift))), half a U-Net ResBlock; stride 1.
+
+    Args:
+        x: [N, C, *S] in 1 to 3 dimensions of space.
+        num_groups: divides C.
+        norm_weight, norm_bias: [C] or None.
+        weight: [Cout, C, *K], of the dtype of bias.
+        bias: [Cout] or None.
+        residual: [N, Cout, *S'] or None (0).
+        eps: >= 0, the norm's.
+        scale, shift: [N, C] (FiLM) or None.
+        padding: on both sides, one number or one per dimension.
+        dropout_p, training: as of F.dropout.
+        zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
+        keep: bool, like x: dropout's mask, if it was drawn before.
+
+    Returns y in the dtype eager gives (residual and weight promoted). The convolution is not executed
+    while weight is exactly zero. Saved for backward: x, mean, rstd and the mask; the activated tensor is recomputed.
+    Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
+    Source: openai/guided-diffusion `ResBlock.in_layers`, `out_layers`.
+    """
+    op = "group_norm_silu_conv_residual"
+    _checks.floating(
+        op, 2, x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, residual=residual,
+        scale=scale, shift=shift,
+    )  # fmt: skip
+    _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
+    _checks.eps_value(op, eps)
+    _checks.probability(op, dropout_p)
+    pad = _checks.convolution(op, x.shape[1], x, weight, bias, residual, padding)
+    weight, bias = autocast(weight, bias)
+    _checks.same_dtype(op, weight=weight, bias=bias)
+    if keep is None:
+        keep = ref.draw_keep(x, dropout_p, training)
+    else:
+        _checks.same_shape(op, "keep", keep, "x", x.shape)
+    if zero.transforms_active():
+        return ref.group_norm_silu_conv_residual(
+            x, num_groups, norm_weight, norm_bias, weight, bias, residual, eps=eps, scale=scale, shift=shift, keep=keep,
+            dropout_p=dropout_p, padding=pad,
+        )  # fmt: skip
+    skip = zero.test_of(op, zero_skip, weight)
+    norm = num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p
+    return ops.group_norm_silu_conv_residual(x, *norm, weight, bias, residual, pad, skip)[0]
+
+
+def conv_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    padding: int | Sequence[int] = 1,
+    zero_skip: str = "auto",
+) -> Tensor:
+    """y = residual + conv(h), stride 1; without the convolution while `weight` is exactly zero.
+
+    Args:
+        h: [N, Cin, *S] in 1 to 3 dimensions of space.
+        weight: [Cout, Cin, *K]; h, weight and bias have one dtype.
+        bias: [Cout] or None.
+        residual: [N, Cout, *S'] or None (0).
+        padding: on both sides, one number or one per dimension.
+        zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
+
+    Returns y in the promoted dtype of residual and weight. Saved for backward: h, weight.
+    Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
+    Source: `zero_module` convolutions of openai/guided-diffusion and lllyasviel/ControlNet.
+    """
+    op = "conv_residual"
+    _checks.floating(op, 2, h=h, weight=weight, bias=bias, residual=residual)
+    if h.dim() < 3:
+        raise _checks.fail(op, "h", "have shape [N, Cin, *S]", list(h.shape))
+    pad = _checks.convolution(op, h.shape[1], h, weight, bias, residual, padding)
+    weight, bias, h = autocast(weight, bias, h)
+    _checks.same_dtype(op, h=h, weight=weight, bias=bias)
+    if zero.transforms_active():
+        return ref.conv_residual(h, weight, bias, residual, padding=pad)
+    return ops.conv_residual(h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight))[0]
