@@ -20,6 +20,12 @@ def registered(op: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.zeroblock, op).default
 
 
+def differentiable(op: str, args: tuple) -> list[int]:
+    """Places of the inputs that may want a gradient; a gate only where the linear's output is kept (save_branch)."""
+    places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    return [i for i in places if not (op == "linear_gate_residual" and i == 3 and not args[-1])]
+
+
 def maker(dtype: torch.dtype, layout: str) -> Make:
     """make(*size): random values. channels-last: dense in another dimension order; strided: a slice of a larger one."""
     generator = torch.Generator().manual_seed(0)

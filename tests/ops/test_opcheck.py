@@ -19,9 +19,20 @@ import zeroblock as zb
 from zeroblock import testing
 from zeroblock.backends.reference import REFERENCE
 from zeroblock.backends.select import CPU
-from zeroblock.steps.flag import DEVICE, NEVER
 
-from .op_calls import BF16, DTYPES, F16, F32, F64, LAYOUTS, backward_calls, forward_calls, maker, registered
+from .op_calls import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    backward_calls,
+    differentiable,
+    forward_calls,
+    maker,
+    registered,
+)
 
 FORWARD = tuple(forward_calls(maker(F32, "contiguous")))
 ALL_OPS = (*FORWARD, *(f"{op}_bwd" for op in FORWARD))
@@ -42,16 +53,10 @@ def _calls(op: str, dtype: torch.dtype, layout: str) -> list[tuple]:
     return results
 
 
-def _differentiable(op: str, args: tuple) -> list[int]:
-    """Places of the inputs that may want a gradient; a gate only where the linear's output is kept (save_branch)."""
-    places = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    return [i for i in places if not (op == "linear_gate_residual" and i == 3 and not args[-1])]
-
-
 def _check(op: str, calls: list[tuple], tests: tuple[str, ...], grad: bool) -> None:
     for i, args in enumerate(calls):
         if grad:
-            wanted = _differentiable(op, args)
+            wanted = differentiable(op, args)
             args = tuple(a.detach().requires_grad_() if k in wanted else a for k, a in enumerate(args))
         try:
             torch.library.opcheck(registered(op), args, test_utils=tests)
@@ -93,7 +98,7 @@ def test_fake_results_look_like_real_ones(op, dtype, layout):
 
 def _grad_function(op: str, args: tuple) -> tuple[Callable, list[torch.Tensor]]:
     """The op as a function of its differentiable inputs, returning its differentiable outputs."""
-    places = _differentiable(op, args)
+    places = differentiable(op, args)
 
     def function(*tensors):
         full = list(args)
@@ -298,22 +303,3 @@ def test_eager_lane_gives_the_bits_of_the_op(op, dtype):
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         assert a.stride() == b.stride()
         testing.assert_bitwise_equal(a, b, f"result {i}")
-
-
-@pytest.mark.parametrize("op", ("conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual"))
-@pytest.mark.parametrize("zero_weight", (False, True), ids=("dense", "zero"))
-def test_a_program_that_tests_on_the_device_runs_on_the_cpu(op, zero_weight):
-    """zero_skip=DEVICE on CPU tensors, as in a program exported on a GPU: the dense result and gradients."""
-    args = list(forward_calls(maker(F32, "contiguous"))[op][0])
-    place = {"conv_residual": 1, "group_norm_silu_conv_residual": 9, "linear_gate_residual": 1}[op]
-    if zero_weight:
-        args[place] = torch.zeros_like(args[place])
-    results = []
-    for zero_skip in (NEVER, DEVICE):
-        given = [a.detach().requires_grad_() if i in _differentiable(op, args) else a for i, a in enumerate(args)]
-        given[-2 if op == "linear_gate_residual" else -1] = zero_skip
-        y = registered(op)(*given)[0]
-        wanted = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
-        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted)])
-    for i, (dense, device) in enumerate(zip(*results, strict=True)):
-        testing.assert_bitwise_equal(device, dense, f"{op} {i}")

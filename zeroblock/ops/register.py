@@ -26,7 +26,7 @@ from ..plan.mode import REDUCED, TRAINING, fixed_rule, mode
 from .shapes import empty
 
 NAMESPACE = "zeroblock"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_registry = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 F = TypeVar("F", bound=Callable[..., Any])
 Grads = Sequence[MaybeTensor]
@@ -60,7 +60,7 @@ class Op:
     ):
         self.name = schema[: schema.index("(")]
         self.differentiable, self.device_arg, self.residual, self.save = differentiable, device_arg, residual, save
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._function: type[torch.autograd.Function] | None = None
 
@@ -74,13 +74,13 @@ class Op:
                 results = run(*args, direct=True)
             return filled(results, args[self.device_arg]) if isinstance(results, tuple) else results
 
-        _library.impl(self.name, from_the_dispatcher, "CompositeExplicitAutograd")
+        _registry.impl(self.name, from_the_dispatcher, "CompositeExplicitAutograd")
         self._run = run
         return run
 
     def fake(self, fake: F) -> F:
         """Decorates fake(*inputs), the shapes, dtypes and strides of the results."""
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_registry)
         return fake
 
     def backward(self, double_backward: DoubleBackward) -> Callable[[Backward], Backward]:
@@ -89,7 +89,7 @@ class Op:
         def register(backward: Backward) -> Backward:
             autograd = _Autograd(self, backward, double_backward)
             torch.library.register_autograd(
-                f"{NAMESPACE}::{self.name}", autograd.run, setup_context=autograd.setup_context, lib=_library
+                f"{NAMESPACE}::{self.name}", autograd.run, setup_context=autograd.setup_context, lib=_registry
             )
             self._function = _eager_function(self.name, self._run, self.differentiable, autograd)
             return backward
