@@ -159,3 +159,19 @@ def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
     h, w, b, gate, _, activation, skip, saved = args
     masks = ([True, True, b is not None, saved], [False, True, False, False], [True, False, False, False])
     return [(dy, h, w, gate, out[1], out[2], skip, activation, b is not None, mask) for mask in masks]
+
+
+def public_call(op: str, dtype: torch.dtype) -> tuple[tuple, dict]:
+    x, t, w = torch.randn(2, 8, 5, 3, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype), torch.randn(2, 8, dtype=dtype)
+    conv, linear = torch.randn(8, 8, 3, 3, dtype=dtype), torch.randn(8, 8, dtype=dtype)
+    return {
+        "group_norm_silu": ((x, 4), {}),
+        "group_norm_silu_conv_residual": ((x, 4, None, None, conv, None, x), {}),
+        "conv_residual": ((x, conv, None, x), {}),
+        "layer_norm_modulate": ((t, w, w), {}),
+        "rms_norm_modulate": ((t, w, w), {}),
+        "gate_residual": ((t, w, t), {}),
+        "gate_residual_layer_norm_modulate": ((t, w, t, w, w), {}),
+        "layer_norm_modulate_linear": ((t, w, w, linear), {}),
+        "linear_gate_residual": ((t, linear, None, w, t), {"activation": "silu"}),
+    }[op]
