@@ -45,8 +45,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 POLICIES = ("measure", "fixed")
-WORTH_MEASURING = 1 << 25  # floating-point operations, a third of a millisecond on one core (guess)
-MEMORY = 1 << 14  # situations remembered: shapes that never repeat must not fill the memory (guess)
+# Floating-point operations: 0.3 ms at 100 GFLOP/s of a core, ten times what a plan's look-up and a call's overhead take
+# (measured: python benchmarks/run.py --group dense, --group overhead).
+WORTH_MEASURING = 1 << 25
+MEMORY = 1 << 14  # situations remembered, some 10 MB: shapes that never repeat must not fill the memory
 
 _policy = os.environ.get("ZEROBLOCK_PLAN", "measure")
 if _policy not in POLICIES:

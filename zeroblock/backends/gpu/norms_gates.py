@@ -26,7 +26,9 @@ from ..eager import EAGER
 P = ParamSpec("P")
 R = TypeVar("R")
 
-WORTH = 1 << 18  # bytes of the first tensor: less takes a GPU a launch, whatever runs (guess)
+# Bytes of the first tensor: at 1 TB/s they pass in a quarter of a microsecond, a tenth of what any launch takes (model,
+# not measured: benchmarks/roofline.md).
+WORTH = 1 << 18
 CUDA = available.cuda()
 INSTALLED = available.triton() is not None
 # Where triton is not installed `why_not` says so, and the methods that stand in are never called.
