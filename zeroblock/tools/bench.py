@@ -21,7 +21,7 @@ from ..doctor.snapshot import preserved
 from ..testing import saved_activation_bytes
 from ..testing.timing import Ratio, measure
 
-# What `bench` calls equal: the relative difference that rounding may add up to, over a whole model forward and backward.
+# What `bench` calls equal: the relative difference that rounding may add up to over a model, forward and backward.
 EQUAL = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
