@@ -11,7 +11,7 @@
 // centre from the mean of a block of m elements, the correction is m d^2, and the elements that the centre is the mean
 // of make the group's own sum of squares at least a part of that: half where they are a block, a quarter for
 // kFirstElements, a sixteenth for kFirstRows. The sum so loses at most four bits, and in all but contrived images none
-// (tests/test_unusual_input.py). Zero path: none; the caller decides (add_bias.h).
+// (tests/ops/test_unusual_input.py). Zero path: none; the caller decides (add_bias.h).
 #pragma once
 
 #include "parallel.h"

@@ -123,7 +123,7 @@ struct ChannelGradient {
 };
 
 // Rows added to one fp32 sum before it is added to the chunk's: 128 lose dshift more than its error budget
-// (tests/test_parity.py -k group_norm_silu).
+// (tests/ops/test_parity.py -k group_norm_silu).
 constexpr int64_t kRunningRows = 32;
 
 // Of a chunk of rows, [C] each: the sums of dz and of dz * (x - mean), and those of the rows since the last addition.

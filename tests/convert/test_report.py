@@ -40,7 +40,7 @@ def test_backend_of_the_forward():
 
 
 def test_every_family_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "zeroblock/convert/README.md").read_text()
     assert [name for name in zb.convert.families() if f"`{name}`" not in readme] == []
 
 

@@ -59,7 +59,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"zeroblock", f"zeroblock-{zb.__version__}.dist-info"}
     assert "zeroblock/kernels/__init__.py" in names
-    assert {"zeroblock/ops.py", "zeroblock/nn/resblock.py", "zeroblock/testing/eager.py"} <= set(names)
+    assert {"zeroblock/ops/register.py", "zeroblock/nn/resblock.py", "zeroblock/testing/eager.py"} <= set(names)
     assert any(re.fullmatch(r"zeroblock/_C.*\.so", name) for name in names) == (CPU_MISSING is None)
 
 

@@ -103,7 +103,7 @@ struct Operand {
   }
 };
 
-constexpr int kConstant = 4 * kLanes;  // as long as the longest step (wide.h)
+constexpr int kConstant = 4 * kLanes;  // as long as the longest step (vec4.h)
 alignas(64) const float kZeros[kConstant] = {};
 struct ConstantRow {
   alignas(64) float lanes[kConstant];

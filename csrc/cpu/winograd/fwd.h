@@ -22,7 +22,7 @@ constexpr int64_t kChunkFloats = int64_t{1} << 19, kChunkTiles = 64;
 constexpr int kGroupTiles = 8 * kTileRows;
 
 // Channels summed in registers; then the sum goes to memory: one chain over all channels would lose more to rounding
-// than PyTorch's convolution does (tests/test_winograd.py).
+// than PyTorch's convolution does (tests/ops/test_winograd.py).
 constexpr int64_t kChainChannels = 64;
 
 // m[R, 2 L] = v[R tiles, C] u[C, 2 L]; v holds `blocks` blocks of L channels, block_stride apart.

@@ -10,7 +10,7 @@ namespace zeroblock {
 namespace {
 
 // Tiles summed in registers; then the sum goes to memory: one chain over all tiles would lose more to rounding than
-// PyTorch's gradient does (tests/test_winograd.py).
+// PyTorch's gradient does (tests/ops/test_winograd.py).
 constexpr int64_t kChain = 32;
 constexpr int kChannelRows = kL / 2;  // input channels that one GEMM keeps in registers, two vectors of outputs each
 
