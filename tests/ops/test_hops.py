@@ -158,7 +158,7 @@ needs_cpu = pytest.mark.skipif(CPU_MISSING is not None, reason=f"the cpu backend
 @pytest.mark.parametrize("name", CALLS)
 def test_the_way_to_the_kernel_starts_at_the_function_and_ends_in_the_backend(name):
     frames = python_frames(name)
-    assert frames[0] == f"zeroblock/functional.py: {name}"
+    assert frames[0].startswith("zeroblock/functional/") and frames[0].endswith(f".py: {name}")
     assert frames[-1].startswith(("zeroblock/backends/", "zeroblock/steps/"))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,10 +20,8 @@ from .._dtypes import FLOATING
 
 if TYPE_CHECKING:
     from .cuda import Cuda
+    from .flagged import FlaggedSteps
     from .triton import Triton
-
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-GPU_BACKENDS = ("triton", "cuda", "gpu")  # "gpu": the plan chooses between them (`gpu/`); forced in tests alone
 
 
 def _load_extension() -> str | None:
@@ -42,27 +40,38 @@ def _load_extension() -> str | None:
 
 CPU_MISSING = _load_extension()
 
+
+def _load_triton() -> FlaggedSteps | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from .triton import TRITON  # on first use: importing triton takes a second
+
+    return TRITON
+
+
+def _load_cuda() -> FlaggedSteps:
+    from .cuda import CUDA  # on first use
+
+    return CUDA
+
+
+# The backends with kernels of their own for a GPU, in the order in which a rule prefers them.
+_LOADERS: dict[str, Callable[[], FlaggedSteps | None]] = {"triton": _load_triton, "cuda": _load_cuda}
+BACKENDS = ("reference", "cpu", *_LOADERS)
+FORCED_ON_GPU = (*_LOADERS, "gpu")  # "gpu": the plan chooses between them (`gpu/`); forced in tests alone
+
 _forced = os.environ.get("ZEROBLOCK_BACKEND", "auto")
 if _forced not in ("auto", *BACKENDS):
     raise ValueError(f"ZEROBLOCK_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_forced!r}")
 
 
-_loaded: dict[str, Triton | Cuda | None] = {}
+_loaded: dict[str, FlaggedSteps | None] = {}
 
 
-def gpu_backend(name: str) -> Triton | Cuda | None:
-    """ "triton" or "cuda"; None where the package triton is not installed. A package that does not import raises."""
+def gpu_backend(name: str) -> FlaggedSteps | None:
+    """None where its package is not installed; one that is there and does not import raises."""
     if name not in _loaded:
-        if name == "cuda":
-            from .cuda import CUDA  # on first use
-
-            _loaded[name] = CUDA
-        elif importlib.util.find_spec("triton") is None:
-            _loaded[name] = None
-        else:
-            from .triton import TRITON  # on first use: importing triton takes a second
-
-            _loaded[name] = TRITON
+        _loaded[name] = _LOADERS[name]()
     return _loaded[name]
 
 
@@ -97,7 +106,7 @@ def missing(name: str) -> str | None:
 def device_of(name: str) -> str:
     """The type of device whose tensors a backend takes; Triton's interpreter and the emulator of the CUDA kernels run
     on the CPU."""
-    backend = gpu_backend(name) if name in ("triton", "cuda") else None
+    backend = gpu_backend(name) if name in _LOADERS else None
     return "cpu" if backend is None else backend.device
 
 
@@ -124,7 +133,7 @@ def forced() -> str:
 
 def kernels_run_on_host() -> bool:
     """Whether CPU tensors go to kernels that the host itself runs, not to those of a GPU backend that is forced."""
-    return _forced not in GPU_BACKENDS
+    return _forced not in FORCED_ON_GPU
 
 
 def why_not(name: str, op: str, x: Tensor) -> str | None:

@@ -67,7 +67,7 @@ class Backend:
 
     def why_no_zero_path(self, op: str, arguments: dict[str, Any], plans: Sequence[Explanation]) -> str | None:
         """Why no flag on the device stops the convolution or linear of an op; None where one does."""
-        return "the weight is tested on the host"
+        raise NotImplementedError
 
     # ---- norms --------------------------------------------------------------------------------------------------
 

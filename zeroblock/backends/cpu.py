@@ -5,7 +5,7 @@ Import this module only when the extension is loaded (`available.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from .._layout import (
     tokens,
     untokens,
 )
+from ..plan.planned import Explanation
 from ..reference import promoted
 from ..steps.linear import LINEAR, LinearCall
 from .base import MaybeTensor, Step, WinogradKernels
-from .dense import DenseSteps, with_dtype
+from .dense import with_dtype
+from .reference import Reference
 
 _native = torch.ops.zeroblock
 # Bound once: looking an overload up costs as much as a small kernel (benchmarks/overhead.py).
@@ -60,7 +62,9 @@ def _gate_row(gate: Tensor, x: Tensor) -> MaybeTensor:
     return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _operand(gate, x)
 
 
-class Cpu(DenseSteps):
+class Cpu(Reference):
+    """An op without a kernel here runs the reference's."""
+
     name = "cpu"
     winograd = WinogradKernels(
         conv=_native._winograd_conv.default,
@@ -70,6 +74,9 @@ class Cpu(DenseSteps):
         affine=_native._group_norm_affine.default,
     )
     residual_if_zero = _native._residual_if_zero.default
+
+    def why_no_zero_path(self, op: str, arguments: dict[str, Any], plans: Sequence[Explanation]) -> str | None:
+        return "the weight is tested on the host"
 
     def steps(self, op: str, arguments: dict[str, Any], training: bool) -> Iterator[Step]:
         if op in ("layer_norm_modulate_linear", "linear_gate_residual"):

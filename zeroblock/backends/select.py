@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._dtypes import KERNELS
 from . import available
-from .available import CPU_MISSING, GPU_BACKENDS
+from .available import CPU_MISSING, FORCED_ON_GPU
 from .base import Backend
 from .reference import REFERENCE
 
@@ -21,13 +21,13 @@ def select(op: str, x: Tensor) -> Backend:
     """The backend for a call of `op` with first tensor x. On a GPU a plan (`gpu/`) chooses between the backends, unless
     one is forced; the reference takes what no kernel takes."""
     forced, has_kernels = available._forced, x.dtype in KERNELS or op == "is_zero"
-    if x.is_cpu and forced not in GPU_BACKENDS:
+    if x.is_cpu and forced not in FORCED_ON_GPU:
         return CPU if CPU is not None and forced != "reference" and has_kernels else REFERENCE
     backend: Backend | None = None
-    if forced == "triton" or forced == "cuda":
-        backend = available.gpu_backend(forced) if available.why_not(forced, op, x) is None else None
-    elif has_kernels and (forced == "gpu" or (forced == "auto" and x.device.type == "cuda")):
+    if has_kernels and (forced == "gpu" or (forced == "auto" and x.device.type == "cuda")):
         from .gpu import GPU  # on first use: it imports triton
 
         backend = GPU
+    elif forced in FORCED_ON_GPU:
+        backend = available.gpu_backend(forced) if available.why_not(forced, op, x) is None else None
     return REFERENCE if backend is None else backend

@@ -23,7 +23,7 @@ from ..kernels import layer_norm_modulate as _layer_norm
 from ..kernels.zero_flag import zero_flag as _zero_flag
 from ..reference import promoted
 from .base import MaybeTensor
-from .reference import REFERENCE
+from .reference import Reference
 from .triton_gemms import TritonGemms
 
 # The second and third dimension of a grid go to 65535: samples, and blocks of 4096 elements under a single gate.
@@ -71,7 +71,9 @@ def _gate_grad(dgate: Tensor, gate: Tensor) -> Tensor:
     return (dgate.sum(0) if gate.numel() > 1 else dgate.sum()).to(gate.dtype).view(gate.shape)
 
 
-class Triton(TritonGemms):
+class Triton(TritonGemms, Reference):
+    """An op without a kernel here runs the reference's."""
+
     name = "triton"
     device = "cpu" if INTERPRETS else "cuda"
 
@@ -167,7 +169,7 @@ class Triton(TritonGemms):
     def gate_residual(self, residual: Tensor, gate: Tensor, branch: Tensor, **tile: int) -> Tensor:
         dtype = promoted(residual, gate, branch)
         if dtype == torch.float64:
-            return REFERENCE.gate_residual(residual, gate, branch)
+            return super().gate_residual(residual, gate, branch)
         layout = _gate_layout(gate, residual)
         residual, branch = as_layout(residual, layout), as_layout(branch, layout)
         return _gate_residual.forward(residual, dense_rows(gate), branch, dtype, None, None, **tile)

@@ -11,7 +11,6 @@ Without conv1's result a seventh convolution would join the six of a step; check
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,13 +58,12 @@ def is_norm(norm: Any) -> bool:
 
 
 def _same_size(conv: Any) -> bool:
-    return fits_fused(conv) and _keeps_size(tuple(conv.kernel_size), tuple(conv.padding))
-
-
-@functools.cache
-def _keeps_size(kernel_size: tuple[int, ...], padding: tuple[int, ...]) -> bool:
-    """Whether the output is as large as the input, for stride 1."""
-    return all(k == 2 * p + 1 for k, p in zip(kernel_size, padding, strict=True))
+    if not fits_fused(conv):
+        return False
+    for k, p in zip(conv.kernel_size, conv.padding, strict=True):
+        if k != 2 * p + 1:
+            return False
+    return True
 
 
 def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:

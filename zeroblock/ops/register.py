@@ -44,9 +44,10 @@ def filled(results: Sequence[MaybeTensor], like: Tensor) -> tuple[Tensor, ...]:
 class Op:
     """One registered op. Its first `differentiable` outputs carry gradients; the others are statistics and the like.
 
-    device_arg: the number of an input on the op's device. residual: the number of an input that is merely added: it is
-    not saved (backward sees its dtype instead), and its gradient is dy unless backward says otherwise. save(outputs):
-    what is saved beside the inputs, by default the outputs that carry no gradient.
+    device_arg: the number of an input on the op's device.
+    residual: the number of an input that is merely added: it is not saved (backward sees its dtype instead,
+    double_backward None), and its gradient is dy unless they say otherwise.
+    save(outputs): what is saved beside the inputs, by default the outputs that carry no gradient.
     """
 
     def __init__(
@@ -190,15 +191,18 @@ class _Autograd:
             inputs[i] = t
         for i, value in zip(self.kept_at, ctx.kept, strict=True):
             inputs[i] = value
+        residual_dtype = None if residual is None else inputs[residual]
         extra = saved[len(self.saved_at) :]
         needed = list(ctx.needs_input_grad[:count])
         if torch.is_grad_enabled():
+            if residual is not None:
+                inputs[residual] = None  # its gradient is dy: what is recomputed goes without it
             tensors = [n and i != residual for i, n in enumerate(needed)]
             results = list(self.double_backward(inputs, tensors, grads, extra))
         else:
             results = list(self.backward(inputs, needed, *grads, *extra))
         if residual is not None and needed[residual] and results[residual] is None and grads[0] is not None:
-            results[residual] = grads[0].to(inputs[residual])
+            results[residual] = grads[0].to(residual_dtype)
         # Through the dispatcher what is absent comes back as an empty tensor.
         return tuple([r if n else None for r, n in zip(results, needed, strict=True)])
 

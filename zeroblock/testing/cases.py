@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import functional
+from .._dtypes import KERNELS as DTYPES  # noqa: F401  (of the cases)
 from . import eager_ops
 from .draw import Draw
 

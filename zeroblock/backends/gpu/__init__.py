@@ -19,6 +19,7 @@ from ...steps.norm_conv import norm_grads, normalised
 from .. import available
 from ..base import Backend, ConvGrads, GroupNorm, MaybeTensor, Step
 from ..eager import EAGER
+from ..reference import Reference
 from . import norms_gates
 from .conv_grads import CONV_DGRAD, CONV_WGRAD, DgradCall, WgradCall
 from .convs import CONV_RESIDUAL, NORM_CONV_RESIDUAL, FlaggedConvCall, FlaggedNormConvCall
@@ -33,7 +34,9 @@ def _first(op: str, x: Tensor) -> Backend:
     return EAGER if found is None else found
 
 
-class Gpu(Backend):
+class Gpu(Reference):
+    """An op without a planned step runs the reference's."""
+
     name = "planned"
     device = "cuda"
 
