@@ -21,11 +21,11 @@ A measurement runs the candidates on the call's own tensors. What a flag on the 
 (`mode.measuring`): a branch that is zero at its first call will not stay so.
 
 Candidates round differently, so that a first measurement may decide last bits as cudnn.benchmark does; the disk cache
-keeps the decision for later processes. Each candidate gives the same bits for any number of threads, but the fastest is
-measured for each number. Bits that depend neither on the number of threads, nor on the machine's load or the cache, are
-those of the fixed rule (tests/plan/test_threads.py). What a candidate computes in `reduced` float32 precision it is
-given only where the user allowed that (torch.set_float32_matmul_precision, or `allow_reduced`). Candidates must be pure:
-same arguments, fresh results, no random numbers.
+keeps the decision for later processes. The fastest is measured for each number of threads; the fixed rule is the same
+for all of them. zeroblock's own kernels give the same bits for any number of threads, PyTorch's convolutions and GEMMs
+not always (tests/plan/test_threads.py). What a candidate computes in `reduced` float32 precision it is given only where
+the user allowed that (torch.set_float32_matmul_precision, or `allow_reduced`). Candidates must be pure: same
+arguments, fresh results, no random numbers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One plan for all ranks of a process group.
 
 Candidates round differently. Replicas whose ranks each measured, or read different caches, would differ in their last
-bits; so with more than one rank nothing is measured (`PlannedOp._decided`), and `share_plans` puts the choices of rank 0
-in the place of everyone's own.
+bits. So with more than one rank nothing is measured (`PlannedOp._decided`), and `share_plans` puts the choices of rank
+0 in the place of everyone's own.
 """
 
 from __future__ import annotations

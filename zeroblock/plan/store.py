@@ -8,9 +8,9 @@ Writers hold a lock, merge what others wrote meanwhile, and replace the file in 
 none.
 
 No fault of the cache reaches a call: what cannot be read is ignored, what cannot be written is kept in memory, each
-with a warning. Anyone may have written to the directory. So only regular files of bounded size are opened, never through
-a symlink and never emptied; the lock is waited for no longer than `WAIT`; and what is read can only choose among the
-ways that take a call.
+with a warning. Anyone may have written to the directory. So only regular files of bounded size are opened, never
+through a symlink and never emptied; the lock is waited for no longer than `WAIT`; what is read can only choose among
+the ways that take a call.
 """
 
 from __future__ import annotations
