@@ -174,8 +174,9 @@ def test_a_stored_choice_of_no_way_is_measured_anew(tmp_path):
 
 
 def test_sources_that_cannot_be_read_are_passed_over(tmp_path, monkeypatch):
-    """An editor's lock file is a link to nothing."""
+    """An editor's lock file is a link to nothing; a name may be no text."""
     (tmp_path / "plan").mkdir()
+    (tmp_path / os.fsdecode(b"\xff.py")).touch()
     (tmp_path / "plan" / ".#store.py").symlink_to("user@host.123")
     monkeypatch.setattr(_plan_store, "__file__", str(tmp_path / "plan" / "store.py"))
     assert len(_plan_store.source_hash()) == 16

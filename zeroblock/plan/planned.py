@@ -12,8 +12,7 @@ decides instead of a measurement
 - in calls that come through the dispatcher: torch.compile, export, tensor subclasses, dispatch modes;
 - under torch.use_deterministic_algorithms, and with ZEROBLOCK_PLAN=fixed (read once, at import);
 - during CUDA-graph capture where nothing was measured before, and while another thread is measuring;
-- under torch.distributed with more than one rank where no choice is stored or shared (`share.py`): ranks that measured
-  for themselves would choose differently;
+- under torch.distributed with more than one rank where no choice is stored or shared (`share.py` says why);
 - for work too small to be worth a measurement.
 A process keeps what its first call in a situation was decided by, also where a process group comes or goes later.
 
@@ -93,7 +92,8 @@ def forget() -> None:
 def open_store() -> Store:
     global _opened
     if _opened is None:
-        _opened = Store(_store.DIRECTORY)
+        opened = Store(_store.DIRECTORY)  # not under a lock, which a fork might find held: threads keep the first
+        _opened = _opened or opened
     return _opened
 
 

@@ -72,7 +72,7 @@ def source_hash() -> str:
     for folder in (package, package.parent / "kernels"):  # a checkout has the kernels beside the package
         for pattern in ("*.py", "_C*.so"):
             for path in sorted(folder.rglob(pattern)):
-                digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+                digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
                 with contextlib.suppress(OSError):  # an editor's lock file, a link to nothing
                     digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
