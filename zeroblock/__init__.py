@@ -22,6 +22,7 @@ from .functional import (
     linear_gate_residual,
     rms_norm_modulate,
 )
+from .plan.share import share_plans
 
 __all__ = [
     "accelerate",
@@ -42,5 +43,6 @@ __all__ = [
     "nn",
     "restore",
     "rms_norm_modulate",
+    "share_plans",
     "unfreeze",
 ]

@@ -15,7 +15,7 @@ from .backends import available
 from .backends.base import Backend, Step
 from .backends.cuda import CUDA
 from .backends.select import select
-from .plan import planned
+from .plan import describe
 from .plan.mode import training
 
 _HAS_ZERO_PATH = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual")
@@ -31,7 +31,7 @@ class Explanation:
     not_used: dict[str, str]
     zero_path: str | None
     counters: tuple[int, int]
-    plans: tuple[planned.Explanation, ...] = ()
+    plans: tuple[describe.Explanation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: backend {self.backend}"]
@@ -88,7 +88,7 @@ def _counted(op: str) -> tuple[int, int]:
     return zero.executed.get(op, 0), zero.skipped.get(op, 0)
 
 
-def _plans(op: str, backend: Backend, arguments: dict[str, Any], recorded: bool) -> tuple[planned.Explanation, ...]:
+def _plans(op: str, backend: Backend, arguments: dict[str, Any], recorded: bool) -> tuple[describe.Explanation, ...]:
     """The planned steps of a dense call."""
     if op in _HAS_ZERO_PATH:
         test = zero.test_of(op, arguments["zero_skip"], arguments["weight"])
@@ -97,7 +97,7 @@ def _plans(op: str, backend: Backend, arguments: dict[str, Any], recorded: bool)
         return tuple(_explained(step) for step in backend.steps(op, arguments, recorded))
 
 
-def _explained(step: Step) -> planned.Explanation:
+def _explained(step: Step) -> describe.Explanation:
     """Backward's steps are not themselves differentiated."""
     planned_op, args = step
     if not planned_op.name.endswith(("_bwd", "_dgrad", "_wgrad")):
@@ -107,7 +107,7 @@ def _explained(step: Step) -> planned.Explanation:
 
 
 def _zero_path(
-    op: str, backend: Backend, arguments: dict[str, Any], plans: tuple[planned.Explanation, ...]
+    op: str, backend: Backend, arguments: dict[str, Any], plans: tuple[describe.Explanation, ...]
 ) -> str | None:
     if op not in _HAS_ZERO_PATH:
         return None

@@ -72,22 +72,6 @@ def test_a_slow_measurement_ends_early(monkeypatch):
     assert len(calls) == 2 * 3
 
 
-def test_a_failing_way_is_left_out_and_said(op):
-    op.add("broken", lambda x, work: 1 / 0)
-    with _plan.use(timer=FakeTimer(library=1.0, fast=0.9, picky=0.8)):
-        with pytest.warns(UserWarning, match="does not use the plan broken: division by zero"):
-            assert chosen(op, x4) == "picky"
-        assert op.explain(x4, BIG).milliseconds["broken"] is None
-
-
-def test_the_librarys_own_error_is_the_callers():
-    def fail():
-        raise ValueError("bad argument")
-
-    with pytest.raises(ValueError, match="bad argument"):
-        measure({"library": fail, "other": lambda: None}, CPU)
-
-
 # ---- what makes another situation ----------------------------------------------------------------------------------
 
 

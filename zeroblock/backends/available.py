@@ -60,7 +60,7 @@ _LOADERS: dict[str, Callable[[], FlaggedSteps | None]] = {"triton": _load_triton
 BACKENDS = ("reference", "cpu", *_LOADERS)
 FORCED_ON_GPU = (*_LOADERS, "gpu")  # "gpu": the plan chooses between them (`gpu/`); forced in tests alone
 
-_forced = os.environ.get("ZEROBLOCK_BACKEND", "auto")
+_forced = os.environ.get("ZEROBLOCK_BACKEND") or "auto"
 if _forced not in ("auto", *BACKENDS):
     raise ValueError(f"ZEROBLOCK_BACKEND must be one of auto, {', '.join(BACKENDS)}, got {_forced!r}")
 

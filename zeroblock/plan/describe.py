@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a planned step would do: the candidate, why, and the measured milliseconds (empty: not measured)."""
+
+    step: str
+    choice: str
+    why: str
+    milliseconds: dict[str, float | None]
+    not_taken: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.step}: {self.choice} ({self.why})"]
+        for name, ms in sorted(self.milliseconds.items(), key=lambda item: (item[1] is None, item[1])):
+            lines.append(f"  {name}: " + ("failed" if ms is None else f"{ms:.4g} ms"))
+        lines += [f"  {name} does not take it: {why}" for name, why in self.not_taken.items()]
+        return "\n".join(lines)
 
 
 def bucket(n: int) -> int:

@@ -43,32 +43,49 @@ def measure(
 ) -> dict[str, float | None]:
     """Least seconds of each run, all warm and in turns: what else the machine did is in the others.
 
-    The library's way (the first) may raise; another that does is out (None), with a warning.
+    A way that raises, or runs out of memory, is out (None), with a warning. Of the library's (the first) the error in
+    its first run is the caller's; later it is out as the others are, for the call itself needs less memory than this.
     """
-    first = next(iter(runs))
-    samples: dict[str, list[float] | None] = {name: [] for name in runs}
-    for name, run in runs.items():
-        try:
-            run()
-        except Exception as error:
-            if name == first:
-                raise
-            warnings.warn(f"zeroblock does not use the plan {name}: {error}", stacklevel=2)
-            samples[name] = None
-    able = [name for name in runs if samples[name] is not None]
+    first, *others = runs
+    runs[first]()
+    able = [first, *(name for name in others if _attempt(_warm, name, runs[name], device) is not None)]
+    samples: dict[str, list[float]] = {name: [] for name in able}
     start = time.perf_counter()
     for i in range(ROUNDS):
+        able = list(samples)
         for name in able[i % len(able) :] + able[: i % len(able)]:
-            samples[name].append(timer(name, runs[name], device))  # type: ignore[union-attr]
-        if i + 1 >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:
+            seconds = _attempt(timer, name, runs[name], device)
+            if seconds is None:
+                del samples[name]
+            else:
+                samples[name].append(seconds)
+        if first not in samples or (i + 1 >= MIN_ROUNDS and time.perf_counter() - start > SECONDS):
             break
-    return {name: None if s is None else min(s) for name, s in samples.items()}
+    return {name: min(samples[name]) if name in samples else None for name in runs}
+
+
+def _warm(name: str, run: Callable[[], Any], device: torch.device) -> float:
+    run()
+    return 0.0
+
+
+def _attempt(timer: Callable[..., float], name: str, run: Callable[[], Any], device: torch.device) -> float | None:
+    """The timer's seconds; None, with a warning, where the way fails."""
+    try:
+        return timer(name, run, device)
+    except Exception as error:
+        warnings.warn(f"zeroblock does not use the plan {name}: {error}", stacklevel=3)
+    if device.type == "cuda":  # after the except block: until its end the traceback holds the way's tensors
+        torch.cuda.empty_cache()
+    return None
 
 
 def choose(times: dict[str, float | None], preferred: str) -> str:
-    """The fastest; among equally fast ones the preferred, then the library's; never one slower than the library's."""
+    """The fastest; among equally fast ones the preferred, then the library's; never one slower than the library's.
+    The library's where it could not be timed: nothing is known to be faster."""
     library = times["library"]
-    assert library is not None
+    if library is None:
+        return "library"
     able = {name: t for name, t in times.items() if t is not None and t <= library}
     best = min(able.values())
     order = [preferred, "library", *sorted(able, key=lambda name: able[name])]

@@ -12,13 +12,17 @@ decides instead of a measurement
 - in calls that come through the dispatcher: torch.compile, export, tensor subclasses, dispatch modes;
 - under torch.use_deterministic_algorithms, and with ZEROBLOCK_PLAN=fixed (read once, at import);
 - during CUDA-graph capture where nothing was measured before, and while another thread is measuring;
+- under torch.distributed with more than one rank where no choice is stored or shared (`share.py` says why);
 - for work too small to be worth a measurement.
+A process keeps what its first call in a situation was decided by, also where a process group comes or goes later.
 
 A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
 (`mode.measuring`): a branch that is zero at its first call will not stay so.
 
 Candidates round differently, so that a first measurement may decide last bits as cudnn.benchmark does; the disk cache
-keeps the decision for later processes. What a candidate computes in `reduced` float32 precision it is given only where
+keeps the decision for later processes. The fastest is measured for each number of threads; the fixed rule is the same
+for all of them. zeroblock's own kernels give the same bits for any number of threads, PyTorch's convolutions and GEMMs
+not always (tests/plan/test_threads.py). What a candidate computes in `reduced` float32 precision it is given only where
 the user allowed that (torch.set_float32_matmul_precision, or `allow_reduced`). Candidates must be pure: same
 arguments, fresh results, no random numbers.
 """
@@ -35,8 +39,10 @@ from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from . import store as _store
+from .describe import Explanation
 from .measure import choose, measure, place, time_call
 from .mode import FIXED, is_fixed, is_training, mode, reduced_allowed
 from .store import Entry, Store
@@ -44,17 +50,19 @@ from .store import Entry, Store
 P = ParamSpec("P")
 R = TypeVar("R")
 
+SEPARATOR = " | "  # between the parts of a situation; none of them holds it
 POLICIES = ("measure", "fixed")
 # Floating-point operations: 0.3 ms at 100 GFLOP/s of a core, ten times what a plan's look-up and a call's overhead take
 # (measured: python benchmarks/run.py --group dense, --group overhead).
 WORTH_MEASURING = 1 << 25
 MEMORY = 1 << 14  # situations remembered, some 10 MB: shapes that never repeat must not fill the memory
 
-_policy = os.environ.get("ZEROBLOCK_PLAN", "measure")
+_policy = os.environ.get("ZEROBLOCK_PLAN") or "measure"
 if _policy not in POLICIES:
     raise ValueError(f"ZEROBLOCK_PLAN must be one of {', '.join(POLICIES)}, got {_policy!r}")
 _lock = threading.RLock()
 _opened: Store | None = None
+_shared: dict[str, str] | None = None  # choices by situation without its place, from rank 0
 _timer: Callable[..., float] = time_call
 _deterministic = torch._C._get_deterministic_algorithms
 _precision = torch._C._get_float32_matmul_precision
@@ -66,14 +74,14 @@ def use(
     policy: str = "measure", *, timer: Callable[..., float] = time_call, directory: Path | None = None
 ) -> Iterator[None]:
     """For tests and benchmarks: plans of their own in the block, by another timer, kept elsewhere (None: in memory)."""
-    global _policy, _opened, _timer
-    before = _policy, _opened, _timer
-    _policy, _opened, _timer = policy, Store(directory), timer
+    global _policy, _opened, _timer, _shared
+    before = _policy, _opened, _timer, _shared
+    _policy, _opened, _timer, _shared = policy, Store(directory), timer, None
     forget()
     try:
         yield
     finally:
-        _policy, _opened, _timer = before
+        _policy, _opened, _timer, _shared = before
         forget()
 
 
@@ -86,8 +94,25 @@ def forget() -> None:
 def open_store() -> Store:
     global _opened
     if _opened is None:
-        _opened = Store(_store.DIRECTORY)
+        opened = Store(_store.DIRECTORY)  # not under a lock, which a fork might find held: threads keep the first
+        _opened = _opened or opened
     return _opened
+
+
+def own_choices() -> dict[str, Entry]:
+    """What is stored, by situation; nothing under the fixed rule."""
+    return {} if _policy == "fixed" else open_store().entries
+
+
+def adopt(choices: dict[str, str]) -> None:
+    """From now on these decide, by situation without its place, and the fixed rule what is not among them."""
+    global _shared
+    _shared = choices
+    forget()
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _capturing(device: torch.device) -> bool:
@@ -119,24 +144,6 @@ class Candidate(Generic[P, R]):
 
     def usable(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         return self.why_not(*args, **kwargs) is None and (not self.reduced(*args, **kwargs) or reduced_allowed())
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What a planned step would do: the candidate, why, and the measured milliseconds (empty: not measured)."""
-
-    step: str
-    choice: str
-    why: str
-    milliseconds: dict[str, float | None]
-    not_taken: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"{self.step}: {self.choice} ({self.why})"]
-        for name, ms in sorted(self.milliseconds.items(), key=lambda item: (item[1] is None, item[1])):
-            lines.append(f"  {name}: " + ("failed" if ms is None else f"{ms:.4g} ms"))
-        lines += [f"  {name} does not take it: {why}" for name, why in self.not_taken.items()]
-        return "\n".join(lines)
 
 
 class PlannedOp(Generic[P, R]):
@@ -210,43 +217,69 @@ class PlannedOp(Generic[P, R]):
     def _resolve(self, key: tuple, /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
         fixed = self._fixed(*args, **kwargs)
         takers = self.takers(*args, **kwargs)
-        if _policy == "measure" and len(takers) > 1 and self.work(*args, **kwargs) >= self.worth:
-            if _capturing(self._device(args)) or not _lock.acquire(blocking=False):
+        choice, _ = self._decided(fixed.name, takers, *args, **kwargs)
+        if choice != fixed.name and _capturing(self._device(args)):
+            return fixed.run
+        if choice is None:
+            if not _lock.acquire(blocking=False):
                 return fixed.run
             try:
-                chosen = takers[self._measured(fixed.name, takers, *args, **kwargs).choice]
+                choice = self._measured(fixed.name, takers, *args, **kwargs)
             finally:
                 _lock.release()
-        else:
-            chosen = fixed
         if len(self._memory) >= MEMORY:
             self._memory.clear()
-        self._memory[key] = chosen.run
-        return chosen.run
+        self._memory[key] = run = self.candidates[choice].run
+        return run
 
-    def _situation(self, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs) -> str:
-        """The cache's key. Who competed belongs to it: a new candidate, or one more that takes part, measures anew."""
+    def _situation(self, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs) -> tuple[str, ...]:
+        """The cache's key: what, where, who. With another candidate, or one more that takes part, it is another."""
         kind = "training" if is_training() else "inference"
         precision = "reduced" if reduced_allowed() else "full"
-        what = f"{self.name} {self.describe(*args, **kwargs)}"
-        return f"{what} | {kind}, {precision} precision | {place(self._device(args))} | {', '.join(takers)}"
+        what = f"{self.name} {self.describe(*args, **kwargs)}, {kind}, {precision} precision"
+        return what, place(self._device(args)), ", ".join(takers)
+
+    def _decided(
+        self, fixed: str, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[str | None, str]:
+        """The choice, None where the call has to measure, and why."""
+        if _policy == "fixed":
+            return fixed, "fixed rule: ZEROBLOCK_PLAN=fixed"
+        if len(takers) == 1:
+            return fixed, "the only way here"
+        if self.work(*args, **kwargs) < self.worth:
+            return fixed, "fixed rule: too small to be worth measuring"
+        what, where, who = self._situation(takers, *args, **kwargs)
+        if _shared is not None:
+            choice = _shared.get(SEPARATOR.join((what, who)))
+            if choice in takers:
+                return choice, "shared by rank 0"
+            return fixed, "fixed rule: rank 0 shared no choice for it"
+        entry = open_store().entries.get(SEPARATOR.join((what, where, who)))
+        if entry is not None and entry.choice in takers:
+            return entry.choice, "the fastest as measured" + (", stored on this rank" if _ranks() > 1 else "")
+        if _ranks() > 1:
+            return fixed, "fixed rule: with more than one rank nothing is measured"
+        return None, "fixed rule: the first call will measure"
 
     def _measured(
         self, preferred: str, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Entry:
-        store, situation = open_store(), self._situation(takers, *args, **kwargs)
+    ) -> str:
+        store, situation = open_store(), SEPARATOR.join(self._situation(takers, *args, **kwargs))
         entry = store.entries.get(situation)
-        if entry is None or entry.choice not in takers:
-            runs = {name: functools.partial(c.run, *args, **kwargs) for name, c in takers.items()}
-            before, mode.measuring = mode.measuring, True
-            try:
-                with torch.no_grad():
-                    times = measure(runs, self._device(args), _timer)
-            finally:
-                mode.measuring = before
-            entry = Entry(choose(times, preferred), times)
-            store.add(situation, entry)
-        return entry
+        if entry is not None and entry.choice in takers:  # another thread has measured it meanwhile
+            return entry.choice
+        runs = {name: functools.partial(c.run, *args, **kwargs) for name, c in takers.items()}
+        before, mode.measuring = mode.measuring, True
+        try:
+            with torch.no_grad():
+                times = measure(runs, self._device(args), _timer)
+        finally:
+            mode.measuring = before
+        choice = choose(times, preferred)
+        if times["library"] is not None:  # else a lack of memory, of this moment: for this process alone
+            store.add(situation, Entry(choice, times))
+        return choice
 
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> Explanation:
         """What a call would do now. Measures nothing."""
@@ -256,21 +289,14 @@ class PlannedOp(Generic[P, R]):
             for name, c in self.candidates.items()
             if name not in takers
         }
-        entry = open_store().entries.get(self._situation(takers, *args, **kwargs))
+        entry = open_store().entries.get(SEPARATOR.join(self._situation(takers, *args, **kwargs)))
         times = {} if entry is None else {n: None if t is None else t * 1e3 for n, t in entry.times.items()}
+        choice: str | None = fixed.name
         if is_fixed() or _deterministic():
-            choice, why = fixed.name, "fixed rule: deterministic algorithms are asked for"
-        elif _policy == "fixed":
-            choice, why = fixed.name, "fixed rule: ZEROBLOCK_PLAN=fixed"
-        elif len(takers) == 1:
-            choice, why = fixed.name, "the only way here"
-        elif self.work(*args, **kwargs) < self.worth:
-            choice, why = fixed.name, "fixed rule: too small to be worth measuring"
-        elif entry is not None:
-            choice, why = entry.choice, "the fastest as measured"
+            why = "fixed rule: deterministic algorithms are asked for"
         else:
-            choice, why = fixed.name, "fixed rule: the first call will measure"
-        return Explanation(self.name, choice, why, times, not_taken)
+            choice, why = self._decided(fixed.name, takers, *args, **kwargs)
+        return Explanation(self.name, choice or fixed.name, why, times, not_taken)
 
 
 STEPS: dict[str, PlannedOp[..., Any]] = {}

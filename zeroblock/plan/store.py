@@ -6,6 +6,11 @@ and a hash of the sources, so that an entry never outlives the code it was measu
 or that says something else than its name, is ignored with a warning and replaced at the next measurement.
 Writers hold a lock, merge what others wrote meanwhile, and replace the file in one step: readers see a whole file or
 none.
+
+No fault of the cache reaches a call: what cannot be read is ignored, what cannot be written is kept in memory, each
+with a warning. Anyone may have written to the directory. So only regular files of bounded size are opened, never
+through a symlink and never emptied; the lock is waited for no longer than `WAIT`; what is read can only choose among
+the ways that take a call.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,18 +36,23 @@ try:
     import fcntl
 except ImportError:  # not POSIX: the last writer wins, files stay whole
     fcntl = None  # type: ignore[assignment]
+    GUARDED = 0
+else:
+    GUARDED = os.O_NOFOLLOW | os.O_NONBLOCK  # a symlink is refused, a fifo does not wait for its other end
 
 FORMAT = 1
+WAIT = 5.0  # seconds; a writer holds the lock for some milliseconds, one that was stopped for ever
+MOST_BYTES = 1 << 25  # 50,000 entries; what is larger was not written here
 
 
 def _default_directory() -> Path | None:
     own = os.environ.get("ZEROBLOCK_CACHE_DIR")
-    if own is not None:
-        return Path(own).expanduser() if own else None
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    with contextlib.suppress(RuntimeError):  # no home directory
-        return Path(base).expanduser() / "zeroblock"
-    return None
+    if own == "":
+        return None
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "zeroblock" if own is None else Path(own)
+    with contextlib.suppress(RuntimeError):  # there is no such home: said by the store, an import does not fail for it
+        return path.expanduser()
+    return path
 
 
 DIRECTORY = _default_directory()
@@ -60,7 +72,9 @@ def source_hash() -> str:
     for folder in (package, package.parent / "kernels"):  # a checkout has the kernels beside the package
         for pattern in ("*.py", "_C*.so"):
             for path in sorted(folder.rglob(pattern)):
-                digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+                digest.update(os.fsencode(path.relative_to(folder).as_posix()) + b"\0")
+                with contextlib.suppress(OSError):  # an editor's lock file, a link to nothing
+                    digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -77,7 +91,7 @@ def _parsed(text: str, header: dict[str, Any]) -> dict[str, Entry]:
         choice, times = value["choice"], value["times"]
         if not isinstance(choice, str) or not all(isinstance(t, (int, float, type(None))) for t in times.values()):
             raise ValueError(f"entry {key!r} is malformed")
-        entries[key] = Entry(choice, dict(times))
+        entries[key] = Entry(choice, {name: None if t is None else float(t) for name, t in times.items()})
     return entries
 
 
@@ -87,17 +101,21 @@ class Store:
     def __init__(self, directory: Path | None, header: dict[str, Any] | None = None):
         self.header = environment() if header is None else header
         name = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = None if directory is None else directory / f"plans-{name}.json"
+        self.path = None
+        try:
+            self.path = None if directory is None else directory.expanduser() / f"plans-{name}.json"
+        except RuntimeError as error:
+            warnings.warn(f"zeroblock keeps its plans in memory, not in {directory}: {error}", stacklevel=2)
         self.entries = self._read()
 
     def _read(self) -> dict[str, Entry]:
         if self.path is None:
             return {}
         try:
-            return _parsed(self.path.read_text(encoding="utf-8"), self.header)
+            return _parsed(_text(self.path), self.header)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             warnings.warn(f"zeroblock ignores the plan cache {self.path}: {error}", stacklevel=2)
             return {}
 
@@ -128,9 +146,38 @@ class Store:
             raise
 
 
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; OSError for anything else."""
+    handle = os.open(path, flags | GUARDED, 0o666)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(f"{path} is not a regular file")
+
+
+def _text(path: Path) -> str:
+    with os.fdopen(_open(path, os.O_RDONLY), encoding="utf-8") as file:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+            raise OSError(f"it has more than {MOST_BYTES} bytes")
+        return file.read()
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
+    """Holds the lock file. TimeoutError (an OSError) where another process keeps it."""
+    with os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "rb") as file:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            deadline = time.monotonic() + WAIT
+            while not _taken(file.fileno()):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process has kept {path} locked for {WAIT:g} s")
+                time.sleep(0.005)
         yield
+
+
+def _taken(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
