@@ -90,15 +90,15 @@ _INTEGERS = {1: "b", 2: "h", 4: "i", 8: "q"}
 def sample_step(shape: tuple[int, ...]) -> int:
     """The distance between compared elements of a weight that lies in memory without gaps.
 
-    Steps past whole rows go on by the golden section of a row, and the step has no factor in common with the shape, so
-    that half the rows, half the columns or one tap of a kernel are never passed over.
+    Long steps end at the golden section of a row, and no step has a factor in common with the shape, so that half the
+    rows, half the columns or one tap of a kernel are never passed over.
     """
     numel = math.prod(shape)
     row = numel // shape[0]
     step = max(1, numel // max(SAMPLE, numel // EVERY))
-    if step > row:
-        step = step // row * row - int(0.382 * row)
-    while math.gcd(step, numel) > 1:
+    if step > 0.618 * row:
+        step = int((int(step / row - 0.618) + 0.618) * row)
+    while math.gcd(step, numel) > 1:  # ends at 1
         step -= 1
     return step
 
