@@ -53,10 +53,7 @@ _changing = threading.RLock()  # held by whoever freezes or unfreezes
 
 class _Frozen(nn.Module):
     """What every frozen layer adds: anything that may change its parameters, or take it elsewhere, unfreezes it.
-
-    Without copies a frozen layer behaves as its original. Another library may derive a class from a frozen one
-    (parametrizations, fully_shard): that class stays when the layer is unfrozen.
-    """
+    Classes that other libraries derive from it (parametrizations, fully_shard) stay: without copies it does nothing."""
 
     _zeroblock_original: type[nn.Module]
 
@@ -81,8 +78,7 @@ class _Frozen(nn.Module):
         original = _original(self)
         if original is None:
             return reduced
-        _, _, *state = reduced
-        return copyreg._reconstructor, (original, object, None), *state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (original, object, None), *reduced[2:]  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, frozen" if self in _published else super().extra_repr()
@@ -109,11 +105,7 @@ def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> packed.Copy | None:
 
 
 # By the number of spatial dimensions.
-_CONV_FORWARDS: dict[int, Any] = {
-    1: nn.Conv1d._conv_forward,
-    2: nn.Conv2d._conv_forward,
-    3: nn.Conv3d._conv_forward,
-}
+_CONV_FORWARDS: dict[int, Any] = {n: conv._conv_forward for n, conv in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)}
 
 
 class FrozenConv(_Frozen):
@@ -122,12 +114,12 @@ class FrozenConv(_Frozen):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         copy = _usable(x, weight, bias)
         geometry = None if copy is None else _geometry(self)
-        if copy is None or geometry is None or not _takes(x, weight, geometry):
+        size = None if geometry is None else _output_size(x, weight, geometry)
+        if copy is None or geometry is None or size is None:
             return _CONV_FORWARDS[len(self.kernel_size)](self, x, weight, bias)
         zero.count("frozen_conv", copy.zero)
         if copy.zero:
             copy.verify()
-            size = _size(x, weight, geometry)
             empty = lambda: empty_conv_output(x, weight, size, weight.dtype)  # noqa: E731
             return residual_alone(None, bias, None, 1, weight.dtype, empty)
         return CONV(ConvCall(select("conv_residual", x), x, weight, bias, None, geometry))
@@ -172,8 +164,7 @@ def _frozen_class(original: type[nn.Module]) -> type[nn.Module]:
 def _geometry(conv: nn.Module) -> Geometry | None:
     """Read at every call, as torch does. None where the library's layer has to say what it means or what is wrong."""
     stride, dilation, padding = conv.stride, conv.dilation, conv.padding
-    named = isinstance(padding, str)
-    for numbers in (stride, dilation) if named else (stride, dilation, padding):
+    for numbers in (stride, dilation) if isinstance(padding, str) else (stride, dilation, padding):
         if not isinstance(numbers, (tuple, list)) or len(numbers) != len(conv.kernel_size):  # type: ignore[arg-type]
             return None
     if conv.padding_mode != "zeros" or min(*stride, *dilation) < 1 or (padding == "same" and max(stride) > 1):
@@ -184,16 +175,13 @@ def _geometry(conv: nn.Module) -> Geometry | None:
     return Geometry(tuple(stride), sides, tuple(dilation), conv.groups)
 
 
-def _size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...]:
-    return conv_size((x.shape[0], *x.shape[2:]), weight, geometry.padding, geometry.stride, geometry.dilation)
-
-
-def _takes(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether torch.convolution takes these operands; the library's layer says what is wrong with others."""
-    groups = geometry.groups
+def _output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...] | None:
+    """None for operands that torch.convolution does not take: the library's layer says what is wrong."""
+    stride, padding, dilation, groups = geometry
     if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        return False
-    return min(_size(x, weight, geometry)[2:]) > 0
+        return None
+    size = conv_size((x.shape[0], *x.shape[2:]), weight, padding, stride, dilation)
+    return size if min(size[2:]) > 0 else None
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -246,7 +234,7 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
     with _changing:
         unfreeze(model)
         report = FreezeReport(check=check)
-        copies: dict[int, packed.Copy] = {}
+        copies: set[packed.Copy] = set()
         layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, layers)]:
             for parameter in module._parameters.values():
@@ -257,9 +245,9 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
                 report.skipped[name] = why
                 continue
             copy = _freeze_layer(module, check)
-            copies[id(copy)] = copy
+            copies.add(copy)
             (report.folded if copy.zero else report.packed).append(name)
-        report.nbytes = sum(c.nbytes() for c in copies.values())
+        report.nbytes = sum(c.nbytes() for c in copies)
     return report
 
 
