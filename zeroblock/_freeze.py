@@ -114,14 +114,19 @@ class FrozenConv(_Frozen):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         copy = _usable(x, weight, bias)
         geometry = None if copy is None else _geometry(self)
-        size = None if geometry is None else _output_size(x, weight, geometry)
-        if copy is None or geometry is None or size is None:
+        takes = geometry is not None and x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * geometry.groups
+        if copy is None or geometry is None or not takes:
             return _CONV_FORWARDS[len(self.kernel_size)](self, x, weight, bias)
-        zero.count("frozen_conv", copy.zero)
         if copy.zero:
+            stride, padding, dilation, groups = geometry
+            size = conv_size((x.shape[0], *x.shape[2:]), weight, padding, stride, dilation)
+            if min(size) < 1 or weight.shape[0] % groups:
+                return _CONV_FORWARDS[len(self.kernel_size)](self, x, weight, bias)  # which says what is wrong
             copy.verify()
+            zero.count("frozen_conv", True)
             empty = lambda: empty_conv_output(x, weight, size, weight.dtype)  # noqa: E731
             return residual_alone(None, bias, None, 1, weight.dtype, empty)
+        zero.count("frozen_conv", False)
         return CONV(ConvCall(select("conv_residual", x), x, weight, bias, None, geometry))
 
 
@@ -173,15 +178,6 @@ def _geometry(conv: nn.Module) -> Geometry | None:
     if any(overhang) or min(sides) < 0:
         return None
     return Geometry(tuple(stride), sides, tuple(dilation), conv.groups)
-
-
-def _output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...] | None:
-    """None for operands that torch.convolution does not take: the library's layer says what is wrong."""
-    stride, padding, dilation, groups = geometry
-    if x.dim() != weight.dim() or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        return None
-    size = conv_size((x.shape[0], *x.shape[2:]), weight, padding, stride, dilation)
-    return size if min(size[2:]) > 0 else None
 
 
 def _why_not(module: nn.Module) -> str | None:
