@@ -79,6 +79,17 @@ def blocks() -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
     return found
 
 
+def frozen() -> dict[str, tuple[nn.Module, Tensor]]:
+    """{layer: (module, input)} after `zb.freeze`."""
+    layers = {
+        "Linear, frozen": (nn.Linear(64, 64), torch.randn(4, 64)),
+        "Conv2d, frozen": (nn.Conv2d(32, 32, 3, padding=1), torch.randn(1, 32, 4, 4)),
+    }
+    for layer, _ in layers.values():
+        zb.freeze(layer.eval())
+    return layers
+
+
 def calls() -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
     found: dict[str, Callable[[], object]] = {}
@@ -87,6 +98,8 @@ def calls() -> dict[str, Callable[[], object]]:
         leaves = tuple(t.detach().requires_grad_() for t in tensors)
         found[f"{name}, inference"] = lambda function=function, tensors=tensors: function(*tensors)
         found[f"{name}, training"] = _training(function, leaves, [*leaves, *parameters])
+    for name, (layer, x) in frozen().items():
+        found[f"{name}, inference"] = lambda layer=layer, x=x: layer(x)
     return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -44,36 +46,52 @@ class FreezeReport:
         return "\n".join(lines)
 
 
+# What each frozen layer gives back when it is unfrozen: `packed.publish`'s references.
+_published: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Tensor]]] = weakref.WeakKeyDictionary()
+_changing = threading.RLock()  # held by whoever freezes or unfreezes
+
+
 class _Frozen(nn.Module):
-    """What every frozen layer adds: anything that may change its parameters, or take it elsewhere, unfreezes it."""
+    """What every frozen layer adds: anything that may change its parameters, or take it elsewhere, unfreezes it.
+    Classes that other libraries derive from it (parametrizations, fully_shard) stay: without copies it does nothing."""
 
     _zeroblock_original: type[nn.Module]
 
     def train(self, mode: bool = True) -> Any:
-        if not mode:
-            return super().train(mode)
-        _thaw(self)
-        return self.train(mode)  # the original class's, now
+        inherited = super().train  # looked up while the class has it
+        if mode:
+            _thaw(self)
+        return inherited(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        inherited = super()._apply
         _thaw(self)
-        return self._apply(fn, recurse)
+        return inherited(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        inherited = super()._load_from_state_dict
         _thaw(self)
-        return self._load_from_state_dict(*args, **kwargs)
+        inherited(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        _, _, *state = reduced
-        return copyreg._reconstructor, (type(self)._zeroblock_original, object, None), *state  # type: ignore[attr-defined]
+        original = _original(self)
+        if original is None:
+            return reduced
+        return copyreg._reconstructor, (original, object, None), *reduced[2:]  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, frozen"
+        return f"{super().extra_repr()}, frozen" if self in _published else super().extra_repr()
+
+
+def _original(module: nn.Module) -> type[nn.Module] | None:
+    """The class that freeze replaced; None for layers that are not frozen or have another library's class since."""
+    return vars(type(module)).get("_zeroblock_original")
 
 
 def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> packed.Copy | None:
-    """What freeze keeps for the weight where this call may use it: plain inference on x, else None."""
+    """What freeze keeps for the weight where this call may use it: plain inference on x, else None. Not verified:
+    whoever uses it does."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter):
         return None
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or zero.transforms_active():
@@ -83,7 +101,11 @@ def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> packed.Copy | None:
         return None  # the library's layer knows its backward
     if any(t.dtype != weight.dtype or t.device != weight.device for t in tensors):
         return None  # the library's layer says what is wrong
-    return None if torch.is_autocast_enabled(x.device.type) else packed.find(weight)
+    return None if torch.is_autocast_enabled(x.device.type) else packed.current(weight)
+
+
+# By the number of spatial dimensions.
+_CONV_FORWARDS: dict[int, Any] = {n: conv._conv_forward for n, conv in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)}
 
 
 class FrozenConv(_Frozen):
@@ -91,15 +113,20 @@ class FrozenConv(_Frozen):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         copy = _usable(x, weight, bias)
-        geometry = _geometry(self)
-        if copy is None or geometry is None or x.dim() != weight.dim() or x.shape[1] != self.in_channels:
-            return super()._conv_forward(x, weight, bias)
-        zero.count("frozen_conv", copy.zero)
+        geometry = None if copy is None else _geometry(self)
+        takes = geometry is not None and x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * geometry.groups
+        if copy is None or geometry is None or not takes:
+            return _CONV_FORWARDS[len(self.kernel_size)](self, x, weight, bias)
         if copy.zero:
-            stride, padding, dilation, _ = geometry
+            stride, padding, dilation, groups = geometry
             size = conv_size((x.shape[0], *x.shape[2:]), weight, padding, stride, dilation)
+            if min(size) < 1 or weight.shape[0] % groups:
+                return _CONV_FORWARDS[len(self.kernel_size)](self, x, weight, bias)  # which says what is wrong
+            copy.verify()
+            zero.count("frozen_conv", True)
             empty = lambda: empty_conv_output(x, weight, size, weight.dtype)  # noqa: E731
             return residual_alone(None, bias, None, 1, weight.dtype, empty)
+        zero.count("frozen_conv", False)
         return CONV(ConvCall(select("conv_residual", x), x, weight, bias, None, geometry))
 
 
@@ -108,11 +135,12 @@ class FrozenLinear(_Frozen, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name: callers pass it by keyword
         x, weight, bias = input, self.weight, self.bias
         copy = _usable(x, weight, bias)
-        if copy is None or x.dim() < 2 or x.shape[-1] != self.in_features:
-            return super().forward(x)
+        if copy is None or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+            return nn.Linear.forward(self, x)  # not super(): another thread may have unfrozen the layer
         zero.count("frozen_linear", copy.zero)
         if copy.zero:
-            empty = lambda: x.new_empty(*x.shape[:-1], self.out_features)  # noqa: E731
+            copy.verify()
+            empty = lambda: x.new_empty(*x.shape[:-1], weight.shape[0])  # noqa: E731
             return residual_alone(None, bias, None, -1, weight.dtype, empty)
         return select("linear_gate_residual", x).linear(x, weight, bias)
 
@@ -139,8 +167,17 @@ def _frozen_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _geometry(conv: nn.Module) -> Geometry | None:
-    padding, overhang = conv_padding(conv)
-    return None if any(overhang) else Geometry(tuple(conv.stride), padding, tuple(conv.dilation), conv.groups)
+    """Read at every call, as torch does. None where the library's layer has to say what it means or what is wrong."""
+    stride, dilation, padding = conv.stride, conv.dilation, conv.padding
+    for numbers in (stride, dilation) if isinstance(padding, str) else (stride, dilation, padding):
+        if not isinstance(numbers, (tuple, list)) or len(numbers) != len(conv.kernel_size):  # type: ignore[arg-type]
+            return None
+    if conv.padding_mode != "zeros" or min(*stride, *dilation) < 1 or (padding == "same" and max(stride) > 1):
+        return None
+    sides, overhang = conv_padding(conv)
+    if any(overhang) or min(sides) < 0:
+        return None
+    return Geometry(tuple(stride), sides, tuple(dilation), conv.groups)
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -148,6 +185,8 @@ def _why_not(module: nn.Module) -> str | None:
     if not is_plain_layer(module):
         return "its weight is computed, or it is not a plain layer (a subclass, or padding other than zeros)"
     weight = module.weight
+    if isinstance(module, nn.modules.conv._ConvNd) and type(module)._conv_forward not in _CONV_FORWARDS.values():
+        return "a subclass with a convolution of its own"
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or weight.device.type == "meta":
         return "its weight is not a plain strided parameter"
     if zero.is_exactly_zero(weight):
@@ -167,55 +206,71 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
     Weights are packed once as oneDNN computes with them (torch reorders them at every call), zero weights fold to their
     bias, and zero branches of zeroblock's modules are decided once, on a GPU too. float32 and bfloat16 on the CPU;
     what cannot be prepared is named in the report and stays as it is. Calls that need gradients, autocast,
-    torch.compile or tensor subclasses take the ordinary path.
+    torch.compile or tensor subclasses take the ordinary path. Other threads may infer with the model meanwhile.
 
     The weights must not change until `unfreeze`. train(), load_state_dict and moving or casting the model unfreeze what
-    they reach; an optimizer step that holds a frozen parameter raises RuntimeError, as does a call after a write that
-    can be seen. Writes that leave no trace (through .data, by numpy) are found only with check=True, which keeps the
-    original of every weight and compares all bits at each use. state_dict, deepcopy and pickle give unfrozen layers.
+    they reach; an optimizer step that holds a frozen parameter raises RuntimeError. A changed stride, padding,
+    padding_mode, dilation or number of groups, or a new Parameter in place of a frozen one, is followed. state_dict,
+    deepcopy and pickle give unfrozen layers. Freezing twice prepares the weights anew.
 
-    Raises TypeError when model is not a Module. Freezing twice prepares the weights anew.
+    A weight that was written all the same raises RuntimeError at the next call that would use its copy. Compared are
+    address, shape, strides, torch's version counter and, on the CPU, the bits of a sample, at least 64 elements or one
+    in 8192, spread evenly. Left undetected, where no version moves (writes through .data, by numpy, by peft's
+    merge_adapter, by an EMA's copy_to, under inference_mode):
+    - on the CPU a write that leaves all sampled elements as they were: of a few elements, rows or columns, or by
+      changes most of which are lost in rounding. One that changes a share p of the elements at random is passed over
+      with probability (1 - p) ** 64 at most;
+    - on a GPU every one: a sample would wait for the device at each call.
+    check=True keeps the original of every weight and compares all bits at each use: nothing is left.
+
+    Raises TypeError when model is not a Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be a Module, got {type(model).__name__}")
-    unfreeze(model)
-    report = FreezeReport(check=check)
-    copies: dict[int, packed.Copy] = {}
-    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, layers)]:
-        why = _why_not(module)
-        if why is not None:
-            report.skipped[name] = why
-            continue
-        copy = _freeze_layer(module, check)
-        copies[id(copy)] = copy
-        (report.folded if copy.zero else report.packed).append(name)
-    report.nbytes = sum(c.nbytes() for c in copies.values())
+    with _changing:
+        unfreeze(model)
+        report = FreezeReport(check=check)
+        copies: set[packed.Copy] = set()
+        layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, layers)]:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    packed.forget_changed(parameter)
+            why = _why_not(module)
+            if why is not None:
+                report.skipped[name] = why
+                continue
+            copy = _freeze_layer(module, check)
+            copies.add(copy)
+            (report.folded if copy.zero else report.packed).append(name)
+        report.nbytes = sum(c.nbytes() for c in copies)
     return report
 
 
 def _freeze_layer(module: nn.Module, check: bool) -> packed.Copy:
     weight, bias = module.weight, module.bias
-    copy = packed.add(weight, zero.is_exactly_zero(weight), check)
-    if bias is not None:
-        packed.add(bias, zero.is_exactly_zero(bias), check)
+    copy = packed.prepare(weight, zero.is_exactly_zero, check)
     if not copy.zero:
         geometry = None if isinstance(module, nn.Linear) else _geometry(module)
         if geometry is None:
             copy.pack_linear()
         else:
             copy.pack_conv(select("conv_residual", weight), geometry)
-    module.__class__ = _frozen_class(type(module))
+    published = [packed.publish(copy)]
+    if bias is not None:
+        published.append(packed.publish(packed.prepare(bias, zero.is_exactly_zero, check)))
+    _published[module] = published
+    if not isinstance(module, _Frozen):  # else another library's class, derived from a frozen one
+        module.__class__ = _frozen_class(type(module))
     return copy
 
 
 def _thaw(module: nn.Module) -> None:
-    original = getattr(type(module), "_zeroblock_original", None)
-    if original is None:
-        return
-    module.__class__ = original
-    for parameter in (module.weight, module.bias):
-        if parameter is not None:
+    with _changing:
+        original = _original(module)
+        if original is not None:
+            module.__class__ = original
+        for parameter in _published.pop(module, ()):
             packed.drop(parameter)
 
 

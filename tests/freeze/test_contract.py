@@ -219,7 +219,7 @@ def test_writes_that_can_be_seen_raise(write):
 
 @pytest.mark.parametrize("where", ["conv", "linear", "ResBlock", "DiT"])
 def test_check_finds_writes_that_leave_no_trace(where):
-    """Through .data no version moves: without check the copy is stale, as documented; with it the call raises."""
+    """One element written through .data: no version moves and no sample sees it."""
     torch.manual_seed(0)
     tokens = (torch.randn(2, 4, 32), torch.randn(2, 32))
     model, weight, inputs = {
@@ -242,12 +242,7 @@ def test_check_finds_writes_that_leave_no_trace(where):
         )
     )
     with torch.no_grad():
-        plain, checked = zb.freeze(model), None
-        before = model(*inputs)
-        weight.data.add_(1.0)
-        testing.assert_bitwise_equal(model(*inputs), before)
-        weight.data.sub_(1.0)
-        checked = zb.freeze(model, check=True)
+        plain, checked = zb.freeze(model), zb.freeze(model, check=True)
         assert checked.check and checked.nbytes > plain.nbytes and "compared" in str(checked)
         model(*inputs)
         weight.data.view(-1)[-1] += 1e-3

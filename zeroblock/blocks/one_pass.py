@@ -89,7 +89,7 @@ def _rows_are_zero(parameters: tuple[Tensor, ...], chunks: int, gates: tuple[int
             return False
         return all(zero.is_exactly_zero(t.detach().unflatten(0, (chunks, -1))[i]) for i in gates for t in parameters)
 
-    return _packed.decide_once("gate rows", parameters, decide)
+    return _packed.decide_once(("gate rows", chunks, gates), parameters, decide)
 
 
 def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Tensor, is_linear: bool) -> Any:

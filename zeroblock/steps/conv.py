@@ -204,8 +204,9 @@ def _why_not_packed(call: ConvCall) -> str | None:
 def _with_packed_weight(call: ConvCall) -> Tensor:
     _, h, weight, bias, residual, geometry = call
     copy = packed.find(weight)
-    assert copy is not None
-    prepared = copy.convs["onednn", geometry]
+    prepared = None if copy is None else copy.convs.get(("onednn", geometry))
+    if prepared is None:  # another thread has unfrozen the weight
+        return library_conv(call)
     stride, padding, dilation, groups = geometry
     bias = None if bias is None else bias.contiguous()
     if _fits_post_op(h, weight, residual):

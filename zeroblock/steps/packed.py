@@ -1,15 +1,19 @@
 """What `zb.freeze` keeps for a weight: packed copies for oneDNN, and whether the weight is zero.
 
 No cheap test proves a copy current (fused optimizers and writes through .data leave no trace), so copies exist only
-between `freeze` and `unfreeze`, while the user promises not to write the weight. What a cheap test does show, another
-address or version, raises at the next use; freeze(check=True) keeps the original and compares every bit at every use.
+between `freeze` and `unfreeze`, while the user promises not to write the weight. Every use compares address, shape,
+strides, version and, on the CPU, a sample of the elements with what they were, and raises where they differ;
+freeze(check=True) keeps the original and compares every bit.
+Other threads may infer meanwhile: a copy is published when it is complete, and whoever finds none uses the weight.
 Other ways of preparing a convolution's weight register in `CONV_PACKERS` (steps/winograd.py).
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -75,20 +79,72 @@ def _bits(t: Tensor) -> Tensor:
     return t.detach().view(integers[t.element_size()])
 
 
+# How many elements are compared at each use: at least SAMPLE, and one in EVERY of a large weight. The first take 0.2 us
+# (measured: python benchmarks/overhead.py), one element from memory as long as some 500 products (measured:
+# python benchmarks/run.py --group frozen).
+SAMPLE, EVERY = 64, 8192
+
+_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory.restype, _memory.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_INTEGERS = {1: "b", 2: "h", 4: "i", 8: "q"}
+
+
+def sample_step(shape: tuple[int, ...]) -> int:
+    """The distance between compared elements of a weight that lies in memory without gaps.
+
+    Long steps end at the golden section of a row, and no step has a factor in common with the shape, so that half the
+    rows, half the columns or one tap of a kernel are never passed over.
+    """
+    numel = math.prod(shape)
+    row = numel // shape[0]
+    step = max(1, numel // max(SAMPLE, numel // EVERY))
+    if step > 0.618 * row:
+        step = int((int(step / row - 0.618) + 0.618) * row)
+    while math.gcd(step, numel) > 1:  # ends at 1
+        step -= 1
+    return step
+
+
+def _integers(memory: Any, size: int) -> memoryview[int]:
+    return memory.cast(_INTEGERS[size])
+
+
+def _sample(t: Tensor) -> memoryview[int] | None:
+    """A view of elements of t, as integers, for as long as its storage lives; None where that is not to be had."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    if t.device.type != "cpu" or t.numel() == 0 or t.dim() == 0 or span != t.numel():
+        return None
+    size = t.element_size()
+    readable = _memory(t.data_ptr(), t.numel() * size, 0x100)  # PyBUF_READ
+    return _integers(readable, size)[:: sample_step(t.shape)]
+
+
 class Copy:
     """The frozen state of one parameter; several modules may share it."""
 
-    def __init__(self, parameter: Tensor, zero: bool, check: bool):
+    def __init__(self, parameter: Tensor, zero: bool):
         key = id(parameter)
-        self.parameter = weakref.ref(parameter, lambda _: _forget(key, self))
+        self.parameter = weakref.ref(parameter, lambda dead: _forget(key, dead))
+        self.storage = parameter.untyped_storage()  # kept, so that nothing else can come to lie at the same address
         self.pointer = parameter.data_ptr()
+        self.shape, self.stride = parameter.shape, parameter.stride()
         self.version = None if parameter.is_inference() else parameter._version
         self.zero = zero
-        self.original = parameter.detach().clone() if check else None
+        self.sample = _sample(parameter)
+        self.expected = (
+            None if self.sample is None else _integers(memoryview(self.sample.tobytes()), parameter.element_size())
+        )
+        self.original: Tensor | None = None
         self.convs: dict[tuple[str, Geometry], Tensor] = {}
         self.pieces: list[Tensor] = []
-        self.decisions: dict[str, bool] = {}
+        self.decisions: dict[Hashable, bool] = {}
         self.owners = 0
+        if self.sample is None and parameter.device.type == "cpu":
+            self.keep_original()  # a weight with gaps in memory
+
+    def keep_original(self) -> None:
+        if self.original is None:
+            self.original = self._alive().detach().clone()
 
     def _alive(self) -> Tensor:
         parameter = self.parameter()
@@ -114,19 +170,25 @@ class Copy:
         sizes = [torch.ops.mkldnn._nbytes(t) if t.layout is _MKLDNN else t.nbytes for t in kept]
         return sum(sizes) + (0 if self.original is None else self.original.nbytes)
 
-    def verify(self) -> None:
-        """Raises RuntimeError when the parameter was written or moved since it was frozen, as far as can be told."""
+    def changed(self) -> str | None:
+        """ "moved" or "written" when the parameter was, since it was frozen, as far as can be told; else None."""
         t = self.parameter()
         if t is None:
-            return
-        moved = t.data_ptr() != self.pointer
-        written = self.version is not None and t._version != self.version
-        if not (moved or written) and self.original is not None:
-            written = not torch.equal(_bits(t), _bits(self.original))
-        if moved or written:
-            what = "moved" if moved else "written"
+            return None
+        if t.data_ptr() != self.pointer or t.stride() != self.stride or t.shape != self.shape:
+            return "moved"
+        if (self.version is not None and t._version != self.version) or self.sample != self.expected:
+            return "written"
+        if self.original is not None and not torch.equal(_bits(t), _bits(self.original)):
+            return "written"
+        return None
+
+    def verify(self) -> None:
+        """Raises RuntimeError when the parameter has `changed`."""
+        what = self.changed()
+        if what is not None:
             raise RuntimeError(
-                f"zeroblock: a parameter of shape {list(t.shape)} was {what} while frozen; "
+                f"zeroblock: a parameter of shape {list(self.shape)} was {what} while frozen; "
                 "call zeroblock.unfreeze(model) before changing it, or zeroblock.freeze(model) again"
             )
 
@@ -134,27 +196,44 @@ class Copy:
 copies: dict[int, Copy] = {}
 
 
-def _forget(key: int, copy: Copy) -> None:
-    if copies.get(key) is copy:
-        del copies[key]
+def _forget(key: int, parameter: weakref.ref[Tensor]) -> None:
+    copy = copies.get(key)
+    if copy is not None and copy.parameter is parameter:
+        copies.pop(key, None)
 
 
-def add(parameter: Tensor, zero: bool, check: bool) -> Copy:
-    """The copy of this parameter, made if there is none, with one owner more."""
+def forget_changed(parameter: Tensor) -> None:
+    """The copy of a parameter that has changed is dropped: layers of other models that share it use the weight."""
+    copy = current(parameter)
+    if copy is not None and copy.changed() is not None:
+        _forget(id(parameter), copy.parameter)
+
+
+def prepare(parameter: Tensor, zero: Callable[[Tensor], bool], check: bool) -> Copy:
+    """The copy of this parameter, or a new one for `publish`."""
     copy = current(parameter)
     if copy is None:
-        copy = copies[id(parameter)] = Copy(parameter, zero, check)
-    copy.owners += 1
+        copy = Copy(parameter, zero(parameter))
+    if check:
+        copy.keep_original()
     return copy
 
 
-def drop(parameter: Tensor) -> None:
-    """One owner less."""
-    copy = current(parameter)
-    if copy is not None:
+def publish(copy: Copy) -> weakref.ref[Tensor]:
+    """Others may use the copy from now on. It has one owner more, who gives the result to `drop`."""
+    copy.owners += 1
+    copies[id(copy.parameter())] = copy
+    return copy.parameter
+
+
+def drop(parameter: weakref.ref[Tensor]) -> None:
+    """One owner less of the copy that was published under this reference."""
+    t = parameter()
+    copy = None if t is None else current(t)
+    if copy is not None and copy.parameter is parameter:
         copy.owners -= 1
         if copy.owners == 0:
-            _forget(id(parameter), copy)
+            _forget(id(t), parameter)
 
 
 def current(t: Tensor) -> Copy | None:
@@ -177,15 +256,16 @@ def find(t: Tensor) -> Copy | None:
     return copy
 
 
-def decide_once(name: str, parameters: tuple[Tensor, ...], decide: Callable[[], bool]) -> bool:
+def decide_once(question: Hashable, parameters: tuple[Tensor, ...], decide: Callable[[], bool]) -> bool:
     """decide(), remembered while every parameter is frozen."""
     found = [find(p) for p in parameters]
     first = found[0]
     if first is None or None in found:
         return decide()
-    if name not in first.decisions:
-        first.decisions[name] = decide()
-    return first.decisions[name]
+    key = (question, *found[1:])  # a weight may be shared by layers whose biases differ
+    if key not in first.decisions:
+        first.decisions[key] = decide()
+    return first.decisions[key]
 
 
 def any_frozen(tensors: list[Tensor]) -> Tensor | None:
