@@ -51,12 +51,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SEPARATOR = " | "  # between the parts of a situation; none of them holds it
-POLICIES = ("measure", "fixed")
-# Floating-point operations: 0.3 ms at 100 GFLOP/s of a core, ten times what a plan's look-up and a call's overhead take
-# (measured: python benchmarks/run.py --group dense, --group overhead).
+POLICIES = "measure", "fixed"
+# Floating-point operations, 0.3 ms at 100 GFLOP/s of a core (measured: python benchmarks/run.py --group dense).
 WORTH_MEASURING = 1 << 25
 MEMORY = 1 << 14  # situations remembered, some 10 MB: shapes that never repeat must not fill the memory
-
 _policy = os.environ.get("ZEROBLOCK_PLAN") or "measure"
 if _policy not in POLICIES:
     raise ValueError(f"ZEROBLOCK_PLAN must be one of {', '.join(POLICIES)}, got {_policy!r}")
