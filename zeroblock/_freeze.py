@@ -89,6 +89,7 @@ def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> packed.Copy | None:
 class FrozenConv(_Frozen):
     """Overrides what nn.ConvNd.forward computes with, so that subclasses keep their own forward."""
 
+    @plain_forward
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         copy = _usable(x, weight, bias)
         geometry = _geometry(self)

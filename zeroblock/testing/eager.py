@@ -107,17 +107,19 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x, emb):
-        norm1, silu1, conv1 = self.in_layers
-        norm2, silu2, dropout, conv2 = self.out_layers
-        h = conv1(self.h_upd(silu1(norm1(x))))
+        if self.updown:
+            h = self.in_layers[-1](self.h_upd(self.in_layers[:-1](x)))
+        else:
+            h = self.in_layers(x)
         e = self.emb_layers(emb).to(h.dtype)
         e = e.reshape(e.shape + (1,) * (h.dim() - 2))
         if self.use_scale_shift_norm:
             scale, shift = e.chunk(2, dim=1)
-            h = norm2(h) * (1 + scale) + shift
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
         else:
-            h = norm2(h + e)
-        return self.skip_connection(self.x_upd(x)) + conv2(dropout(silu2(h)))
+            h = self.out_layers(h + e)
+        return self.skip_connection(self.x_upd(x)) + h
 
 
 class Attention(nn.Module):

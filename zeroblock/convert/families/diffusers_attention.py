@@ -16,6 +16,21 @@ from ..family import lacks, register
 from .whole_skip import InferenceSkip
 
 
+def plain_processor(attn: Any) -> bool:
+    """An attention whose processor is diffusers' own: it ends in the output layer."""
+    return _state(attn.processor) is not None
+
+
+def _state(processor: Any) -> tuple | None:
+    """What an attention processor's result can depend on beside its inputs; None where nobody can tell: others'
+    classes may add anything, at a strength that changes."""
+    kind, fields = type(processor), vars(processor)
+    if not kind.__module__.startswith("diffusers.") or isinstance(processor, nn.Module):
+        return None
+    plain = all(isinstance(v, (bool, int, float, str, type(None))) for v in fields.values())
+    return (kind, kind.__call__, *sorted(fields.items())) if plain and "__call__" not in fields else None
+
+
 class _Ungated(InferenceSkip):
     """What the branches share: known by name in diffusers, dense as they are."""
 
@@ -65,12 +80,15 @@ class Attention(_Ungated):
         x, residual = hidden_states, block.residual_connection
         fits = isinstance(x, Tensor) and (x.dim() == 3 or x.dim() == 4 and residual)
         eager = functools.partial(self.eager, block, x, *args, **kwargs)
-        if not fits or not self.skips(block):
+        context = kwargs.get("encoder_hidden_states", args[0] if args else None)
+        same = context is None or fits and context.shape[0] == x.shape[0]
+        state = _state(block.processor)
+        if not fits or not same or state is None or not self.skips(block):
             return eager()
         y = self._residual_alone(block, x, residual)
         if residual:
             y = y / block.rescale_output_factor
-        key = (x.dim(), x.is_contiguous(), x.dtype, y.dtype, type(block.processor), len(args), *sorted(kwargs))
+        key = (x.dim(), x.is_contiguous(), x.dtype, y.dtype, state, len(args), *sorted(kwargs))
         return self.predicted(block, key, y, eager)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks import adaln
+from ...blocks.broadcast import tokens_and_condition
 from ...blocks.decision import SKIPS, decide
 from ...blocks.layers import is_plain_linear
 from ...ops.residual_alone import residual_alone
@@ -87,6 +88,8 @@ class T2IFinalLayer(FinalLayer):
     def forward(self, block: Any, x: Tensor, t: Tensor) -> Tensor:
         if x.dim() != 3 or t.dim() != 2 or not self._fits(block):
             return self.eager(block, x, t)
+
+        x, t = tokens_and_condition(x, t)
 
         def vectors(t: Tensor, table: Tensor) -> tuple[Tensor, ...]:
             return (table[None] + t[:, None]).unbind(1)
