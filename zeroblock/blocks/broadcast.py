@@ -27,9 +27,12 @@ def same_batch(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
 def tokens_and_condition(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
     """`same_batch` for a block whose first layer is a norm without parameters, of which eager saves nothing: training
     takes an x that was made in inference mode too."""
-    if x.is_inference() and torch.is_grad_enabled():
-        x = x.clone()
-    return same_batch(x, condition)
+    return same_batch(x.clone() if cannot_be_saved(x) else x, condition)
+
+
+def cannot_be_saved(x: Tensor) -> bool:
+    """Made in inference mode and used outside of it: autograd refuses to keep it for a backward."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference()
 
 
 def may_grow(residual: Tensor, operands: Iterable[Any], channels: int | None = None) -> bool:

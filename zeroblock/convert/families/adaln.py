@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ... import functional, zero
 from ..._dtypes import FLOATING
 from ...blocks import adaln, layers
-from ...blocks.broadcast import add_gated, fits_gate
+from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import bypassable, op_policy
 from ...blocks.residual import residual_branch
 from ...reference import apply_activation, modulation
@@ -65,7 +65,7 @@ def fits(norm: Any, x: Tensor, *vectors: Tensor) -> bool:
     """Whether the fused ops take norm and modulation here, and give the dtype eager does."""
     if x.dim() != 3 or not is_plain(x, getattr(norm, "weight", None), getattr(norm, "bias", None)):
         return False
-    if any(v.shape[0] != x.shape[0] for v in vectors) or x.is_inference() and torch.is_grad_enabled():
+    if any(v.shape[0] != x.shape[0] for v in vectors) or cannot_be_saved(x):
         return False  # eager broadcasts; and saves nothing of what a norm without parameters is given
     if x.is_cuda and x.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
         return False  # there autocast makes a norm's result float32

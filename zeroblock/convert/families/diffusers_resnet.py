@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...blocks import resblock
 from ...blocks.decision import allowed, bypassable
-from ...blocks.layers import DROPOUTS, SILUS, computes
+from ...blocks.layers import DROPOUTS, SILUS
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 from .adaln import zeroing_tensors
@@ -119,7 +119,7 @@ class ResnetBlock2D(_Resnet):
 
     def _fused(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor | None:
         norm1, conv1, norm2, conv2 = block.norm1, block.conv1, block.norm2, block.conv2
-        fits = computes(block.nonlinearity, SILUS) and resblock.fusable(norm1, conv1, norm2, conv2)
+        fits = type(block.nonlinearity).forward in SILUS and resblock.fusable(norm1, conv1, norm2, conv2)
         resample = block.upsample or block.downsample
         if not fits or not self._takes(block, temb) or not isinstance(resample, (nn.Module, type(None))):
             return None  # FIR filters are functions

@@ -17,6 +17,7 @@ from ...blocks.layers import SILUS, Forwards, computes, is_plain_linear, is_plai
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+from .adaln import gate_rows, zeroing_tensors
 
 _NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops take, or are watched by hooks"
 
@@ -66,8 +67,8 @@ class DiTBlock(_Modulated):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         linear = block.adaLN_modulation[-1]
-        rows = [tuple(t.chunk(adaln.CHUNKS)[i] for t in (linear.weight, linear.bias)) for i in adaln.GATES]
-        return {"attn": rows[0], "mlp": rows[1]}
+        attn, mlp = (gate_rows(linear, adaln.CHUNKS, gate) for gate in adaln.GATES)
+        return {"attn": attn, "mlp": mlp}
 
     def example(self, block: Any) -> tuple:
         D = block.adaLN_modulation[-1].in_features
@@ -168,7 +169,7 @@ class FinalLayer(_Modulated):
         return is_plain_norm(norm) and is_plain_linear(linear) and bypassable((norm, linear))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"linear": (block.linear.weight,)}
+        return {"linear": zeroing_tensors(block.linear, block.linear.weight)}
 
     def example(self, block: Any) -> tuple:
         linear = block.adaLN_modulation[-1]

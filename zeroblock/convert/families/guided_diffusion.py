@@ -41,7 +41,11 @@ class ResBlock(Family):
         return missing or (None if self._fits(block) else _NOT_PLAIN)
 
     def forward(self, block: Any, x: Tensor, emb: Any) -> Tensor:
-        return resblock.forward(self._layers(block), x, emb) if self._fits(block) else self.eager(block, x, emb)
+        # An embedding for each frame; more of them than frames make the result longer.
+        more_frames = isinstance(emb, Tensor) and emb.dim() > 2 and emb.shape[1] not in (1, x.shape[2])
+        if more_frames or not self._fits(block):
+            return self.eager(block, x, emb)
+        return resblock.forward(self._layers(block), x, emb)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"out_layers.3": (block.out_layers[3].weight,)}

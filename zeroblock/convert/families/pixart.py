@@ -14,6 +14,7 @@ from ...blocks.decision import SKIPS, decide
 from ...blocks.layers import is_plain_linear
 from ...ops.residual_alone import residual_alone
 from ..family import register
+from .adaln import zeroing_tensors
 from .dit import DiTBlock, FinalLayer, mlp_half
 
 
@@ -38,7 +39,8 @@ class PixArtBlock(DiTBlock):
         return [m for m in block.modules() if m is not block.cross_attn.proj]
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"cross_attn": (block.cross_attn.proj.weight,)}
+        proj = block.cross_attn.proj
+        return {"cross_attn": zeroing_tensors(proj, proj.weight)}
 
     def example(self, block: Any) -> tuple:
         D = block.scale_shift_table.shape[1]
