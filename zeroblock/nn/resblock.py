@@ -43,6 +43,12 @@ def _downsample(dims: int) -> nn.Module:
     return pools[dims]((1, 2, 2) if dims == 3 else 2)
 
 
+def _in_turn(layers: list[nn.Module], h: Tensor) -> Tensor:
+    for layer in layers:
+        h = layer(h)
+    return h
+
+
 class ResBlock(nn.Module):
     """y = skip(x) + conv2(dropout(silu(norm2(conv1(silu(norm1 x)), emb)))), conv2 zero at the start.
 
@@ -139,14 +145,16 @@ class ResBlock(nn.Module):
         """The same block through its submodules, as guided-diffusion calls them, so that their hooks run: in_layers is
         called as a whole unless there is a resampling inside, out_layers unless there is a modulation."""
         if self.updown:
-            h = self.in_layers[-1](self.h_upd(self.in_layers[:-1](x)))
+            *before, conv1 = self.in_layers
+            h = conv1(self.h_upd(_in_turn(before, x)))
             x = self.x_upd(x)
         else:
             h = self.in_layers(x)
         scale, shift, e = self._embedding(emb, h.dtype)
         if scale is not None and shift is not None:
-            h = self.out_layers[0](h) * (1 + channel_view(scale, h.dim())) + channel_view(shift, h.dim())
-            h = self.out_layers[1:](h)
+            norm2, *after = self.out_layers
+            h = norm2(h) * (1 + channel_view(scale, h.dim())) + channel_view(shift, h.dim())
+            h = _in_turn(after, h)
         else:
             h = self.out_layers(h if e is None else h + e)
         return self.skip_connection(x) + h
