@@ -74,6 +74,10 @@ def on_trial() -> Iterator[Callable[[], None]]:
 
 # ---- plain layers ----------------------------------------------------------------------------------------------------
 
+# Neither None (parametrized and pruned weights live elsewhere) nor another subclass: what is quantised or sharded
+# computes in its own way. Those of a compiler stand for ordinary ones.
+_PLAIN_WEIGHTS: set[type] = {nn.Parameter, Tensor, FakeTensor, FunctionalTensor}
+
 
 def is_plain_conv(module: Any) -> bool:
     """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding, no patch."""
@@ -83,7 +87,7 @@ def is_plain_conv(module: Any) -> bool:
         and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
         and "_conv_forward" not in module.__dict__
         and "forward" not in module.__dict__
-        and _is_plain_weight(module._parameters.get("weight"))
+        and type(module._parameters.get("weight")) in _PLAIN_WEIGHTS
         and module.padding_mode == "zeros"
     )
 
@@ -94,15 +98,8 @@ def is_plain_linear(module: Any) -> bool:
         isinstance(module, nn.Linear)
         and type(module).forward in _PLAIN_FORWARDS
         and "forward" not in module.__dict__
-        and _is_plain_weight(module._parameters.get("weight"))
+        and type(module._parameters.get("weight")) in _PLAIN_WEIGHTS
     )
-
-
-def _is_plain_weight(weight: Any) -> bool:
-    """Neither None (parametrized and pruned weights live elsewhere) nor a subclass: what is quantised or sharded
-    computes in its own way. Those of a compiler stand for ordinary ones."""
-    kind = type(weight)
-    return kind is nn.Parameter or kind is Tensor or kind is FakeTensor or kind is FunctionalTensor
 
 
 def is_plain_layer(module: Any) -> bool:

@@ -12,7 +12,7 @@ from ..blocks import adaln
 from ..blocks.adaln import CHUNKS, GATES
 from ..blocks.broadcast import add_gated, tokens_and_condition
 from ..blocks.decision import bypassable
-from ..blocks.layers import computes, is_plain_linear, is_plain_norm
+from ..blocks.layers import is_plain_linear, is_plain_norm
 from ..blocks.one_pass import copy_if_gates_are_zero
 from .init import zero_parameters
 
@@ -50,7 +50,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-_ATTENTIONS, _MLPS, _GELUS = {Attention.forward}, {Mlp.forward}, {nn.GELU.forward}
+_ATTENTION, _MLP, _GELU = Attention.forward, Mlp.forward, nn.GELU.forward
 
 
 class DiTBlock(nn.Module):
@@ -109,9 +109,10 @@ class DiTBlock(nn.Module):
         norm1, attn, norm2, mlp = modules["norm1"], modules["attn"], modules["norm2"], modules["mlp"]
         if type(attn) is not Attention or type(mlp) is not Mlp or not (is_plain_norm(norm1) and is_plain_norm(norm2)):
             return None
-        if not (computes(attn, _ATTENTIONS) and computes(mlp, _MLPS) and computes(mlp.act, _GELUS)):
-            return None  # patched
-        if mlp.act.approximate != "tanh":
+        act: Any = mlp._modules["act"]
+        if Attention.forward is not _ATTENTION or Mlp.forward is not _MLP or type(act).forward is not _GELU:
+            return None  # patched, or another activation
+        if act.approximate != "tanh":
             return None
         qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
         if not (is_plain_linear(qkv) and is_plain_linear(proj) and is_plain_linear(fc1) and is_plain_linear(fc2)):
