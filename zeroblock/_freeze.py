@@ -111,6 +111,7 @@ _CONV_FORWARDS: dict[int, Any] = {n: conv._conv_forward for n, conv in enumerate
 class FrozenConv(_Frozen):
     """Overrides what nn.ConvNd.forward computes with, so that subclasses keep their own forward."""
 
+    @plain_forward
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         copy = _usable(x, weight, bias)
         geometry = None if copy is None else _geometry(self)

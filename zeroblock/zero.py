@@ -11,8 +11,8 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
 6. Dropout masks are drawn before the decision, as eager draws them: the random stream is the same.
 7. Non-finite values: eager turns 0 * inf into NaN, a skipped branch does not.
-8. BatchNorm in train mode, hooks on bypassed submodules, torch.func transforms and forward-mode AD stop a skip. A
-   backward with create_graph recomputes its gradient through the reference.
+8. BatchNorm in train mode, hooks on bypassed submodules, torch.func transforms, forward-mode AD and torch.jit.trace
+   stop a skip. A backward with create_graph recomputes its gradient through the reference.
 9. No collective is added: weights that are sharded (DTensor) are dense by rule 1.
 10. `counters` tells how often each plan was executed and skipped; where the device alone knows, it was executed.
 
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 
 from .backends.available import kernels_run_on_host
@@ -89,9 +89,14 @@ def reference_only() -> Iterator[None]:
 
 
 def transforms_active() -> bool:
-    """torch.func transforms or forward-mode AD (or `reference_only`): the reference handles them, and nothing is
-    skipped (rule 8)."""
-    return _reference_only > 0 or _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """torch.func transforms, forward-mode AD, torch.jit.trace (or `reference_only`): the reference handles them, and
+    nothing is skipped (rule 8)."""
+    return (
+        _reference_only > 0
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+    )
 
 
 def test_of(op: str, policy: str, weight: Tensor) -> int:

@@ -174,5 +174,47 @@ def test_sharded_weight_is_dense(mesh):
     branch = zb.nn.ResidualBranch(nn.Identity(), nn.Linear(8, 8, bias=False))
     branch.tail.weight = nn.Parameter(distribute_tensor(torch.zeros(8, 8), mesh, [Replicate()]))
     x = distribute_tensor(torch.randn(2, 3, 8), mesh, [Replicate()])
-    assert not was_skipped("ResidualBranch", lambda: branch(x))
+    reset_counters()
     assert torch.equal(branch(x).full_tensor(), x.full_tensor())
+    assert counters() == {}, "nobody judges it"
+
+
+# ---- torch.jit.trace and compiled autograd ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_trace_holds_the_dense_formula(name):
+    """torch.jit.trace records what runs, for weights that may change later: nothing is skipped."""
+    case = CASES[name]
+    ours, theirs = case.pair()
+    inputs = tuple(t.detach() for t in case.example())
+    for p in ours.parameters():
+        p.requires_grad_(False)
+    traced = torch.jit.trace(ours, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(*inputs), theirs(*inputs), rtol=1e-4, atol=1e-4)
+        for traced_p, p in zip(traced.parameters(), theirs.parameters(), strict=True):
+            fresh = 0.1 * torch.randn_like(p)
+            p.copy_(fresh), traced_p.copy_(fresh)
+        torch.testing.assert_close(traced(*inputs), theirs(*inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_autograd(name):
+    """It sums gradients with torch.add: a gradient that is wanted is a tensor."""
+    from torch._dynamo import compiled_autograd
+
+    case = CASES[name]
+    ours, theirs = case.pair()
+    found = []
+    for module in (ours, theirs):
+        inputs = case.example()
+        with torch.enable_grad():
+            loss = module(*inputs).square().sum()
+        if module is ours:
+            with compiled_autograd._enable(torch.compile(backend="eager")):
+                loss.backward()
+        else:
+            loss.backward()
+        found.append([t.grad for t in (*inputs, *module.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.nn.modules import module as _nn_module
 
 from .. import zero
@@ -104,8 +104,9 @@ def runs_eagerly() -> bool:
 
 def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bool:
     """Whether these modules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn; with
-    may_draw False, no random numbers drawn."""
-    if _nn_module._has_any_global_hook():
+    may_draw False, no random numbers drawn. Under torch.jit.trace they are called, so that it sees whose weights it
+    records."""
+    if _nn_module._has_any_global_hook() or _get_tracing_state() is not None:
         return False
     waiting = list(modules)
     for m in waiting:  # grows by the children of each

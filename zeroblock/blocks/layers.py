@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..backends.select import select
 
@@ -15,14 +18,18 @@ Owned = tuple[nn.Module, str, Tensor]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
-# The forwards that compute torch's convolution or linear of the module's own weight and bias.
-_PLAIN_FORWARDS: set[Callable[..., Any]] = {
-    nn.Conv1d.forward,
-    nn.Conv2d.forward,
-    nn.Conv3d.forward,
-    nn.Linear.forward,
-}
-_LINEAR_FORWARDS = _PLAIN_FORWARDS  # by which zeroblock/_freeze.py registers its forward
+# ---- which forwards compute what -------------------------------------------------------------------------------------
+
+# The functions, as they were when zeroblock was imported: a class whose forward is patched later is no longer plain.
+Forwards = set[Callable[..., Any]]
+
+# Convolution or linear of the module's own weight and bias, and what nn.ConvNd.forward computes with.
+_PLAIN_FORWARDS: Forwards = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
+_PLAIN_FORWARDS |= {nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward}
+LAYER_NORMS: Forwards = {nn.LayerNorm.forward}
+GROUP_NORMS: Forwards = {nn.GroupNorm.forward}
+SILUS: Forwards = {nn.SiLU.forward}
+DROPOUTS: Forwards = {nn.Dropout.forward}
 
 
 def plain_forward(forward: Forward) -> Forward:
@@ -31,22 +38,67 @@ def plain_forward(forward: Forward) -> Forward:
     return forward
 
 
+# What `on_trial` was asked about.
+_asked: list[tuple[Forwards, Callable[..., Any]]] | None = None
+
+
+def computes(module: Any, known: Forwards) -> bool:
+    """Whether the forward of the module's class is one of `known`."""
+    forward = type(module).forward
+    return forward in known or _asked is not None and _taken_on_trial(forward, known)
+
+
+def _taken_on_trial(forward: Callable[..., Any], known: Forwards) -> bool:
+    assert _asked is not None
+    _asked.append((known, forward))
+    return True
+
+
+@contextlib.contextmanager
+def on_trial() -> Iterator[Callable[[], None]]:
+    """While a family is proved on a foreign block: classes that nobody knows yet (somebody's GroupNorm32) count as
+    what they stand for. The function it gives keeps those that were asked about, after the proof."""
+    global _asked
+    before, _asked = _asked, []
+    asked = _asked
+
+    def keep() -> None:
+        for known, forward in asked:
+            known.add(forward)
+
+    try:
+        yield keep
+    finally:
+        _asked = before
+
+
+# ---- plain layers ----------------------------------------------------------------------------------------------------
+
+# Neither None (parametrized and pruned weights live elsewhere) nor another subclass: what is quantised or sharded
+# computes in its own way. Those of a compiler stand for ordinary ones.
+_PLAIN_WEIGHTS: set[type] = {nn.Parameter, Tensor, FakeTensor, FunctionalTensor}
+
+
 def is_plain_conv(module: Any) -> bool:
-    """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding."""
+    """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding, no patch."""
     return (
         isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         and type(module).forward in _PLAIN_FORWARDS
-        and module._parameters.get("weight") is not None  # parametrized and pruned weights live elsewhere
+        and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
+        and "_conv_forward" not in module.__dict__
+        and "forward" not in module.__dict__
+        and type(module._parameters.get("weight")) in _PLAIN_WEIGHTS
         and module.padding_mode == "zeros"
     )
 
 
 def is_plain_linear(module: Any) -> bool:
-    """A linear layer whose forward is F.linear of its weight."""
+    """A linear layer whose forward is F.linear of its weight, an ordinary tensor."""
     return (
         isinstance(module, nn.Linear)
         and type(module).forward in _PLAIN_FORWARDS
-        and module._parameters.get("weight") is not None
+        and "forward" not in module.__dict__
+        and type(module._parameters.get("weight")) in _PLAIN_WEIGHTS
     )
 
 
@@ -56,8 +108,17 @@ def is_plain_layer(module: Any) -> bool:
 
 def is_plain_norm(module: Any) -> bool:
     """A LayerNorm of the last dimension without parameters."""
-    plain = type(module).forward is nn.LayerNorm.forward
+    plain = type(module).forward in LAYER_NORMS
     return plain and module._parameters.get("weight") is None and len(module.normalized_shape) == 1
+
+
+def is_group_norm(module: Any) -> bool:
+    """A GroupNorm with parameters of its own (parametrized ones live elsewhere) that computes one."""
+    return (
+        isinstance(module, nn.GroupNorm)
+        and computes(module, GROUP_NORMS)
+        and module._parameters.get("weight") is not None
+    )
 
 
 def fits_fused(conv: Any) -> bool:

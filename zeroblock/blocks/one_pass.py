@@ -57,7 +57,7 @@ def copy_if_gates_are_zero(
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain_linear(modulation):
         return None
     weight, bias = modulation._parameters["weight"], modulation._parameters.get("bias")
-    if weight.shape[0] % chunks or not allowed(name, policy, weight):
+    if not allowed(name, policy, weight) or weight.shape[0] % chunks:
         return None
     backend = _kernel(modulation, weight, bias, x, True)
     if backend is not None:

@@ -21,8 +21,9 @@ from .. import functional
 from .._autocast import autocast_dtype
 from ..reference import draw_keep, dropout_keep
 from ..steps.conv import empty_conv_output
+from .broadcast import same_batch
 from .decision import SKIPS, UNTESTED, Answer, bypassable, decide, op_policy
-from .layers import fits_fused, is_plain_conv, parameters_of
+from .layers import fits_fused, is_group_norm, is_plain_conv, parameters_of
 from .one_pass import residual_if_zero
 from .skip import Branch, Tail, skipped_branch, skipped_value
 
@@ -49,12 +50,7 @@ class Layers(NamedTuple):
 
 def fusable(norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
     """Whether the fused ops take these layers as they are now: same-size convolutions, plain parameters."""
-    return _same_size(conv1) and _same_size(conv2) and is_norm(norm1) and is_norm(norm2)
-
-
-def is_norm(norm: Any) -> bool:
-    """A GroupNorm with parameters of its own (parametrized ones live elsewhere)."""
-    return isinstance(norm, nn.GroupNorm) and norm._parameters.get("weight") is not None
+    return _same_size(conv1) and _same_size(conv2) and is_group_norm(norm1) and is_group_norm(norm2)
 
 
 def _same_size(conv: Any) -> bool:
@@ -68,6 +64,8 @@ def _same_size(conv: Any) -> bool:
 
 def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
     """y of a block whose layers are `fusable`, with no hooks that watch them."""
+    if emb is not None:
+        x, emb = same_batch(x, emb)
     answer, y = _decide(layers, x)
     if y is not None:
         return y

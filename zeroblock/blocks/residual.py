@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .broadcast import may_grow
 from .decision import NOT_ALLOWED, SKIP_BY_GATE, SKIP_BY_WEIGHT, SKIPS, Answer, allowed, conclude, decide, judge
 from .layers import is_plain_layer, may_draw, parameters_of
 from .one_pass import residual_if_zero
@@ -35,13 +36,15 @@ def residual_branch(
     """
     weights: tuple[Tensor, ...] = ()
     bypassed = modules
+    channels = None
     if tail is not None:
         if not is_plain_layer(tail):
             return NOT_ALLOWED, None
         bypassed = (*modules, tail)
         weight = tail._parameters["weight"]
         assert weight is not None
-        if residual.shape[-1 if weight.dim() == 2 else 1] != weight.shape[0]:
+        channels = -1 if weight.dim() == 2 else 1
+        if residual.shape[channels] != weight.shape[0] or may_grow(residual, activations, channels):
             return NOT_ALLOWED, None  # eager broadcasts or raises
         if gate is None and not torch.is_grad_enabled():
             answer, y = residual_if_zero(name, policy, tail, residual, bypassed)
@@ -54,6 +57,8 @@ def residual_branch(
             return answer, y
         weights = (tail.weight,)  # type: ignore[assignment]  # a Module's attribute
     gates = () if gate is None else (gate,)
+    if tail is None and may_grow(residual, activations) or may_grow(residual, gates, channels):
+        return NOT_ALLOWED, None
     answer = decide(name, policy, weights, gates, bypassed) if weights or gates else NOT_ALLOWED
     if answer not in SKIPS:
         return answer, None
@@ -73,6 +78,10 @@ def skip_residual(
     """The value of a branch as `residual_branch` takes it, for which `answer` was one of SKIPS."""
     if random is None:
         random = any(map(may_draw, modules))
+    is_conv = tail is not None and not isinstance(tail, nn.Linear)
+    if gate is not None and not is_conv and residual.dim() == 3 and gate.dim() in (2, 3):
+        # [1, D], [B, 1, D] and the like: a gate of the sizes that the ops know.
+        gate = gate.expand(residual.shape if gate.dim() == 3 else (residual.shape[0], residual.shape[2]))
     branch = Branch(
         Tail(tail),
         activations,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -246,7 +247,7 @@ class _SkippedBranch(torch.autograd.Function):
                     dgate = _gate_grad(tail, dy, gate, tail.broadcast(bias, dy.dim()).to(dy.dtype).expand_as(dy))
         upstream = (*activations, *(p for _, _, p in branch.parameters))
         zeros = [torch.zeros_like(t) if need else None for t, need in zip(upstream, needs[4:], strict=True)]
-        if branch.carried:
+        if branch.carried and not _adds_every_gradient():
             zeros[0] = None
         return None, dresidual, dweight, dbias, dgate, *zeros
 
@@ -262,6 +263,14 @@ def _as_in_forward(parameters: Sequence[Owned]) -> Iterator[None]:
     finally:
         for m, name, now, _ in changed:
             m._parameters[name] = now
+
+
+def _adds_every_gradient() -> bool:
+    """Whether compiled autograd runs this backward, which sums gradients with torch.add: None is no zero to it."""
+    compiled_autograd: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled_autograd is None:
+        return False
+    return compiled_autograd.in_compiled_autograd_region or torch.compiler.is_compiling()
 
 
 def _gate_grad(tail: Tail, dy: Tensor, gate: Tensor, output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _checks, zero
 from ..backends import available as _backends
 from ..backends.select import select
-from ..blocks.layers import is_own
+from ..blocks.layers import is_own, on_trial
 from . import proof
 from .families import FAMILIES
 from .family import Family, accelerated_class, applied
@@ -146,6 +146,14 @@ def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> 
         return "it is a ScriptModule"
     if applied(block) is not None:
         return f"its class became {type(block).__name__} after accelerate"
+    with on_trial() as keep:
+        reason = _why_not(block, path, model, family)
+        if reason is None:
+            keep()
+    return reason
+
+
+def _why_not(block: nn.Module, path: str, model: nn.Module, family: Family) -> str | None:
     try:
         reason = family.match(block, path, model)
     except Exception as error:  # foreign attributes can be anything

@@ -40,6 +40,8 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
+import sys
 import types
 from collections.abc import Callable, Iterable
 from copyreg import __newobj__ as _newobj  # type: ignore[attr-defined]
@@ -47,6 +49,7 @@ from copyreg import _reconstructor  # type: ignore[attr-defined]
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..backends import available as _backends
 from ..plan import mode as _mode
@@ -98,7 +101,8 @@ class Family:
 
 
 def register(family: type[Family]) -> type[Family]:
-    if not family.__doc__ or family.name in FAMILIES:
+    has_docstring = family.__doc__ or sys.flags.optimize >= 2  # which strips them
+    if not has_docstring or family.name in FAMILIES:
         raise TypeError(f"register: {family.__name__} needs a docstring and a name of its own")
     FAMILIES[family.name] = family
     return family
@@ -145,7 +149,7 @@ def accelerated_class(original: type, family: Family) -> type:
             "__reduce_ex__": _pickled_as(original),
             "__deepcopy__": _copied_as(original, copy.deepcopy),
             "__copy__": _copied_as(original, copy.copy),
-            family.method: _replacement(getattr(original, family.method), family),
+            family.method: _replacement(original, getattr(original, family.method), family),
         }
         _classes[key] = types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(body))
         family.on_class_created(_classes[key])
@@ -157,16 +161,19 @@ def applied(block: nn.Module) -> _Applied | None:
     return getattr(type(block), "_zeroblock", None)
 
 
-def _replacement(method: Callable, family: Family) -> Callable:
-    forward, backend, fast = family.forward, family.backend, family.precision == "fast"
+def _replacement(original: type, method: Callable, family: Family) -> Callable:
+    name, forward, backend, fast = family.method, family.forward, family.backend, family.precision == "fast"
     parameters = inspect.signature(forward).parameters.values()
     names = tuple(p.name for p in parameters)
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    most = _most_positional(forward, method)
 
     @functools.wraps(method)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs and not takes_all and not all(name in names for name in kwargs):
+        if len(args) > most or kwargs and not takes_all and not all(name in names for name in kwargs):
             return method(self, *args, **kwargs)  # a fork's own argument
+        if not is_compiling() and getattr(original, name) is not method:
+            return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
         if backend == "auto" and not fast:
             return forward(self, *args, **kwargs)
         with contextlib.ExitStack() as options:
@@ -177,6 +184,26 @@ def _replacement(method: Callable, family: Family) -> Callable:
             return forward(self, *args, **kwargs)
 
     return replaced
+
+
+def _most_positional(forward: Callable, method: Callable) -> float:
+    """How many positional arguments mean the same to a family's forward(block, ...) as to the method(self, ...) that it
+    replaces: those that the proof passes, then as far as the names agree."""
+    ours = list(inspect.signature(forward).parameters.values())[1:]
+    try:
+        theirs = list(inspect.signature(method).parameters)[1:]
+    except ValueError:  # a builtin's is not known
+        theirs = [p.name for p in ours]
+    most = 0
+    for i, p in enumerate(ours):
+        if p.kind is inspect.Parameter.VAR_POSITIONAL:
+            return math.inf
+        if p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            break
+        if p.default is not inspect.Parameter.empty and theirs[i : i + 1] != [p.name]:
+            break
+        most += 1
+    return most
 
 
 def _pickled_as(original: Any) -> Callable:

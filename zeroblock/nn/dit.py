@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
 from ..blocks import adaln
 from ..blocks.adaln import CHUNKS, GATES
+from ..blocks.broadcast import add_gated, tokens_and_condition
 from ..blocks.decision import bypassable
 from ..blocks.layers import is_plain_linear, is_plain_norm
 from ..blocks.one_pass import copy_if_gates_are_zero
@@ -50,6 +50,9 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+_ATTENTION, _MLP, _GELU = Attention.forward, Mlp.forward, nn.GELU.forward
+
+
 class DiTBlock(nn.Module):
     """y = x + gate_msa * attn(modulate(norm1 x)), then y + gate_mlp * mlp(modulate(norm2 y)).
 
@@ -70,6 +73,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         name, policy, modules = "DiTBlock", self.zero_skip, self._modules
+        x, c = tokens_and_condition(x, c)
         y = copy_if_gates_are_zero(name, policy, x, self._modulation_linear(), modules.values(), CHUNKS, GATES)
         if y is not None:
             return y
@@ -88,8 +92,8 @@ class DiTBlock(nn.Module):
         gate_mlp: Tensor,
     ) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
-        x = functional.gate_residual(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)))
-        return functional.gate_residual(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        x = add_gated(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)))
+        return add_gated(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
     def _modulation_linear(self) -> Any:
         """The layer that gives all of adaLN_modulation's result; None where it was replaced by something else."""
@@ -104,6 +108,11 @@ class DiTBlock(nn.Module):
         modules: dict[str, Any] = self._modules
         norm1, attn, norm2, mlp = modules["norm1"], modules["attn"], modules["norm2"], modules["mlp"]
         if type(attn) is not Attention or type(mlp) is not Mlp or not (is_plain_norm(norm1) and is_plain_norm(norm2)):
+            return None
+        act: Any = mlp._modules["act"]
+        if Attention.forward is not _ATTENTION or Mlp.forward is not _MLP or type(act).forward is not _GELU:
+            return None  # patched, or another activation
+        if act.approximate != "tanh":
             return None
         qkv, proj, fc1, fc2 = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
         if not (is_plain_linear(qkv) and is_plain_linear(proj) and is_plain_linear(fc1) and is_plain_linear(fc2)):
@@ -135,6 +144,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modules: dict[str, Any] = self._modules
         linear, norm = modules["linear"], modules["norm_final"]
+        x, c = tokens_and_condition(x, c)
         if not (is_plain_linear(linear) and is_plain_norm(norm) and bypassable((norm, linear))):
             return linear(_modulate(norm(x), *self._vectors(c)))
         parts = (modules["adaLN_modulation"],)

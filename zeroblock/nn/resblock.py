@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import functional
 from ..blocks import resblock
 from ..blocks.decision import bypassable
+from ..blocks.layers import DROPOUTS, GROUP_NORMS, SILUS, computes
 from ..reference import channel_view
 from .init import CONVS, zero_parameters
 
@@ -21,6 +22,9 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, activation=None)
+
+
+GROUP_NORMS.add(GroupNorm32.forward)
 
 
 class Upsample(nn.Module):
@@ -37,6 +41,12 @@ class Upsample(nn.Module):
 def _downsample(dims: int) -> nn.Module:
     pools = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
     return pools[dims]((1, 2, 2) if dims == 3 else 2)
+
+
+def _in_turn(layers: list[nn.Module], h: Tensor) -> Tensor:
+    for layer in layers:
+        h = layer(h)
+    return h
 
 
 class ResBlock(nn.Module):
@@ -105,9 +115,13 @@ class ResBlock(nn.Module):
         """The parts for the fused ops; None where layers were replaced or are watched by hooks."""
         modules: dict[str, Any] = self._modules
         in_layers, out_layers, emb_layers = modules["in_layers"], modules["out_layers"], modules["emb_layers"]
-        norm1, _, conv1 = in_layers._modules.values()
-        norm2, _, dropout, conv2 = out_layers._modules.values()
+        if len(in_layers._modules) != 3 or len(out_layers._modules) != 4:
+            return None
+        norm1, silu1, conv1 = in_layers._modules.values()
+        norm2, silu2, dropout, conv2 = out_layers._modules.values()
         if type(norm1) is not GroupNorm32 or type(norm2) is not GroupNorm32:
+            return None
+        if not (computes(silu1, SILUS) and computes(silu2, SILUS) and type(dropout).forward in DROPOUTS):
             return None
         if not resblock.fusable(norm1, conv1, norm2, conv2) or not bypassable((in_layers, out_layers)):
             return None
@@ -128,19 +142,26 @@ class ResBlock(nn.Module):
         )
 
     def _unfused(self, x: Tensor, emb: Tensor) -> Tensor:
-        """The same block through its submodules, so that their hooks run."""
-        norm1, silu1, conv1 = self.in_layers
-        norm2, silu2, dropout, conv2 = self.out_layers
-        h = conv1(self.h_upd(silu1(norm1(x))))
+        """The same block through its submodules, as guided-diffusion calls them, so that their hooks run: in_layers is
+        called as a whole unless there is a resampling inside, out_layers unless there is a modulation."""
+        if self.updown:
+            *before, conv1 = self.in_layers
+            h = conv1(self.h_upd(_in_turn(before, x)))
+            x = self.x_upd(x)
+        else:
+            h = self.in_layers(x)
         scale, shift, e = self._embedding(emb, h.dtype)
-        h = norm2(h if e is None else h + e)
         if scale is not None and shift is not None:
-            h = h * (1 + channel_view(scale, h.dim())) + channel_view(shift, h.dim())
-        return self.skip_connection(self.x_upd(x)) + conv2(dropout(silu2(h)))
+            norm2, *after = self.out_layers
+            h = norm2(h) * (1 + channel_view(scale, h.dim())) + channel_view(shift, h.dim())
+            h = _in_turn(after, h)
+        else:
+            h = self.out_layers(h if e is None else h + e)
+        return self.skip_connection(x) + h
 
     def _embedding(self, emb: Tensor, dtype: torch.dtype) -> resblock.Embedding:
         e: Tensor = self.emb_layers(emb).to(dtype)
         if self.use_scale_shift_norm:
             scale, shift = e.chunk(2, dim=1)
             return scale, shift, None
-        return None, None, channel_view(e, self.out_layers[3].weight.dim())  # type: ignore[operator]
+        return None, None, channel_view(e, self.in_layers[-1].weight.dim())  # type: ignore[operator]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from ..blocks.broadcast import add_gated
 from ..blocks.layers import is_plain_conv
 from ..blocks.residual import residual_branch
 from ..blocks.skip import Tail
@@ -46,7 +46,7 @@ class ResidualBranch(nn.Module):
         if gate is None:
             return residual + branch
         if gate.numel() == 1 or branch.dim() == 3 and not is_plain_conv(tail):
-            return functional.gate_residual(residual, gate.view(-1) if gate.numel() == 1 else gate, branch)
+            return add_gated(residual, gate.view(-1) if gate.numel() == 1 else gate, branch)
         return residual + Tail(tail).broadcast(gate, branch.dim()) * branch
 
 
@@ -67,4 +67,4 @@ class ReZero(nn.Module):
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
         name, body, gate = type(self).__name__, self.body, self.resweight
         _, y = residual_branch(name, self.zero_skip, x, body, None, gate, (x, *args), modules=(body,))
-        return functional.gate_residual(x, gate, body(x, *args)) if y is None else y
+        return add_gated(x, gate, body(x, *args)) if y is None else y

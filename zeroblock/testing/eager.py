@@ -50,6 +50,12 @@ def downsample(dims):
     return AVG_POOLS[dims]((1, 2, 2) if dims == 3 else 2)
 
 
+def in_turn(layers, h):
+    for layer in layers:
+        h = layer(h)
+    return h
+
+
 class ResBlock(nn.Module):
     """guided-diffusion's residual block: y = skip(x) + conv2(dropout(silu(norm2(conv1(silu(norm1 x)), emb)))).
 
@@ -107,17 +113,21 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x, emb):
-        norm1, silu1, conv1 = self.in_layers
-        norm2, silu2, dropout, conv2 = self.out_layers
-        h = conv1(self.h_upd(silu1(norm1(x))))
+        if self.updown:
+            *before, conv1 = self.in_layers
+            h = conv1(self.h_upd(in_turn(before, x)))
+            x = self.x_upd(x)
+        else:
+            h = self.in_layers(x)
         e = self.emb_layers(emb).to(h.dtype)
         e = e.reshape(e.shape + (1,) * (h.dim() - 2))
         if self.use_scale_shift_norm:
             scale, shift = e.chunk(2, dim=1)
-            h = norm2(h) * (1 + scale) + shift
+            norm2, *after = self.out_layers
+            h = in_turn(after, norm2(h) * (1 + scale) + shift)
         else:
-            h = norm2(h + e)
-        return self.skip_connection(self.x_upd(x)) + conv2(dropout(silu2(h)))
+            h = self.out_layers(h + e)
+        return self.skip_connection(x) + h
 
 
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ... import functional, zero
 from ..._dtypes import FLOATING
 from ...blocks import adaln, layers
+from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import bypassable, op_policy
 from ...blocks.residual import residual_branch
 from ...reference import apply_activation, modulation
@@ -44,12 +45,19 @@ def gate_rows(linear: Any, chunks: int, *gates: int) -> tuple[Tensor, ...]:
     )
 
 
+# The forwards of diffusers' classes that were proved.
+_RMS_NORMS: layers.Forwards = set()
+_FEED_FORWARDS: layers.Forwards = set()
+_GELUS: layers.Forwards = set()
+
+
 def _norm_kind(norm: Any) -> str | None:
     """ "layer" or "rms" for a norm over the last dimension whose formula the fused ops compute."""
-    if type(norm).forward is nn.LayerNorm.forward or type(norm).__name__ == "FP32LayerNorm":
-        return "layer" if len(norm.normalized_shape) == 1 else None
+    if type(norm).forward in layers.LAYER_NORMS or type(norm).__name__ == "FP32LayerNorm":
+        known = layers.computes(norm, layers.LAYER_NORMS)
+        return "layer" if known and len(norm.normalized_shape) == 1 else None
     if type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None and norm.eps is not None:
-        return "rms"
+        return "rms" if layers.computes(norm, _RMS_NORMS) else None
     return None
 
 
@@ -57,6 +65,8 @@ def fits(norm: Any, x: Tensor, *vectors: Tensor) -> bool:
     """Whether the fused ops take norm and modulation here, and give the dtype eager does."""
     if x.dim() != 3 or not is_plain(x, getattr(norm, "weight", None), getattr(norm, "bias", None)):
         return False
+    if any(v.shape[0] != x.shape[0] for v in vectors) or cannot_be_saved(x):
+        return False  # eager broadcasts; and saves nothing of what a norm without parameters is given
     if x.is_cuda and x.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
         return False  # there autocast makes a norm's result float32
     kind = _norm_kind(norm)
@@ -77,8 +87,8 @@ def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch; gate [B, D]"""
-    fits = residual.dim() == 3 and residual.shape == branch.shape and is_plain(residual, gate, branch)
-    return functional.gate_residual(residual, gate, branch) if fits else residual + modulation(gate) * branch
+    fits = residual.dim() == 3 and is_plain(residual, gate, branch)
+    return add_gated(residual, gate, branch) if fits else residual + modulation(gate) * branch
 
 
 def may_draw(module: nn.Module) -> bool:
@@ -113,7 +123,7 @@ def feed_forward(
     if half is not None:
         return adaln.half(family.name, family.zero_skip, x, (shift, scale, gate), half)
     parts = _split(ff)
-    if parts is None or not fits(norm, x, shift, scale) or not is_plain(gate):
+    if parts is None or not fits(norm, x, shift, scale) or not is_plain(gate) or not fits_gate(gate, x.shape):
 
         def whole(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             return ff(modulated(norm, x, shift, scale))
@@ -144,7 +154,8 @@ def fused_feed_forward(ff: nn.Module, norm: Any, x: Tensor, *vectors: Tensor) ->
     if parts is None or not layers.is_plain_norm(norm):
         return None
     first, activation, last = parts
-    if activation is None or not is_plain(vectors[2]) or not fits(norm, x, *vectors[:2]):
+    gate = vectors[2]
+    if activation is None or not is_plain(gate) or not fits(norm, x, *vectors[:2]) or not fits_gate(gate, x.shape):
         return None
     return adaln.Half(norm.eps, first, activation, last)
 
@@ -155,12 +166,14 @@ def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
     net: Any = getattr(ff, "net", None)
     if type(ff).__name__ != "FeedForward" or net is None or len(net) not in (3, 4) or not bypassable((ff,)):
         return None
+    if not layers.computes(ff, _FEED_FORWARDS):
+        return None
     act, dropouts = net[0], [net[1], *list(net)[3:]]
     if not all(type(d) is nn.Dropout and (not d.training or d.p == 0.0) for d in dropouts):
         return None
     proj = getattr(act, "proj", None)
     if may_draw(act) or not is_plain_linear(net[2]) or proj is None or not is_plain_linear(proj):
         return None
-    if type(act).__name__ != "GELU":
+    if type(act).__name__ != "GELU" or not layers.computes(act, _GELUS):
         return act, None, net[2]
     return proj, "gelu_tanh" if act.approximate == "tanh" else "gelu", net[2]

@@ -13,7 +13,23 @@ from torch import Tensor, nn
 from ..._autocast import autocast_dtype
 from ...ops.residual_alone import residual_alone
 from ..family import lacks, register
-from .whole_skip import InferenceSkip
+from .whole_skip import InferenceSkip, batches
+
+
+def plain_processor(attn: Any) -> bool:
+    """Whether all that the result of the attention's processor can depend on is known (`_state`): others' classes may
+    add anything to the output layer's result, at a strength that changes."""
+    processor = attn.processor
+    if not type(processor).__module__.startswith("diffusers.") or isinstance(processor, nn.Module):
+        return False
+    fields = processor.__dict__
+    return not fields or all(isinstance(v, (bool, int, float, str, type(None))) for v in fields.values())
+
+
+def _state(processor: Any) -> tuple:
+    """The class of a processor, its code and its settings."""
+    kind = type(processor)
+    return kind, kind.__call__, *sorted(processor.__dict__.items())
 
 
 class _Ungated(InferenceSkip):
@@ -61,6 +77,9 @@ class Attention(_Ungated):
     classes = ("Attention",)
     last = ("to_out", "0")
 
+    def judged_tensors(self, block: Any) -> tuple[Tensor, ...] | None:
+        return super().judged_tensors(block) if plain_processor(block) else None
+
     def forward(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         x, residual = hidden_states, block.residual_connection
         fits = isinstance(x, Tensor) and (x.dim() == 3 or x.dim() == 4 and residual)
@@ -70,7 +89,7 @@ class Attention(_Ungated):
         y = self._residual_alone(block, x, residual)
         if residual:
             y = y / block.rescale_output_factor
-        key = (x.dim(), x.is_contiguous(), x.dtype, y.dtype, type(block.processor), len(args), *sorted(kwargs))
+        key = (x.dim(), x.is_contiguous(), x.dtype, y.dtype, *_state(block.processor), *batches(x, args, kwargs))
         return self.predicted(block, key, y, eager)
 
 
@@ -126,5 +145,6 @@ class Transformer2DModel(_Ungated):
         output = sys.modules[type(block).__module__].Transformer2DModelOutput
         wrap = (lambda y: output(sample=y)) if kwargs.get("return_dict", True) else (lambda y: (y,))
         y = self._residual_alone(block, hidden_states, True)
-        key = (hidden_states.is_contiguous(), hidden_states.dtype, y.dtype, len(args), *sorted(kwargs))
+        x = hidden_states
+        key = (x.is_contiguous(), x.dtype, y.dtype, *batches(x, args, kwargs))
         return self.predicted(block, key, y, eager, wrap)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from ...blocks.broadcast import fits_gate, may_grow
 from ...blocks.decision import NOT_ALLOWED, SKIPS, bypassable, decide, op_policy
 from ...blocks.one_pass import copy_if_gates_are_zero, copy_of_residual
 from ...blocks.residual import residual_branch, skip_residual
@@ -47,7 +48,8 @@ class _TwoStreams(Family):
     ) -> tuple[Tensor, Tensor]:
         """(x + gate * out, context + gate_context * out_context), out, out_context = attend(*h) by the module attn; it
         is skipped while both gates are zero, which counts as one branch."""
-        answer = decide(self.name, self.zero_skip, (), gates, (attn,)) if is_plain(*gates) else NOT_ALLOWED
+        fits = is_plain(*gates) and fits_gate(gates[0], x.shape) and fits_gate(gates[1], context.shape)
+        answer = decide(self.name, self.zero_skip, (), gates, (attn,)) if fits else NOT_ALLOWED
         if answer not in SKIPS:
             outs = attend(*h)
             return gated(x, gates[0], outs[0]), gated(context, gates[1], outs[1])
@@ -216,7 +218,7 @@ class FluxSingleTransformerBlock(Family):
             )
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         y = None
-        if not block.training:
+        if not block.training and not may_grow(x, (temb,)):
             linear, gates = block.norm.linear, (2,)
             y = copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), 3, gates)
         if y is None:
@@ -239,7 +241,7 @@ class FluxSingleTransformerBlock(Family):
         )
         if y is not None:
             return y
-        if not bypassable((proj,)):
+        if not bypassable((proj,)) or not fits_gate(gate, x.shape):
             return gated(x, gate, proj(before_proj(h)))
         policy = op_policy(answer, self.zero_skip)
         return functional.linear_gate_residual(before_proj(h), proj.weight, proj.bias, gate, x, zero_skip=policy)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...blocks import resblock
 from ...blocks.decision import allowed, bypassable
+from ...blocks.layers import DROPOUTS, SILUS
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 from .adaln import zeroing_tensors
@@ -26,7 +27,7 @@ class _Resnet(Family):
         return {"conv2": zeroing_tensors(block.conv2, block.conv2.weight)}
 
     def forward(self, block: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        plain = input_tensor.dim() == 4 and type(block.dropout) is nn.Dropout
+        plain = input_tensor.dim() == 4 and type(block.dropout).forward in DROPOUTS
         if args or kwargs or not plain or not bypassable([getattr(block, name) for name in self.parts]):
             return self.eager(block, input_tensor, temb, *args, **kwargs)
         y = self._fused(block, input_tensor, temb)
@@ -118,7 +119,7 @@ class ResnetBlock2D(_Resnet):
 
     def _fused(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor | None:
         norm1, conv1, norm2, conv2 = block.norm1, block.conv1, block.norm2, block.conv2
-        fits = type(block.nonlinearity) is nn.SiLU and resblock.fusable(norm1, conv1, norm2, conv2)
+        fits = type(block.nonlinearity).forward in SILUS and resblock.fusable(norm1, conv1, norm2, conv2)
         resample = block.upsample or block.downsample
         if not fits or not self._takes(block, temb) or not isinstance(resample, (nn.Module, type(None))):
             return None  # FIR filters are functions

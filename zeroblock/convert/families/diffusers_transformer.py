@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...blocks import adaln
+from ...blocks.broadcast import fits_gate
 from ...blocks.decision import SKIPS, bypassable, decide
 from ...blocks.layers import is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
@@ -28,6 +29,7 @@ from .adaln import (
     modulated,
     zeroing_tensors,
 )
+from .diffusers_attention import plain_processor
 
 
 @register
@@ -95,7 +97,7 @@ class BasicTransformerBlock(Family):
             rest = (encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs, class_labels)
             return self.eager(block, x, attention_mask, *rest, added_cond_kwargs)
         if block.norm_type == "ada_norm_zero":
-            if block.attn2 is None and not block.training:
+            if block.attn2 is None and not block.training and not _more_conditions(x, timestep, class_labels):
                 linear = block.norm1.linear
                 y = copy_if_gates_are_zero(
                     self.name, self.zero_skip, x, linear, block.children(), adaln.CHUNKS, adaln.GATES
@@ -117,7 +119,7 @@ class BasicTransformerBlock(Family):
 
         vectors = (shift_mlp, scale_mlp, gate_mlp)
         half = None if block.attn2 is not None else fused_feed_forward(block.ff, norm_mlp, x, *vectors)
-        if half is not None and is_plain(gate_msa):
+        if half is not None and is_plain(gate_msa) and fits_gate(gate_msa, x.shape):
             attn = adaln.Whole(attend, (h,), (block.attn1,), may_draw(block.attn1))
             return adaln.forward_around(self.name, self.zero_skip, x, gate_msa, attn, vectors, half)
         x = gated_branch(self, x, gate_msa, attend, (h,), block.attn1)
@@ -140,11 +142,16 @@ class BasicTransformerBlock(Family):
         out = attn.to_out[0]
         if torch.is_grad_enabled() or attn.training or not is_plain_linear(out) or out.bias is None:
             return None
-        if attn.residual_connection or attn.rescale_output_factor != 1.0:
+        if not plain_processor(attn) or attn.residual_connection or attn.rescale_output_factor != 1.0:
             return None
         if out.bias.dtype != out.weight.dtype:
             return None
         return out.bias if decide(self.name, self.zero_skip, (out.weight,), bypassed=(attn,)) in SKIPS else None
+
+
+def _more_conditions(x: Tensor, *conditions: Any) -> bool:
+    """One sample of x, and conditions [B] of several: the result has as many."""
+    return x.shape[0] == 1 and any(isinstance(c, Tensor) and c.numel() > 1 for c in conditions)
 
 
 @register

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from ... import functional
 from ...blocks import adaln
+from ...blocks.broadcast import add_gated, tokens_and_condition
 from ...blocks.decision import bypassable
-from ...blocks.layers import is_plain_linear, is_plain_norm
+from ...blocks.layers import SILUS, Forwards, computes, is_plain_linear, is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+from .adaln import gate_rows, zeroing_tensors
 
 _NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops take, or are watched by hooks"
+
+
+# The forwards of timm's classes that were proved.
+_ATTENTIONS: Forwards = set()
+_MLPS: Forwards = set()
+_GELUS: Forwards = {nn.GELU.forward}
 
 
 def inactive(dropout: Any) -> bool:
@@ -59,8 +67,8 @@ class DiTBlock(_Modulated):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         linear = block.adaLN_modulation[-1]
-        rows = [tuple(t.chunk(adaln.CHUNKS)[i] for t in (linear.weight, linear.bias)) for i in adaln.GATES]
-        return {"attn": rows[0], "mlp": rows[1]}
+        attn, mlp = (gate_rows(linear, adaln.CHUNKS, gate) for gate in adaln.GATES)
+        return {"attn": attn, "mlp": mlp}
 
     def example(self, block: Any) -> tuple:
         D = block.adaLN_modulation[-1].in_features
@@ -69,6 +77,7 @@ class DiTBlock(_Modulated):
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
             return self.eager(block, x, c)
+        x, c = tokens_and_condition(x, c)
         last = block.adaLN_modulation[-1]
         if not block.training:
             y = copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children(), adaln.CHUNKS, adaln.GATES)
@@ -93,7 +102,7 @@ class DiTBlock(_Modulated):
         shift, scale, gate = vectors
         body = _modulated(norm, layer)
         _, y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x, shift, scale), modules=(layer,))
-        return functional.gate_residual(x, gate, body(x, shift, scale)) if y is None else y
+        return add_gated(x, gate, body(x, shift, scale)) if y is None else y
 
 
 def _modulated(norm: Any, layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -109,7 +118,7 @@ def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
     """timm's Attention by its layers; None: it is to be called as a whole."""
     if type(attn).__name__ != "Attention" or lacks(attn, "qkv", "proj", "num_heads", "attn_drop", "proj_drop"):
         return None
-    plain = is_plain_linear(attn.qkv) and is_plain_linear(attn.proj)
+    plain = is_plain_linear(attn.qkv) and is_plain_linear(attn.proj) and computes(attn, _ATTENTIONS)
     between = [m for name, m in attn.named_children() if name not in ("qkv", "proj")]
     q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     known = all(inactive(m) or m in (q_norm, k_norm) for m in between)
@@ -131,11 +140,13 @@ def mlp_half(norm: Any, mlp: Any) -> adaln.Half | None:
     if type(mlp).__name__ != "Mlp" or lacks(mlp, "fc1", "act", "fc2") or type(mlp.act) not in (nn.GELU, nn.SiLU):
         return None
     rest = [m for name, m in mlp.named_children() if name not in ("fc1", "act", "fc2")]
+    silu = type(mlp.act) is nn.SiLU
     plain = is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2)
+    plain = plain and computes(mlp, _MLPS) and computes(mlp.act, SILUS if silu else _GELUS)
     if not (plain and all(map(inactive, rest)) and bypassable((mlp,))):
         return None
     gelu = "gelu_tanh" if getattr(mlp.act, "approximate", None) == "tanh" else "gelu"
-    return adaln.Half(norm.eps, mlp.fc1, "silu" if type(mlp.act) is nn.SiLU else gelu, mlp.fc2)
+    return adaln.Half(norm.eps, mlp.fc1, "silu" if silu else gelu, mlp.fc2)
 
 
 @register
@@ -158,7 +169,7 @@ class FinalLayer(_Modulated):
         return is_plain_norm(norm) and is_plain_linear(linear) and bypassable((norm, linear))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"linear": (block.linear.weight,)}
+        return {"linear": zeroing_tensors(block.linear, block.linear.weight)}
 
     def example(self, block: Any) -> tuple:
         linear = block.adaLN_modulation[-1]
@@ -167,6 +178,7 @@ class FinalLayer(_Modulated):
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
             return self.eager(block, x, c)
+        x, c = tokens_and_condition(x, c)
         modulation, eps = block.adaLN_modulation, block.norm_final.eps
 
         def vectors(c: Tensor) -> tuple[Tensor, ...]:

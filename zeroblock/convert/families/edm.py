@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from ... import functional
 from ...blocks import resblock
 from ...blocks.decision import SKIPS, UNTESTED, bypassable, decide, op_policy
-from ...blocks.layers import parameters_of
+from ...blocks.layers import Forwards, computes, parameters_of
 from ...blocks.skip import Branch, Tail, skipped_branch
 from ...reference import channel_view
 from ..family import Family, lacks, register
+
+# The forwards of norms and convolutions that were proved.
+_NORMS: Forwards = set()
+_CONVS: Forwards = set()
 
 
 class _Conv:
@@ -90,7 +94,7 @@ class UNetBlock(Family):
         return (
             all(map(_is_conv, convs))
             and not any(conv.up or conv.down for conv in convs[1:])
-            and all(norm._parameters.get("weight") is not None and hasattr(norm, "num_groups") for norm in norms)
+            and all(map(_is_norm, norms))
             and bypassable((*norms, *convs))
         )
 
@@ -150,7 +154,11 @@ class UNetBlock(Family):
         return functional.conv_residual(h, proj.weight, proj.bias, x, padding=proj.padding, zero_skip=policy)
 
 
+def _is_norm(norm: Any) -> bool:
+    return norm._parameters.get("weight") is not None and hasattr(norm, "num_groups") and computes(norm, _NORMS)
+
+
 def _is_conv(conv: Any) -> bool:
     weight = conv._parameters.get("weight")
-    plain = weight is not None and weight.dim() == 4 and all(k % 2 for k in weight.shape[2:])
+    plain = weight is not None and weight.dim() == 4 and all(k % 2 for k in weight.shape[2:]) and computes(conv, _CONVS)
     return plain and not getattr(conv, "fused_resample", True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...blocks.decision import SKIPS, decide
 from ..family import Family, lacks, register
-from .whole_skip import InferenceSkip
+from .whole_skip import InferenceSkip, batches
 
 
 @register
@@ -77,6 +77,6 @@ class EDM2UNet(InferenceSkip):
     def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.skips(block):
             return self.eager(block, x, *args, **kwargs)
-        key = (x.shape, x.dtype, len(args), *sorted(kwargs))
+        key = (x.shape, x.dtype, *batches(x, args, kwargs))
         y = x.new_zeros(x.shape[0], block.out_conv.weight.shape[0], *x.shape[2:])
         return self.predicted(block, key, y, lambda: self.eager(block, x, *args, **kwargs))

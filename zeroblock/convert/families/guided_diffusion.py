@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...blocks import resblock
 from ...blocks.decision import bypassable, op_policy
-from ...blocks.layers import fits_fused
+from ...blocks.layers import DROPOUTS, SILUS, Forwards, computes, fits_fused, is_group_norm
 from ...blocks.residual import residual_branch
 from ...reference import channel_view
 from ..family import Family, lacks, register
@@ -41,7 +41,11 @@ class ResBlock(Family):
         return missing or (None if self._fits(block) else _NOT_PLAIN)
 
     def forward(self, block: Any, x: Tensor, emb: Any) -> Tensor:
-        return resblock.forward(self._layers(block), x, emb) if self._fits(block) else self.eager(block, x, emb)
+        # An embedding for each frame; more of them than frames make the result longer.
+        more_frames = isinstance(emb, Tensor) and emb.dim() > 2 and emb.shape[1] not in (1, x.shape[2])
+        if more_frames or not self._fits(block):
+            return self.eager(block, x, emb)
+        return resblock.forward(self._layers(block), x, emb)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"out_layers.3": (block.out_layers[3].weight,)}
@@ -58,9 +62,12 @@ class ResBlock(Family):
     def _fits(self, block: Any) -> bool:
         if len(block.in_layers) != 3 or len(block.out_layers) != 4:
             return False
-        norm1, _, conv1 = block.in_layers
-        norm2, _, _, conv2 = block.out_layers
-        return resblock.fusable(norm1, conv1, norm2, conv2) and bypassable((block.in_layers, block.out_layers))
+        norm1, act1, conv1 = block.in_layers
+        norm2, act2, dropout, conv2 = block.out_layers
+        plain = computes(act1, SILUS) and computes(act2, SILUS) and type(dropout).forward in DROPOUTS
+        return (
+            plain and resblock.fusable(norm1, conv1, norm2, conv2) and bypassable((block.in_layers, block.out_layers))
+        )
 
     def _layers(self, block: Any) -> resblock.Layers:
         norm1, _, conv1 = block.in_layers
@@ -143,10 +150,15 @@ class AttentionBlock(Family):
     def _fits(self, block: Any) -> bool:
         convs = (block.qkv, block.proj_out)
         return (
-            resblock.is_norm(block.norm)
+            is_group_norm(block.norm)
+            and computes(block.attention, _ATTENTIONS)
             and all(fits_fused(conv) and conv.kernel_size == (1,) for conv in convs)
             and bypassable((block.norm, block.qkv, block.attention, block.proj_out))
         )
+
+
+# The forwards of the attentions that were proved.
+_ATTENTIONS: Forwards = set()
 
 
 def _layout(block: Any) -> str | None:

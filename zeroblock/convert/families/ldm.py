@@ -11,7 +11,7 @@ from ..._autocast import autocast_dtype
 from ...blocks.layers import is_plain_layer
 from ...ops.residual_alone import residual_alone
 from ..family import lacks, register
-from .whole_skip import ControlBranch, InferenceSkip
+from .whole_skip import ControlBranch, InferenceSkip, batches
 
 
 @register
@@ -43,7 +43,7 @@ class SpatialTransformer(InferenceSkip):
         dtype = autocast_dtype(layer.weight) or layer.weight.dtype
         bias = None if layer.bias is None else layer.bias.to(dtype)
         y = residual_alone(x, bias, None, 1, dtype, None)
-        key = (x.dtype, dtype, len(args), *sorted(kwargs))
+        key = (x.dtype, dtype, *batches(x, args, kwargs))
         return self.predicted(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
 
 

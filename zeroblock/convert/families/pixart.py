@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks import adaln
+from ...blocks.broadcast import tokens_and_condition
 from ...blocks.decision import SKIPS, decide
 from ...blocks.layers import is_plain_linear
 from ...ops.residual_alone import residual_alone
 from ..family import register
+from .adaln import zeroing_tensors
 from .dit import DiTBlock, FinalLayer, mlp_half
 
 
@@ -37,7 +39,8 @@ class PixArtBlock(DiTBlock):
         return [m for m in block.modules() if m is not block.cross_attn.proj]
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {"cross_attn": (block.cross_attn.proj.weight,)}
+        proj = block.cross_attn.proj
+        return {"cross_attn": zeroing_tensors(proj, proj.weight)}
 
     def example(self, block: Any) -> tuple:
         D = block.scale_shift_table.shape[1]
@@ -87,6 +90,8 @@ class T2IFinalLayer(FinalLayer):
     def forward(self, block: Any, x: Tensor, t: Tensor) -> Tensor:
         if x.dim() != 3 or t.dim() != 2 or not self._fits(block):
             return self.eager(block, x, t)
+
+        x, t = tokens_and_condition(x, t)
 
         def vectors(t: Tensor, table: Tensor) -> tuple[Tensor, ...]:
             return (table[None] + t[:, None]).unbind(1)

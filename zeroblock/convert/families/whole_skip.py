@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -122,6 +122,13 @@ class ControlBranch(InferenceSkip):
                 y *= scale
             maps.append(y)
         return maps
+
+
+def batches(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """For the key of `predicted`: which other arguments there are, and whose batch is another than that of x."""
+    for name, value in (*enumerate(args), *sorted(kwargs.items())):
+        yield name
+        yield isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != x.shape[0]
 
 
 def _same(theirs: list[Any], ours: list[Tensor]) -> bool:
