@@ -18,8 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import zero
 from .backends.select import select
-from .blocks.layers import is_plain_layer, plain_forward
-from .blocks.skip import conv_padding
+from .blocks.layers import conv_padding, is_plain_layer, plain_forward
 from .ops.residual_alone import residual_alone
 from .steps import packed
 from .steps.conv import CONV, ConvCall, conv_size, empty_conv_output

@@ -128,6 +128,17 @@ def fits_fused(conv: Any) -> bool:
     return conv.groups == 1 and max(conv.stride) == 1 and max(conv.dilation) == 1
 
 
+def conv_padding(conv: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The padding on both sides of each dimension, and what "same" adds on the far side of it for even kernels."""
+    zeros = (0,) * len(conv.kernel_size)
+    if not isinstance(conv.padding, str):
+        return tuple(conv.padding), zeros
+    if conv.padding == "valid":
+        return zeros, zeros
+    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return tuple(t // 2 for t in total), tuple(t % 2 for t in total)
+
+
 def linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """act(F.linear(h, weight, bias)) without gradients, by the fastest way of its backend."""
     return select("linear_gate_residual", h).linear(h.to(weight.dtype), weight, bias, activation)

@@ -22,18 +22,7 @@ from ..ops.residual_alone import residual_alone
 from ..reference import channel_view, modulation
 from ..steps.conv import conv_size, empty_conv_output
 from ..steps.linear import linear_grads
-from .layers import Owned, linear
-
-
-def conv_padding(conv: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The padding on both sides of each dimension, and what "same" adds on the far side of it for even kernels."""
-    zeros = (0,) * len(conv.kernel_size)
-    if not isinstance(conv.padding, str):
-        return tuple(conv.padding), zeros
-    if conv.padding == "valid":
-        return zeros, zeros
-    total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    return tuple(t // 2 for t in total), tuple(t % 2 for t in total)
+from .layers import Owned, conv_padding, linear
 
 
 class Tail:
