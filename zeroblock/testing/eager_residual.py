@@ -1,4 +1,4 @@
-"""Of `eager.py`: the blocks without norms (Fixup's, ReZero, any residual branch), and the zero initialisation of all."""
+"""Of `eager.py`: the blocks without norms (Fixup's, ReZero, any residual branch) and the zero initialisation of all."""
 
 import torch
 from torch import nn
