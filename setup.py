@@ -22,8 +22,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "zeroblock/_version.py").read_text()).group(1)
-# The oldest torch whose stable ABI the extension uses (2.13), in the encoding of TORCH_TARGET_VERSION.
-TORCH_TARGET_VERSION = "0x020d000000000000"
+# The oldest torch whose stable ABI the extension uses (2.10), in the encoding of TORCH_TARGET_VERSION.
+TORCH_TARGET_VERSION = "0x020a000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {
     "avx2": AVX2,

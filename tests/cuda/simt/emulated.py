@@ -130,7 +130,7 @@ def library() -> Path:
 
     headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     # The version only tells apart what other headers made.
-    macros = [f"-DZB_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    macros = [f"-DZB_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     macros += [f"-DZB_TORCH={torch.__version__}"]
     parts = objects([*kernels(), SIMT / "settings.cpp"], [*COMMON, *BUILDS["plain"]])
     parts += objects(BINDINGS, [*COMMON, "-std=c++20", "-O0", *macros, *headers])
