@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from ..kernels._torch import OLDEST_NATIVE, VERSION
+
 if TYPE_CHECKING:
     from .cuda import Cuda
     from .triton import Triton
@@ -27,6 +29,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; float
 
 def _load_extension() -> str | None:
     """Loads zeroblock/_C; returns None on success, else the reason."""
+    if VERSION < OLDEST_NATIVE:
+        return f"the extension zeroblock._C needs torch {OLDEST_NATIVE[0]}.{OLDEST_NATIVE[1]} or newer"
     libraries = sorted(Path(__file__).parents[1].glob("_C*.so"))
     if not libraries:
         return "the extension zeroblock._C was not built (no compiler for this platform at install time)"
@@ -34,12 +38,17 @@ def _load_extension() -> str | None:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
         return f"the extension zeroblock._C does not load: {error}"
-    if not torch.ops.zeroblock._cpu_isa():
-        return "this processor has neither AVX2+FMA+F16C nor AVX-512"
     return None
 
 
-CPU_MISSING = _load_extension()
+def _why_no_cpu_kernels() -> str | None:
+    if EXTENSION_MISSING is None and not torch.ops.zeroblock._cpu_isa():
+        return "this processor has neither AVX2+FMA+F16C nor AVX-512"
+    return EXTENSION_MISSING
+
+
+EXTENSION_MISSING = _load_extension()
+CPU_MISSING = _why_no_cpu_kernels()
 
 _forced = os.environ.get("ZEROBLOCK_BACKEND", "auto")
 if _forced not in ("auto", *BACKENDS):
@@ -50,19 +59,29 @@ _loaded: dict[str, Triton | Cuda | None] = {}
 
 
 def gpu_backend(name: str) -> Triton | Cuda | None:
-    """ "triton" or "cuda"; None where the package triton is not installed. A package that does not import raises."""
+    """ "triton" or "cuda"; None without a triton that compiles the kernels. A package that does not import raises."""
     if name not in _loaded:
         if name == "cuda":
             from .cuda import CUDA  # on first use
 
             _loaded[name] = CUDA
-        elif importlib.util.find_spec("triton") is None:
+        elif _why_no_triton() is not None:
             _loaded[name] = None
         else:
             from .triton import TRITON  # on first use: importing triton takes a second
 
             _loaded[name] = TRITON
     return _loaded[name]
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from ..kernels import _triton  # on first use: importing triton takes a second
+
+    if _triton.VERSION < _triton.OLDEST:
+        return f"the kernels need triton {_triton.OLDEST[0]}.{_triton.OLDEST[1]} or newer, this is {_triton.VERSION}"
+    return None
 
 
 def triton() -> Triton | None:
@@ -86,7 +105,9 @@ def missing(name: str) -> str | None:
         return CPU_MISSING
     backend = gpu_backend(name)
     if backend is None:
-        return "the package triton is not installed"
+        return _why_no_triton()
+    if name == "cuda" and backend.missing is not None and EXTENSION_MISSING is not None:
+        return EXTENSION_MISSING
     if backend.missing is None and backend.device == "cuda" and not torch.cuda.is_available():
         hint = " (and TRITON_INTERPRET was not set before triton was imported)" if name == "triton" else ""
         return f"no GPU is visible{hint}"
