@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from zeroblock.kernels._torch import OLDEST, OLDEST_NATIVE
 
 import zeroblock as zb
 from zeroblock.testing import CPU_MISSING
@@ -182,6 +183,13 @@ def test_a_torch_that_is_too_old_is_named(version, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert f"zeroblock needs torch 2.7 or newer, and this is torch {version}" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("ImportError")
+
+
+def test_setup_and_package_agree_on_the_oldest_torch():
+    text = (ROOT / "setup.py").read_text()
+    (first, minor), encoded = OLDEST_NATIVE, f"0x{OLDEST_NATIVE[0]:02x}{OLDEST_NATIVE[1]:02x}000000000000"
+    assert f'OLDEST_TORCH, TORCH_TARGET_VERSION = ({first}, {minor}), "{encoded}"' in text
+    assert f'dependencies = ["torch>={OLDEST[0]}.{OLDEST[1]}"]' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_torch_too_old_for_the_extension_runs_without_it(tmp_path):
