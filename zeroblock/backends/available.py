@@ -105,7 +105,7 @@ def missing(name: str) -> str | None:
         return CPU_MISSING
     backend = gpu_backend(name)
     if backend is None:
-        return _why_no_triton()
+        return _why_no_triton() or f"the {name} backend was not loaded"
     if name == "cuda" and backend.missing is not None and EXTENSION_MISSING is not None:
         return EXTENSION_MISSING
     if backend.missing is None and backend.device == "cuda" and not torch.cuda.is_available():

@@ -15,18 +15,19 @@ Owned = tuple[nn.Module, str, Tensor]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
-# The forwards that compute torch's convolution or linear of the module's own weight and bias.
-_PLAIN_FORWARDS: set[Callable[..., Any]] = {
+# The forwards that compute torch's convolution or linear of the module's own weight and bias. A list: torch 2.7 does not
+# trace whether a function is in a set.
+_PLAIN_FORWARDS: list[Callable[..., Any]] = [
     nn.Conv1d.forward,
     nn.Conv2d.forward,
     nn.Conv3d.forward,
     nn.Linear.forward,
-}
+]
 
 
 def plain_forward(forward: Forward) -> Forward:
     """Decorator: this forward of a subclass computes what torch's does, so that its layers count as plain ones."""
-    _PLAIN_FORWARDS.add(forward)
+    _PLAIN_FORWARDS.append(forward)
     return forward
 
 
