@@ -1,5 +1,5 @@
 # make demo | test | bench | lint: each sets up .venv itself. PYTHON, VENV, TORCH and JOBS choose interpreter, folder,
-# torch and the number of processes that test.
+# torch and the number of processes that test. `make test-torch TORCH=torch==2.7.1` runs the suite on another torch.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
@@ -11,19 +11,26 @@ CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/
 CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test bench lint format wheel clean
+.PHONY: demo test test-torch bench lint format wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock demo
 
 # One thread for each process, those that tests start as well; the tests of threads set their own number. Idle OpenMP
 # threads that spin make short tests several times slower on a busy machine. The Triton kernels are interpreted in a
-# process of their own (one process either interprets or compiles), where there is a Triton.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) $(TESTFLAGS)
-NO_TRITON := $(BIN)/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('triton') is not None)"
+# process of their own (one process either interprets or compiles), where there is a Triton whose interpreter the tests
+# can repair.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
+INTERPRETEDFLAGS ?= $(TESTFLAGS)
+NO_INTERPRETER := $(BIN)/python -m tests.triton.missing
 test: $(STAMP)
-	$(PYTEST)
-	$(NO_TRITON) || TRITON_INTERPRET=1 $(PYTEST)
+	$(PYTEST) $(TESTFLAGS)
+	$(NO_INTERPRETER) || TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETEDFLAGS)
+
+# On another torch, in an environment of its own: the whole suite, or what TESTFLAGS and INTERPRETEDFLAGS select. Nothing
+# is built, since one binary is for every torch from 2.10 on: it is the one of this tree, if that was built.
+test-torch:
+	ZEROBLOCK_BUILD_NATIVE=0 $(MAKE) test VENV=.venv-$(subst ==,-,$(TORCH)) EXTRAS=suite
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --baselines all

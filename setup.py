@@ -14,16 +14,20 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "zeroblock/_version.py").read_text()).group(1)
-# The oldest torch whose stable ABI the extension uses (2.13), in the encoding of TORCH_TARGET_VERSION.
-TORCH_TARGET_VERSION = "0x020d000000000000"
+# The oldest torch whose stable ABI the extension uses, and its encoding.
+OLDEST_TORCH, TORCH_TARGET_VERSION = (2, 10), "0x020a000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {
     "avx2": AVX2,
@@ -34,14 +38,40 @@ CXX = shlex.split(os.environ.get("CXX", "g++"))
 CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 HIDDEN = ["-fPIC", "-fvisibility=hidden"]
 
-try:
-    from torch.utils import cpp_extension
-except ImportError:  # metadata and sdist work without torch
-    cpp_extension = None
-
 # One cubin each for Ampere, Hopper and Blackwell data-centre parts; PTX of the last serves what comes later. Cubins run
 # on later minor versions too (8.0 on 8.6 and 8.9).
 CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+
+
+class Torch(NamedTuple):
+    """The torch to build for: its headers and libraries. It is not imported, and under build isolation could not be."""
+
+    folder: Path
+    version: str
+    cuda: str | None  # None: built without CUDA
+
+
+def site_packages() -> Iterator[Path]:
+    """Where a torch may be: on this process's path; under pip's build isolation, in the environment of this Python;
+    under uv's, which has a Python of its own, in the environment that is active or in the folder where uv was called.
+    Any torch that is new enough will do: what is built is the same."""
+    yield from map(Path, sys.path)
+    yield from (Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    environments = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    environments += [Path(os.environ.get("PWD", ROOT)) / ".venv"]
+    yield from (path / f"lib/python3.{sys.version_info.minor}/site-packages" for path in environments)
+
+
+def find_torch() -> Torch | None:
+    for site in site_packages():
+        if (site / "torch/version.py").exists():
+            found: dict = {}
+            exec((site / "torch/version.py").read_text(), found)
+            return Torch(site / "torch", found["__version__"], found["cuda"])
+    return None
+
+
+TORCH = find_torch()
 
 
 def nvcc_path() -> str | None:
@@ -52,15 +82,13 @@ def nvcc_path() -> str | None:
 
 def wants_cuda() -> bool:
     """Whether to build csrc/cuda: `auto` needs a CUDA build of torch and nvcc, never a visible GPU."""
-    import torch
-
     mode = os.environ.get("ZEROBLOCK_BUILD_CUDA", "auto")
     if mode not in ("auto", "1", "0"):
         raise SystemExit(f"ZEROBLOCK_BUILD_CUDA must be auto, 1 or 0, got {mode!r}")
     missing = [
         reason
         for absent, reason in [
-            (torch.version.cuda is None, "torch was built without CUDA"),
+            (TORCH.cuda is None, "torch was built without CUDA"),
             (nvcc_path() is None, "nvcc was not found"),
             (nvcc_path() and cuda_runtime() is None, "libcudart_static.a was not found"),
         ]
@@ -75,11 +103,9 @@ def wants_cuda() -> bool:
 
 def cuda_runtime() -> Path | None:
     """The static CUDA runtime: beside nvcc (which may be a script), or in the packages that came with torch."""
-    import torch
-
     dryrun = subprocess.run([str(nvcc_path()), "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     tops = re.findall(r"^#\$ TOP=(.+)$", dryrun, re.M)
-    roots = [Path(top) for top in tops] + sorted((Path(torch.__file__).parent.parent / "nvidia").glob("cu*"))
+    roots = [Path(top) for top in tops] + sorted((TORCH.folder.parent / "nvidia").glob("cu*"))
     found = (
         root / lib / "libcudart_static.a" for root in roots for lib in ("lib64", "lib", "targets/x86_64-linux/lib")
     )
@@ -125,11 +151,10 @@ def cuda_jobs(folder: Path) -> dict[Path, list[str]]:
 
 def torch_jobs(folder: Path, cuda: bool) -> dict[Path, list[str]]:
     """{object: command} of the bindings."""
-    headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if cuda:
         macros += [f'-DZB_CUDA_ARCHS="{cuda_archs()[1]}"']
-    common = [*CXX, "-std=c++20", "-O2", "-Wall", *HIDDEN, *macros, *headers, *CXXFLAGS]
+    common = [*CXX, "-std=c++20", "-O2", "-Wall", *HIDDEN, *macros, f"-isystem{TORCH.folder / 'include'}", *CXXFLAGS]
     sources = sorted((ROOT / "csrc/torch").glob("*.cpp" if cuda else "cpu_*.cpp"))
     return {folder / f"torch_{path.stem}.o": [*common, "-c", str(path.relative_to(ROOT))] for path in sources}
 
@@ -173,7 +198,7 @@ class Build(build_ext):
             jobs = {**cpu_jobs(folder), **(cuda_jobs(folder) if cuda else {}), **torch_jobs(folder, cuda)}
             compile_objects(jobs)
             objects = [*map(str, jobs), *([str(cuda_runtime())] if cuda else [])]
-            libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch", "-ltorch_cpu"]
+            libraries = [f"-L{TORCH.folder / 'lib'}", "-lc10", "-ltorch_cpu"]
             system = ["-lrt", "-ldl", "-lpthread"] if cuda else []
             target.parent.mkdir(parents=True, exist_ok=True)
             flags = shlex.split(os.environ.get("LDFLAGS", ""))
@@ -187,9 +212,20 @@ class Build(build_ext):
 
 def extension() -> dict:
     """The ext_modules, cmdclass and options of setup(); empty when the native part cannot be built here."""
-    if cpp_extension is None or platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
-        print("zeroblock: no native CPU kernels are built (they need torch and a Unix compiler for x86-64)")
+    if platform.machine() not in ("x86_64", "AMD64") or os.name != "posix":
+        reason = "they need a Unix compiler for x86-64"
+    elif os.environ.get("ZEROBLOCK_BUILD_NATIVE") == "0":
+        reason = "ZEROBLOCK_BUILD_NATIVE=0"
+    elif TORCH is None:
+        reason = "no torch was found; install it first, and zeroblock with --no-build-isolation"
+    elif tuple(map(int, re.findall(r"\d+", TORCH.version)[:2])) < OLDEST_TORCH:
+        reason = f"they need torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {TORCH.version}"
+    else:
+        reason = None
+    if reason is not None:
+        print(f"zeroblock: no native kernels are built: {reason}")
         return {}
+    print(f"zeroblock: building for torch {TORCH.version} in {TORCH.folder}")
     return {
         "ext_modules": [Extension("zeroblock._C", sources=[], py_limited_api=True)],
         "cmdclass": {"build_ext": Build},

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._dtypes import INTEGERS
 from ._rows import PROGRAMS, cdiv, power_of_2
+from ._triton import constexpr_function
 
 
 def values_per_word(channels: int, pixels: int, last: bool, *tensors: Tensor) -> int:
@@ -94,8 +95,9 @@ def by_group(channels: int, pixels: int, groups: int, last: bool, per_word: int,
     return None
 
 
-@triton.constexpr_function
+@constexpr_function
 def item(values, i):
+    """values[i], known to the compiler; plain indexing is not in loops, before triton 3.7."""
     return values[i]
 
 

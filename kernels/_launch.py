@@ -1,4 +1,14 @@
-"""The one way a kernel is started, and the recorder of what was started."""
+"""The one way a kernel is started, and the recorder of what was started.
+
+`recording()` collects every launch (kernel, grid, arguments, options) instead of, or while, running it: the tests that
+compile ahead of time compile exactly what is shipped, and a captured sequence can be run again on changed memory.
+`Launch.source()` is that launch as the JIT compiler would specialise it: tensors are 16-byte aligned pointers, an int
+of 1 and None are constants, other ints divisible by 16 say so.
+
+Every file with kernels exports COMPILE_CASES, {name: function}: the function calls a launcher with tensors on "meta",
+inside `recording(run=False)`, and all of them together start every shipped configuration. A case whose name ends in
+"-unaligned" has sizes that do not allow 16-byte accesses; in all others the large tensors must move in them.
+"""
 
 from __future__ import annotations
 

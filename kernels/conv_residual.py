@@ -32,6 +32,7 @@ from ._dtypes import DTYPES, NAMES
 from ._gemm import GROUP, Config, epilogue, tile_of
 from ._launch import launch
 from ._rows import cdiv, is_skipped
+from ._torch import conv_precision
 
 NHWC = torch.channels_last
 # conv_wgrad: programs per SM that splitting the pixels aims at, steps of a range at least, ranges at most. (guess)
@@ -186,7 +187,7 @@ def why_not(h: Tensor, weight: Tensor, residual: Tensor | None = None) -> str | 
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return _gemm.precision(dtype, torch.backends.cudnn.conv.fp32_precision)
+    return _gemm.precision(dtype, conv_precision())
 
 
 def output_size(h: Tensor, weight: Tensor, padding: list[int]) -> tuple[int, int, int, int]:

@@ -77,10 +77,10 @@ def _one_read(
     loaded = ()
     m = tl.zeros([GROUPS], tl.float32)
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        lane, valid = group_lanes(item(STARTS, i), item(WIDTHS, i), CPG // CPW, GROUPS)
         total = 0.0
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, item(PIXELS, i))
             words = tl.load(x + at, mask=mask, other=0)
             loaded = loaded + (words,)
             for h in tl.static_range(PER_WORD):
@@ -91,15 +91,15 @@ def _one_read(
     squares = tl.zeros([GROUPS], tl.float32)
     kept = ()
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        lane, valid = group_lanes(item(STARTS, i), item(WIDTHS, i), CPG // CPW, GROUPS)
         total = 0.0
         square = 0.0
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j + zero, C // CPW, HW + zero, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j + zero, C // CPW, HW + zero, AXIS, item(PIXELS, i))
             words = opaque(loaded[item(FIRST, i) + j], zero)
             kept = kept + (words,)
             for h in tl.static_range(PER_WORD):
-                v = tl.where(mask, unpack(words, h, PER_WORD, DTYPE) - per_lane(m, WIDTHS[i], AXIS), 0.0)
+                v = tl.where(mask, unpack(words, h, PER_WORD, DTYPE) - per_lane(m, item(WIDTHS, i), AXIS), 0.0)
                 total += v
                 square += v * v
         error += per_group(tl.sum(total, 1 - AXIS), GROUPS)
@@ -109,14 +109,15 @@ def _one_read(
     m += error
     r = tl.rsqrt(tl.maximum(squares / size - error * error, 0.0) + eps)
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        lane, valid = group_lanes(item(STARTS, i), item(WIDTHS, i), CPG // CPW, GROUPS)
         all_a, all_c = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, CPW)
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j + zero + zero, C // CPW, HW + zero + zero, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j + zero + zero, C // CPW, HW + zero + zero, AXIS, item(PIXELS, i))
             words = opaque(kept[item(FIRST, i) + j], zero)
             out = tl.zeros_like(words)
             for h in tl.static_range(PER_WORD):
-                z = (unpack(words, h, PER_WORD, DTYPE) - per_lane(m, WIDTHS[i], AXIS)) * per_lane(r, WIDTHS[i], AXIS)
+                z = unpack(words, h, PER_WORD, DTYPE) - per_lane(m, item(WIDTHS, i), AXIS)
+                z *= per_lane(r, item(WIDTHS, i), AXIS)
                 z = z * along_channels(all_a[h % CPW], AXIS) + along_channels(all_c[h % CPW], AXIS)
                 out |= pack(silu(z) if SILU else z, h, PER_WORD, DTYPE)
             tl.store(y + at, out, mask=mask)

@@ -97,13 +97,13 @@ def _one_read(
     if flag is not None:
         if is_skipped(flag):
             for i in tl.static_range(BLOCKS):
-                lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+                lane, valid = group_lanes(item(STARTS, i), item(WIDTHS, i), CPG // CPW, GROUPS)
                 for j in tl.static_range(item(COUNTS, i)):
-                    at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, PIXELS[i])
+                    at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, item(PIXELS, i))
                     tl.store(dx + at, tl.zeros_like(at), mask=mask)
                 for s in tl.static_range(CPW):
-                    tl.store(sum_dz + lane * CPW + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
-                    tl.store(sum_dz_xhat + lane * CPW + s, tl.zeros([WIDTHS[i]], tl.float32), mask=valid)
+                    tl.store(sum_dz + lane * CPW + s, tl.zeros([item(WIDTHS, i)], tl.float32), mask=valid)
+                    tl.store(sum_dz_xhat + lane * CPW + s, tl.zeros([item(WIDTHS, i)], tl.float32), mask=valid)
             return
     m = tl.load(mean + n * G + first_group + tl.arange(0, GROUPS))
     r = tl.load(rstd + n * G + first_group + tl.arange(0, GROUPS))
@@ -112,12 +112,12 @@ def _one_read(
     kept_x = ()
     kept_dy = ()
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        lane, valid = group_lanes(item(STARTS, i), item(WIDTHS, i), CPG // CPW, GROUPS)
         all_a, all_c = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, CPW)
         totals_dz = (0.0, 0.0)
         totals_dz_xhat = (0.0, 0.0)
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j, C // CPW, HW, AXIS, item(PIXELS, i))
             x_words = tl.load(x + at, mask=mask, other=0)
             dy_words = tl.load(dy + at, mask=mask, other=0)
             kept_x = kept_x + (x_words,)
@@ -126,8 +126,8 @@ def _one_read(
                 xhat, dz = _terms(
                     unpack(x_words, h, PER_WORD, DTYPE),
                     unpack(dy_words, h, PER_WORD, DTYPE),
-                    per_lane(m, WIDTHS[i], AXIS),
-                    per_lane(r, WIDTHS[i], AXIS),
+                    per_lane(m, item(WIDTHS, i), AXIS),
+                    per_lane(r, item(WIDTHS, i), AXIS),
                     along_channels(all_a[h % CPW], AXIS),
                     along_channels(all_c[h % CPW], AXIS),
                     SILU,
@@ -144,10 +144,10 @@ def _one_read(
     mean_g /= size
     mean_g_xhat /= size
     for i in tl.static_range(BLOCKS):
-        lane, valid = group_lanes(STARTS[i], WIDTHS[i], CPG // CPW, GROUPS)
+        lane, valid = group_lanes(item(STARTS, i), item(WIDTHS, i), CPG // CPW, GROUPS)
         all_a, all_c = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, CPW)
         for j in tl.static_range(item(COUNTS, i)):
-            at, mask = tile_at(lane, valid, j + zero, C // CPW, HW + zero, AXIS, PIXELS[i])
+            at, mask = tile_at(lane, valid, j + zero, C // CPW, HW + zero, AXIS, item(PIXELS, i))
             x_words = opaque(kept_x[item(FIRST, i) + j], zero)
             dy_words = opaque(kept_dy[item(FIRST, i) + j], zero)
             out = tl.zeros_like(x_words)
@@ -155,15 +155,15 @@ def _one_read(
                 xhat, dz = _terms(
                     unpack(x_words, h, PER_WORD, DTYPE),
                     unpack(dy_words, h, PER_WORD, DTYPE),
-                    per_lane(m, WIDTHS[i], AXIS),
-                    per_lane(r, WIDTHS[i], AXIS),
+                    per_lane(m, item(WIDTHS, i), AXIS),
+                    per_lane(r, item(WIDTHS, i), AXIS),
                     along_channels(all_a[h % CPW], AXIS),
                     along_channels(all_c[h % CPW], AXIS),
                     SILU,
                 )
-                g = dz * along_channels(all_a[h % CPW], AXIS) - per_lane(mean_g, WIDTHS[i], AXIS)
-                g -= xhat * per_lane(mean_g_xhat, WIDTHS[i], AXIS)
-                out |= pack(g * per_lane(r, WIDTHS[i], AXIS), h, PER_WORD, DTYPE)
+                g = dz * along_channels(all_a[h % CPW], AXIS) - per_lane(mean_g, item(WIDTHS, i), AXIS)
+                g -= xhat * per_lane(mean_g_xhat, item(WIDTHS, i), AXIS)
+                out |= pack(g * per_lane(r, item(WIDTHS, i), AXIS), h, PER_WORD, DTYPE)
             tl.store(dx + at, out, mask=mask)
 
 

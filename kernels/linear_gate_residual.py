@@ -27,6 +27,7 @@ from ._dtypes import DTYPES, NAMES
 from ._gemm import GROUP, Config, epilogue, tile_of
 from ._launch import launch
 from ._rows import cdiv, is_skipped
+from ._torch import matmul_precision
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def linear_gate_residual(
         gate_d=gate_d,
         T=T,
         split_k=split_k,
-        PRECISION=_gemm.precision(weight.dtype, torch.backends.cuda.matmul.fp32_precision),
+        PRECISION=_gemm.precision(weight.dtype, matmul_precision()),
         BM=config.BM,
         BN=config.BN,
         BK=config.BK,

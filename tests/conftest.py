@@ -26,9 +26,6 @@ from zeroblock.testing import BACKENDS, use_backend  # noqa: E402
 from zeroblock.testing.cases import CASES  # noqa: E402
 from zeroblock.testing.parity import device_of  # noqa: E402
 
-# `python -m pytest` puts the source tree on the path, where transformers takes kernels/ for a package of that name.
-sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != pathlib.Path(__file__).resolve().parents[1]]
-
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETS and importlib.util.find_spec("triton") and importlib.util.find_spec("ml_dtypes"):
     from .triton import interpret

@@ -4,6 +4,16 @@ GroupNorm-SiLU-conv-residual (U-Net ResBlocks) and adaLN modulation (DiT blocks)
 modules; while the last weight (or gate) of a residual branch is exactly zero, the branch's matmuls are not executed.
 """
 
+# ruff: noqa: E402
+from pathlib import Path as _Path
+
+# In a checkout kernels/ stands beside this folder, in an installation in it.
+if not (_Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_Path(__file__).parents[1]))
+
+from .kernels import _torch as _torch  # first: says so where torch is too old
+
+# isort: split
 from . import nn
 from ._explain import explain, info
 from ._freeze import FreezeReport, freeze, unfreeze

@@ -2,7 +2,7 @@
 // of their device is. csrc/torch is the only folder that may include torch headers
 // (test_only_the_bindings_include_torch).
 //
-// Built once against the stable ABI, the bindings run on torch >= 2.13. Each private op checks what memory safety
+// Built once against the stable ABI, the bindings run on torch >= 2.10. Each private op checks what memory safety
 // needs, allocates its results, fills a parameter block and calls the kernel. Shapes, layouts and dtypes are settled by
 // the Python caller (zeroblock/backends/cpu.py, cuda.py); a check that fails here is a bug there.
 #pragma once
@@ -17,6 +17,11 @@
 #include <vector>
 
 #include "../zeroblock.h"
+
+// torch >= 2.13 has this one, which repeats the message of the error; the headers of 2.10 to 2.12 name the place alone.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace {
 

@@ -13,6 +13,7 @@
 #define ZB_NAMESPACE zeroblock
 #endif
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <string>
@@ -36,10 +37,23 @@ struct Here {
 #else
 inline bool is_here(const Tensor& t) { return t.is_cuda(); }
 inline const char* device_name() { return "GPU"; }
+
+// torch::stable's Stream::nativeHandle() came with torch 2.13; this entry point is older than 2.10. It is in
+// libtorch_cuda.so, which a CPU build of torch does not have: looked up by name, so that one binary loads beside either.
+inline void* current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(function != nullptr, "zeroblock: libtorch_cuda.so has no aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
+
 struct Here {
-  explicit Here(const Tensor& x)
-      : guard(x.get_device_index()),
-        stream(torch::stable::accelerator::getCurrentStream(x.get_device_index()).nativeHandle()) {}
+  explicit Here(const Tensor& x) : guard(x.get_device_index()), stream(current_stream(x.get_device_index())) {}
   torch::stable::accelerator::DeviceGuard guard;
   void* stream;
 };

@@ -16,12 +16,15 @@ from zeroblock.plan import planned as _plan
 from zeroblock.steps import conv as _conv
 from zeroblock.steps import linear as _linear
 from zeroblock.steps import packed as _packed
+from zeroblock.testing import CPU_MISSING
 
 from .cases import DTYPES, LAYOUTS, blocks, compare, needs_onednn, randomise
 from .cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
 
 pytestmark = needs_onednn
 
+
+needs_native = pytest.mark.skipif(CPU_MISSING is not None, reason="without native kernels no linear layer uses copies")
 
 _USED: dict[str, int] = {}
 
@@ -92,6 +95,7 @@ def test_convolutions_of_volumes(dtype):
     compare(model, oracle, x.to(memory_format=torch.channels_last_3d))
 
 
+@needs_native
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [48, 1152])
@@ -139,6 +143,7 @@ def test_wrong_inputs_raise_as_before(layer, size):
     assert messages[0] == messages[1]
 
 
+@needs_native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks(dtype, layout, packed_runs):
@@ -157,6 +162,7 @@ def test_blocks(dtype, layout, packed_runs):
             assert packed_runs("conv") == len([m for m in model.modules() if isinstance(m, nn.Conv2d)])
 
 
+@needs_native
 def test_a_whole_model(packed_runs):
     def model():
         return nn.Sequential(
@@ -180,6 +186,7 @@ def test_a_whole_model(packed_runs):
     assert report.nbytes == sum(c.nbytes() for c in _packed.copies.values())
 
 
+@needs_native
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [64, 1536])

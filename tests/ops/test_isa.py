@@ -18,7 +18,7 @@ from zeroblock.testing import CPU_MISSING, use_backend
 from zeroblock.testing.cases import CASES, DTYPES
 from zeroblock.testing.parity import assert_deterministic, assert_parity
 
-from ..support import ROOT
+from ..support import ROOT, TORCH_TARGET
 from ..zero import test_kernel as zero_kernel
 from . import test_winograd as winograd
 
@@ -61,7 +61,13 @@ def avx2_library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("avx2")
     (folder / "pick_isa.cpp").write_text(PICK_ISA)
     headers = [f"-I{CSRC}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
-    common = [*CXX, "-std=c++20", "-fPIC", "-Dzeroblock=zeroblock_avx2", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    common = [
+        *CXX,
+        "-std=c++20",
+        "-fPIC",
+        "-Dzeroblock=zeroblock_avx2",
+        TORCH_TARGET,
+    ]
     table = ["-mavx2", "-mfma", "-mf16c", "-DZB_TABLE=kernels_avx2", '-DZB_ISA_NAME="avx2"']
     jobs = [
         [*common, "-O1", *table, "-c", str(CSRC / "cpu/table.cpp"), "-o", "table.o"],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from zeroblock.kernels._torch import VERSION
 
 from .op_calls import (
     DTYPES,
@@ -72,7 +73,9 @@ def test_opcheck_compiled(op, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 @pytest.mark.parametrize("op", ALL_OPS)
-def test_fake_results_look_like_real_ones(op, dtype, layout):
+def test_fake_results_look_like_real_ones(op, dtype, layout, request):
+    if (VERSION, op, layout) == ((2, 7), "conv_residual_bwd", "channels-last"):
+        request.applymarker(pytest.mark.xfail(reason="torch 2.7: its own fake convolution_backward of 1-D images"))
     for i, args in enumerate(_calls(op, DTYPES[dtype], layout)):
         real = registered(op)(*args)
         with FakeTensorMode() as mode:

@@ -141,6 +141,8 @@ def test_measured_plans_of_a_whole_step_are_right(dtype, layout):
     if backend().name == "cpu":
         expected |= {"norm_conv": "library", "norm_conv_bwd": "library"}
         expected["conv_bwd"] = "library" if dtype == "fp32" else "other layout"
+    elif (dtype, layout) == ("fp32", "nhwc"):
+        del expected["conv_bwd"]  # one way, nothing to choose
     assert choices == expected and any("training" in key for key in entries)
     names = ("y", "dx", "dnorm_weight", "dnorm_bias", "dweight", "dbias", "dresidual")
     for name, a, e, x in zip(names, got, eager, exact, strict=True):

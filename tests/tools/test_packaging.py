@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from zeroblock.kernels._torch import OLDEST, OLDEST_NATIVE
 
 import zeroblock as zb
 from zeroblock.testing import CPU_MISSING
@@ -58,8 +59,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"zeroblock", f"zeroblock-{zb.__version__}.dist-info"}
-    assert "zeroblock/kernels/__init__.py" in names
-    assert {"zeroblock/ops/register.py", "zeroblock/nn/resblock.py", "zeroblock/testing/eager.py"} <= set(names)
+    assert {"zeroblock/kernels/_launch.py", "zeroblock/ops/register.py", "zeroblock/nn/resblock.py"} <= set(names)
+    assert "zeroblock/testing/eager.py" in names
     assert any(re.fullmatch(r"zeroblock/_C.*\.so", name) for name in names) == (CPU_MISSING is None)
 
 
@@ -156,15 +157,58 @@ def test_asking_for_cuda_in_vain_fails_loudly(source, value, message):
     assert result.returncode != 0 and message in result.stdout + result.stderr
 
 
-def test_source_folder_kernels_explains_itself():
-    """`import kernels` in the repository root finds our folder: the error says so."""
-    result = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0 and "zeroblock's source folder" in result.stderr
+def test_checkout_on_the_path(tmp_path):
+    """Works without being installed, and leaves the name `kernels` to the package that is installed."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text(HF_KERNELS)
+    code = (
+        "import kernels, torch, zeroblock; from zeroblock.kernels import _launch;"
+        "print(kernels.get_kernel('x'), _launch.__file__, zeroblock.__file__)"
+    )
+    # -S: nothing but the standard library and PYTHONPATH, so not what is installed here.
+    packages = os.pathsep.join([str(ROOT), str(tmp_path), *site_packages()])
+    printed = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=packages).split()
+    assert printed == ["x", str(ROOT / "kernels" / "_launch.py"), str(ROOT / "zeroblock" / "__init__.py")]
 
 
-def test_pytest_does_not_shadow_kernels():
-    spec = importlib.util.find_spec("kernels")
-    assert spec is None or Path(spec.origin).parent != ROOT / "kernels"
+def site_packages() -> list[str]:
+    """Where torch and numpy are."""
+    found = [importlib.util.find_spec(name) for name in ("torch", "numpy")]
+    return list(dict.fromkeys(str(Path(spec.origin).parents[1]) for spec in found if spec is not None))
+
+
+@pytest.mark.parametrize("version", ("2.6.1+cu124", "1.13.0"))
+def test_a_torch_that_is_too_old_is_named(version, tmp_path):
+    code = f"import torch; torch.__version__ = {version!r}; import zeroblock"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert f"zeroblock needs torch 2.7 or newer, and this is torch {version}" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("ImportError")
+
+
+def test_setup_and_package_agree_on_the_oldest_torch():
+    text = (ROOT / "setup.py").read_text()
+    (first, minor), encoded = OLDEST_NATIVE, f"0x{OLDEST_NATIVE[0]:02x}{OLDEST_NATIVE[1]:02x}000000000000"
+    assert f'OLDEST_TORCH, TORCH_TARGET_VERSION = ({first}, {minor}), "{encoded}"' in text
+    assert f'dependencies = ["torch>={OLDEST[0]}.{OLDEST[1]}"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_torch_too_old_for_the_extension_runs_without_it(tmp_path):
+    code = (
+        "import torch; torch.__version__ = '2.9.1'; import zeroblock as zb; print(zb.info());"
+        "print(zb.group_norm_silu(torch.randn(2, 64, 5, 5), 32).isfinite().all().item())"
+    )
+    printed = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert printed.count("the extension zeroblock._C needs torch 2.10 or newer") == 2 and printed.endswith("True\n")
+
+
+def test_a_triton_that_is_too_old_is_named(tmp_path):
+    """info() and explain() say so, and the calls run."""
+    pytest.importorskip("triton")
+    code = (
+        "import triton; triton.__version__ = '3.2.0'; import zeroblock as zb, torch; print(zb.info());"
+        "print(zb.explain('group_norm_silu', torch.randn(2, 64, 5, 5), 32))"
+    )
+    assert run(sys.executable, "-c", code, cwd=tmp_path).count("the kernels need triton 3.3 or newer") == 2
 
 
 def test_only_the_bindings_include_torch():

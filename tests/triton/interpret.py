@@ -10,6 +10,7 @@ What Triton 3.8 gets wrong or hides when TRITON_INTERPRET=1, and what happens he
   * libdevice functions do nothing -> numpy's;
   * tl.reduce with an own combine function takes 0.25 ms per element -> whole slices at a time;
   * sums run sequentially along outer axes -> as a tree;
+  * triton 3.6 takes int() of arrays with one element, which numpy 2.4 refuses -> item();
   * every call of a device function patches triton.language again, and leaves it patched -> once per launch, undone.
 One process either interprets or compiles: the variable is read when a kernel is decorated.
 """
@@ -37,6 +38,7 @@ EXTENDED = {
 }
 _stock_np_dtype = I._get_np_dtype
 _stock_launch = I.GridExecutor.__call__
+_stock_patch_tensor = I._patch_lang_tensor
 
 
 def np_dtype(dtype) -> np.dtype:
@@ -214,6 +216,11 @@ def _launch(self, *args, **kwargs):
         scope.restore()
 
 
+def _patch_tensor(tensor, scope) -> None:
+    _stock_patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 def _call_device_function(self, *args, **kwargs):
     return self.rewrite()(*args, **kwargs)
 
@@ -228,6 +235,7 @@ def install(builder: type[Builder] = Builder) -> None:
     I.ReduceOps.sum, I.ReduceOps.generic_reduce = _sum, _reduce
     I.InterpretedFunction.__call__ = _call_device_function
     I.GridExecutor.__call__ = _launch
+    I._patch_lang_tensor = _patch_tensor
     if issubclass(builder, type(I.interpreter_builder)) or not isinstance(I.interpreter_builder, Builder):
         I.interpreter_builder.__class__ = builder  # other modules hold this very object
     I.interpreter_builder.options = I.InterpreterOptions(debug=True)  # int32 overflow raises

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import FLOATING
+from ..kernels._torch import OLDEST_NATIVE, VERSION
 
 if TYPE_CHECKING:
     from .cuda import Cuda
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 def _load_extension() -> str | None:
     """Loads zeroblock/_C; returns None on success, else the reason."""
+    if VERSION < OLDEST_NATIVE:
+        return f"the extension zeroblock._C needs torch {OLDEST_NATIVE[0]}.{OLDEST_NATIVE[1]} or newer"
     libraries = sorted(Path(__file__).parents[1].glob("_C*.so"))
     if not libraries:
         return "the extension zeroblock._C was not built (no compiler for this platform at install time)"
@@ -33,16 +36,21 @@ def _load_extension() -> str | None:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
         return f"the extension zeroblock._C does not load: {error}"
-    if not torch.ops.zeroblock._cpu_isa():
-        return "this processor has neither AVX2+FMA+F16C nor AVX-512"
     return None
 
 
-CPU_MISSING = _load_extension()
+def _why_no_cpu_kernels() -> str | None:
+    if EXTENSION_MISSING is None and not torch.ops.zeroblock._cpu_isa():
+        return "this processor has neither AVX2+FMA+F16C nor AVX-512"
+    return EXTENSION_MISSING
+
+
+EXTENSION_MISSING = _load_extension()
+CPU_MISSING = _why_no_cpu_kernels()
 
 
 def _load_triton() -> FlaggedSteps | None:
-    if importlib.util.find_spec("triton") is None:
+    if _why_no_triton() is not None:
         return None
     from .triton import TRITON  # on first use: importing triton takes a second
 
@@ -69,10 +77,20 @@ _loaded: dict[str, FlaggedSteps | None] = {}
 
 
 def gpu_backend(name: str) -> FlaggedSteps | None:
-    """None where its package is not installed; one that is there and does not import raises."""
+    """None where its package is missing or too old; one that is there and does not import raises."""
     if name not in _loaded:
         _loaded[name] = _LOADERS[name]()
     return _loaded[name]
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from ..kernels import _triton  # on first use: importing triton takes a second
+
+    if _triton.VERSION < _triton.OLDEST:
+        return f"the kernels need triton {_triton.OLDEST[0]}.{_triton.OLDEST[1]} or newer, this is {_triton.VERSION}"
+    return None
 
 
 def triton() -> Triton | None:
@@ -96,7 +114,9 @@ def missing(name: str) -> str | None:
         return CPU_MISSING
     backend = gpu_backend(name)
     if backend is None:
-        return "the package triton is not installed"
+        return _why_no_triton() or f"the {name} backend was not loaded"
+    if name == "cuda" and backend.missing is not None and EXTENSION_MISSING is not None:
+        return EXTENSION_MISSING
     if backend.missing is None and backend.device == "cuda" and not torch.cuda.is_available():
         hint = " (and TRITON_INTERPRET was not set before triton was imported)" if name == "triton" else ""
         return f"no GPU is visible{hint}"

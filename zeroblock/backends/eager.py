@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._layout import as_layout, channels_last_format
+from ..kernels._torch import HAS_FUSED_RMS_NORM
 from ..plan.mode import is_fixed, is_training
 from ..reference import channel_view, modulation
 from .base import MaybeTensor
 from .reference import Reference, in_format_of, normalised_rows, sum_to, sum_to_maybe
 
-_fused_rms_norm = torch.ops.aten._fused_rms_norm.default
-_fused_rms_norm_backward = torch.ops.aten._fused_rms_norm_backward.default
+if HAS_FUSED_RMS_NORM:
+    _fused_rms_norm = torch.ops.aten._fused_rms_norm.default
+    _fused_rms_norm_backward = torch.ops.aten._fused_rms_norm_backward.default
 
 
 def _takes(x: Tensor, *operands: MaybeTensor) -> bool:
@@ -113,7 +115,7 @@ class Eager(Reference):
         eps: float,
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, Tensor]:
-        if not _takes(x, weight, bias, shift, scale):
+        if not _takes(x, weight, bias, shift, scale) or (rms and not HAS_FUSED_RMS_NORM):
             return super().layer_norm_modulate(x, shift, scale, weight, bias, eps, rms)
         mean = None
         if rms:
@@ -138,7 +140,7 @@ class Eager(Reference):
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
         # The CPU has no backward kernel of its RMS norm.
-        if not _takes(x, weight, bias, shift, scale) or (rms and x.device.type == "cpu"):
+        if not _takes(x, weight, bias, shift, scale) or (rms and (x.device.type == "cpu" or not HAS_FUSED_RMS_NORM)):
             return super().layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms)
         dy, size = dy.to(x.dtype), x.shape[-1:]
         dscale = None

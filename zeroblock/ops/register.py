@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ..backends.base import MaybeTensor
+from ..kernels._torch import STRIDES_TAG
 from ..plan.mode import REDUCED, TRAINING, fixed_rule, mode
 from .shapes import empty
 
@@ -61,7 +62,7 @@ class Op:
     ):
         self.name = schema[: schema.index("(")]
         self.differentiable, self.device_arg, self.residual, self.save = differentiable, device_arg, residual, save
-        _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, STRIDES_TAG))
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._function: type[torch.autograd.Function] | None = None
 

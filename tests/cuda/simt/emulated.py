@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ...support import HANG, ROOT
+from ...support import HANG, ROOT, TORCH_TARGET
 
 SIMT, CSRC = ROOT / "tests/cuda/simt", ROOT / "csrc"
 BINDINGS = sorted((CSRC / "torch").glob("cuda_*.cpp"))
@@ -55,6 +55,10 @@ def missing() -> str | None:
     """Why the emulator cannot run here."""
     import platform
 
+    from zeroblock.kernels._torch import OLDEST_NATIVE, VERSION
+
+    if VERSION < OLDEST_NATIVE:
+        return "the bindings need the headers of a newer torch"
     if platform.machine() not in ("x86_64", "AMD64"):
         return "the emulator switches stacks on x86-64 only"
     if shutil.which(CXX[0]) is None:
@@ -130,7 +134,7 @@ def library() -> Path:
 
     headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     # The version only tells apart what other headers made.
-    macros = [f"-DZB_NAMESPACE={NAMESPACE}", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    macros = [f"-DZB_NAMESPACE={NAMESPACE}", TORCH_TARGET]
     macros += [f"-DZB_TORCH={torch.__version__}"]
     parts = objects([*kernels(), SIMT / "settings.cpp"], [*COMMON, *BUILDS["plain"]])
     parts += objects(BINDINGS, [*COMMON, "-std=c++20", "-O0", *macros, *headers])

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels._torch import conv_precision, matmul_precision
 from ...plan.mode import mode
 from ...steps.flag import DEVICE, EXECUTED, skipped
 from .. import available
@@ -93,8 +94,7 @@ def library_settings(x: Tensor) -> tuple:
     """What the time of the library's kernels, and the arithmetic in fp32, depends on beside the tensors."""
     if x.dtype != torch.float32:
         return (torch._C._get_cudnn_benchmark(),)
-    cudnn: Any = torch.backends.cudnn
-    return torch._C._get_cudnn_benchmark(), cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return torch._C._get_cudnn_benchmark(), conv_precision(), matmul_precision()
 
 
 def describe_flag(flagged: bool) -> str:
