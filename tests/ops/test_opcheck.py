@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from zeroblock.kernels._torch import VERSION
 
 import zeroblock as zb
 from zeroblock import testing
 from zeroblock.backends.reference import REFERENCE
 from zeroblock.backends.select import CPU
+from zeroblock.kernels._torch import VERSION
 
 from .op_calls import BF16, DTYPES, F16, F32, F64, LAYOUTS, backward_calls, forward_calls, maker, registered
 

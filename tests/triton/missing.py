@@ -1,4 +1,4 @@
-"""`python -m tests.triton.missing` succeeds where no Triton is installed whose interpreter the tests know how to repair."""
+"""`python -m tests.triton.missing` succeeds where there is no Triton whose interpreter the tests can repair."""
 
 import importlib.util
 import sys

@@ -15,8 +15,8 @@ Owned = tuple[nn.Module, str, Tensor]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
-# The forwards that compute torch's convolution or linear of the module's own weight and bias. A list: torch 2.7 does not
-# trace whether a function is in a set.
+# The forwards that compute torch's convolution or linear of the module's own weight and bias. A list, since torch 2.7
+# cannot trace whether a function is in a set.
 _PLAIN_FORWARDS: list[Callable[..., Any]] = [
     nn.Conv1d.forward,
     nn.Conv2d.forward,
