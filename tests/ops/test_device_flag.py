@@ -20,9 +20,8 @@ MISSING = _backends.missing("triton")
 if MISSING is not None:
     pytest.skip(f"the triton backend cannot run: {MISSING}", allow_module_level=True)
 
-from zeroblock.kernels import _launch, group_norm_silu_bwd  # noqa: E402
-
 from zeroblock.backends.triton import TRITON  # noqa: E402
+from zeroblock.kernels import _launch, group_norm_silu_bwd  # noqa: E402
 
 DEVICE = "cpu" if _backends.interprets() else "cuda"
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")

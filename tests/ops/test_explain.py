@@ -14,6 +14,7 @@ from zeroblock import testing
 from zeroblock.backends.reference import REFERENCE
 from zeroblock.backends.select import CPU
 
+from ..support import ROOT
 from .op_calls import BF16, F16, F32, F64, forward_calls, maker, public_call
 
 FORWARD = tuple(forward_calls(maker(F32, "contiguous")))
@@ -88,8 +89,8 @@ def test_backend_variable_forces_the_reference(tmp_path):
 
 
 def test_without_the_extension_the_reference_runs(tmp_path):
-    package = Path(zb.__file__).parent
-    shutil.copytree(package, tmp_path / "zeroblock", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for folder in ("zeroblock", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     code = (
         "import torch, zeroblock as z; from zeroblock import testing\n"
         "x = torch.randn(2, 4, 6, requires_grad=True)\n"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+
 from zeroblock.kernels._torch import VERSION
 
 from .op_calls import (

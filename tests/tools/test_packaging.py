@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from zeroblock.kernels._torch import OLDEST, OLDEST_NATIVE
 
 import zeroblock as zb
+from zeroblock.kernels._torch import OLDEST, OLDEST_NATIVE
 from zeroblock.testing import CPU_MISSING
 
 from ..support import ROOT

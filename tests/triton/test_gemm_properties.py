@@ -18,7 +18,6 @@ from zeroblock.kernels import _gemm  # noqa: E402
 from zeroblock.kernels import conv_residual as conv  # noqa: E402
 from zeroblock.kernels import group_norm_silu_conv_residual as folded  # noqa: E402
 from zeroblock.kernels import linear_gate_residual as linear  # noqa: E402
-
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty  # noqa: E402
 from zeroblock.testing.draw import Draw  # noqa: E402
 

@@ -16,7 +16,6 @@ from . import traffic  # noqa: E402
 traffic.install()
 
 from zeroblock.kernels import gate_residual, layer_norm_modulate  # noqa: E402
-
 from zeroblock.testing import assert_error_budget, poison_empty  # noqa: E402
 from zeroblock.testing.draw import Draw  # noqa: E402
 

@@ -21,20 +21,21 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 # ---- which forwards compute what -------------------------------------------------------------------------------------
 
 # The functions, as they were when zeroblock was imported: a class whose forward is patched later is no longer plain.
-Forwards = set[Callable[..., Any]]
+# The keys of a dict, since torch 2.7 cannot trace whether a function is in a set.
+Forwards = dict[Callable[..., Any], None]
 
 # Convolution or linear of the module's own weight and bias, and what nn.ConvNd.forward computes with.
-_PLAIN_FORWARDS: Forwards = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward}
-_PLAIN_FORWARDS |= {nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward}
-LAYER_NORMS: Forwards = {nn.LayerNorm.forward}
-GROUP_NORMS: Forwards = {nn.GroupNorm.forward}
-SILUS: Forwards = {nn.SiLU.forward}
-DROPOUTS: Forwards = {nn.Dropout.forward}
+_PLAIN_FORWARDS: Forwards = dict.fromkeys(m.forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+_PLAIN_FORWARDS.update(dict.fromkeys(m._conv_forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+LAYER_NORMS: Forwards = {nn.LayerNorm.forward: None}
+GROUP_NORMS: Forwards = {nn.GroupNorm.forward: None}
+SILUS: Forwards = {nn.SiLU.forward: None}
+DROPOUTS: Forwards = {nn.Dropout.forward: None}
 
 
 def plain_forward(forward: Forward) -> Forward:
     """Decorator: this forward of a subclass computes what torch's does, so that its layers count as plain ones."""
-    _PLAIN_FORWARDS.add(forward)
+    _PLAIN_FORWARDS[forward] = None
     return forward
 
 
@@ -64,7 +65,7 @@ def on_trial() -> Iterator[Callable[[], None]]:
 
     def keep() -> None:
         for known, forward in asked:
-            known.add(forward)
+            known[forward] = None
 
     try:
         yield keep

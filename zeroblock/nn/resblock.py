@@ -24,7 +24,7 @@ class GroupNorm32(nn.GroupNorm):
         return functional.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, activation=None)
 
 
-GROUP_NORMS.add(GroupNorm32.forward)
+GROUP_NORMS[GroupNorm32.forward] = None
 
 
 class Upsample(nn.Module):

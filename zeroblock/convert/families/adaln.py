@@ -46,9 +46,9 @@ def gate_rows(linear: Any, chunks: int, *gates: int) -> tuple[Tensor, ...]:
 
 
 # The forwards of diffusers' classes that were proved.
-_RMS_NORMS: layers.Forwards = set()
-_FEED_FORWARDS: layers.Forwards = set()
-_GELUS: layers.Forwards = set()
+_RMS_NORMS: layers.Forwards = {}
+_FEED_FORWARDS: layers.Forwards = {}
+_GELUS: layers.Forwards = {}
 
 
 def _norm_kind(norm: Any) -> str | None:

@@ -23,9 +23,9 @@ _NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops ta
 
 
 # The forwards of timm's classes that were proved.
-_ATTENTIONS: Forwards = set()
-_MLPS: Forwards = set()
-_GELUS: Forwards = {nn.GELU.forward}
+_ATTENTIONS: Forwards = {}
+_MLPS: Forwards = {}
+_GELUS: Forwards = {nn.GELU.forward: None}
 
 
 def inactive(dropout: Any) -> bool:

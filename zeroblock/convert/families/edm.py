@@ -20,8 +20,8 @@ from ...reference import channel_view
 from ..family import Family, lacks, register
 
 # The forwards of norms and convolutions that were proved.
-_NORMS: Forwards = set()
-_CONVS: Forwards = set()
+_NORMS: Forwards = {}
+_CONVS: Forwards = {}
 
 
 class _Conv:

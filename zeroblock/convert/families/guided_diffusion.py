@@ -158,7 +158,7 @@ class AttentionBlock(Family):
 
 
 # The forwards of the attentions that were proved.
-_ATTENTIONS: Forwards = set()
+_ATTENTIONS: Forwards = {}
 
 
 def _layout(block: Any) -> str | None:
