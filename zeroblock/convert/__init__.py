@@ -43,13 +43,22 @@ def accelerate(
     state_dict, hooks, isinstance relations, deepcopy and pickle (which writes the original class) stay as they are;
     only `type(block)` changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
 
-    Args: zero_skip as in zeroblock/zero.py. backend: "auto", or the one that runs the blocks' forwards. precision:
-    "strict", the accuracy of eager, or "fast", which allows ways of reduced float32 precision in the blocks'
-    forward and backward as torch.set_float32_matmul_precision("high") does everywhere (F(4x4) Winograd: 1e-6 to
-    5e-6). strict: raise RuntimeError, the model unchanged, when a block that looks like a known one is left alone,
-    or none is found. Called again, the new options replace the old. `restore` undoes it. Accelerate before
-    torch.compile: RuntimeError on a compiled model. Before or after DDP, FSDP, optimizers and load_state_dict does
-    not matter. Raises TypeError or ValueError for wrong arguments.
+    Args:
+        model: any module; blocks at every depth are found, the module itself included.
+        zero_skip: "auto", "sync" or "never", as in zeroblock/zero.py.
+        backend: "auto", or the one that runs the blocks' forwards.
+        precision: "strict", the accuracy of eager, or "fast", which allows ways of reduced float32 precision in the
+            blocks' forward and backward as torch.set_float32_matmul_precision("high") does everywhere (F(4x4) Winograd:
+            1e-6 to 5e-6).
+        strict: raise when a block that looks like a known one is left alone, or none is found.
+
+    Called again, the new options replace the old; `restore` undoes it. Accelerate before torch.compile. Before or after
+    DDP, FSDP, optimizers and load_state_dict does not matter.
+
+    Raises:
+        TypeError, ValueError: wrong arguments.
+        RuntimeError: a compiled model; strict, and something was left alone (the model is unchanged); backend="cpu",
+            and its kernels cannot run here.
 
     >>> print(zb.accelerate(unet))  # doctest: +SKIP
     """
