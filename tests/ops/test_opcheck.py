@@ -263,9 +263,9 @@ def test_without_the_extension_the_reference_runs(tmp_path):
         "b = z.nn.ResBlock(32, 8, 0.0); b(torch.randn(1, 32, 4, 4), torch.randn(1, 8))\n"
         "assert testing.counters()['ResBlock'] == (0, 1)\n"
         "why = z.explain('group_norm_silu', x, 2); assert why.backend == 'reference', why\n"
-        "assert all('not built' in text for text in (why.not_used['cpu'], z.info(), testing.CPU_MISSING)), why\n"
+        "assert all('zeroblock._C' in text for text in (why.not_used['cpu'], z.info(), testing.CPU_MISSING)), why\n"
         "try: testing.use_backend('cpu').__enter__(); raise AssertionError('forced without its extension')\n"
-        "except RuntimeError as error: assert 'not built' in str(error)\n"
+        "except RuntimeError as error: assert 'extension zeroblock._C' in str(error)\n"
         "print(z.__file__)\n"
     )
     result = _python(code, tmp_path, PYTHONPATH=str(tmp_path))
