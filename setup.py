@@ -80,11 +80,16 @@ def nvcc_path() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
 
-def wants_cuda() -> bool:
-    """Whether to build csrc/cuda: `auto` needs a CUDA build of torch and nvcc, never a visible GPU."""
+def cuda_mode() -> str:
     mode = os.environ.get("ZEROBLOCK_BUILD_CUDA", "auto")
     if mode not in ("auto", "1", "0"):
         raise SystemExit(f"ZEROBLOCK_BUILD_CUDA must be auto, 1 or 0, got {mode!r}")
+    return mode
+
+
+def wants_cuda() -> bool:
+    """Whether to build csrc/cuda: `auto` needs a CUDA build of torch and nvcc, never a visible GPU."""
+    mode = cuda_mode()
     missing = [
         reason
         for absent, reason in [
@@ -204,7 +209,7 @@ class Build(build_ext):
             flags = shlex.split(os.environ.get("LDFLAGS", ""))
             subprocess.run([*CXX, "-shared", *flags, *objects, *libraries, *system, "-o", str(target)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("ZEROBLOCK_BUILD_CUDA") == "1":
+            if cuda_mode() == "1":
                 raise SystemExit(f"ZEROBLOCK_BUILD_CUDA=1, but the build failed: {error}") from error
             ext.optional = True
             print(f"zeroblock: native kernels were not built: {error}")
@@ -223,6 +228,8 @@ def extension() -> dict:
     else:
         reason = None
     if reason is not None:
+        if cuda_mode() == "1":
+            raise SystemExit(f"ZEROBLOCK_BUILD_CUDA=1, but no native kernels are built: {reason}")
         print(f"zeroblock: no native kernels are built: {reason}")
         return {}
     print(f"zeroblock: building for torch {TORCH.version} in {TORCH.folder}")

@@ -39,7 +39,7 @@ inline bool is_here(const Tensor& t) { return t.is_cuda(); }
 inline const char* device_name() { return "GPU"; }
 
 // torch::stable's Stream::nativeHandle() came with torch 2.13; this entry point is older than 2.10. It is in
-// libtorch_cuda.so, which a CPU build of torch does not have: looked up by name, so that one binary loads beside either.
+// libtorch_cuda.so, which a CPU build of torch lacks: looked up by name, so that one binary loads beside either.
 inline void* current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {

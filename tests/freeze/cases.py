@@ -17,6 +17,9 @@ from zeroblock.testing import eager
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 needs_onednn = pytest.mark.skipif(not _packed.ONEDNN, reason="this build of torch has no oneDNN")
+needs_native = pytest.mark.skipif(
+    testing.CPU_MISSING is not None, reason="without native kernels no linear layer uses its copy"
+)
 
 
 @pytest.fixture(autouse=True)

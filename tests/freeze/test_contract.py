@@ -12,7 +12,7 @@ import zeroblock as zb
 from zeroblock import testing
 from zeroblock.steps import packed as _packed
 
-from .cases import LAYOUTS, blocks, call, compare, frozen_layers, model_and_input, needs_onednn, randomise
+from .cases import LAYOUTS, blocks, call, compare, frozen_layers, model_and_input, needs_native, needs_onednn, randomise
 from .cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
 
 pytestmark = needs_onednn
@@ -217,7 +217,9 @@ def test_writes_that_can_be_seen_raise(write):
     call(model, x)
 
 
-@pytest.mark.parametrize("where", ["conv", "linear", "ResBlock", "DiT"])
+@pytest.mark.parametrize(
+    "where", ["conv", pytest.param("linear", marks=needs_native), "ResBlock", pytest.param("DiT", marks=needs_native)]
+)
 def test_check_finds_writes_that_leave_no_trace(where):
     """One element written through .data: no version moves and no sample sees it."""
     torch.manual_seed(0)

@@ -16,15 +16,12 @@ from zeroblock.plan import planned as _plan
 from zeroblock.steps import conv as _conv
 from zeroblock.steps import linear as _linear
 from zeroblock.steps import packed as _packed
-from zeroblock.testing import CPU_MISSING
 
-from .cases import DTYPES, LAYOUTS, blocks, compare, needs_onednn, randomise
+from .cases import DTYPES, LAYOUTS, blocks, compare, needs_native, needs_onednn, randomise
 from .cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
 
 pytestmark = needs_onednn
 
-
-needs_native = pytest.mark.skipif(CPU_MISSING is not None, reason="without native kernels no linear layer uses copies")
 
 _USED: dict[str, int] = {}
 
