@@ -77,7 +77,7 @@ def on_trial() -> Iterator[Callable[[], None]]:
 
 # Neither None (parametrized and pruned weights live elsewhere) nor another subclass: what is quantised or sharded
 # computes in its own way. Those of a compiler stand for ordinary ones.
-_PLAIN_WEIGHTS: set[type] = {nn.Parameter, Tensor, FakeTensor, FunctionalTensor}
+_PLAIN_WEIGHTS: tuple[type, ...] = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def is_plain_conv(module: Any) -> bool:
