@@ -123,7 +123,8 @@ def test_two_installations_are_compared_call_by_call(benchmark_path):
     names = [
         f"{name}, {mode}" for name in {**overhead.ops(), **overhead.blocks()} for mode in ("inference", "training")
     ]
-    assert len(rows) == len(names) == 28
+    names += [f"{name}, inference" for name in overhead.frozen()]
+    assert len(rows) == len(names) == 30
     for row, name in zip(rows, names, strict=True):
         there, here = row.removeprefix(name).split()[:2]
         assert row.startswith(name) and float(there) > 0 and float(here) > 0
