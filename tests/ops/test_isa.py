@@ -105,7 +105,7 @@ def avx2(avx2_library, monkeypatch):
     assert replaced >= 11 and select("group_norm_silu", torch.empty(1)) is backend
     assert avx2_library._cpu_isa() == "avx2"
     with use_backend("cpu"):
-        yield module
+        yield backend
 
 
 MISSING = _missing()
