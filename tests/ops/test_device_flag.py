@@ -157,6 +157,11 @@ def test_zero_gate_of_linear_gate_residual(weights):
     assert torch.equal(function(**inputs, **options), inputs["residual"])
 
 
+def _run_again(launches):
+    for recorded in launches:
+        _launch.launch(recorded.kernel, recorded.grid, **recorded.options, **recorded.arguments)
+
+
 @calls
 def test_captured_kernels_judge_the_weights_of_each_replay(call):
     """The recorded launches are all there is between the inputs and the result: a graph of them is right for any
@@ -173,12 +178,10 @@ def test_captured_kernels_judge_the_weights_of_each_replay(call):
             inputs["weight"].copy_(weight)
             expected = function(**inputs, **options).clone()
             y.fill_(float("nan"))
-            for launch in launches:
-                launch.run()
+            _run_again(launches)
             assert_bitwise_equal(y, expected, call)
         inputs["weight"].zero_()
-        for launch in launches:
-            launch.run()
+        _run_again(launches)
         _assert_bare(y, inputs, call)
 
 
@@ -196,8 +199,7 @@ def test_captured_backward_of_group_norm_silu():
             flag.fill_(value)
             for g in grads:
                 g.fill_(float("nan"))
-            for launch in launches:
-                launch.run()
+            _run_again(launches)
             for g, e in zip(grads, expected, strict=True):
                 assert torch.equal(g, torch.zeros_like(e) if value else e)
 
