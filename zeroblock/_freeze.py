@@ -183,10 +183,8 @@ def _geometry(conv: nn.Module) -> Geometry | None:
 def _why_not(module: nn.Module) -> str | None:
     """None when the layer can be frozen, else the reason."""
     if not is_plain_layer(module):
-        return "its weight is computed, or it is not a plain layer (a subclass, or padding other than zeros)"
+        return "its weight is computed, or it is not a plain layer (padding other than zeros, or a way of its own)"
     weight = module.weight
-    if isinstance(module, nn.modules.conv._ConvNd) and type(module)._conv_forward not in _CONV_FORWARDS.values():
-        return "a subclass with a convolution of its own"
     if type(weight) is not nn.Parameter or weight.layout is not torch.strided or weight.device.type == "meta":
         return "its weight is not a plain strided parameter"
     if zero.is_exactly_zero(weight):

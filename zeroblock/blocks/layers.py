@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -77,7 +78,21 @@ def on_trial() -> Iterator[Callable[[], None]]:
 
 # Neither None (parametrized and pruned weights live elsewhere) nor another subclass: what is quantised or sharded
 # computes in its own way. Those of a compiler stand for ordinary ones.
-_PLAIN_WEIGHTS: tuple[type, ...] = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+_PLAIN_WEIGHTS: dict[type, None] = dict.fromkeys((nn.Parameter, Tensor, FakeTensor, FunctionalTensor))
+
+
+@contextlib.contextmanager
+def sharded_weights_count() -> Iterator[None]:
+    """While blocks are looked for, sharded weights are plain ones: FSDP has made them whole when a block is called."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:  # and so there is none
+        yield
+        return
+    _PLAIN_WEIGHTS[module.DTensor] = None
+    try:
+        yield
+    finally:
+        _PLAIN_WEIGHTS.pop(module.DTensor, None)
 
 
 def is_plain_conv(module: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _checks, zero
 from ..backends import available as _backends
 from ..backends.select import select
-from ..blocks.layers import is_own, on_trial
+from ..blocks.layers import is_own, on_trial, sharded_weights_count
 from . import proof
 from .families import FAMILIES
 from .family import Family, accelerated_class, applied
@@ -73,7 +73,8 @@ def accelerate(
     before = [(m, type(m)) for m in model.modules() if applied(m) is not None and _is_ours(m)]
     restore(model)
     try:
-        found, left_alone = _search(model, [family(zero_skip, backend, precision) for family in _in_order()])
+        with sharded_weights_count():
+            found, left_alone = _search(model, [family(zero_skip, backend, precision) for family in _in_order()])
         if strict and (left_alone or not found):
             rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
             raise RuntimeError(f"accelerate: strict, and not everything could be accelerated:\n{rest}")
