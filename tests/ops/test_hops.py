@@ -21,12 +21,12 @@ from torch._ops import OpOverload
 
 import zeroblock as zb
 from zeroblock.backends import available
-from zeroblock.kernels import _launch
+from zeroblock.kernels import _torch
 from zeroblock.testing import CPU_MISSING, use_backend
 
 from ..support import ROOT
 
-PACKAGE, KERNELS = Path(zb.__file__).parent, Path(_launch.__file__).parent
+PACKAGE, KERNELS = Path(zb.__file__).parent, Path(_torch.__file__).parent
 _X, _V, _IMAGE = (2, 9, 64), (2, 64), (2, 64, 16, 16)
 CALLS: dict[str, tuple[Callable, tuple[tuple[int, ...], ...], str]] = {  # function, shapes, its native op
     "layer_norm_modulate": (zb.layer_norm_modulate, (_X, _V, _V), "_layer_norm_modulate"),

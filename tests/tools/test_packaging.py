@@ -162,13 +162,13 @@ def test_checkout_on_the_path(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(HF_KERNELS)
     code = (
-        "import kernels, torch, zeroblock; from zeroblock.kernels import _launch;"
-        "print(kernels.get_kernel('x'), _launch.__file__, zeroblock.__file__)"
+        "import kernels, torch, zeroblock; from zeroblock.kernels import _torch;"
+        "print(kernels.get_kernel('x'), _torch.__file__, zeroblock.__file__)"
     )
     # -S: nothing but the standard library and PYTHONPATH, so not what is installed here.
     packages = os.pathsep.join([str(ROOT), str(tmp_path), *site_packages()])
     printed = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=packages).split()
-    assert printed == ["x", str(ROOT / "kernels" / "_launch.py"), str(ROOT / "zeroblock" / "__init__.py")]
+    assert printed == ["x", str(ROOT / "kernels" / "_torch.py"), str(ROOT / "zeroblock" / "__init__.py")]
 
 
 def site_packages() -> list[str]:
