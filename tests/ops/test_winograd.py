@@ -69,6 +69,7 @@ def called(monkeypatch):
         return lambda call: (found.append(tile), run(call))[1]
 
     for step in (CONV_STEP, NORM_CONV, CONV_BWD, NORM_CONV_BWD):
+        monkeypatch.setattr(step, "_memory", {})  # else a call that an earlier test made runs what that test watched
         for tile in (2, 4):
             candidate = step.candidates[_winograd.plan_name(tile)]
             replaced = dataclasses.replace(candidate, run=watched(tile, candidate.run))
