@@ -1,10 +1,4 @@
-"""`zeroblock.doctor`: will this initialisation learn, and when does each branch wake up?
-
-The model's step is taped once (tape.py), its zeros are followed through the tape to a prediction (zeros.py), and plain
-SGD steps verify it (measure.py). Everything is put back bit for bit (snapshot.py). `diagnosis.py` puts prediction and
-measurement together, `savings.py` counts what the fast path leaves out, `explain.py` says why in words; `text.py` and
-`html.py` show the whole.
-"""
+"""The examination: tape the model's step, predict from its zeros, measure in plain SGD steps, diagnose."""
 
 from __future__ import annotations
 
@@ -16,14 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import factors, measure
-from .diagnosis import Diagnosis, Initial, ParameterReport, diagnose
+from .diagnosis import Diagnosis, Initial, diagnose
 from .explain import explain
 from .measure import Loss
 from .savings import savings
 from .snapshot import preserved
 from .zeros import Prediction, droppable, predict
-
-__all__ = ["Diagnosis", "ParameterReport", "doctor"]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -56,36 +48,15 @@ def random_target_loss(model: nn.Module, batch: Any) -> Tensor:
     return total
 
 
-def doctor(
+def examine(
     model: nn.Module | Callable[[], Any],
-    example_batch: Any = None,
-    loss: Loss | None = None,
-    steps: int = 4,
-    *,
-    lr: float = 1e-2,
-    progress: Callable[[str, int, int, str], None] | None = None,
+    example_batch: Any,
+    loss: Loss | None,
+    steps: int,
+    lr: float,
+    progress: Callable[[str, int, int, str], None] | None,
 ) -> Diagnosis:
-    """Says which zero and constant parameters of a model learn, and in which step each parameter first moves.
-
-    model: any nn.Module, or a function without arguments that returns (model, example_batch) or (model,
-        example_batch, loss).
-    example_batch: what the model is called with; a tuple or list gives positional, a dict keyword arguments. Tensors
-        of any shape and dtype, on the model's device.
-    loss: loss(model, example_batch) -> Tensor of one element; None: the mean square of (output - a fixed random
-        target), over all floating outputs.
-    steps: plain SGD steps to take, at least 1, in training mode and in place.
-    lr: their learning rate, positive and finite.
-    progress: progress(phase, done, total, note), called after each step; None: nothing is shown.
-
-    Returns a `Diagnosis`. A parameter moves first in the step of its first gradient that is not exactly zero. The
-    model, its gradients, the batch and the random number generators are put back bit for bit afterwards, also when
-    something raises. The device needs the memory of an ordinary SGD step; a copy of the weights is kept in host memory.
-
-    Raises TypeError where model, example_batch or loss are of another kind than said here, example_batch is missing,
-    or loss returns no Tensor; ValueError where steps or lr are out of range, model has nothing to train, model or loss
-    fail on the batch, or the loss is no scalar that depends on a parameter; RuntimeError where the batch does not fit
-    into the device's memory.
-    """
+    """What `zeroblock.doctor` does; its docstring has the arguments."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"doctor: steps must be an int >= 1, got {steps!r}")
     if not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
