@@ -57,11 +57,13 @@ wheel: $(STAMP)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --exclude libc10.so --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	ZEROBLOCK_BUILD_NATIVE=0 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
+# torch is named in the last command too: torchvision would replace it by the newest.
+OR_SAY = || { echo "make: pip failed. Has it a network? ($(TORCH), where it lies on no disk, is up to 3 GB)" >&2; exit 1; }
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja $(OR_SAY)
+	$(BIN)/pip install --quiet $(TORCH) $(OR_SAY)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" $(TORCH) $(OR_SAY)
 	touch $@
 
 clean:
