@@ -11,7 +11,7 @@ CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/
 CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-torch bench lint format wheel clean
+.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock demo
@@ -36,6 +36,21 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --baselines all
 	$(BIN)/python benchmarks/run.py --baselines all --allocator default
 	$(BIN)/python benchmarks/scaling.py
+
+# On a machine with a GPU, with the Python that has torch there: what a few minutes show, in $(OUT). Again: goes on there.
+OUT ?= build/gpu/results
+MINUTES ?= 8
+gpu:
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) benchmarks/first_gpu.py --minutes $(MINUTES) \
+	  $(if $(wildcard $(OUT)/results.jsonl),--resume,--out) $(OUT)
+
+# Here, without a GPU: what that machine need not build, build/carried and build/triton-sm90.tar.gz, for its Python, torch
+# and Triton.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.0
+gpu-cache:
+	ZEROBLOCK_BUILD_NATIVE=0 $(MAKE) .venv-gpu/.installed VENV=.venv-gpu PYTHON=$(GPU_PYTHON) TORCH=$(GPU_TORCH) EXTRAS=suite
+	PYTHONPATH=.:benchmarks .venv-gpu/bin/python -m gpurun.cache --jobs $(JOBS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
