@@ -135,7 +135,7 @@ def as_meta(t: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def chosen(check: Check, device: str) -> Iterator[set[str]]:
-    """Runs the block with the check's choice, on tensors of this device. The set: which steps took the way asked for."""
+    """Runs the block with the check's choice, on tensors of this device. The set: steps that took the way asked for."""
     took: set[str] = set()
     with contextlib.ExitStack() as stack:
         if check.chosen == MEASURED:
