@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCHMARKS))  # also where this file is imported
 
 from gpurun import ROOT, Setting, parts, summary  # noqa: E402
-from gpurun.pool import Pool, Step  # noqa: E402
+from gpurun.pool import START_UNIT, Pool, Step  # noqa: E402
 from gpurun.results import FILE, Results, latest  # noqa: E402
 
 FIXED = {"ZEROBLOCK_PLAN": "fixed", "ZEROBLOCK_CACHE_DIR": ""}
@@ -78,6 +78,12 @@ def trim(log: Path) -> None:
         log.write_bytes(log.read_bytes()[-MOST_LOG // 2 :])
 
 
+def why_no_gpu(results: Results) -> str | None:
+    rows = latest(results.rows)
+    row = rows.get(("machine", "gpu")) or rows.get(("machine", START_UNIT)) or {"status": "ok"}
+    return row["error"] if row["status"] == "failed" else None
+
+
 def run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     setting = Setting("cpu" if options.dry_run else "cuda", options.dry_run)
@@ -100,6 +106,9 @@ def run(options: argparse.Namespace) -> int:
             trim(results.folder / "log.txt")
             summary.write(results.folder)
             print(f"{step.name}: {time.monotonic() - start:.0f} s, {left[step.name]} left", flush=True)
+            if step.name == "machine" and why_no_gpu(results):
+                print(f"no GPU that torch can use, nothing else is tried: {why_no_gpu(results)}")
+                return 1
     print(summary.write(results.folder))
     failed = any(row["status"] == "failed" for row in latest(results.rows).values())
     return 1 if failed or any(left.values()) else 0

@@ -48,15 +48,20 @@ def extension() -> None:
 @contextlib.contextmanager
 def meta_goes_as_a_gpu() -> Iterator[None]:
     """Meta tensors take the way of a GPU's in the block, to Triton's kernels."""
+    import torch
+
     from zeroblock.backends import available, triton_gemms
     from zeroblock.backends.triton import TRITON
 
+    enabled = torch.is_autocast_enabled
     before = TRITON.device, triton_gemms.may_test, available._forced
     TRITON.device, triton_gemms.may_test, available._forced = "meta", lambda t: True, "gpu"
+    torch.is_autocast_enabled = lambda *device: device != ("meta",) and enabled(*device)  # it raises for meta
     try:
         yield
     finally:
         TRITON.device, triton_gemms.may_test, available._forced = before
+        torch.is_autocast_enabled = enabled
 
 
 def of_checks() -> Iterator[Launch]:

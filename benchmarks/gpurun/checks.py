@@ -38,6 +38,11 @@ LARGE = (
     Case("conv_residual", "unet", {**_UNET, "out": 320}, {}, ("nhwc",)),
     Case("group_norm_silu_conv_residual", "unet", {**_UNET, "out": 320, "film": True}, {"num_groups": 32}, ("nhwc",)),
 )
+_POINT = {"N": 2, "C": 16, "S": (9, 7), "K": 1, "out": 8, "padding": 0}
+POINTS = (
+    Case("conv_residual", "point", _POINT, {"padding": 0}, ("nhwc",)),
+    Case("group_norm_silu_conv_residual", "point", _POINT, {"padding": 0, "num_groups": 4}, ("nhwc",)),
+)
 QUICK_LARGE = (
     Case("group_norm_silu", "cluster", {"N": 1, "C": 8, "S": (6, 5), **_FILM}, {"num_groups": 2}, ("dense",)),
     Case("layer_norm_modulate", "several-steps", {"B": 1, "T": 9, "D": 24}, {}, ("dense",)),
@@ -74,8 +79,9 @@ def by_place(quick: bool) -> list[Case]:
 
 
 def firsts() -> list[tuple[Case, str]]:
-    """One case of each op, in a layout that every backend's own kernels take (convolutions channels-last)."""
-    return [(case, "nhwc" if "conv" in case.op else "dense") for place, case in _ranked() if place == 0]
+    """One case of each op, of convolutions a 1x1 as well, in a layout that every backend's own kernels take."""
+    cases = [*(case for place, case in _ranked() if place == 0), *POINTS]
+    return [(case, "nhwc" if "conv" in case.op else "dense") for case in cases]
 
 
 def parity(device: str, quick: bool) -> Iterator[Check]:

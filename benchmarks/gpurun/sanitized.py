@@ -12,9 +12,11 @@ from .checks import Check
 
 
 def watched(device: str) -> dict[str, Check]:
-    """By op: its first case in bf16, which the convolution takes too, and the dense and channels-last group norm."""
+    """By op: its first case in bf16, which the convolution takes too; group_norm_silu in both layouts."""
     chosen = checks.backends(device)[-1]
-    found = {case.op: Check(case, layout, torch.bfloat16, chosen) for case, layout in checks.firsts()}
+    found: dict[str, Check] = {}
+    for case, layout in checks.firsts():
+        found.setdefault(case.op, Check(case, layout, torch.bfloat16, chosen))
     norm = found["group_norm_silu"]
     return {**found, "group_norm_silu-nhwc": norm._replace(layout="nhwc")}
 

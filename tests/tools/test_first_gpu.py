@@ -91,6 +91,15 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(tmp_path):
     assert len(set(units)) == len(units) and {step for step, _ in units} == {"sanitizer", "models"}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_ends(tmp_path):
+    entry = (sys.executable, str(BENCHMARKS / "first_gpu.py"), "--minutes", str(HANG / 60), "--out", str(tmp_path))
+    done = subprocess.run(entry, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 1 and "no GPU that torch can use, nothing else is tried" in done.stdout, done.stderr
+    assert {row["step"] for row in rows_of(tmp_path)} == {"machine"}
+
+
 def children(pid):
     """The processes that a process started, by Linux's account."""
     path = f"/proc/{pid}/task/{pid}/children"
