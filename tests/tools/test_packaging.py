@@ -21,6 +21,7 @@ from ..support import ROOT
 pytestmark = pytest.mark.one_worker
 
 HF_KERNELS = "def get_kernel(name):\n    return name\n"
+WHEEL = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w")
 INSTALL = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target")
 
 
@@ -50,8 +51,7 @@ def wheel(source, tmp_path_factory):
     ):  # fails where another worker builds it too: conftest's scheduler did not work
         (tmp_path_factory.getbasetemp().parent / "built").touch(exist_ok=False)
     out = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(out), ".")
-    run(*pip, cwd=source, ZEROBLOCK_BUILD_CUDA="0")  # tests/cuda/test_build.py builds the others
+    run(*WHEEL, str(out), ".", cwd=source, ZEROBLOCK_BUILD_CUDA="0")  # tests/cuda/test_build.py builds the others
     return next(out.glob("*.whl"))
 
 
@@ -131,19 +131,7 @@ def test_sdist_holds_all_that_is_built(source, sdist):
 @pytest.mark.slow
 def test_wheel_in_pure_python_from_the_sdist(sdist, tmp_path):
     """For every system: its tag says so, and it runs."""
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        str(tmp_path),
-        ".",
-    )
-    run(*pip, cwd=sdist, ZEROBLOCK_BUILD_NATIVE="0")
+    run(*WHEEL, str(tmp_path), ".", cwd=sdist, ZEROBLOCK_BUILD_NATIVE="0")
     (made,) = tmp_path.glob("*.whl")
     assert made.name == f"zeroblock-{zb.__version__}-py3-none-any.whl"
     assert not [name for name in zipfile.ZipFile(made).namelist() if name.endswith((".so", ".pyd"))]
