@@ -21,8 +21,8 @@ import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from . import ROOT
 from .parts import ARCHIVE, CARRIED, PLACE, kernels
@@ -102,7 +102,7 @@ def of_headlines() -> Iterator[Launch]:
             yield from launches
 
 
-class Driver(SimpleNamespace):
+class Driver:
     """What Triton asks of a GPU before it starts a kernel."""
 
     def get_current_target(self) -> Any:
@@ -134,6 +134,29 @@ def distinct(launches: Iterable[Launch], most: int | None = None) -> list[Launch
     return list(found.values())
 
 
+def build_launcher(kernel: Any = None) -> None:
+    """What starts a kernel there, where Triton compiles C for that (3.6 does for every signature); without a kernel
+    what all of them need. It is linked to a stand-in for the GPU's library, and so made here but not loaded."""
+    from triton.backends.nvidia import driver
+
+    with mock.patch("triton.runtime.build._load_module_from_path", return_value=mock.MagicMock()):
+        if kernel is None:
+            driver.CudaUtils()
+        elif hasattr(driver, "make_launcher"):
+            driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+def stand_in_library(folder: Path) -> None:
+    """libcuda.so.1 with nothing in it, where Triton looks for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "empty.c").touch()
+    command = ["cc", "-shared", "-Wl,-soname,libcuda.so.1", "empty.c", "-o", "libcuda.so.1"]
+    subprocess.run(command, cwd=folder, check=True)
+    (folder / "libcuda.so").unlink(missing_ok=True)
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+
+
 _work: list[Launch] = []
 
 
@@ -144,6 +167,7 @@ def compile_one(i: int) -> tuple[str, str | None]:
     launch = _work[i]
     try:
         kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+        build_launcher(kernel)
     except Exception as error:
         return "", f"{launch.kernel.__module__}.{launch.kernel.__name__}: {type(error).__name__}: {error}"
     return Path(get_cache_manager(kernel.hash).cache_dir).name, None
@@ -173,11 +197,12 @@ def without_the_rest(text: str) -> str:
 
 
 def is_kept(path: Path) -> bool:
-    return path.suffix in (".cubin", ".json")
+    return path.suffix in (".cubin", ".json", ".so")
 
 
 def pack(cache: Path, folders: set[str], archive: Path) -> None:
-    """The binaries alone, and their place open."""
+    """The binaries alone, and what starts them; their place is open."""
+    folders = folders | {path.parent.name for path in cache.glob("*/*.so")}
     archive.parent.mkdir(parents=True, exist_ok=True)
     draft = archive.with_suffix(".new")
     with tarfile.open(draft, "w:gz", compresslevel=9) as tar:
@@ -209,6 +234,8 @@ def main(arguments: list[str]) -> int:
     with meta_goes_as_a_gpu():
         _work[:] = distinct((launch for found in (of_checks(), of_headlines()) for launch in found), options.most)
     print(f"{len(_work)} launches", flush=True)
+    stand_in_library(options.folder.with_name("stand-in"))
+    build_launcher()
     folders, failed = compile_all(options.jobs)
     pack(options.folder, folders, options.archive)
     print(f"{len(folders)} kernels, {kernels(options.folder) - before} new", *failed[:20], sep="\n")
