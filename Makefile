@@ -11,7 +11,7 @@ CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/
 CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-torch bench lint format wheel clean
+.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock demo
@@ -37,6 +37,21 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py --baselines all --allocator default
 	$(BIN)/python benchmarks/scaling.py
 
+# On a machine with a GPU, with the Python that has torch there: what a few minutes show, in $(OUT). Again: goes on there.
+OUT ?= build/gpu/results
+MINUTES ?= 8
+gpu:
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) benchmarks/first_gpu.py --minutes $(MINUTES) \
+	  $(if $(wildcard $(OUT)/results.jsonl),--resume,--out) $(OUT)
+
+# Here, without a GPU: what that machine need not build, build/carried and build/triton-sm90.tar.gz, for its Python, torch
+# and Triton.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.0
+gpu-cache:
+	ZEROBLOCK_BUILD_NATIVE=0 $(MAKE) .venv-gpu/.installed VENV=.venv-gpu PYTHON=$(GPU_PYTHON) TORCH=$(GPU_TORCH) EXTRAS=suite
+	PYTHONPATH=.:benchmarks .venv-gpu/bin/python -m gpurun.cache --jobs $(JOBS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,11 +72,13 @@ wheel: $(STAMP)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --exclude libc10.so --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	ZEROBLOCK_BUILD_NATIVE=0 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
 
+# torch is named in the last command too: torchvision would replace it by the newest.
+OR_SAY = || { echo "make: pip failed. Has it a network? ($(TORCH), where it lies on no disk, is up to 3 GB)" >&2; exit 1; }
 $(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja $(OR_SAY)
+	$(BIN)/pip install --quiet $(TORCH) $(OR_SAY)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]" $(TORCH) $(OR_SAY)
 	touch $@
 
 clean:

@@ -109,6 +109,11 @@ def parameters(item) -> dict:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
+def runs_on_gpu(item) -> bool:
+    """Whether the fixture `backend` has the test run on a GPU."""
+    return parameters(item).get("backend") in ("triton", "cuda") and not INTERPRETS and torch.cuda.is_available()
+
+
 def emulates(item) -> bool:
     """Whether the test runs the CUDA kernels without a GPU."""
     return parameters(item).get("backend") == "cuda" and not INTERPRETS and not torch.cuda.is_available()
@@ -128,6 +133,8 @@ def pytest_collection_modifyitems(config, items):
     Emulated kernels hold no line of torch: the reduced set has those of files marked every_torch.
     """
     for item in items:
+        if runs_on_gpu(item):
+            item.add_marker(pytest.mark.gpu)
         if emulates(item) and "every_torch" not in item.keywords:
             item.add_marker(pytest.mark.slow)
 

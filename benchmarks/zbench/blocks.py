@@ -112,7 +112,7 @@ def _zero_floor(zeros: list[Tensor], make_residual: Callable[[], object]) -> Cal
     return floor
 
 
-def _resblock_case(shape: tuple[int, ...], out_channels: int, zero: bool) -> Callable[[Case], Work]:
+def resblock_case(shape: tuple[int, ...], out_channels: int, zero: bool) -> Callable[[Case], Work]:
     def build(case: Case) -> Work:
         pair = resblocks(shape, out_channels, case.torch_dtype, case.layout, zero)
         floor = None
@@ -125,7 +125,7 @@ def _resblock_case(shape: tuple[int, ...], out_channels: int, zero: bool) -> Cal
     return build
 
 
-def _dit_case(shape: tuple[int, ...], zero: bool) -> Callable[[Case], Work]:
+def dit_case(shape: tuple[int, ...], zero: bool) -> Callable[[Case], Work]:
     def build(case: Case) -> Work:
         pair = dit_blocks(shape, case.torch_dtype, zero)
         floor = None
@@ -139,17 +139,17 @@ def _dit_case(shape: tuple[int, ...], zero: bool) -> Callable[[Case], Work]:
 def block_builds(quick: bool, zero: bool) -> Iterator[Build]:
     """Every whole block, the last weight of its branches zero or not."""
     for shape in QUICK_IMAGES if quick else IMAGES:
-        yield Build("resblock", shape_text(shape), tuple(LAYOUTS), _resblock_case(shape, shape[1], zero))
+        yield Build("resblock", shape_text(shape), tuple(LAYOUTS), resblock_case(shape, shape[1], zero))
     for shape, out_channels in QUICK_SKIPS if quick else SKIPS:
         yield _with_skip(shape, out_channels, zero)
     for shape in QUICK_DITS if quick else DITS:
-        yield Build("dit_block", shape_text(shape), ("",), _dit_case(shape, zero))
+        yield Build("dit_block", shape_text(shape), ("",), dit_case(shape, zero))
 
 
 def more_builds() -> Iterator[Build]:
     """The rest of the inventory of ADM-64 and Stable Diffusion 1.5, not zero."""
     for shape in MORE_IMAGES:
-        yield Build("resblock", shape_text(shape), ("nchw",), _resblock_case(shape, shape[1], False))
+        yield Build("resblock", shape_text(shape), ("nchw",), resblock_case(shape, shape[1], False))
     for shape, out_channels in MORE_SKIPS:
         yield _with_skip(shape, out_channels, False)
 
@@ -157,7 +157,7 @@ def more_builds() -> Iterator[Build]:
 def _with_skip(shape: tuple[int, ...], out_channels: int, zero: bool) -> Build:
     """A ResBlock that changes the number of channels, with a 1x1 convolution as its skip."""
     name = f"{shape_text(shape)}to{out_channels}"
-    return Build("resblock_1x1", name, ("nchw",), _resblock_case(shape, out_channels, zero))
+    return Build("resblock_1x1", name, ("nchw",), resblock_case(shape, out_channels, zero))
 
 
 def _frozen(build: Callable[[Case], Work]) -> Callable[[Case], Work]:

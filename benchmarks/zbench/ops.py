@@ -144,6 +144,10 @@ def _build(op: Op, shape: Shape) -> Callable[[Case], Work]:
     return build
 
 
+def op_case(name: str, op: Op, shape: Shape, layout: str, dtype: str, mode: str, group: str = "memory_bound") -> Case:
+    return Case(group, name, shape_text(shape), layout, dtype, mode, _build(op, shape))
+
+
 def cases(quick: bool, group: str = "memory_bound") -> Iterator[Case]:
     for ops, shapes, layouts in (
         (IMAGE_OPS, QUICK_IMAGES if quick else IMAGES, tuple(LAYOUTS)),
@@ -154,4 +158,4 @@ def cases(quick: bool, group: str = "memory_bound") -> Iterator[Case]:
                 for layout in layouts:
                     for dtype in DTYPES:
                         for mode in MODES:
-                            yield Case(group, name, shape_text(shape), layout, dtype, mode, _build(op, shape))
+                            yield op_case(name, op, shape, layout, dtype, mode, group)

@@ -104,11 +104,11 @@ def build(op: str, side: str, mode: str, quick: bool) -> tuple[nn.Module, Tensor
     """
     torch.manual_seed(0)
     model, x = MODELS[op.removesuffix(FROZEN)](quick, side == "zeroblock")
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.02, generator=generator)
+            if not parameter.any():  # the same values on every device
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=0.02, generator=generator))
     model.train(mode == "training")
     if op.endswith(FROZEN) and side == "zeroblock":
         zb.freeze(model)

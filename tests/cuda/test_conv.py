@@ -13,7 +13,7 @@ from zeroblock.testing.draw import Draw
 from .simt import emulated
 
 MISSING = None if torch.cuda.is_available() else emulated.missing()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 DTYPES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d)[6:])
 # N, C, K, H, W, kernel: one tile; ragged in pixels and channels, several tiles; wide tiles of 128 channels; 1x1.
 SHAPES = {

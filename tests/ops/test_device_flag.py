@@ -15,7 +15,7 @@ from zeroblock.backends import available as _backends
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty, use_backend
 from zeroblock.testing.draw import Draw
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [pytest.mark.interpreted, pytest.mark.gpu]
 MISSING = _backends.missing("triton")
 if MISSING is not None:
     pytest.skip(f"the triton backend cannot run: {MISSING}", allow_module_level=True)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..support import ROOT
 pytestmark = pytest.mark.one_worker
 
 HF_KERNELS = "def get_kernel(name):\n    return name\n"
+WHEEL = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w")
 INSTALL = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target")
 
 
@@ -49,8 +51,7 @@ def wheel(source, tmp_path_factory):
     ):  # fails where another worker builds it too: conftest's scheduler did not work
         (tmp_path_factory.getbasetemp().parent / "built").touch(exist_ok=False)
     out = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(out), ".")
-    run(*pip, cwd=source, ZEROBLOCK_BUILD_CUDA="0")  # tests/cuda/test_build.py builds the others
+    run(*WHEEL, str(out), ".", cwd=source, ZEROBLOCK_BUILD_CUDA="0")  # tests/cuda/test_build.py builds the others
     return next(out.glob("*.whl"))
 
 
@@ -108,6 +109,38 @@ def test_build_without_a_compiler_leaves_a_working_reference(pure_site, tmp_path
     code = "import torch, zeroblock as zb; print(zb.explain('group_norm_silu', torch.randn(2, 64, 5, 5), 32))"
     printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(pure_site))
     assert "backend reference" in printed and "was not built" in printed
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    """The source distribution, unpacked."""
+    made, unpacked = (tmp_path_factory.mktemp(name) for name in ("sdist", "unpacked"))
+    backend = "from setuptools import build_meta; import sys; print(build_meta.build_sdist(sys.argv[1]))"
+    run(sys.executable, "-c", backend, str(made), cwd=source)
+    tarfile.open(next(made.glob("*.tar.gz"))).extractall(unpacked, filter="data")
+    return next(unpacked.iterdir())
+
+
+@pytest.mark.slow
+def test_sdist_holds_all_that_is_built(source, sdist):
+    for folder in ("zeroblock", "kernels", "csrc"):
+        ours, theirs = ({p.relative_to(top) for p in (top / folder).rglob("*.*")} for top in (source, sdist))
+        assert {p for p in ours if "__pycache__" not in p.parts} <= theirs
+
+
+@pytest.mark.slow
+def test_wheel_in_pure_python_from_the_sdist(sdist, tmp_path):
+    """For every system: its tag says so, and it runs."""
+    run(*WHEEL, str(tmp_path), ".", cwd=sdist, ZEROBLOCK_BUILD_NATIVE="0")
+    (made,) = tmp_path.glob("*.whl")
+    assert made.name == f"zeroblock-{zb.__version__}-py3-none-any.whl"
+    assert not [name for name in zipfile.ZipFile(made).namelist() if name.endswith((".so", ".pyd"))]
+    zipfile.ZipFile(made).extractall(tmp_path / "site")
+    code = (
+        "import torch, zeroblock as zb; zb.group_norm_silu(torch.randn(2, 32, 4, 4), 8); print(zb.__file__, zb.info())"
+    )
+    printed = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert str(tmp_path / "site") in printed and "cpu kernels: not used" in printed
 
 
 FACTORY = """

@@ -1,0 +1,28 @@
+"""The cases that say most about a GPU, the most important first, at sizes that keep one busy."""
+
+from collections.abc import Iterator
+
+from .blocks import dit_case, resblock_case
+from .case import QUICK_IMAGES, QUICK_TOKENS, Case, shape_text
+from .ops import IMAGE_OPS, TOKEN_OPS, op_case
+
+# A batch of Stable Diffusion's widest map, of DiT-XL at 512 px, of its blocks at 256 px; then as in inference of one.
+IMAGES = ((16, 320, 64, 64), (2, 640, 32, 32))
+TOKENS = ((32, 1024, 1152), (2, 4096, 3072))
+BLOCKS = ((32, 256, 1152), (2, 1024, 1152))
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """bf16, images channels-last: a training step, then inference; the large sizes of all, then the others."""
+    images, tokens, blocks = (QUICK_IMAGES, QUICK_TOKENS, QUICK_TOKENS) if quick else (IMAGES, TOKENS, BLOCKS)
+    for image, rows, block in zip(images, tokens, blocks, strict=True):
+        for mode in ("training", "inference"):
+            yield op_case("group_norm_silu_film", IMAGE_OPS["group_norm_silu_film"], image, "nhwc", "bf16", mode)
+            for name in ("layer_norm_modulate", "gate_residual_layer_norm_modulate", "gate_residual"):
+                yield op_case(name, TOKEN_OPS[name], rows, "", "bf16", mode)
+            for group in ("dense", "zero"):
+                zero = group == "zero"
+                build = resblock_case(image, image[1], zero)
+                yield Case(group, "resblock", shape_text(image), "nhwc", "bf16", mode, build)
+                yield Case(group, "dit_block", shape_text(block), "", "bf16", mode, dit_case(block, zero))
+            yield op_case("group_norm_silu", IMAGE_OPS["group_norm_silu"], image, "nchw", "bf16", mode)
