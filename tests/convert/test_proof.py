@@ -171,7 +171,7 @@ def test_a_fork_is_left_alone(name, change):
     assert row.kind is (Reason.RANDOM if change == "draws in eval mode" else Reason.FORK), row
 
 
-@pytest.mark.parametrize("change", ["in eval mode", "beyond a window", "returns more"])
+@pytest.mark.parametrize("change", ["in eval mode", "beyond a window"])
 def test_a_fork_that_is_known_by_an_argument(change):
     """Of EDM2's layers nothing but a gain of zero is taken."""
     torch.manual_seed(0)

@@ -233,7 +233,7 @@ class _Taken:
         self.default = {n: default[n] for n in unproved if n in theirs}
         self.others = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours)
         self.named = dict.fromkeys(p.name for p in ours)
-        self.required = sum(p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in default for p in ours)
+        self.required = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in default]
 
     def positional(self, args: tuple[Any, ...]) -> bool:
         return len(args) <= self.most and all(args[i] is value for i, value in self.unproved if i < len(args))
@@ -243,7 +243,7 @@ class _Taken:
             if name in self.any_value or name in self.default and value is self.default[name]:
                 continue
             # What a family takes as **kwargs; a required one under another name leaves it without.
-            if name in self.named or not self.others or positional < self.required:
+            if name in self.named or not self.others or not all(n in kwargs for n in self.required[positional:]):
                 return False
         return True
 

@@ -4,6 +4,7 @@ no family knows them."""
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import re
@@ -14,6 +15,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# What is asked of a tensor that is not its numbers, or passes no gradient.
+_NO_VALUE = frozenset("shape ndim dtype device size dim numel detach".split())
+_SUMS = frozenset("add add_ lerp lerp_ addcmul".split())
 # The layer on the way around a branch, where sizes differ.
 _SHORTCUT = re.compile("skip|short|res|ident|down|nin")
 
@@ -38,7 +42,8 @@ def _is_stack(m: nn.Module, blocks: set[nn.Module]) -> bool:
 
 
 def _is_residual(m: nn.Module) -> bool:
-    children = frozenset(name for name, child in m.named_children() if next(child.parameters(), None) is not None)
+    parts = ((name, child) for name, child in m.named_children() if not isinstance(child, nn.Embedding))
+    children = frozenset(name for name, child in parts if next(child.parameters(), None) is not None)
     return bool(children) and not isinstance(m, _CONTAINERS) and _adds_to_input(type(m), children)
 
 
@@ -77,6 +82,19 @@ def _uses(kind: type, name: str, children: frozenset[str]) -> bool:
     return code is not None and not children.isdisjoint(code.co_names)
 
 
+@functools.cache
+def _parsed(function: Any) -> ast.AST:
+    """What a function's source says; nothing where that is not to be had."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module([], [])
+
+
+def _is_sum(node: ast.AST) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) or getattr(node, "attr", None) in _SUMS
+
+
 class _Value(NamedTuple):
     """Which values an expression was made of: those that it holds as they are, but for arithmetic, and those that went
     through a layer."""
@@ -97,11 +115,9 @@ class _Reader:
         self.numbers = itertools.count()
         self.values: dict[str, _Value] = {}
         self.layers: set[str] = set()  # variables that hold some
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(_function(kind, name))))
-        except (OSError, TypeError, SyntaxError):  # no source: nothing can be told
-            return
-        method = tree.body[0]
+        function = _function(kind, name)
+        self.globals = function.__globals__
+        method = _parsed(function)
         if isinstance(method, ast.FunctionDef):
             a = method.args
             for arg in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg):
@@ -154,12 +170,16 @@ class _Reader:
     def _value(self, node: ast.AST) -> _Value:
         if isinstance(node, ast.Name):
             return self.values.get(node.id, _Value())
+        if isinstance(node, ast.Attribute) and node.attr in _NO_VALUE:
+            return _Value()
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return self._sum(self._value(node.left), self._value(node.right))
         parts = [self._value(child) for child in ast.iter_child_nodes(node)]
         if isinstance(node, ast.Call):
-            if isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_") and node.args:
-                return self._sum(parts[0] | _union(parts[1 : len(node.args)]), parts[len(node.args)])
+            operands = parts[: 1 + len(node.args)]  # a.add(b), torch.add(a, b), gated_sum(a, b, gate)
+            if self._adds(node.func):
+                for a, b in itertools.combinations(operands, 2):
+                    self._sum(a, b)
             if self._is_layer(node.func):
                 whole = _union(parts)
                 return _Value(frozenset(), whole.direct | whole.through, bool(_SHORTCUT.search(ast.unparse(node.func))))
@@ -169,6 +189,13 @@ class _Reader:
         around = (a.shortcut or b.shortcut) and a.through & b.through
         self.found = self.found or bool(a.direct & b.through or b.direct & a.through or around)
         return a | b
+
+    def _adds(self, function: ast.expr) -> bool:
+        """Whether a call of it adds its operands: torch's own functions, and those of the model's module that do."""
+        if isinstance(function, ast.Attribute):
+            return function.attr in _SUMS
+        found = self.globals.get(function.id) if isinstance(function, ast.Name) else None
+        return inspect.isfunction(found) and any(map(_is_sum, ast.walk(_parsed(found))))
 
     def _is_layer(self, node: ast.AST) -> bool:
         """An expression that stands for one of the children, or for a method that uses them."""

@@ -165,6 +165,14 @@ class FinalLayer(_Modulated):
     classes = ("FinalLayer",)
     parts: tuple[str, ...] = ("norm_final", "linear", "adaLN_modulation.1")
 
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
+        obstacle, modulation = super().match(block, path, root), getattr(block, "adaLN_modulation", None)
+        if obstacle is not None or modulation is None:
+            return obstacle
+        vectors = modulation[-1].out_features // block.linear.in_features
+        said = f"its adaLN_modulation gives {vectors} vectors, not 2"
+        return None if vectors == 2 else Obstacle(Reason.NAMESAKE, said)
+
     def _fits(self, block: Any) -> bool:
         norm, linear = block.norm_final, block.linear
         return is_plain_norm(norm) and is_plain_linear(linear) and bypassable((norm, linear))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...blocks.layers import is_plain_layer
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
@@ -44,6 +46,15 @@ class LoRA(Family):
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {f"lora_B.{name}": (B.weight,) for name, B in block.lora_B.items()}
+
+    def proof_target(self, block: Any) -> nn.Module:
+        """The block; on a plain layer in place of a quantised one, which may run nowhere but where it is."""
+        A, B = next(iter(block.lora_A.values())), next(iter(block.lora_B.values()))
+        if is_plain_layer(block.base_layer) or not isinstance(A, nn.Linear):
+            return block
+        twin = copy.copy(block)
+        twin.__dict__["_modules"] = block._modules | {"base_layer": nn.Linear(A.in_features, B.out_features)}
+        return twin
 
     def example(self, block: Any, side: int) -> tuple:
         A = next(iter(block.lora_A.values()))
