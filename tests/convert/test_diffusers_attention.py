@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock.convert import Reason
 from zeroblock import testing
+from zeroblock.convert import Reason
 
 from .model_cases import Case, accelerated, check, drawn, infer, normal, prepared, rows, three_tests
 from .test_diffusers_models import CONDITIONED, UNET, diffusers

@@ -10,7 +10,7 @@ import zeroblock as zb
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters
 
 from ..twins import assert_gradients
-from . import oracles
+from . import oracles, oracles_glide
 from .cases import Case, assert_drop_in, build, randomize_, run
 
 EMB = (2, 16)
@@ -49,7 +49,7 @@ def encoded(block):
 
 def consistency(attention, **options):
     return Case(
-        lambda: oracles.ConsistencyAttentionBlock(64, 4, attention(), **options),
+        lambda: oracles_glide.ConsistencyAttentionBlock(64, 4, attention(), **options),
         lambda: (torch.randn(2, 64, *(3, 4, 2)[: options.get("dims", 2)]),),
         {"AttentionBlock": 1},
         1,
@@ -68,10 +68,10 @@ CASES = {
     "3-D": resblock(dims=3, up=True),
     "checkpoint": resblock(use_checkpoint=True),
     "improved": resblock(oracles.ImprovedResBlock, use_scale_shift_norm=True),
-    "glide": resblock(oracles.GlideResBlock),
-    "glide-film": resblock(oracles.GlideResBlock, use_scale_shift_norm=True),
-    "glide-up": resblock(oracles.GlideResBlock, use_scale_shift_norm=True, up=True),
-    "glide-1x1, dropout": resblock(oracles.GlideResBlock, 0.3, out_channels=32),
+    "glide": resblock(oracles_glide.GlideResBlock),
+    "glide-film": resblock(oracles_glide.GlideResBlock, use_scale_shift_norm=True),
+    "glide-up": resblock(oracles_glide.GlideResBlock, use_scale_shift_norm=True, up=True),
+    "glide-1x1, dropout": resblock(oracles_glide.GlideResBlock, 0.3, out_channels=32),
     "sgm-kernel": resblock(oracles.SgmResBlock, kernel_size=5),
     "sgm-without-embedding": resblock(oracles.SgmResBlock, skip_t_emb=True),
     "sgm-time-stack": Case(
@@ -90,13 +90,13 @@ CASES = {
     "attention-new": attention("new"),
     "attention-improved": attention("improved"),
     "attention-glide": Case(
-        lambda: oracles.GlideAttentionBlock(64, 4), lambda: (torch.randn(2, 64, 3, 4),), {"AttentionBlock": 1}, 1
+        lambda: oracles_glide.GlideAttentionBlock(64, 4), lambda: (torch.randn(2, 64, 3, 4),), {"AttentionBlock": 1}, 1
     ),
-    "attention-glide, encoder": encoded(lambda: oracles.GlideAttentionBlock(64, 4, 24)),
+    "attention-glide, encoder": encoded(lambda: oracles_glide.GlideAttentionBlock(64, 4, 24)),
     "attention-consistency": consistency(lambda: oracles.QKVAttentionLegacy(4)),
-    "attention-consistency, 3-D": consistency(lambda: oracles.EncodedAttentionNew(4), dims=3),
+    "attention-consistency, 3-D": consistency(lambda: oracles_glide.EncodedAttentionNew(4), dims=3),
     "attention-consistency, encoder": encoded(
-        lambda: oracles.ConsistencyAttentionBlock(64, 4, oracles.EncodedAttentionNew(4), 24)
+        lambda: oracles_glide.ConsistencyAttentionBlock(64, 4, oracles_glide.EncodedAttentionNew(4), 24)
     ),
 }
 
@@ -158,7 +158,7 @@ def test_output_convolution_is_found_and_skipped():
 def test_flash_attention_stays_the_users_kernel(phase):
     """consistency_models' default: it is called as a whole, and never on the CPU's float32 of the proof."""
     torch.manual_seed(0)
-    theirs = oracles.ConsistencyAttentionBlock(64, 4).bfloat16()
+    theirs = oracles_glide.ConsistencyAttentionBlock(64, 4).bfloat16()
     if phase == "dense":
         randomize_(theirs)
     ours = copy.deepcopy(theirs)
@@ -166,7 +166,7 @@ def test_flash_attention_stays_the_users_kernel(phase):
     assert [(b.path, b.family) for b in report.branches] == [("proj_out", "AttentionBlock")]
     x = torch.randn(2, 64, 3, 4).bfloat16()
     exact = copy.deepcopy(theirs).double()
-    exact.attention.forward = lambda qkv: oracles.attention_of(4, qkv)
+    exact.attention.forward = lambda qkv: oracles_glide.attention_of(4, qkv)
     reset_counters()
     with torch.no_grad():
         assert_error_budget(ours(x), theirs(x), exact(x.double()))
@@ -175,7 +175,7 @@ def test_flash_attention_stays_the_users_kernel(phase):
 
 def test_an_activation_that_glides_norm_holds_is_looked_at_at_every_call():
     torch.manual_seed(0)
-    theirs = randomize_(oracles.GlideResBlock(64, 16))
+    theirs = randomize_(oracles_glide.GlideResBlock(64, 16))
     ours = copy.deepcopy(theirs)
     zb.accelerate(ours)
     plain = zb.accelerate(guided := eager.ResBlock(64, 16, 0.0)).blocks

@@ -44,9 +44,9 @@ def accelerate(
 
     Blocks are found by class name and structure. Each distinct implementation is verified once, on a copy with random
     parameters: a block that computes something else is left alone. Every residual block that is left alone, or of which
-    only parts are taken, is a row of the report, with the reason (`Reason`) and what can be done. Parameters, their names and order,
-    state_dict, hooks, isinstance relations, deepcopy and pickle (which writes the original class) stay as they are;
-    only `type(block)` changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
+    only parts are taken, is a row of the report, with the reason (`Reason`) and what can be done. Parameters, their
+    names and order, state_dict, hooks, isinstance relations, deepcopy and pickle (which writes the original class) stay
+    as they are; only `type(block)` changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
 
     Args:
         model: any module; blocks at every depth are found, the module itself included.

@@ -221,7 +221,11 @@ class _Taken:
         for i, p in enumerate(ours):
             if p.kind is inspect.Parameter.VAR_POSITIONAL:
                 self.most = math.inf
-            if p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or p.name in default and theirs[i : i + 1] != [p.name]:
+            if (
+                p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+                or p.name in default
+                and theirs[i : i + 1] != [p.name]
+            ):
                 break
             self.most = i + 1.0
         self.unproved = [(i, p.default) for i, p in enumerate(ours) if p.name in unproved]

@@ -1,14 +1,14 @@
 """The proof that a family's forward computes what the block's own does, on a copy with random parameters.
 
-Both run in training mode, with gradients, and in eval mode, without; with few pixels or tokens and with many; dense
-and while every branch is zero; with operands of one sample beside others of two; with each optional argument. A block
-that differs anywhere is left alone, an optional argument that does is left to the original (`family.py`).
+Both run in training mode, with gradients, and in eval mode, without; with few pixels or tokens and with many; with
+operands of one sample beside others of two; with each optional argument; and once more with zero branches where the
+family left dense ones to the original. A block that differs anywhere is left alone, an optional argument that does is
+left to the original (`family.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import zero
 from ..plan import mode as _mode
 from .family import SMALL, Family, accelerated_class
+from .random_copy import random_copy
 from .report import Obstacle, Reason
 
 # Both run in float32: what rounds differently is below, another formula is far above.
@@ -26,9 +27,6 @@ TOLERANCE = 1e-3
 # The side of the large examples (`Family.example`): neither it nor its square fits into a window of attention, or is a
 # multiple of one.
 LARGE = 17
-_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs")]
-# How many numbers are drawn for a weight; odd, so that its rows differ where they are as long as a power of two.
-_DRAWN = (1 << 18) + 1
 
 
 class Verdict(NamedTuple):
@@ -82,12 +80,13 @@ def _compare(block: nn.Module, family: Family) -> Verdict:
             if example is None:
                 return Verdict(None)
             large, given = family.example(block, LARGE), family.options(block)
-            pair = _Pair(_random_copy(block), family)
+            pair = _Pair(random_copy(block), family)
         except Exception as error:  # whatever foreign attributes raise
             return Verdict(Obstacle(Reason.UNTRIED, f"it cannot be copied for the proof: {_said(error)}"))
         assert large is not None
-        obstacle, options = pair.obstacle(example, large), pair.proved_options(example, given)
-        if obstacle is None and pair.zero_branches():
+        obstacle = pair.obstacle(example, large)
+        options = frozenset[str]() if obstacle is not None else pair.proved_options(example, given)
+        if obstacle is None and pair.asked_original and pair.zero_branches():
             obstacle = pair.obstacle(example, large)
         return Verdict(obstacle, options)
 
@@ -97,21 +96,21 @@ class _Pair:
 
     def __init__(self, twin: nn.Module, family: Family):
         self.twin, self.family, self.original = twin, family, type(twin)
-        self.accelerated = accelerated_class(self.original, type(family)("sync"))
+        self.accelerated: Any = accelerated_class(self.original, type(family)("sync"))
+        self.asked_original = False  # whether the family's forward has called it
         self.method = family.entry(self.original)
 
     def obstacle(self, example: tuple, large: tuple) -> Obstacle | None:
         """The first difference that there is, optional arguments aside."""
+        found = self.differ(example, {}, True, True, Reason.NAMESAKE)
         for training in (True, False):
-            found = self.differ(example, {}, training, training, Reason.NAMESAKE)
-            found = found or self.differ(_first(large), {}, training, False)
-            if found is not None:
-                return found
+            found = found or self.differ(_first(large), {}, training)
         for operands in _with_one_sample(example):
-            found = self.differ(operands, {}, True, True)
-            if found is not None and found.reason is not Reason.UNTRIED:  # else eager does not take them either
-                return found
-        return None
+            if found is None:
+                found = self.differ(operands, {}, False)
+                if found is not None and found.reason is Reason.UNTRIED:  # eager does not take them either
+                    found = None
+        return found
 
     def zero_branches(self) -> bool:
         """Makes every branch zero; False where there is none."""
@@ -125,7 +124,7 @@ class _Pair:
         args: tuple,
         kwargs: dict[str, Any],
         training: bool,
-        gradients: bool,
+        gradients: bool = False,
         where_theirs_fails: Reason = Reason.UNTRIED,
     ) -> Obstacle | None:
         """How the results differ, if they do."""
@@ -136,7 +135,8 @@ class _Pair:
             torch.default_generator.manual_seed(1)
             before = torch.default_generator.get_state()
             try:
-                results.append(_run(getattr(self.twin, self.method), args, kwargs, gradients))
+                with self._watched():
+                    results.append(_run(getattr(self.twin, self.method), args, kwargs, gradients))
             except Exception as error:  # whatever foreign code raises on our example
                 said = f"forward fails on the example of {self.family.name}: {_said(error)}"
                 if kind is self.original:
@@ -154,9 +154,27 @@ class _Pair:
             torch.isfinite(a).all() and (a - b).norm() <= TOLERANCE * max(a.norm(), 0.01 * a.numel() ** 0.5)
             for a, b in zip(theirs.tensors, ours.tensors, strict=True)
         )
-        if not close or not torch.equal(theirs.stream, ours.stream):
+        if not close:
             return Obstacle(Reason.FORK, f"its forward does not compute what {self.family.name} does")
+        if not torch.equal(theirs.stream, ours.stream):
+            return Obstacle(Reason.RANDOM, f"its forward draws other random numbers than {self.family.name}")
         return None
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Notes whether the family's forward asks for the original's."""
+        family = self.accelerated._zeroblock.family
+        eager = family.eager
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            self.asked_original = True
+            return eager(*args, **kwargs)
+
+        family.eager = asked
+        try:
+            yield
+        finally:
+            del family.eager
 
     def proved_options(self, example: tuple, options: dict[str, tuple]) -> frozenset[str]:
         """The optional arguments that the example passes, and of the others those about which both forwards agree."""
@@ -167,11 +185,7 @@ class _Pair:
             first = names.index(name)
             rest = dict(zip(names[first:], example[first:], strict=False))
             if all(n in theirs for n in (name, *rest)):
-                found = [
-                    self.differ(example[:first], rest | {name: value}, training, training)
-                    for value in values
-                    for training in (True, False)
-                ]
+                found = [self.differ(example[:first], rest | {name: value}, False) for value in values]
                 taken = [obstacle for obstacle in found if obstacle is None or obstacle.reason is not Reason.UNTRIED]
                 proved = proved | {name} if taken and not any(taken) else proved - {name}
         return frozenset(proved)
@@ -198,53 +212,6 @@ def _neutral() -> Iterator[None]:
             for table, before in counts:
                 table.clear()
                 table.update(before)
-
-
-def _random_copy(block: nn.Module) -> nn.Module:
-    """block with fresh float32 parameters on the CPU and no hooks; nothing of the original is copied."""
-    memo: dict[int, Any] = {}
-    for m in block.modules():
-        for name in _HOOKS:
-            memo[id(getattr(m, name))] = type(getattr(m, name))()
-        for name, value in vars(m).items():
-            if name.startswith("__composable_api"):  # what fully_shard keeps in a module: process groups
-                memo[id(value)] = None
-        for tensors in (m._parameters, m._buffers):
-            for name, t in tensors.items():
-                if t is not None and t.is_floating_point() and id(t) not in memo:
-                    memo[id(t)] = _random(t, name, tensors is m._parameters)
-    with _unsharded(block):
-        twin = copy.deepcopy(block, memo)
-    for m in twin.modules():
-        m.__dict__.pop("_compiled_call_impl", None)
-    return twin
-
-
-@contextlib.contextmanager
-def _unsharded(block: nn.Module) -> Iterator[None]:
-    """Takes the classes that fully_shard gave the block and its parts away, whose copies are forbidden."""
-    kinds = [(m, type(m)) for m in block.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
-    for m, kind in kinds:
-        m.__class__ = next(c for c in kind.__mro__ if all(base.__name__ != "FSDPModule" for base in c.__mro__))
-    try:
-        yield
-    finally:
-        for m, kind in kinds:
-            m.__class__ = kind
-
-
-def _random(t: Tensor, name: str, is_parameter: bool) -> Tensor:
-    """Weights that keep a signal's size, biases and gates of about 1; buffers keep their values."""
-    if not is_parameter:
-        return torch.ones(t.shape) if t.is_meta else t.detach().to("cpu", torch.float32, copy=True)
-    # Repeated numbers are as good, and large weights cost less than drawing each of them.
-    n = min(t.numel(), _DRAWN)
-    fresh = torch.randn(n).repeat(-(-t.numel() // max(n, 1)))[: t.numel()].view(t.shape)
-    if t.dim() > 1:
-        fresh /= max(t[0].numel(), 1) ** 0.5
-    elif name.endswith("weight"):
-        fresh = 1 + 0.3 * fresh
-    return nn.Parameter(fresh)
 
 
 def _first(args: tuple) -> tuple:

@@ -35,7 +35,10 @@ class Reason(enum.Enum):
         "its class has the name of a block that zeroblock knows, and is another one, as far as zeroblock is concerned "
         "unknown; nothing is wrong with it. Rename the class to be rid of this row, or write a family for it",
     )
-    VARIANT = "another variant", "zeroblock has no forward for this option of the block; build it without, or keep it so"
+    VARIANT = (
+        "another variant",
+        "zeroblock has no forward for this option of the block; build it without, or keep it so",
+    )
     FORK = (
         "another formula",
         "its code, or a patch of it, computes something else than the block zeroblock knows; take the patch away, or "
@@ -63,13 +66,13 @@ class Reason(enum.Enum):
     )
     RANDOM = (
         "random numbers",
-        "it draws random numbers where the block that zeroblock knows does not, and skipping it would shift the stream; "
-        "take the noise out of the block",
+        "it draws random numbers where the known block does not, and skipping it would shift the stream; take the "
+        "noise out of the block",
     )
     UNTRIED = (
         "not tried",
-        "zeroblock tries every block on a copy with small inputs before it touches it, and could not; use a class whose "
-        "objects can be copied and which takes inputs of any size",
+        "zeroblock tries every block on a copy with small inputs before it touches it, and could not; use a class "
+        "whose objects can be copied and which takes inputs of any size",
     )
     CLASS = (
         "class",

@@ -23,7 +23,7 @@ _SHORTCUT = re.compile("skip|short|res|ident|down|nin")
 
 
 def blocks_beside(model: nn.Module, known: set[nn.Module], taken: set[nn.Module]) -> list[nn.Module]:
-    """The residual blocks of `model` that are neither `known` nor part of what is `taken`: outermost ones, but no stacks
+    """The residual blocks of `model` that are neither `known` nor part of what is `taken`: the outermost, but no stacks
     of others."""
     found = {m for m in model.modules() if m not in taken and m not in known and _is_residual(m)}
     blocks, inside, result = found | known, set[nn.Module](), []
@@ -91,6 +91,13 @@ def _parsed(function: Any) -> ast.AST:
         return ast.Module([], [])
 
 
+def _is_number(node: ast.AST) -> bool:
+    """x.shape, x.shape[0], x.size(0)"""
+    while isinstance(node, (ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return isinstance(node, ast.Attribute) and node.attr in _NO_VALUE - {"detach"}
+
+
 def _is_sum(node: ast.AST) -> bool:
     return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) or getattr(node, "attr", None) in _SUMS
 
@@ -140,7 +147,9 @@ class _Reader:
         elif isinstance(s, (ast.Assign, ast.AnnAssign)):
             targets = s.targets if isinstance(s, ast.Assign) else [s.target]
             for target in targets:
-                if s.value is not None:
+                if s.value is not None and _is_number(s.value):
+                    self._assign_numbers(target)
+                elif s.value is not None:
                     self._assign(target, self._value(s.value), self._is_layer(s.value))
         elif isinstance(s, (ast.For, ast.AsyncFor)):
             self._assign(s.target, self._value(s.iter), any(map(self._is_layer, ast.walk(s.iter))))
@@ -166,6 +175,12 @@ class _Reader:
                 self._bind(node.id, value)
                 if is_layer:
                     self.layers.add(node.id)
+
+    def _assign_numbers(self, target: ast.expr) -> None:
+        """Sizes are no values: no layer makes anything of them."""
+        for node in ast.walk(target):
+            if isinstance(node, ast.Name):
+                self.values[node.id] = _Value()
 
     def _value(self, node: ast.AST) -> _Value:
         if isinstance(node, ast.Name):

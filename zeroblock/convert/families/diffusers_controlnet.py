@@ -60,7 +60,9 @@ class ControlNetModel(ControlBranch):
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if type(block).forward.__qualname__ not in {f"{name}.forward" for name in self.classes}:
             return Obstacle(Reason.FORK, "its forward is not diffusers' own")
-        return None if self.zero_layers(block) else Obstacle(Reason.VARIANT, "it has no zero layers for its feature maps")
+        return (
+            None if self.zero_layers(block) else Obstacle(Reason.VARIANT, "it has no zero layers for its feature maps")
+        )
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"controlnet": super().branches(block)[""]}
@@ -100,7 +102,9 @@ class UNetControlNetXSModel(InferenceSkip):
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if type(block).forward.__qualname__ == "ControlNetXSAdapter.forward":
-            return Obstacle(Reason.PARTS, "it is the parts of a control U-Net: accelerate the UNetControlNetXSModel made of it")
+            return Obstacle(
+                Reason.PARTS, "it is the parts of a control U-Net: accelerate the UNetControlNetXSModel made of it"
+            )
         if type(block).forward.__qualname__ != "UNetControlNetXSModel.forward":
             return Obstacle(Reason.FORK, "its forward is not diffusers' own")
         known = "apply_control" in _names(type(block).forward)

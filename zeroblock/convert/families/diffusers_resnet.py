@@ -94,7 +94,9 @@ class ResnetBlock2D(_Resnet):
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         norms = isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)
-        return super().match(block, path, root) or (None if norms else Obstacle(Reason.LAYERS, "its norms are not nn.GroupNorm"))
+        return super().match(block, path, root) or (
+            None if norms else Obstacle(Reason.LAYERS, "its norms are not nn.GroupNorm")
+        )
 
     def example(self, block: Any, side: int) -> tuple:
         proj = block.time_emb_proj

@@ -34,7 +34,9 @@ class FixupBlock(Family):
         missing = lacks(block, "conv1", "conv2", "bias1a", "bias1b", "bias2a", "scale", "relu", *last)
         if missing is None and not hasattr(block, "downsample"):
             return Obstacle(Reason.NAMESAKE, "it has no downsample")
-        return missing or (None if self._fits(block) else Obstacle(Reason.LAYERS, "its convolutions are not plain ones"))
+        return missing or (
+            None if self._fits(block) else Obstacle(Reason.LAYERS, "its convolutions are not plain ones")
+        )
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         name = "conv3" if hasattr(block, "conv3") else "conv2"

@@ -243,7 +243,9 @@ def _try_order(attention: Any) -> None:
     key = type(attention), heads
     if not isinstance(heads, int) or key in _orders:
         return
-    qkv = torch.randn(2, heads * 3 * 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    qkv = torch.randn(
+        2, heads * 3 * 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             theirs = type(attention).forward(attention, qkv)

@@ -32,7 +32,9 @@ class SpatialTransformer(InferenceSkip):
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
-        return missing or (None if is_plain_layer(block.proj_out) else Obstacle(Reason.LAYERS, "its proj_out is not a plain layer"))
+        return missing or (
+            None if is_plain_layer(block.proj_out) else Obstacle(Reason.LAYERS, "its proj_out is not a plain layer")
+        )
 
     def zero_layers(self, block: Any) -> list[Any]:
         return [block.proj_out]
