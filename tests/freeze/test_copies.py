@@ -73,6 +73,18 @@ def test_tied_weights_share_a_copy():
     assert not _packed.copies
 
 
+def test_no_copy_that_nothing_computes_with():
+    """Without native kernels a linear layer is the library's, frozen or not; convolutions use their copies."""
+    model = randomise(nn.ModuleDict({"linear": nn.Linear(8, 8), "conv": nn.Conv2d(4, 4, 3), "zero": nn.Linear(8, 8)}))
+    nn.init.zeros_(model["zero"].weight)
+    with testing.use_backend("reference"):
+        report = zb.freeze(model)
+    assert (report.packed, report.folded) == (["conv"], ["zero"])
+    assert "without zeroblock's own kernels" in report.skipped["linear"] and not _packed.is_frozen(
+        model["linear"].weight
+    )
+
+
 def test_copies_die_with_the_model():
     model, _ = model_and_input()
     zb.freeze(model)
