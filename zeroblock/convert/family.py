@@ -7,7 +7,8 @@ file of its own in `families/`; it never imports the package whose blocks it kno
     classes    the names of the classes it may know (of the block's class or one of its bases)
     method     the method that accelerate replaces, "forward" unless the class has an inner one ("_forward")
     inner      whether it leaves blocks alone that belong to an outer block (see below)
-    dense_backend  who runs the branches that are not zero, where that is not a backend of zeroblock
+    only_skips  whether its forward is the original unless it skips: the original runs what is not zero, and under
+               torch.compile, where no branch is skipped as a whole, everything
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
                forward and in training backward (three lines of use)
 
@@ -64,7 +65,7 @@ class Family:
     classes: ClassVar[tuple[str, ...]]
     method: ClassVar[str] = "forward"
     inner: ClassVar[bool] = False
-    dense_backend: ClassVar[str | None] = None
+    only_skips: ClassVar[bool] = False
 
     def __init__(self, zero_skip: str = "auto", backend: str = "auto", precision: str = "strict"):
         self.zero_skip, self.backend, self.precision = zero_skip, backend, precision
@@ -97,7 +98,7 @@ class Family:
 
     def eager(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         """The method the block had before accelerate."""
-        return getattr(type(block)._zeroblock.original, self.method)(block, *args, **kwargs)
+        return type(block)._zeroblock.method(block, *args, **kwargs)
 
 
 def register(family: type[Family]) -> type[Family]:
@@ -131,6 +132,8 @@ class _Applied:
 
     def __init__(self, original: type, family: Family):
         self.original, self.family = original, family
+        # The function itself: torch.compile cannot look it up on a class marked allow_in_graph (diffusers' Attention).
+        self.method: Callable[..., Any] = getattr(original, family.method)
 
 
 _classes: dict[tuple, type] = {}
@@ -141,15 +144,16 @@ def accelerated_class(original: type, family: Family) -> type:
     class cannot be extended."""
     key = (original, type(family), family.zero_skip, family.backend, family.precision)
     if key not in _classes:
+        known = _Applied(original, family)
         body = {
-            "_zeroblock": _Applied(original, family),
+            "_zeroblock": known,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__reduce_ex__": _pickled_as(original),
             "__deepcopy__": _copied_as(original, copy.deepcopy),
             "__copy__": _copied_as(original, copy.copy),
-            family.method: _replacement(original, getattr(original, family.method), family),
+            family.method: _replacement(known),
         }
         _classes[key] = types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(body))
         family.on_class_created(_classes[key])
@@ -161,8 +165,10 @@ def applied(block: nn.Module) -> _Applied | None:
     return getattr(type(block), "_zeroblock", None)
 
 
-def _replacement(original: type, method: Callable, family: Family) -> Callable:
+def _replacement(known: _Applied) -> Callable:
+    original, family, method = known.original, known.family, known.method
     name, forward, backend, fast = family.method, family.forward, family.backend, family.precision == "fast"
+    only_skips = family.only_skips
     parameters = inspect.signature(forward).parameters.values()
     names = tuple(p.name for p in parameters)
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
@@ -170,11 +176,14 @@ def _replacement(original: type, method: Callable, family: Family) -> Callable:
 
     @functools.wraps(method)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        compiled = is_compiling()
+        if compiled and only_skips:
+            return method(self, *args, **kwargs)
         if len(args) > most or kwargs and not takes_all and not all(name in names for name in kwargs):
             return method(self, *args, **kwargs)  # a fork's own argument
-        if not is_compiling() and getattr(original, name) is not method:
+        if not compiled and getattr(original, name) is not method:
             return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
-        if backend == "auto" and not fast:
+        if compiled or backend == "auto" and not fast:  # what runs when it was compiled asks for its backend then
             return forward(self, *args, **kwargs)
         with contextlib.ExitStack() as options:
             if backend != "auto":

@@ -165,7 +165,7 @@ class ResnetBlockCondNorm2D(_Resnet):
 
     name = "ResnetBlockCondNorm2D"
     classes = ("ResnetBlockCondNorm2D",)
-    dense_backend = "eager"
+    only_skips = True
 
     def example(self, block: Any) -> tuple:
         channels, norm = block.in_channels, block.norm1

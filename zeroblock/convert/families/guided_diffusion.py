@@ -138,9 +138,9 @@ class AttentionBlock(Family):
             return _attend(block, qkv(h))
 
         modules = (norm, qkv, block.attention)
-        random = False if _layout(block) else None
+        trusted = "" if _layout(block) else None
         answer, y = residual_branch(
-            self.name, self.zero_skip, tokens, body, proj, None, (tokens,), modules=modules, random=random
+            self.name, self.zero_skip, tokens, body, proj, None, (tokens,), modules=modules, trusted=trusted
         )
         if y is None:
             h, policy = body(tokens), op_policy(answer, self.zero_skip)

@@ -30,6 +30,7 @@ class NormFreeBlock(Family):
 
     name = "NormFreeBlock"
     classes = ("NormFreeBlock",)
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         if not hasattr(block, "skipinit_gain"):

@@ -35,6 +35,7 @@ class ResNetBlock(Family):
 
     name = "ResNetBlock"
     classes = ("BasicBlock", "Bottleneck")
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> str | None:
         missing = lacks(block, "conv1", "bn1", "conv2", "bn2")

@@ -26,7 +26,7 @@ class InferenceSkip(Family):
     match bit for bit (`confirmed`); a block that does something else is never skipped.
     """
 
-    dense_backend = "eager"
+    only_skips = True
 
     def __init__(self, *options: str):
         super().__init__(*options)
