@@ -46,7 +46,7 @@ class Whole(NamedTuple):
     branch: Callable[..., Tensor]
     activations: tuple[Tensor, ...]
     modules: tuple[nn.Module, ...]
-    random: bool | None = None  # whether they may draw random numbers; None: look at them
+    trusted: str | None = None  # whose layers draw no random numbers of their own: `may_draw`
 
 
 def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:
@@ -67,7 +67,7 @@ def forward_around(name: str, policy: str, x: Tensor, gate: Tensor, attn: Whole,
     if _is_plain_inference(policy, answers, x):
         return _seam_and_mlp(x, gate, attn.branch(*attn.activations), vectors, mlp)
     if answers[0] in SKIPS:
-        x = skip_residual(answers[0], x, attn.branch, None, gate, attn.activations, attn.modules, attn.random)
+        x = skip_residual(answers[0], x, attn.branch, None, gate, attn.activations, attn.modules, attn.trusted)
     else:
         x = functional.gate_residual(x, gate, attn.branch(*attn.activations))
     return _half(name, policy, x, vectors, mlp, answers[1])

@@ -14,9 +14,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -99,12 +99,17 @@ def op_policy(answer: Answer, policy: str) -> str:
 
 def allowed(name: str, policy: str, judged: Tensor) -> bool:
     """Whether a module may look at `judged` and skip a whole branch: the policy lets the host decide, eagerly."""
-    return zero.test_of(name, policy, judged) == zero.HOST and runs_eagerly()
+    # Compilation first: whatever else a compiler has to trace for a verdict that is known costs its time.
+    return not is_compiling() and zero.test_of(name, policy, judged) == zero.HOST and _nothing_watches()
 
 
 def runs_eagerly() -> bool:
     """No compilation, no dispatch mode, no transform: plain calls."""
-    return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack() and not zero.transforms_active()
+    return not is_compiling() and _nothing_watches()
+
+
+def _nothing_watches() -> bool:
+    return not _len_torch_dispatch_stack() and not zero.transforms_active()
 
 
 def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bool:

@@ -222,7 +222,11 @@ def register_own_package(package: str) -> None:
 
 def is_own(module: nn.Module) -> bool:
     """One of zeroblock's own modules (also while frozen, which keeps the name of the class); not a user's subclass."""
-    return type(module).__module__.startswith(_own_packages)
+    home = type(module).__module__
+    for package in _own_packages:  # torch.compile does not know str.startswith of a tuple
+        if home.startswith(package):
+            return True
+    return False
 
 
 # The files of torch.nn whose modules never draw random numbers, with the exceptions among them.
@@ -234,28 +238,29 @@ _DETERMINISTIC = {
 _RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
-def may_draw(module: nn.Module, trusted: tuple[str, ...] = ()) -> bool:
+def may_draw(module: nn.Module, trusted: str | None = None) -> bool:
     """Whether a call of module may consume random numbers: in training, anything but the layers known not to; in eval
     mode, what declares that it does.
 
-    trusted: prefixes of modules (of attention processors too) whose code draws through layers of torch alone.
+    trusted: how the names of Python modules begin (of attention processors too) whose code draws through layers of
+    torch alone; "" is all of them.
     """
     return any(draws(m, trusted) for m in module.modules())
 
 
-def draws(m: nn.Module, trusted: tuple[str, ...] = ()) -> bool:
+def draws(m: nn.Module, trusted: str | None = None) -> bool:
     """`may_draw` for m itself, its submodules aside."""
     # On the class or the instance: asking the module itself for an attribute it lacks costs ten times as much.
     declared = getattr(type(m), "draws_random_numbers", m.__dict__.get("draws_random_numbers"))
     return m.training and not _is_deterministic(m, trusted) if declared is None else declared
 
 
-def _is_deterministic(m: nn.Module, trusted: tuple[str, ...]) -> bool:
+def _is_deterministic(m: nn.Module, trusted: str | None) -> bool:
     if isinstance(m, nn.modules.dropout._DropoutNd):
         return m.p in (0.0, 1.0)
     home = type(m).__module__
     if home in _DETERMINISTIC:
         return not isinstance(m, _RANDOM)
-    if trusted and home.startswith(trusted):
+    if trusted is not None and home.startswith(trusted):
         return type(getattr(m, "processor", m)).__module__.startswith(trusted)
     return is_own(m)

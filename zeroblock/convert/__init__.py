@@ -228,7 +228,7 @@ def _state(block: nn.Module) -> Obstacle | None:
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
     for name, tensors in family.branches(block).items():
         chosen = select("group_norm_silu", tensors[0]).name if family.backend == "auto" else family.backend
-        backend = family.dense_backend or chosen
+        backend = "eager" if family.only_skips else chosen
         yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend)
 
 

@@ -8,7 +8,8 @@ file of its own in `families/`; it never imports the package whose blocks it kno
     method     the method that accelerate replaces, "forward" unless the class has an inner one ("_forward"; `entry`,
                where it is one or the other)
     inner      whether it leaves blocks alone that belong to an outer block (see below)
-    dense_backend  who runs the branches that are not zero, where that is not a backend of zeroblock
+    only_skips  whether its forward is the original unless it skips: the original runs what is not zero, and under
+               torch.compile, where no branch is skipped as a whole, everything
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
                forward and in training backward (three lines of use)
 
@@ -74,7 +75,7 @@ class Family:
     classes: ClassVar[tuple[str, ...]]
     method: ClassVar[str] = "forward"
     inner: ClassVar[bool] = False
-    dense_backend: ClassVar[str | None] = None
+    only_skips: ClassVar[bool] = False
 
     def __init__(self, zero_skip: str = "auto", backend: str = "auto", precision: str = "strict"):
         self.zero_skip, self.backend, self.precision = zero_skip, backend, precision
@@ -186,16 +187,20 @@ def applied(block: nn.Module) -> _Applied | None:
 def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
     original, family, method, name = known.original, known.family, known.method, known.name
     forward, backend, fast = family.forward, family.backend, family.precision == "fast"
+    only_skips = family.only_skips
     taken = _Taken(forward, method, proved)
     sure = taken.sure
 
     @functools.wraps(method)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        compiled = is_compiling()
+        if compiled and only_skips:
+            return method(self, *args, **kwargs)
         if len(args) > sure and not taken.positional(args) or kwargs and not taken.keywords(kwargs, len(args)):
             return method(self, *args, **kwargs)  # a fork's own argument, or one that was not proved
-        if not is_compiling() and getattr(original, name) is not method:
+        if not compiled and getattr(original, name) is not method:
             return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
-        if backend == "auto" and not fast:
+        if compiled or backend == "auto" and not fast:  # what runs when it was compiled asks for its backend then
             return forward(self, *args, **kwargs)
         with contextlib.ExitStack() as options:
             if backend != "auto":

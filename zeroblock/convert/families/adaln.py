@@ -45,6 +45,9 @@ def gate_rows(linear: Any, chunks: int, *gates: int) -> tuple[Tensor, ...]:
     )
 
 
+# Whose layers and attention processors draw random numbers through dropout layers alone.
+DIFFUSERS = "diffusers.models."
+
 # The forwards of diffusers' classes that were proved.
 _RMS_NORMS: layers.Forwards = {}
 _FEED_FORWARDS: layers.Forwards = {}
@@ -91,11 +94,6 @@ def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return add_gated(residual, gate, branch) if fits else residual + modulation(gate) * branch
 
 
-def may_draw(module: nn.Module) -> bool:
-    """Whether a call may consume random numbers: active dropout, or layers and attention processors of others'."""
-    return layers.may_draw(module, trusted=("diffusers.models.",))
-
-
 def gated_branch(
     family: Family,
     residual: Tensor,
@@ -107,8 +105,10 @@ def gated_branch(
     """residual + gate * branch(*activations), branch calling `modules`; skipped while the gate is exactly zero."""
     y = None
     if residual.dim() == 3 and is_plain(residual, gate):
-        name, policy, random = family.name, family.zero_skip, any(map(may_draw, modules))
-        _, y = residual_branch(name, policy, residual, branch, None, gate, activations, modules=modules, random=random)
+        name, policy = family.name, family.zero_skip
+        _, y = residual_branch(
+            name, policy, residual, branch, None, gate, activations, modules=modules, trusted=DIFFUSERS
+        )
     return gated(residual, gate, branch(*activations)) if y is None else y
 
 
@@ -139,7 +139,7 @@ def feed_forward(
 
     name, policy = family.name, family.zero_skip
     answer, y = residual_branch(
-        name, policy, x, before_last, last, gate, (x, shift, scale), modules=(norm, first), random=False
+        name, policy, x, before_last, last, gate, (x, shift, scale), modules=(norm, first), trusted=DIFFUSERS
     )
     if y is not None:
         return y
@@ -172,7 +172,7 @@ def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
     if not all(type(d) is nn.Dropout and (not d.training or d.p == 0.0) for d in dropouts):
         return None
     proj = getattr(act, "proj", None)
-    if may_draw(act) or not is_plain_linear(net[2]) or proj is None or not is_plain_linear(proj):
+    if layers.may_draw(act, DIFFUSERS) or not is_plain_linear(net[2]) or proj is None or not is_plain_linear(proj):
         return None
     if type(act).__name__ != "GELU" or not layers.computes(act, _GELUS):
         return act, None, net[2]

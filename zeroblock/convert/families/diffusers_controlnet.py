@@ -26,7 +26,7 @@ def _names(forward: Any) -> tuple[str, ...]:
 
 def _given(family: Any, block: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name."""
-    return dict(zip(_names(type(block)._zeroblock.original.forward), args, strict=False)) | kwargs
+    return dict(zip(_names(type(block)._zeroblock.method), args, strict=False)) | kwargs
 
 
 def _is_zero(scale: Any) -> bool:

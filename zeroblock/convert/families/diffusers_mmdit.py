@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from ... import functional
 from ...blocks.broadcast import fits_gate, may_grow
 from ...blocks.decision import NOT_ALLOWED, SKIPS, bypassable, decide, op_policy
+from ...blocks.layers import may_draw
 from ...blocks.one_pass import copy_if_gates_are_zero, copy_of_residual
 from ...blocks.residual import residual_branch, skip_residual
 from ..family import SMALL, Family, lacks, register
 from ..report import Obstacle
 from .adaln import (
+    DIFFUSERS,
     feed_forward,
     gate_rows,
     gated,
     gated_branch,
     is_plain,
     is_plain_linear,
-    may_draw,
     zeroing_tensors,
 )
 
@@ -60,8 +61,7 @@ class _TwoStreams(Family):
         if answer not in SKIPS:
             outs = attend(*h)
             return gated(x, gates[0], outs[0]), gated(context, gates[1], outs[1])
-        random = may_draw(attn)
-        if not torch.is_grad_enabled() and not random:
+        if not torch.is_grad_enabled() and not may_draw(attn, DIFFUSERS):
             return copy_of_residual(x), copy_of_residual(context)
         # As one stream, so that the attention runs once and both gates get their gradients of it.
         gate = torch.cat([g[:, None].expand_as(t) for g, t in zip(gates, (x, context), strict=True)], dim=1)
@@ -69,7 +69,7 @@ class _TwoStreams(Family):
         def body(*h: Tensor) -> Tensor:
             return torch.cat(attend(*h), dim=1)
 
-        y = skip_residual(answer, torch.cat([x, context], dim=1), body, None, gate, h, (attn,), random)
+        y = skip_residual(answer, torch.cat([x, context], dim=1), body, None, gate, h, (attn,), DIFFUSERS)
         x, context = y.split([x.shape[1], context.shape[1]], dim=1)
         return x.contiguous(), context.contiguous()
 
@@ -251,9 +251,8 @@ class FluxSingleTransformerBlock(Family):
             return torch.cat([block.attn(hidden_states=h, image_rotary_emb=rotary), mlp], dim=2)
 
         modules = (block.attn, block.proj_mlp, block.act_mlp)
-        random = any(map(may_draw, modules))
         answer, y = residual_branch(
-            self.name, self.zero_skip, x, before_proj, proj, gate, (h,), modules=modules, random=random
+            self.name, self.zero_skip, x, before_proj, proj, gate, (h,), modules=modules, trusted=DIFFUSERS
         )
         if y is not None:
             return y

@@ -13,7 +13,7 @@ from ...blocks.decision import allowed, bypassable
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
-from .adaln import gated_branch, is_plain, is_plain_linear, may_draw, zeroing_tensors
+from .adaln import DIFFUSERS, gated_branch, is_plain, is_plain_linear, zeroing_tensors
 
 
 @register
@@ -29,7 +29,7 @@ class TemporalConvLayer(Family):
 
     name = "TemporalConvLayer"
     classes = ("TemporalConvLayer",)
-    dense_backend = "eager"
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "conv1.2", "conv2.3", "conv3.3", "conv4.3")
@@ -77,7 +77,7 @@ class AnimateDiffTransformer3D(Family):
 
     name = "AnimateDiffTransformer3D"
     classes = ("AnimateDiffTransformer3D",)
-    dense_backend = "eager"
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
@@ -122,9 +122,16 @@ class AnimateDiffTransformer3D(Family):
         modules = (block.norm, block.proj_in, block.transformer_blocks)
         y = None
         if bypassable(modules) and allowed(self.name, self.zero_skip, tail.weight):  # else spare the reordering
-            x, random = tokens(hidden_states), any(map(may_draw, modules))
             _, y = residual_branch(
-                self.name, self.zero_skip, x, body, tail, None, (hidden_states,), modules=modules, random=random
+                self.name,
+                self.zero_skip,
+                tokens(hidden_states),
+                body,
+                tail,
+                None,
+                (hidden_states,),
+                modules=modules,
+                trusted=DIFFUSERS,
             )
         if y is None:
             return self.eager(block, hidden_states, num_frames=num_frames)

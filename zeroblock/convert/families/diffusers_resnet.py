@@ -168,7 +168,7 @@ class ResnetBlockCondNorm2D(_Resnet):
 
     name = "ResnetBlockCondNorm2D"
     classes = ("ResnetBlockCondNorm2D",)
-    dense_backend = "eager"
+    only_skips = True
 
     def example(self, block: Any, side: int) -> tuple:
         channels, norm = block.in_channels, block.norm1

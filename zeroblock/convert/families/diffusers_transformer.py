@@ -19,6 +19,7 @@ from ...blocks.one_pass import copy_if_gates_are_zero
 from ..family import SMALL, Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import (
+    DIFFUSERS,
     feed_forward,
     fits,
     fused_feed_forward,
@@ -26,7 +27,6 @@ from .adaln import (
     gated_branch,
     is_plain,
     is_plain_linear,
-    may_draw,
     modulated,
     zeroing_tensors,
 )
@@ -130,7 +130,7 @@ class BasicTransformerBlock(Family):
         vectors = (shift_mlp, scale_mlp, gate_mlp)
         half = None if block.attn2 is not None else fused_feed_forward(block.ff, norm_mlp, x, *vectors)
         if half is not None and is_plain(gate_msa) and fits_gate(gate_msa, x.shape):
-            attn = adaln.Whole(attend, (h,), (block.attn1,), may_draw(block.attn1))
+            attn = adaln.Whole(attend, (h,), (block.attn1,), DIFFUSERS)
             return adaln.forward_around(self.name, self.zero_skip, x, gate_msa, attn, vectors, half)
         x = gated_branch(self, x, gate_msa, attend, (h,), block.attn1)
         if block.attn2 is not None:

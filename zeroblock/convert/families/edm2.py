@@ -26,6 +26,7 @@ class MPConv(Family):
 
     name = "MPConv"
     classes = ("MPConv",)
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "weight", "out_channels")

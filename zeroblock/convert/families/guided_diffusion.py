@@ -188,9 +188,9 @@ class AttentionBlock(_Entered):
         modules: tuple[nn.Module, ...] = (norm, qkv, block.attention)
         if encoder_out is not None:
             activations, modules = (pixels, encoder_out), (*modules, block.encoder_kv)
-        random = False if _order(block) else None
+        trusted = "" if _order(block) else None
         answer, y = residual_branch(
-            self.name, self.zero_skip, pixels, body, proj, None, activations, modules=modules, random=random
+            self.name, self.zero_skip, pixels, body, proj, None, activations, modules=modules, trusted=trusted
         )
         if y is None:
             h, policy = body(*activations), op_policy(answer, self.zero_skip)

@@ -29,7 +29,7 @@ class LoRA(Family):
 
     name = "LoRA"
     classes = ("LoraLayer",)
-    dense_backend = "eager"
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if not {c.__name__ for c in type(block).__mro__} & {"Linear", "Conv1d", "Conv2d", "Conv3d"}:

@@ -31,6 +31,7 @@ class NormFreeBlock(Family):
 
     name = "NormFreeBlock"
     classes = ("NormFreeBlock",)
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if not hasattr(block, "skipinit_gain"):

@@ -36,6 +36,7 @@ class ResNetBlock(Family):
 
     name = "ResNetBlock"
     classes = ("BasicBlock", "Bottleneck")
+    only_skips = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "conv1", "bn1", "conv2", "bn2")

@@ -27,7 +27,7 @@ class InferenceSkip(Family):
     skipped.
     """
 
-    dense_backend = "eager"
+    only_skips = True
 
     def __init__(self, *options: str):
         super().__init__(*options)

@@ -31,6 +31,7 @@ class ZeroLayer(Family):
     name = "ZeroLayer"
     classes = ()
     inner = True
+    only_skips = True
 
     def knows(self, block: Any) -> bool:
         return type(block) in _KINDS and is_plain_layer(block) and zero.is_exactly_zero(block.weight.detach())
