@@ -217,10 +217,10 @@ class Cpu(Reference):
         return _activation_bwd(dy.contiguous(), x.contiguous(), _ACTIVATION_IDS[name], need_y)
 
     def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
-        return _add_bias(x, bias, dim == -1 or channels_last_format(x) is not None)
+        return _add_bias(x, bias, dim == -1 or not x.is_contiguous())
 
     def add_bias_in_place(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
-        _add_bias_(x, bias, dim == -1 or channels_last_format(x) is not None)
+        _add_bias_(x, bias, dim == -1 or not x.is_contiguous())
         return x
 
     def linear(self, x: Tensor, weight: Tensor, bias: MaybeTensor, activation: str | None = None) -> Tensor:

@@ -218,7 +218,7 @@ class Triton(TritonGemms, Reference):
         return _activation.backward(dy.contiguous(), x.contiguous(), name, need_y)
 
     def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
-        innermost = dim == -1 or channels_last_format(x) is not None
+        innermost = dim == -1 or not x.is_contiguous()
         columns = x.shape[dim] if innermost else math.prod(x.shape[2:])
         return _add_bias.add_bias(x, dense_rows(bias), columns, innermost)
 

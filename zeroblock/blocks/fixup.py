@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layout import in_layout, layout_after
 from .residual import residual_branch
 
 
@@ -33,8 +34,8 @@ def forward(name: str, policy: str, block: Any, x: Tensor) -> Tensor:
     convs = tuple(m for m in block._modules.values() if isinstance(m, nn.Conv2d) and m is not conv)
     modules = (*convs, block.relu)
     _, y = residual_branch(name, policy, identity + bias, body, conv, scale, (x, *scalars), modules=modules)
-    if y is not None:
-        return F.relu(y, inplace=True)
+    if y is not None:  # eager adds into what the convolution returned
+        return F.relu(in_layout(y, layout_after(x, *(m.weight for m in convs), conv.weight)), inplace=True)
     out = conv(body(x)) * scale + bias
     return F.relu(out.add_(identity), inplace=True)
 

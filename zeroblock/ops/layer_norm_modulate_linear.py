@@ -67,7 +67,7 @@ def layer_norm_modulate_linear_bwd(
     *,
     direct: bool = False,
 ) -> tuple[MaybeTensor, ...]:
-    """The gradients of (x, shift, scale, weight, bias); mask: the first three, weight, bias"""
+    """The gradients of (x, shift, scale, weight, bias); mask: the first three, weight, bias."""
     if not direct and (route := BACKWARD.route(dy, x, mean, rstd, shift, scale, weight)):
         return route(dy, x, mean, rstd, shift, scale, weight, eps, has_bias, mask)
     backend, h = select("layer_norm_modulate_linear_bwd", x), x

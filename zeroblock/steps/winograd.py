@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._layout import add_residual, as_layout, channels_last_format, conv_layout
+from .._layout import add_residual, as_layout, channels_last_format, is_dense, is_settled
 from ..backends.base import Backend, ConvGrads, GroupNorm, WinogradKernels
 from ..plan.mode import reduced_allowed
 from . import packed
-from .conv import CONV, ConvCall, unit_geometry
+from .conv import CONV, ConvCall, conv_layout, unit_geometry
 from .conv_bwd import CONV_BWD, ConvGradsCall
 from .norm_conv import NORM_CONV, NORM_CONV_BWD, NormConvCall, NormConvGradsCall, normalised
 from .packed import Geometry
@@ -73,7 +73,7 @@ def usable(backend: Backend, x: Tensor, weight: Tensor, padding: Sequence[int]) 
         and (x.dtype is torch.float32 or is_half(x))
         and x.device.type == weight.device.type == "cpu"
         and x.shape[1] == weight.shape[1]
-        and (weight.is_contiguous() or channels_last_format(weight) is not None)
+        and is_dense(weight)
         and weight.numel() > 0
         and x.shape[0] > 0
         and min(x.shape[2:]) + 2 * padding[0] > 2
@@ -128,7 +128,7 @@ def conv(tile: int, call: ConvCall, normed: NormedInput | None = None, prepared:
     if prepared is None and packed.copies:
         copy = packed.find(weight)
         prepared = None if copy is None else copy.convs.get((plan_name(tile), geometry))
-    kernels, layout, padding = _kernels(backend), conv_layout(h, weight), geometry.padding
+    kernels, layout, padding = _kernels(backend), conv_layout(h, weight, geometry), geometry.padding
     h, last = as_layout(h, layout), layout is not None
     size = (h.shape[0], weight.shape[0], *(n + 2 * p - 2 for n, p in zip(h.shape[2:], padding, strict=True)))
     fused = (
@@ -136,6 +136,7 @@ def conv(tile: int, call: ConvCall, normed: NormedInput | None = None, prepared:
         and residual.dtype == h.dtype
         and residual.shape == size
         and residual.is_contiguous(memory_format=layout or torch.contiguous_format)
+        and is_settled(residual)
     )
     added, affine = residual if fused else None, _affine(kernels, h, normed)
     y = kernels.conv(h, affine, weight, prepared, bias, added, padding[0], tile, False, last)
@@ -203,7 +204,7 @@ def conv_grads(tile: int, call: ConvGradsCall, normed: NormedInput | None = None
     """(dh, dweight, dbias) of conv(h), each only where mask asks; h normalised first where a norm is given; dweight
     laid out as weight."""
     backend, dy, h, weight, has_bias, padding, mask = call
-    kernels, layout = _kernels(backend), conv_layout(h, weight)
+    kernels, layout = _kernels(backend), conv_layout(h, weight, unit_geometry(padding))
     dy, last = as_layout(dy, layout), layout is not None
     dh = dweight = None
     if mask[0]:
