@@ -34,6 +34,16 @@ def _has_strides_of_channels_last(x: Tensor) -> bool:
     return True
 
 
+def pointwise_format(x: Tensor) -> torch.memory_format | None:
+    """`channels_last_format` of what a pointwise function of x returns: torch calls a size that is both contiguous."""
+    if x.is_contiguous():
+        return None
+    layout = channels_last_format(x)
+    if layout is None or 1 not in x.shape:
+        return layout
+    return None if x.shape[1] == 1 or x.shape[2:].numel() == 1 else layout
+
+
 def as_layout(x: Tensor, layout: torch.memory_format | None) -> Tensor:
     """x itself when it is already dense in `layout` (None: contiguous), else a copy that is."""
     if layout is None:
@@ -80,9 +90,17 @@ def is_settled(x: Tensor) -> bool:
     return layout is not None and x.is_contiguous(memory_format=layout)
 
 
+def as_norm_input(x: Tensor) -> tuple[Tensor, bool]:
+    """(x dense, and in the strides of silu(norm(x)); whether that is channels-last)"""
+    if x.is_contiguous():
+        return x if x.stride(1) > 1 else in_layout(x, None), False
+    layout = pointwise_format(x)
+    return as_layout(x, layout), layout is not None
+
+
 def empty_like_dense(x: Tensor) -> Tensor:
-    """What the ops return for x: same shape and dtype, in the format that `channels_last_format` names."""
-    layout = channels_last_format(x)
+    """What the ops return for x: same shape and dtype, in the format that `pointwise_format` names."""
+    layout = pointwise_format(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format if layout is None else layout)
 
 

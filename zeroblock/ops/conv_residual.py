@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import reference as ref
@@ -15,7 +16,7 @@ from ..steps.conv_bwd import conv_grads
 from ..steps.flag import DEVICE, ZERO_WEIGHT, found_by_host, skipped
 from . import shapes
 from .register import Grads, Op, filled, through
-from .residual_alone import residual_alone, weight_is_zero, zero_grad
+from .residual_alone import residual_alone, weight_is_zero
 
 FORWARD = Op(
     "conv_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip) "
@@ -85,8 +86,11 @@ def conv_residual_bwd(
     dy = dy.to(weight.dtype)
     if found_by_host(skipped, zero_skip):
         _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, (False, mask[1], mask[2]))  # eager's, exactly
-        layout = conv_layout(h, weight, unit_geometry(padding)) if mask[0] else None
-        return zero_grad(h, layout) if mask[0] else None, dweight, dbias
+        dh = None
+        if mask[0]:
+            layout = conv_layout(h, weight, unit_geometry(padding)) or torch.contiguous_format
+            dh = torch.zeros_like(h, memory_format=layout)
+        return dh, dweight, dbias
     flag = skipped if zero_skip == DEVICE else None
     return select("conv_residual_bwd", h).conv_grads(dy, h, weight, flag, has_bias, tuple(padding), mask)
 

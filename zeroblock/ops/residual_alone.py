@@ -58,6 +58,6 @@ def residual_alone(
     return branch if residual is None else residual + branch
 
 
-def zero_grad(t: Tensor, layout: torch.memory_format | None = None) -> Tensor:
-    """A gradient of t that is zero, in the format the ops return, or in another."""
-    return torch.zeros_like(t, memory_format=layout or channels_last_format(t) or torch.contiguous_format)
+def zero_grad(t: Tensor) -> Tensor:
+    """A gradient of t that is zero, in the format the ops return."""
+    return torch.zeros_like(t, memory_format=channels_last_format(t) or torch.contiguous_format)

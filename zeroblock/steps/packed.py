@@ -102,7 +102,7 @@ def sample_step(shape: tuple[int, ...]) -> int:
     row = numel // shape[0]
     step = max(1, numel // max(SAMPLE, numel // EVERY))
     if step > 0.618 * row:
-        step = int((int(step / row - 0.618) + 0.618) * row)
+        step = max(1, int((int(step / row - 0.618) + 0.618) * row))
     while math.gcd(step, numel) > 1:  # ends at 1
         step -= 1
     return step
