@@ -218,8 +218,8 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
     - on the CPU a write that leaves all sampled elements as they were: of a few elements, rows or columns, or by
       changes most of which are lost in rounding. One that changes a share p of the elements at random is passed over
       with probability (1 - p) ** 64 at most. It raises later: all frozen weights are compared bit by bit, in pieces of
-      64 KiB one after another, in 0.2 % of the time in which calls use them. Until then, about a minute for each 250 MB
-      of frozen weights, results are those of the old ones;
+      64 KiB one after another, in 0.2 % of the time in which calls use them. Until then, about two minutes for each
+      250 MB of frozen weights, results are those of the old ones;
     - on a GPU, where nothing is packed and freeze remembers which weights are zero, every write to such a weight: its
       branch stays skipped, without a word. To look would be to wait for the device.
     Whoever writes weights in such a way calls unfreeze before, or freeze again after it: nothing is left then. Where

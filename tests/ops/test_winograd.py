@@ -183,8 +183,8 @@ def test_small_tile_is_exact_on_small_integers(layout, weight_layout, padding):
         assert grads[1].stride() == torch.empty_like(weight).stride(), what
 
 
-# Relative errors of y, dx, dweight, in the L2 and the maximum norm, over the shapes of winograd_errors.py; the library's
-# are a tenth, or a twentieth, of them.
+# Relative errors of y, dx, dweight in the L2 and the maximum norm; the library's are a tenth and a twentieth of them
+# (winograd_errors.py).
 LARGE_TILE_ERRORS = Errors(l2=1e-5, max=2e-5)
 
 

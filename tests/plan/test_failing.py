@@ -175,7 +175,9 @@ def test_a_choice_that_fails_gives_way_to_the_library(op, error, when):
         falls_back(op)
         assert _plan.open_store().entries == stored, "another process, or this one tomorrow, may have the memory"
         flaky.error = None
-        assert chosen(op, x4) == "library" and chosen(op, torch.ones(64)) == "flaky"
+        assert chosen(op, x4) == "library"
+        if when != "shared":
+            assert chosen(op, torch.ones(64)) == "flaky", "in another situation it is what it was"
 
 
 def test_the_fixed_rules_choice_may_fail_too(op):

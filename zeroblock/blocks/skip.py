@@ -22,8 +22,8 @@ from ..backends.select import select
 from ..ops.residual_alone import residual_alone
 from ..reference import channel_view, modulation
 from ..steps.conv import conv_size, empty_conv_output
-from ..steps.packed import Geometry
 from ..steps.linear import linear_grads
+from ..steps.packed import Geometry
 from .layers import Owned, conv_padding, linear
 
 

@@ -158,7 +158,8 @@ def _why_unused(unused: list[ParameterReport]) -> str:
     text = f"{listed(p.name for p in unused)} {verb} unused: the loss does not depend on {it if it == 'it' else 'them'}"
     zeros = sum(p.is_zero and not p.name.endswith("bias") for p in unused)
     if zeros:
-        text += f". {zeros} of them {'is' if zeros == 1 else 'are'} exactly zero, as a gate or last layer of a branch that is never called"
+        be = "is" if zeros == 1 else "are"
+        text += f". {zeros} of them {be} exactly zero, as a gate or last layer of a branch that is never called"
     return f"{text}. {_NO_VALUE_HELPS}"
 
 

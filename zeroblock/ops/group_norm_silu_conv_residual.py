@@ -116,8 +116,8 @@ def group_norm_silu_conv_residual_bwd(
     *,
     direct: bool = False,
 ) -> tuple[MaybeTensor, ...]:
-    """The gradients of (x, norm_weight, norm_bias, scale, shift, weight, bias). mask: whether the first five are wanted,
-    the weight's, the bias's."""
+    """The gradients of (x, norm_weight, norm_bias, scale, shift, weight, bias). mask: whether those of the norm (the
+    first five), of the weight and of the bias are wanted."""
     norm = GroupNorm(num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
     if not direct and (
         route := BACKWARD.route(dy, x, mean, rstd, norm_weight, norm_bias, scale, shift, keep, weight, skipped)

@@ -16,7 +16,8 @@ decides instead of a measurement
 - for work too small to be worth a measurement.
 A process keeps what its first call in a situation was decided by, also where a process group comes or goes later.
 
-A way that fails, measured or chosen, gives way to the library's with a warning; the library's own error is the caller's.
+A way that fails, while it is measured or later, gives way to the library's, with a warning; the library's own error is
+the caller's.
 
 A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
 (`mode.measuring`): a branch that is zero at its first call will not stay so.
@@ -165,12 +166,11 @@ class PlannedOp(Generic[P, R]):
         bits = mode.bits
         key: tuple | None = None
         if bits & FIXED or _deterministic():
-            run: Callable[P, R] | None = self._fixed(*args, **kwargs).run
+            run = self._fixed(*args, **kwargs).run
         else:
             key = self.signature(*args, **kwargs), bits, _threads(), _precision()
-            run = self._memory.get(key)
-        if run is None:
-            run = self._resolve(key, *args, **kwargs)
+            found = self._memory.get(key)
+            run = self._resolve(key, *args, **kwargs) if found is None else found
         try:
             return run(*args, **kwargs)
         except CallersError:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_conv_size, unit_geometry
+from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_geometry
 from ...steps.flag import DEVICE, NEVER
 from ...steps.linear import LinearGateCall
 from ..base import Backend, GroupNorm, MaybeTensor, Step
