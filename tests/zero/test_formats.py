@@ -16,7 +16,10 @@ from torch._prims_common import suggest_memory_format
 
 import zeroblock as zb
 from zeroblock import _layout
-from zeroblock.steps.conv import conv_layout, unit_geometry
+from zeroblock.backends.select import select
+from zeroblock.plan import mode
+from zeroblock.steps.conv import CONV as CONV_STEP
+from zeroblock.steps.conv import ConvCall, conv_layout, unit_geometry
 from zeroblock.testing import counters, eager, reset_counters
 
 from ..twins import EAGER
@@ -333,3 +336,36 @@ def test_transformer_blocks_give_contiguous_tokens(layout, grad):
         with torch.set_grad_enabled(grad):
             y = block(x, c)
         assert y.is_contiguous() and y.data_ptr() != x.data_ptr(), phase
+
+
+# ---- every way of a convolution -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize(
+    "channels, out, spatial", [(32, 32, (6, 8)), (32, 1, (6, 8)), (1, 32, (6, 8)), (32, 32, (1, 1))]
+)
+def test_every_way_gives_eagers_format(channels, out, spatial, frozen):
+    """Whatever is measured to be fastest: the format is not to depend on it."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, out, 3, padding=1)
+    ran = set()
+    for weights, first, second in itertools.product(("contiguous", "channels-last"), LAYOUTS, (None, *LAYOUTS)):
+        x, r = torch.randn(2, channels, *spatial), torch.randn(2, out, *spatial)
+        if "from an image" in (first, second):
+            continue
+        layer.weight = nn.Parameter(LAYOUTS[weights](layer.weight.detach()).clone(memory_format=torch.preserve_format))
+        if frozen:
+            zb.freeze(layer)
+        x, residual = LAYOUTS[first](x), None if second is None else LAYOUTS[second](r)
+        with torch.no_grad(), mode.allow_reduced():
+            eager = F.conv2d(x, layer.weight, layer.bias, padding=1)
+            eager = eager if residual is None else residual + eager
+            call = ConvCall(select("conv_residual", x), x, layer.weight, layer.bias, residual, unit_geometry((1, 1)))
+            for name, way in CONV_STEP.takers(call).items():
+                ran.add(name)
+                got = way.run(call)
+                assert_format(got, eager, (name, weights, first, second))
+                torch.testing.assert_close(got, eager, rtol=1e-3, atol=1e-3)
+        zb.unfreeze(layer)
+    assert {"library", "other layout"} <= ran and (frozen <= ("packed" in ran)), ran

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._layout import add_residual, as_layout, channels_last_format, is_dense, is_settled
+from .._layout import add_residual, as_layout, channels_last_format, in_layout, is_dense
 from ..backends.base import Backend, ConvGrads, GroupNorm, WinogradKernels
 from ..plan.mode import reduced_allowed
 from . import packed
@@ -136,11 +136,12 @@ def conv(tile: int, call: ConvCall, normed: NormedInput | None = None, prepared:
         and residual.dtype == h.dtype
         and residual.shape == size
         and residual.is_contiguous(memory_format=layout or torch.contiguous_format)
-        and is_settled(residual)
     )
-    added, affine = residual if fused else None, _affine(kernels, h, normed)
-    y = kernels.conv(h, affine, weight, prepared, bias, added, padding[0], tile, False, last)
-    return add_residual(None if fused else residual, y)
+    added = as_layout(residual, layout) if fused and residual is not None else None
+    y = kernels.conv(h, _affine(kernels, h, normed), weight, prepared, bias, added, padding[0], tile, False, last)
+    if added is None:
+        return add_residual(residual, y)
+    return in_layout(y, None) if y.is_contiguous() and last else y  # a sum whose size is that of both formats
 
 
 def _plain_padding(geometry: Geometry) -> tuple[int, ...] | None:
