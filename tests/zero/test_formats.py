@@ -1,8 +1,4 @@
-"""Memory formats: zero or dense, frozen or not, a result is laid out as eager's, and so are its gradients.
-
-Compared are the strides of all dimensions of more than one element, and the format that torch's next kernel would take
-the tensor for: strides of dimensions of one element decide it.
-"""
+"""Memory formats: zero or dense, the result of an op is laid out as eager's, and so are its gradients."""
 
 from __future__ import annotations
 
@@ -20,73 +16,11 @@ from zeroblock.backends.select import select
 from zeroblock.plan import mode
 from zeroblock.steps.conv import CONV as CONV_STEP
 from zeroblock.steps.conv import ConvCall, conv_layout, unit_geometry
-from zeroblock.testing import counters, eager, reset_counters
 
-from ..twins import EAGER
+from .formats import LAYOUTS, SPACE, TOKENS, assert_format, formats, last, layouts, weight_layouts
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-SPACE = {1: (6,), 2: (4, 6), 3: (3, 4, 6)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def weight_layouts(dims):
-    """In one dimension torch has no format but contiguous, though its kernels fall for some permuted weights."""
-    return ("contiguous",) if dims == 1 else ("contiguous", "channels-last")
-
-
-def layouts(dims, channels):
-    """The same of an input of one channel."""
-    return ("contiguous", "expanded") if dims == 1 == channels else LAYOUTS
-
-
-def last(x):
-    return x.to(memory_format=LAST[x.dim()]) if x.dim() in LAST else x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def half_of_channels(x):
-    return last(torch.cat([x, x], 1))[:, : x.shape[1]]
-
-
-def part_of_rows(x):
-    return last(torch.cat([x, x], 2))[:, :, : x.shape[2]]
-
-
-def permuted(x):
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def from_an_image(x):
-    """One image, [H, W, C] with a batch dimension put in front."""
-    return x[0].movedim(0, -1).contiguous().movedim(-1, 0).unsqueeze(0)
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "channels-last": last,
-    "half of the channels": half_of_channels,
-    "part of the rows": part_of_rows,
-    "every other": lambda x: torch.cat([x, x], -1)[..., ::2],
-    "permuted": permuted,
-    "expanded": lambda x: last(x[:1]).expand_as(x),
-    "from an image": from_an_image,
-}
-
-
-def assert_format(got, eager, what, strides_alone=False):
-    assert got.shape == eager.shape and got.dtype == eager.dtype, what
-    strides = [[s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (got, eager)]
-    assert strides[0] == strides[1], f"{what}: strides {got.stride()}, eager gives {eager.stride()} for {got.shape}"
-    if strides_alone:
-        return
-    formats = suggest_memory_format(got), suggest_memory_format(eager)
-    assert formats[0] == formats[1], f"{what}: {got.stride()} is {formats[0]}, eager's {eager.stride()} {formats[1]}"
-
-
-def formats(results, what, outputs=99):
-    """results: (ours, eager's) lists of tensors, gradients after the `outputs`: these nobody but an optimizer reads."""
-    for i, (got, expected) in enumerate(zip(*results, strict=True)):
-        assert_format(got, expected, (*what, i), strides_alone=i >= outputs)
 
 
 # ---- torch's own rules, as zeroblock knows them ---------------------------------------------------------------------
@@ -201,15 +135,6 @@ def test_flattening_works_before_and_after_the_first_step(view):
     assert found[0] == found[1]
 
 
-TOKENS = {
-    "contiguous": lambda t: t,
-    "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "rows of more": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
-    "columns of more": lambda t: torch.cat([t, t], 2)[..., : t.shape[2]],
-    "expanded": lambda t: t[:1].expand_as(t),
-}
-
-
 @pytest.mark.parametrize("gate", [None, "row", "token"])
 @pytest.mark.parametrize("layout", TOKENS)
 def test_linear_gate_residual_gives_contiguous_tokens(layout, gate):
@@ -220,122 +145,6 @@ def test_linear_gate_residual_gives_contiguous_tokens(layout, gate):
     for weight in (torch.zeros(6, 8), torch.randn(6, 8)):
         for residual in (None, r):
             assert zb.linear_gate_residual(h, weight, torch.randn(6), g, residual).is_contiguous()
-
-
-# ---- modules --------------------------------------------------------------------------------------------------------
-
-
-def _body(dims, channels=4):
-    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    return nn.Sequential(nn.GroupNorm(2, channels), nn.SiLU(), conv(channels, channels, 3, padding=1))
-
-
-def _zero_conv(dims):
-    return lambda ns: getattr(ns, f"ZeroConv{dims}d")(4, 4, 3, padding=1)
-
-
-MODULES = {
-    **{f"ResBlock-{dims}d": (lambda ns, d=dims: ns.ResBlock(32, 8, 0.0, dims=d), dims, 32, True) for dims in (1, 2, 3)},
-    "ResBlock-wider": (lambda ns: ns.ResBlock(32, 8, 0.0, out_channels=64), 2, 32, True),
-    "ResBlock-film": (lambda ns: ns.ResBlock(32, 8, 0.0, use_scale_shift_norm=True), 2, 32, True),
-    **{f"ZeroConv{dims}d": (_zero_conv(dims), dims, 4, False) for dims in (1, 2, 3)},
-    "ZeroConv2d-1x1": (lambda ns: ns.ZeroConv2d(4, 4, 1), 2, 4, False),
-    "ZeroConv2d-to-one": (lambda ns: ns.ZeroConv2d(4, 1, 3, padding=1), 2, 4, False),
-    **{
-        f"ResidualBranch-{dims}d": (
-            lambda ns, d=dims: ns.ResidualBranch(
-                _body(d), eager.zero_module((nn.Conv1d, nn.Conv2d, nn.Conv3d)[d - 1](4, 4, 3, padding=1))
-            ),
-            dims,
-            4,
-            False,
-        )
-        for dims in (1, 2, 3)
-    },
-    "ResidualBranch-gate": (
-        lambda ns: ns.ResidualBranch(_body(2), nn.Conv2d(4, 4, 1), nn.Parameter(torch.zeros(1))),
-        2,
-        4,
-        False,
-    ),
-    **{f"ReZero-{dims}d": (lambda ns, d=dims: ns.ReZero(_body(d)), dims, 4, False) for dims in (1, 2, 3)},
-    "FixupBasicBlock": (lambda ns: ns.FixupBasicBlock(4, 4), 2, 4, False),
-}
-
-
-def pair(name, phase, weights):
-    build, dims, channels, embedded = MODULES[name]
-    torch.manual_seed(0)
-    ours, theirs = build(zb.nn), build(EAGER)
-    with torch.no_grad():
-        for n, p in ours.named_parameters():
-            if phase == "dense" or not (p == 0).all() or n.endswith("bias"):
-                p.copy_(torch.randn_like(p) * 0.3)
-    theirs.load_state_dict(ours.state_dict())
-    if weights == "channels-last" and dims > 1:
-        ours, theirs = (m.to(memory_format=LAST[dims + 2]) for m in (ours, theirs))
-    return ours.eval(), theirs.eval(), dims, channels, embedded
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("weights", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("name", MODULES)
-def test_modules(name, weights, phase, frozen):
-    ours, theirs, dims, channels, embedded = pair(name, phase, weights)
-    emb = (torch.randn(2, 8),) if embedded else ()
-    if frozen:
-        zb.freeze(ours)
-    reset_counters()
-    for layout in LAYOUTS:
-        # Of one image that lies in memory otherwise a sum goes by the branch, of which a skipped body says nothing.
-        if layout == "from an image" and (embedded or name.startswith("ReZero")):
-            continue
-        x = LAYOUTS[layout](torch.randn(2, channels, *SPACE[dims]))
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                results = [[m(x, *emb).detach()] for m in (ours, theirs)]
-            formats(results, (name, weights, layout, grad))
-    counted = [n for n, (_, skipped) in counters().items() if skipped]
-    assert bool(counted) == (phase == "zero"), counters()
-    zb.unfreeze(ours)
-
-
-@pytest.mark.parametrize("phase", ["zero", "dense"])
-@pytest.mark.parametrize("name", ["ReZero", "ReZero-row", "ZeroLinear", "ResidualBranch"])
-def test_modules_on_tokens(name, phase):
-    build = {
-        "ReZero": lambda ns: ns.ReZero(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6))),
-        "ReZero-row": lambda ns: ns.ResidualBranch(nn.LayerNorm(6), nn.Linear(6, 6), nn.Parameter(torch.zeros(6))),
-        "ZeroLinear": lambda ns: ns.ZeroLinear(6, 6),
-        "ResidualBranch": lambda ns: ns.ResidualBranch(nn.LayerNorm(6), eager.zero_module(nn.Linear(6, 6))),
-    }[name]
-    torch.manual_seed(0)
-    ours, theirs = build(zb.nn), build(EAGER)
-    if phase == "dense":
-        nn.init.normal_(getattr(ours, "resweight", None) if name == "ReZero" else next(ours.parameters()))
-        for p in ours.parameters():
-            nn.init.normal_(p)
-    theirs.load_state_dict(ours.state_dict())
-    for layout, grad in itertools.product(TOKENS, (False, True)):
-        x = TOKENS[layout](torch.randn(2, 5, 6))
-        with torch.set_grad_enabled(grad):
-            formats([[m(x).detach()] for m in (ours, theirs)], (name, layout, grad))
-
-
-@pytest.mark.parametrize("layout", TOKENS)
-@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
-def test_transformer_blocks_give_contiguous_tokens(layout, grad):
-    """Zero or not, so that what follows sees no difference when the gates begin to move."""
-    torch.manual_seed(0)
-    block = zb.nn.DiTBlock(8, 2)
-    x, c = TOKENS[layout](torch.randn(2, 5, 8)), torch.randn(2, 8)
-    for phase in ("zero", "dense"):
-        if phase == "dense":
-            nn.init.normal_(block.adaLN_modulation[1].weight)
-        with torch.set_grad_enabled(grad):
-            y = block(x, c)
-        assert y.is_contiguous() and y.data_ptr() != x.data_ptr(), phase
 
 
 # ---- every way of a convolution -------------------------------------------------------------------------------------
