@@ -73,8 +73,8 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         residual, branch: of one shape, any floating dtype.
         gate: [1]; for residual [B, T, D] also [D], [B, D] (broadcast over T) or [B, T, D].
 
-    Returns y in their promoted dtype; tokens are contiguous, also of a transposed residual. Saved for backward: gate and
-    branch.
+    Returns y in their promoted dtype; tokens are contiguous, also of a transposed residual. Saved for backward: gate
+    and branch.
     Raises TypeError (kind, dtype), ValueError (shape, device).
     Source: facebookresearch/DiT `DiTBlock`; ReZero, Bachlechner et al. 2021.
     """
