@@ -69,7 +69,9 @@ def _strides(size: torch.Size, layout: torch.memory_format | None) -> tuple[int,
 
 
 def layout_after(x: Tensor, *weights: Tensor) -> torch.memory_format | None:
-    """That of x after convolutions in two dimensions with these weights, one after another."""
+    """That of x after convolutions in two dimensions with these weights, and pointwise functions."""
+    if x.shape[2:].numel() == 1:
+        return None
     return next((layout for t in (x, *weights) if (layout := channels_last_format(t)) is not None), None)
 
 
@@ -110,7 +112,7 @@ def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
         return branch
     if residual.dtype == branch.dtype:
         strides = residual.stride()
-        if is_settled(branch) if strides == branch.stride() else _is_embedding(strides):
+        if (strides[1] > 1 or is_settled(branch)) if strides == branch.stride() else _is_embedding(strides):
             return branch.add_(residual)
     return residual + branch
 

@@ -17,7 +17,7 @@ from zeroblock.plan import mode
 from zeroblock.steps.conv import CONV as CONV_STEP
 from zeroblock.steps.conv import ConvCall, conv_layout, unit_geometry
 
-from .formats import LAYOUTS, SPACE, TOKENS, assert_format, formats, last, layouts, weight_layouts
+from ..formats import LAYOUTS, SPACE, TOKENS, assert_format, formats, last, layouts, weight_layouts
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -11,8 +11,8 @@ from torch import nn
 import zeroblock as zb
 from zeroblock.testing import counters, eager, reset_counters
 
+from ..formats import LAST, LAYOUTS, SPACE, TOKENS, formats
 from ..twins import EAGER
-from .formats import LAST, LAYOUTS, SPACE, TOKENS, formats
 
 
 def _body(dims, channels=4):
