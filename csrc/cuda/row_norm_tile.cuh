@@ -63,7 +63,7 @@ inline int row_norm_vector(const RowNorm& p) {
   bool whole = p.D % vector == 0;
   for (const void* t : {p.x, p.branch, p.dy, p.dx_new, static_cast<const void*>(p.y), static_cast<const void*>(p.x_new),
                         static_cast<const void*>(p.dx), static_cast<const void*>(p.dbranch),
-                        static_cast<const void*>(p.dscale_token), static_cast<const void*>(p.dgate_token)}) {
+                        static_cast<const void*>(p.dscale_token.ptr), static_cast<const void*>(p.dgate_token.ptr)}) {
     whole = whole && is_aligned(t);
   }
   for (const Operand* o : {&p.weight, &p.bias, &p.shift, &p.scale, &p.gate}) whole = whole && is_vectorised(*o, vector);

@@ -39,9 +39,12 @@ ZB_INLINE void store_row_sums(float* p, __m128 a) {
     _mm_store_ss(p, a);
   }
 }
-// 1 / sqrt(variance + eps) in fp64: its error would be that of every element of the row.
-ZB_INLINE __m128 inverse_roots(__m128 squares, int64_t D, float eps) {
-  const __m256d variance = _mm256_div_pd(_mm256_cvtps_pd(squares), _mm256_set1_pd(static_cast<double>(D)));
+// As inverse_root, of sums of squares.
+ZB_INLINE __m128 inverse_roots(__m128 squares, __m128 missed, bool rms, int64_t D, float eps) {
+  const __m256d mean_square = _mm256_div_pd(_mm256_cvtps_pd(squares), _mm256_set1_pd(static_cast<double>(D)));
+  const __m256d miss = _mm256_cvtps_pd(missed);
+  __m256d variance = _mm256_max_pd(_mm256_setzero_pd(), _mm256_fnmadd_pd(miss, miss, mean_square));  // a NaN stays
+  if (!rms) variance = _mm256_fmadd_pd(_mm256_setzero_pd(), variance, variance);
   const __m256d root = _mm256_sqrt_pd(_mm256_add_pd(variance, _mm256_set1_pd(static_cast<double>(eps))));
   return _mm256_cvtpd_ps(_mm256_div_pd(_mm256_set1_pd(1.0), root));
 }
@@ -78,17 +81,19 @@ struct SampleModulation {
 };
 
 // One walk over the columns for up to three tiles of R rows: sums of what the source has at `first`, centred squares of
-// `second`, output of `third`. A row's sum runs in kChains accumulators, R * kChains = 4 at most.
+// `second`, output of `third`. A row's sum runs in kChains accumulators, R * kChains = 4 at most. The rounding of the
+// mean is summed in `missed`; such rows of bf16 have sums that hardly round, and equal numbers are summed exactly.
 template <int R, int kChains, class T>
 struct NormTiles {
   int64_t D;
-  Vec4 sums, squares;
+  Vec4 sums, squares, missed;
+  static constexpr bool kCorrected = !kInPairs<T>;
 
   template <bool kSum, bool kSquare, bool kOut, class Source, class Modulation>
   ZB_INLINE void walk(const Source& source, int64_t first, const T* second, __m128 second_mean, const T* third,
                       __m128 third_mean, __m128 third_rstd, T* y, int64_t row, const Modulation& modulation,
                       bool streamed) {
-    Vec4 s = zero(), q = zero();
+    Vec4 s = zero(), q = zero(), e = zero();
     const Vec4 mean2 = spread(second_mean), mean3 = spread(third_mean), rstd3 = spread(third_rstd);
     const int64_t stride = D;
     const auto step = [&](int64_t i, auto lanes, int chain) ZB_BODY {
@@ -106,6 +111,7 @@ struct NormTiles {
           for (int k = 0; k < parts; ++k) {
             const Vec d = without_tail(part(x, k) - mean2.v[r], lanes);
             square = fmadd(d, d, square);
+            if (kCorrected) e.v[r * kChains + chain] += d;
           }
         }
       }
@@ -133,6 +139,7 @@ struct NormTiles {
     }
     sums = s;
     squares = q;
+    missed = e;
   }
 
  private:
@@ -148,7 +155,7 @@ struct NormTiles {
 template <int R, int kChains, class T, class Source, class Modulation>
 ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, T* y, float* mean, float* rstd,
                          bool rms, float eps, const Modulation& modulation, bool streamed) {
-  NormTiles<R, kChains, T> tiles = {D, zero(), zero()};
+  NormTiles<R, kChains, T> tiles = {D, zero(), zero(), zero()};
   const __m128 none = _mm_setzero_ps(), count = _mm_set1_ps(static_cast<float>(D));
   __m128 mean2 = none, mean3 = none, rstd3 = none;
   for (int64_t row = begin; row < end + 2 * R; row += R) {  // of the first tile; the others are R and 2 R behind
@@ -156,11 +163,11 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
     const T* const x2 = has_second ? source.rows(row - R) : nullptr;
     const T* const x3 = has_third ? source.rows(row - 2 * R) : nullptr;
     T* const out = has_third ? y + (row - 2 * R) * D : nullptr;
-    Vec4 sums = zero(), squares = zero();
+    Vec4 sums = zero(), squares = zero(), missed = zero();
     if (has_first && has_second && has_third) {
       tiles.template walk<true, true, true>(source, row, x2, mean2, x3, mean3, rstd3, out, row - 2 * R, modulation,
                                             streamed);
-      sums = tiles.sums, squares = tiles.squares;
+      sums = tiles.sums, squares = tiles.squares, missed = tiles.missed;
     } else {
       if (has_first) {
         tiles.template walk<true, false, false>(source, row, x2, none, x3, none, none, out, 0, modulation, streamed);
@@ -168,7 +175,7 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
       }
       if (has_second) {
         tiles.template walk<false, true, false>(source, row, x2, mean2, x3, none, none, out, 0, modulation, streamed);
-        squares = tiles.squares;
+        squares = tiles.squares, missed = tiles.missed;
       }
       if (has_third) {
         tiles.template walk<false, false, true>(source, row, x2, none, x3, mean3, rstd3, out, row - 2 * R, modulation,
@@ -177,11 +184,13 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
     }
     mean3 = mean2;
     if (has_second) {
-      rstd3 = inverse_roots(row_sums<R>(squares), D, eps);
+      const __m128 miss = rms || !tiles.kCorrected ? none : _mm_div_ps(row_sums<R>(missed), count);
+      mean3 = _mm_add_ps(mean2, miss);
+      rstd3 = inverse_roots(row_sums<R>(squares), miss, rms, D, eps);
       store_row_sums<R>(rstd + row - R, rstd3);
+      if (mean != nullptr) store_row_sums<R>(mean + row - R, mean3);
     }
     mean2 = rms || !has_first ? none : _mm_div_ps(row_sums<R>(sums), count);
-    if (has_first && mean != nullptr) store_row_sums<R>(mean + row, mean2);
   }
 }
 
