@@ -331,9 +331,8 @@ void group_norm_silu_bwd(const GroupNormSilu& p, ParallelFor run) {
     }
   });
   if (p.dx && p.C / p.G * p.S <= 2) {
-    with_type(p.dtype, [&](auto* type) {
-      p.silu ? tiny_group_gradient<true>(p, type) : tiny_group_gradient<false>(p, type);
-    });
+    with_type(p.dtype,
+              [&](auto* type) { p.silu ? tiny_group_gradient<true>(p, type) : tiny_group_gradient<false>(p, type); });
   }
   group_norm_vector_gradients(p);
 }

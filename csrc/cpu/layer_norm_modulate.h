@@ -15,26 +15,24 @@
 namespace zeroblock {
 namespace {
 
-// Mean and rstd of a row, given its sum (ignored for rms, whose mean is 0). Of what the rounding of the mean leaves the
-// centred values have a mean of their own, by which both are corrected.
+// Mean and rstd of a row, given its exact mean (0 for rms).
 template <class T>
-ZB_INLINE RowStats row_stats(const T* x, int64_t D, double row_sum, bool rms, float eps) {
-  const double count = static_cast<double>(D);
-  const float centre = rms ? 0.0f : static_cast<float>(row_sum / count);
-  const Vec c = set1(centre);
-  const ColumnSums<2> sums = sum_columns<2>(D, [&](PerRow<2>& acc, int64_t i, auto lanes) ZB_BODY {
-    const Vec d = keep_first(load(x + i, lanes) - c, lanes);
-    acc[0] += d;
-    acc[1] = fmadd(d, d, acc[1]);
+ZB_INLINE RowStats row_stats(const T* x, int64_t D, double mean, bool rms, float eps) {
+  const float rounded = static_cast<float>(mean);
+  const Vec m = set1(rounded);
+  const double squares = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
+    const Vec d = keep_first(load(x + i, lanes) - m, lanes);
+    return fmadd(d, d, acc);
   });
-  const double missed = rms ? 0.0 : sums.total[0] / count;
-  return {static_cast<float>(centre + missed), inverse_root(sums.total[1] / count, missed, rms, eps)};
+  return {rounded, inverse_root(squares / static_cast<double>(D), mean - rounded, rms, eps)};
 }
 
 template <class T>
-ZB_INLINE double row_sum(const T* x, int64_t D) {
-  const auto add = [&](PerRow<1>& acc, int64_t i, auto lanes) ZB_BODY { acc[0] += load(x + i, lanes); };
-  return sum_columns<1>(D, add).total[0];
+ZB_INLINE double row_mean(const T* x, int64_t D) {
+  const float pivot = pivot_of(x, load(x, D < 3 ? static_cast<int>(D) : 3));
+  const double sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes)
+                                        ZB_BODY { return acc + above_pivot(x, load(x + i, lanes), pivot, lanes); });
+  return pivot + sum / static_cast<double>(D);
 }
 
 // weight and bias of the channels; present only when kAffine.
@@ -116,7 +114,7 @@ void layer_norm_modulate_fwd_of(T* type, Scale*, Shift*, const LayerNormModulate
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = b * p.T + t;
       const T* const x = static_cast<const T*>(p.x) + row * D;
-      const RowStats stats = row_stats(x, D, p.rms ? 0.0 : row_sum(x, D), p.rms, p.eps);
+      const RowStats stats = row_stats(x, D, p.rms ? 0.0 : row_mean(x, D), p.rms, p.eps);
       if (p.mean != nullptr) p.mean[row] = stats.mean;
       p.rstd[row] = stats.rstd;
       modulate_row<kAffine>(x, static_cast<T*>(p.y) + row * D, D, stats, affine, scale.row(b, t), shift.row(b, t),
@@ -376,8 +374,8 @@ inline void layer_norm_modulate_bwd(const LayerNormModulate& p, ParallelFor run)
   with_type(p.dtype, [&](auto* t) {
     with_bool(p.weight != nullptr || p.bias != nullptr, [&](auto affine) {
       if (is_per_token(p.scale)) {
-        with_operand_type(
-            t, p.scale, [&](auto* scale) { layer_norm_modulate_bwd_of<affine.value, true>(t, scale, p, run); });
+        with_operand_type(t, p.scale,
+                          [&](auto* scale) { layer_norm_modulate_bwd_of<affine.value, true>(t, scale, p, run); });
       } else {
         layer_norm_modulate_bwd_of<affine.value, false>(t, static_cast<float*>(nullptr), p, run);
       }

@@ -109,7 +109,7 @@ __device__ __forceinline__ bool branch_is_zero(const uint8_t* zero) { return zer
 
 // A sum of any length in one thread: cut after so many addends, for each that follows rounds what came before.
 struct LongSum {
-  static constexpr int kAddends = 16;
+  static constexpr int kAddends = 8;
   float total = 0, part = 0;
   int count = 0;
   __device__ __forceinline__ void add(float v) {

@@ -34,8 +34,10 @@ struct Team {
     if (warps == 1) return v;
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
     __syncthreads();
-    v = 0;
-    for (int i = 0; i < warps; i++) v += part[first_warp + i];
+    const float* sums = part + first_warp;
+    v = sums[0] + sums[1];
+    if (warps > 2) v += sums[2] + sums[3];
+    for (int i = 4; i < warps; i += 4) v += (sums[i] + sums[i + 1]) + (sums[i + 2] + sums[i + 3]);
     return v;
   }
 };

@@ -114,7 +114,7 @@ def gate_residual_layer_norm_modulate(
     mixed = _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
     _checks.tokens(op, "residual", residual)
     residual, gate, branch = operands.gated(op, residual, gate, branch)
-    x, shift, scale = operands.modulated(op, branch, shift, scale)
+    x, shift_rows, scale_rows = operands.modulated(op, branch, shift, scale)
     _checks.eps_value(op, eps)
     if x is not branch or mixed and operands.needs_fp64(residual, shift, scale):
         x_new = gate_residual(residual, gate, branch)  # of a batch of 1, or narrower than what modulates it
@@ -124,7 +124,8 @@ def gate_residual_layer_norm_modulate(
     if not residual.dtype == branch.dtype == gate.dtype:
         dtype = ref.promoted(residual, gate, branch)
         residual, branch = residual.to(dtype), branch.to(dtype)
-    return ops.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps)[:2]
+    assert shift_rows is not None and scale_rows is not None
+    return ops.gate_residual_layer_norm_modulate(residual, gate, branch, shift_rows, scale_rows, eps)[:2]
 
 
 def layer_norm_modulate_linear(

@@ -39,11 +39,21 @@ ZB_INLINE void store_row_sums(float* p, __m128 a) {
     _mm_store_ss(p, a);
   }
 }
+// Means in fp32, and what rounding took from them.
+struct Means {
+  __m128 rounded = _mm_setzero_ps();
+  __m256d missed = _mm256_setzero_pd();
+};
+ZB_INLINE Means means(__m128 sums, float pivot, int64_t D) {
+  const __m256d mean = _mm256_add_pd(_mm256_set1_pd(static_cast<double>(pivot)),
+                                     _mm256_div_pd(_mm256_cvtps_pd(sums), _mm256_set1_pd(static_cast<double>(D))));
+  const __m128 rounded = _mm256_cvtpd_ps(mean);
+  return {rounded, _mm256_sub_pd(mean, _mm256_cvtps_pd(rounded))};
+}
 // As inverse_root, of sums of squares.
-ZB_INLINE __m128 inverse_roots(__m128 squares, __m128 missed, bool rms, int64_t D, float eps) {
+ZB_INLINE __m128 inverse_roots(__m128 squares, __m256d missed, bool rms, int64_t D, float eps) {
   const __m256d mean_square = _mm256_div_pd(_mm256_cvtps_pd(squares), _mm256_set1_pd(static_cast<double>(D)));
-  const __m256d miss = _mm256_cvtps_pd(missed);
-  __m256d variance = _mm256_max_pd(_mm256_setzero_pd(), _mm256_fnmadd_pd(miss, miss, mean_square));  // a NaN stays
+  __m256d variance = _mm256_max_pd(_mm256_setzero_pd(), _mm256_fnmadd_pd(missed, missed, mean_square));  // a NaN stays
   if (!rms) variance = _mm256_fmadd_pd(_mm256_setzero_pd(), variance, variance);
   const __m256d root = _mm256_sqrt_pd(_mm256_add_pd(variance, _mm256_set1_pd(static_cast<double>(eps))));
   return _mm256_cvtpd_ps(_mm256_div_pd(_mm256_set1_pd(1.0), root));
@@ -81,19 +91,17 @@ struct SampleModulation {
 };
 
 // One walk over the columns for up to three tiles of R rows: sums of what the source has at `first`, centred squares of
-// `second`, output of `third`. A row's sum runs in kChains accumulators, R * kChains = 4 at most. The rounding of the
-// mean is summed in `missed`; such rows of bf16 have sums that hardly round, and equal numbers are summed exactly.
+// `second`, output of `third`. A row's sum runs in kChains accumulators, R * kChains = 4 at most.
 template <int R, int kChains, class T>
 struct NormTiles {
   int64_t D;
-  Vec4 sums, squares, missed;
-  static constexpr bool kCorrected = !kInPairs<T>;
+  Vec4 sums, squares;
 
   template <bool kSum, bool kSquare, bool kOut, class Source, class Modulation>
-  ZB_INLINE void walk(const Source& source, int64_t first, const T* second, __m128 second_mean, const T* third,
-                      __m128 third_mean, __m128 third_rstd, T* y, int64_t row, const Modulation& modulation,
-                      bool streamed) {
-    Vec4 s = zero(), q = zero(), e = zero();
+  ZB_INLINE void walk(const Source& source, int64_t first, float pivot, const T* second, __m128 second_mean,
+                      const T* third, __m128 third_mean, __m128 third_rstd, T* y, int64_t row,
+                      const Modulation& modulation, bool streamed) {
+    Vec4 s = zero(), q = zero();
     const Vec4 mean2 = spread(second_mean), mean3 = spread(third_mean), rstd3 = spread(third_rstd);
     const int64_t stride = D;
     const auto step = [&](int64_t i, auto lanes, int chain) ZB_BODY {
@@ -104,14 +112,13 @@ struct NormTiles {
         Vec& square = q.v[r * kChains + chain];
         if (kSum) {
           const auto x = source.take(operand, first + r, i, lanes);
-          for (int k = 0; k < parts; ++k) sum = sum + part(x, k);
+          for (int k = 0; k < parts; ++k) sum = sum + above_pivot(y, part(x, k), pivot, lanes);
         }
         if (kSquare) {
           const auto x = load_step(second + r * stride + i, lanes);
           for (int k = 0; k < parts; ++k) {
             const Vec d = without_tail(part(x, k) - mean2.v[r], lanes);
             square = fmadd(d, d, square);
-            if (kCorrected) e.v[r * kChains + chain] += d;
           }
         }
       }
@@ -139,7 +146,6 @@ struct NormTiles {
     }
     sums = s;
     squares = q;
-    missed = e;
   }
 
  private:
@@ -155,42 +161,44 @@ struct NormTiles {
 template <int R, int kChains, class T, class Source, class Modulation>
 ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, T* y, float* mean, float* rstd,
                          bool rms, float eps, const Modulation& modulation, bool streamed) {
-  NormTiles<R, kChains, T> tiles = {D, zero(), zero(), zero()};
-  const __m128 none = _mm_setzero_ps(), count = _mm_set1_ps(static_cast<float>(D));
-  __m128 mean2 = none, mean3 = none, rstd3 = none;
+  NormTiles<R, kChains, T> tiles = {D, zero(), zero()};
+  const __m128 none = _mm_setzero_ps();
+  Means mean2, mean3;
+  __m128 rstd3 = none;
   for (int64_t row = begin; row < end + 2 * R; row += R) {  // of the first tile; the others are R and 2 R behind
     const bool has_first = row < end, has_second = row - R >= begin && row - R < end, has_third = row - 2 * R >= begin;
     const T* const x2 = has_second ? source.rows(row - R) : nullptr;
     const T* const x3 = has_third ? source.rows(row - 2 * R) : nullptr;
     T* const out = has_third ? y + (row - 2 * R) * D : nullptr;
-    Vec4 sums = zero(), squares = zero(), missed = zero();
+    const float pivot = has_first && !rms ? source.pivot(row) : 0.0f;
+    Vec4 sums = zero(), squares = zero();
     if (has_first && has_second && has_third) {
-      tiles.template walk<true, true, true>(source, row, x2, mean2, x3, mean3, rstd3, out, row - 2 * R, modulation,
-                                            streamed);
-      sums = tiles.sums, squares = tiles.squares, missed = tiles.missed;
+      tiles.template walk<true, true, true>(source, row, pivot, x2, mean2.rounded, x3, mean3.rounded, rstd3, out,
+                                            row - 2 * R, modulation, streamed);
+      sums = tiles.sums, squares = tiles.squares;
     } else {
       if (has_first) {
-        tiles.template walk<true, false, false>(source, row, x2, none, x3, none, none, out, 0, modulation, streamed);
+        tiles.template walk<true, false, false>(source, row, pivot, x2, none, x3, none, none, out, 0, modulation,
+                                                streamed);
         sums = tiles.sums;
       }
       if (has_second) {
-        tiles.template walk<false, true, false>(source, row, x2, mean2, x3, none, none, out, 0, modulation, streamed);
-        squares = tiles.squares, missed = tiles.missed;
+        tiles.template walk<false, true, false>(source, row, pivot, x2, mean2.rounded, x3, none, none, out, 0,
+                                                modulation, streamed);
+        squares = tiles.squares;
       }
       if (has_third) {
-        tiles.template walk<false, false, true>(source, row, x2, none, x3, mean3, rstd3, out, row - 2 * R, modulation,
-                                                streamed);
+        tiles.template walk<false, false, true>(source, row, pivot, x2, none, x3, mean3.rounded, rstd3, out,
+                                                row - 2 * R, modulation, streamed);
       }
     }
     mean3 = mean2;
     if (has_second) {
-      const __m128 miss = rms || !tiles.kCorrected ? none : _mm_div_ps(row_sums<R>(missed), count);
-      mean3 = _mm_add_ps(mean2, miss);
-      rstd3 = inverse_roots(row_sums<R>(squares), miss, rms, D, eps);
+      rstd3 = inverse_roots(row_sums<R>(squares), mean2.missed, rms, D, eps);
       store_row_sums<R>(rstd + row - R, rstd3);
-      if (mean != nullptr) store_row_sums<R>(mean + row - R, mean3);
     }
-    mean2 = rms || !has_first ? none : _mm_div_ps(row_sums<R>(sums), count);
+    mean2 = rms || !has_first ? Means{} : means(row_sums<R>(sums), pivot, D);
+    if (has_first && mean != nullptr) store_row_sums<R>(mean + row, mean2.rounded);
   }
 }
 
@@ -212,6 +220,7 @@ template <class T>
 struct RowsAt {
   const T* x;
   int64_t D;
+  ZB_INLINE float pivot(int64_t row) const { return pivot_of(x, load(x + row * D, D < 3 ? static_cast<int>(D) : 3)); }
   template <class Lanes>
   ZB_INLINE int operand(int64_t, Lanes) const {
     return 0;

@@ -28,6 +28,27 @@ ZB_INLINE float inverse_root(double squares, double missed, bool rms, float eps)
   return static_cast<float>(1.0 / _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(sum))));
 }
 
+// The pivot of a row: one of its numbers, from which the others are summed. Equal numbers so have the mean that they
+// are, and where they are far from 0 the sum is not: it is the middle one of the first three, whose lanes `first` has
+// (0 where there are fewer), since a row may begin with its largest. Numbers of 16 bits are summed as they are
+// (sum_columns).
+ZB_INLINE float pivot_of(const float*, Vec first) {
+  alignas(64) float v[kLanes];
+  store(v, first);
+  const float low = v[0] < v[1] ? v[0] : v[1], high = v[0] < v[1] ? v[1] : v[0];
+  return v[2] < low ? low : v[2] < high ? v[2] : high;
+}
+ZB_INLINE float pivot_of(const void*, Vec) { return 0.0f; }
+// x less the pivot, in the units that multiply: those that add have the sum.
+template <class Lanes>
+ZB_INLINE Vec above_pivot(const float*, Vec x, float pivot, Lanes lanes) {
+  return keep_first(fmsub(x, set1(1.0f), set1(pivot)), lanes);
+}
+template <class Lanes>
+ZB_INLINE Vec above_pivot(const void*, Vec x, float, Lanes) {
+  return x;
+}
+
 // The row of an operand for one chunk, in the order of pairs: fp32 is copied into it, bf16 has it as it is loaded.
 class StagedOperand {
  public:

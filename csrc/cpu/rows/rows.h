@@ -63,36 +63,26 @@ ZB_INLINE void each_column(int64_t begin, int64_t end, const F& f) {
   if (i < end) f(i, static_cast<int>(end - i));
 }
 
-// A vector for each of N rows or sums.
-template <int N>
-struct PerRow {
-  Vec v[N];
-  ZB_INLINE Vec& operator[](int n) { return v[n]; }
-};
-
-// N sums over D columns, of what f(sums, i, lanes) adds; four chains hide the latency of the addition.
-template <int N>
-struct ColumnSums {
-  double total[N];
-};
-template <int N, class F>
-ZB_INLINE ColumnSums<N> sum_columns(int64_t D, const F& f) {
+// The sum over D columns of what acc = f(acc, i, lanes) adds; four chains hide the latency of the addition. They are
+// cut after kCascade addends: sums of 16-bit numbers of one size are exact, however long.
+template <class F>
+ZB_INLINE double sum_columns(int64_t D, const F& f) {
   constexpr int64_t step = 4 * kLanes;
   const int64_t whole = D / step * step;
-  ColumnSums<N> out = {};
+  double total = 0;
   int64_t i = 0;
   while (true) {
-    PerRow<N> a = {}, b = {}, c = {}, d = {};
+    Vec a = zero(), b = zero(), c = zero(), d = zero();
     const int64_t end = whole - i > kCascade * step ? i + kCascade * step : whole;
     for (; i < end; i += step) {
-      f(a, i, OneVec{});
-      f(b, i + kLanes, OneVec{});
-      f(c, i + 2 * kLanes, OneVec{});
-      f(d, i + 3 * kLanes, OneVec{});
+      a = f(a, i, OneVec{});
+      b = f(b, i + kLanes, OneVec{});
+      c = f(c, i + 2 * kLanes, OneVec{});
+      d = f(d, i + 3 * kLanes, OneVec{});
     }
-    if (end == whole) each_column(whole, D, [&](int64_t j, auto lanes) ZB_BODY { f(a, j, lanes); });
-    for (int n = 0; n < N; ++n) out.total[n] += static_cast<double>(sum((a[n] + b[n]) + (c[n] + d[n])));
-    if (end == whole) return out;
+    if (end == whole) each_column(whole, D, [&](int64_t j, auto lanes) ZB_BODY { a = f(a, j, lanes); });
+    total += static_cast<double>(sum((a + b) + (c + d)));
+    if (end == whole) return total;
   }
 }
 
@@ -181,7 +171,7 @@ ZB_INLINE void each_chunk(ParallelFor run, int64_t B, int64_t T, int64_t D, cons
   });
 }
 
-// R rows in step, `stride` elements apart.
+// R rows in step, `stride` elements apart, and a vector for each of them.
 template <int R>
 struct RowTile {
   static constexpr int rows = R;
@@ -190,6 +180,11 @@ struct RowTile {
   ZB_INLINE T* row(T* first, int r) const {
     return first + r * stride;
   }
+};
+template <int R>
+struct PerRow {
+  Vec v[R];
+  ZB_INLINE Vec& operator[](int r) { return v[r]; }
 };
 template <int R, class F>
 ZB_INLINE PerRow<R> per_row(RowTile<R>, const F& f) {

@@ -28,6 +28,11 @@ ZB_INLINE Vec min_with(float bound, Vec x) { return {_mm256_min_ps(_mm256_set1_p
 ZB_INLINE Vec max_with(float bound, Vec x) { return {_mm256_max_ps(_mm256_set1_ps(bound), x.v)}; }
 ZB_INLINE Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 ZB_INLINE Vec where_negative(Vec a, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, a.v)}; }
+ZB_INLINE Vec zero_times_below(float bound, Vec x, Vec y) {
+  const __m256 below = _mm256_cmp_ps(x.v, _mm256_set1_ps(bound), _CMP_LT_OQ);
+  if (_mm256_movemask_ps(below) == 0) return y;
+  return {_mm256_blendv_ps(y.v, _mm256_mul_ps(x.v, _mm256_setzero_ps()), below)};
+}
 ZB_INLINE Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 ZB_INLINE Vec above_floor(Vec t) { return t - Vec{_mm256_floor_ps(t.v)}; }
 // n integral, in [-126, 127]: builds 2^n in the exponent field.
