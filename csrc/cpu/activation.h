@@ -53,8 +53,8 @@ struct GeluTanh {
 // m^2 is put back into the exponential, so that Phi keeps its relative precision where it is small.
 struct Gelu {
   ZB_INLINE static ActValue at(Vec x) {
-    const Vec bounded = min_with(13.1f, max_with(-13.1f, x)), one = set1(1.0f);
-    const Vec m = magnitude(bounded), squared = m * m, lost = fmadd(m, m, zero() - squared);
+    const Vec m = min_with(13.1f, magnitude(x)), bounded = where_negative(x, zero() - m, m), one = set1(1.0f);
+    const Vec squared = m * m, lost = fmsub(m, m, squared);
     const Vec e = exp_bounded(set1(-0.5f) * squared), gauss = fmadd(set1(-0.5f) * lost, e, e);
     const Vec r = reciprocal(m + set1(3.0f)), u = fnmadd(set1(6.0f), r, one);
     Vec p = set1(-2.72994483e-4f);
@@ -67,7 +67,7 @@ struct Gelu {
     p = fmadd(p, u, set1(-5.0933218e-1f));
     p = fmadd(p, u, set1(7.29083657e-1f));
     const Vec below = gauss * r * p;
-    const Vec phi = where_negative(bounded, below, one - below);
+    const Vec phi = where_negative(x, below, one - below);
     return {zero_times_below(-13.1f, x, x * phi), fmadd(bounded * set1(0.398942280f), gauss, phi)};
   }
 };

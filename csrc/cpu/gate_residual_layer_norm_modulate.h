@@ -137,6 +137,7 @@ void gate_residual_layer_norm_modulate_fwd_of(T* type, Gate*, Scale*, Shift*, co
     }
   }
   stream_x = stream_x && row_bytes <= kHeldBytes && row_bytes % 32 == 0;
+  const double inverse = 1.0 / static_cast<double>(D);
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     alignas(64) char held[kHeldBytes];
     for (int64_t t = t_begin; t < t_end; ++t) {
@@ -154,7 +155,7 @@ void gate_residual_layer_norm_modulate_fwd_of(T* type, Gate*, Scale*, Shift*, co
         store(x + i, x_at(i, lanes), lanes);
         return acc + above_pivot(x, load(x + i, lanes), pivot, lanes);  // as rounded
       });
-      const RowStats stats = row_stats(x, D, pivot + sum / static_cast<double>(D), false, p.eps);
+      const RowStats stats = row_stats(x, D, inverse, pivot + sum * inverse, false, p.eps);
       p.mean[row] = stats.mean;
       p.rstd[row] = stats.rstd;
       modulate_row<false>(x, static_cast<T*>(p.y) + row * D, D, stats, Affine{}, scale.row(b, t), shift.row(b, t),

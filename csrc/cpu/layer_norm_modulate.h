@@ -15,24 +15,24 @@
 namespace zeroblock {
 namespace {
 
-// Mean and rstd of a row, given its exact mean (0 for rms).
+// Mean and rstd of a row, given its exact mean (0 for rms) and 1 / D.
 template <class T>
-ZB_INLINE RowStats row_stats(const T* x, int64_t D, double mean, bool rms, float eps) {
+ZB_INLINE RowStats row_stats(const T* x, int64_t D, double inverse, double mean, bool rms, float eps) {
   const float rounded = static_cast<float>(mean);
   const Vec m = set1(rounded);
   const double squares = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
     const Vec d = keep_first(load(x + i, lanes) - m, lanes);
     return fmadd(d, d, acc);
   });
-  return {rounded, inverse_root(squares / static_cast<double>(D), mean - rounded, rms, eps)};
+  return {rounded, inverse_root(squares * inverse, mean - rounded, rms, eps)};
 }
 
 template <class T>
-ZB_INLINE double row_mean(const T* x, int64_t D) {
+ZB_INLINE double row_mean(const T* x, int64_t D, double inverse) {
   const float pivot = pivot_of(x, load(x, D < 3 ? static_cast<int>(D) : 3));
   const double sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes)
                                         ZB_BODY { return acc + above_pivot(x, load(x + i, lanes), pivot, lanes); });
-  return pivot + sum / static_cast<double>(D);
+  return pivot + sum * inverse;
 }
 
 // weight and bias of the channels; present only when kAffine.
@@ -110,11 +110,12 @@ void layer_norm_modulate_fwd_of(T* type, Scale*, Shift*, const LayerNormModulate
       return layer_norm_modulate_staged<kAffine>(p, run, affine, scale, shift, streamed);
     }
   }
+  const double inverse = 1.0 / static_cast<double>(D);
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = b * p.T + t;
       const T* const x = static_cast<const T*>(p.x) + row * D;
-      const RowStats stats = row_stats(x, D, p.rms ? 0.0 : row_mean(x, D), p.rms, p.eps);
+      const RowStats stats = row_stats(x, D, inverse, p.rms ? 0.0 : row_mean(x, D, inverse), p.rms, p.eps);
       if (p.mean != nullptr) p.mean[row] = stats.mean;
       p.rstd[row] = stats.rstd;
       modulate_row<kAffine>(x, static_cast<T*>(p.y) + row * D, D, stats, affine, scale.row(b, t), shift.row(b, t),

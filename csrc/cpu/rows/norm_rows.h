@@ -44,15 +44,15 @@ struct Means {
   __m128 rounded = _mm_setzero_ps();
   __m256d missed = _mm256_setzero_pd();
 };
-ZB_INLINE Means means(__m128 sums, float pivot, int64_t D) {
+ZB_INLINE Means means(__m128 sums, float pivot, double inverse) {
   const __m256d mean = _mm256_add_pd(_mm256_set1_pd(static_cast<double>(pivot)),
-                                     _mm256_div_pd(_mm256_cvtps_pd(sums), _mm256_set1_pd(static_cast<double>(D))));
+                                     _mm256_mul_pd(_mm256_cvtps_pd(sums), _mm256_set1_pd(inverse)));
   const __m128 rounded = _mm256_cvtpd_ps(mean);
   return {rounded, _mm256_sub_pd(mean, _mm256_cvtps_pd(rounded))};
 }
 // As inverse_root, of sums of squares.
-ZB_INLINE __m128 inverse_roots(__m128 squares, __m256d missed, bool rms, int64_t D, float eps) {
-  const __m256d mean_square = _mm256_div_pd(_mm256_cvtps_pd(squares), _mm256_set1_pd(static_cast<double>(D)));
+ZB_INLINE __m128 inverse_roots(__m128 squares, __m256d missed, bool rms, double inverse, float eps) {
+  const __m256d mean_square = _mm256_mul_pd(_mm256_cvtps_pd(squares), _mm256_set1_pd(inverse));
   __m256d variance = _mm256_max_pd(_mm256_setzero_pd(), _mm256_fnmadd_pd(missed, missed, mean_square));  // a NaN stays
   if (!rms) variance = _mm256_fmadd_pd(_mm256_setzero_pd(), variance, variance);
   const __m256d root = _mm256_sqrt_pd(_mm256_add_pd(variance, _mm256_set1_pd(static_cast<double>(eps))));
@@ -163,14 +163,17 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
                          bool rms, float eps, const Modulation& modulation, bool streamed) {
   NormTiles<R, kChains, T> tiles = {D, zero(), zero()};
   const __m128 none = _mm_setzero_ps();
+  const double inverse = 1.0 / static_cast<double>(D);
   Means mean2, mean3;
   __m128 rstd3 = none;
+  float next_pivot = begin < end && !rms ? source.pivot(begin) : 0.0f;
   for (int64_t row = begin; row < end + 2 * R; row += R) {  // of the first tile; the others are R and 2 R behind
     const bool has_first = row < end, has_second = row - R >= begin && row - R < end, has_third = row - 2 * R >= begin;
     const T* const x2 = has_second ? source.rows(row - R) : nullptr;
     const T* const x3 = has_third ? source.rows(row - 2 * R) : nullptr;
     T* const out = has_third ? y + (row - 2 * R) * D : nullptr;
-    const float pivot = has_first && !rms ? source.pivot(row) : 0.0f;
+    const float pivot = next_pivot;
+    next_pivot = row + R < end && !rms ? source.pivot(row + R) : 0.0f;  // early: the walk need not wait for it
     Vec4 sums = zero(), squares = zero();
     if (has_first && has_second && has_third) {
       tiles.template walk<true, true, true>(source, row, pivot, x2, mean2.rounded, x3, mean3.rounded, rstd3, out,
@@ -194,10 +197,10 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
     }
     mean3 = mean2;
     if (has_second) {
-      rstd3 = inverse_roots(row_sums<R>(squares), mean2.missed, rms, D, eps);
+      rstd3 = inverse_roots(row_sums<R>(squares), mean2.missed, rms, inverse, eps);
       store_row_sums<R>(rstd + row - R, rstd3);
     }
-    mean2 = rms || !has_first ? Means{} : means(row_sums<R>(sums), pivot, D);
+    mean2 = rms || !has_first ? Means{} : means(row_sums<R>(sums), pivot, inverse);
     if (has_first && mean != nullptr) store_row_sums<R>(mean + row, mean2.rounded);
   }
 }

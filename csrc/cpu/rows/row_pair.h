@@ -33,10 +33,8 @@ ZB_INLINE float inverse_root(double squares, double missed, bool rms, float eps)
 // (0 where there are fewer), since a row may begin with its largest. Numbers of 16 bits are summed as they are
 // (sum_columns).
 ZB_INLINE float pivot_of(const float*, Vec first) {
-  alignas(64) float v[kLanes];
-  store(v, first);
-  const float low = v[0] < v[1] ? v[0] : v[1], high = v[0] < v[1] ? v[1] : v[0];
-  return v[2] < low ? low : v[2] < high ? v[2] : high;
+  const __m128 a = low_quarter(first), b = _mm_movehdup_ps(a), c = _mm_movehl_ps(a, a);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_min_ss(a, b), _mm_min_ss(_mm_max_ss(a, b), c)));
 }
 ZB_INLINE float pivot_of(const void*, Vec) { return 0.0f; }
 // x less the pivot, in the units that multiply: those that add have the sum.

@@ -22,6 +22,8 @@ constexpr int kRowsInStep = 4;
 // Addends of one fp32 sum: a longer sum loses a bit with every fourfold of its length, so it is cut and the parts
 // added.
 constexpr int64_t kCascade = 16;
+// The same of a chain of sum_columns, where such a cut costs a sum over lanes.
+constexpr int64_t kColumnChain = 32;
 
 template <bool B>
 struct Bool {
@@ -64,7 +66,7 @@ ZB_INLINE void each_column(int64_t begin, int64_t end, const F& f) {
 }
 
 // The sum over D columns of what acc = f(acc, i, lanes) adds; four chains hide the latency of the addition. They are
-// cut after kCascade addends: sums of 16-bit numbers of one size are exact, however long.
+// cut after kColumnChain addends: sums of 16-bit numbers of one size are exact, however long.
 template <class F>
 ZB_INLINE double sum_columns(int64_t D, const F& f) {
   constexpr int64_t step = 4 * kLanes;
@@ -73,7 +75,7 @@ ZB_INLINE double sum_columns(int64_t D, const F& f) {
   int64_t i = 0;
   while (true) {
     Vec a = zero(), b = zero(), c = zero(), d = zero();
-    const int64_t end = whole - i > kCascade * step ? i + kCascade * step : whole;
+    const int64_t end = whole - i > kColumnChain * step ? i + kColumnChain * step : whole;
     for (; i < end; i += step) {
       a = f(a, i, OneVec{});
       b = f(b, i + kLanes, OneVec{});
