@@ -53,12 +53,13 @@ struct GroupNormSilu {
   float* workspace;  // as many floats as the matching *_workspace function says
 };
 
-// A modulation operand seen as [B, T, D]. per_token == false: fp32, one row per sample, stride_b apart (0: one row for
-// all). per_token == true: element type dtype, rows stride_b / stride_t apart, last dimension contiguous.
+// A modulation operand seen as [B, T, D], last dimension contiguous. per_token == false: one row per sample, stride_b
+// apart (0: one row for all). per_token == true: rows stride_b / stride_t apart.
 struct Rows {
   const void* ptr;  // null: not given
   bool per_token;
   int64_t stride_b, stride_t;
+  bool fp32;  // the elements; else, where per_token, they are of type dtype
 };
 
 // y = (xhat [* weight + bias]) * (1 + scale) + shift, xhat = (x - mean) * rstd; rms: mean = 0.
@@ -81,11 +82,12 @@ struct LayerNormModulate {
   float* dweight;  // [D] or null
   float* dbias;    // [D] or null
   float* dshift;   // [B, D] or null
-  void* dscale;    // per_token ? dtype [B, T, D] : fp32 [B, D]; or null
+  void* dscale;    // per_token ? of the type of scale, [B, T, D] : fp32 [B, D]; or null
   float* workspace;
 };
 
-// y = residual + gate * branch, all dense [B, T, D]; gate a Rows or one number for all (scalar_gate).
+// y = residual + gate * branch, all dense [B, T, D]; gate a Rows, of type dtype where per_token, or one number for all
+// (scalar_gate).
 struct GateResidual {
   DType dtype;
   int64_t B, T, D;

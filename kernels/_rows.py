@@ -72,15 +72,33 @@ def token_rows(b, block, T, d, D, ROWS: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(x, mask, D, eps, RMS: tl.constexpr):
-    """(mean, rstd, xhat) of the rows of x [ROWS, BLOCK_D], 0 where masked: mean first, then the centred squares."""
+def defined_variance(v):
+    """Not below 0, where rounding may bring it; NaN where it is beyond fp32: its rstd, 0, would hide that."""
+    return tl.where(v < 0, 0.0, v) + 0.0 * v
+
+
+@triton.jit
+def row_statistics(x, mask, D, eps, RMS: tl.constexpr, EXACT: tl.constexpr):
+    """(mean, rstd, xhat) of the rows of x [ROWS, BLOCK_D], 0 where masked: mean first, then the centred squares.
+
+    EXACT: x is of 16 bits, so that equal numbers are summed without rounding and their mean is that number. In fp32 the
+    centred values have a mean of their own, by which both are corrected.
+    """
     if RMS:
         mean = tl.zeros([x.shape[0]], tl.float32)
         centred = x
+        variance = tl.sum(x * x, 1) / D
     else:
-        mean = tl.sum(x, 1) / D
+        mean = tl.div_rn(tl.sum(x, 1), D * 1.0)
         centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+        variance = tl.sum(centred * centred, 1) / D
+        if not EXACT:
+            missed = tl.sum(centred, 1) / D
+            mean += missed
+            variance -= missed * missed
+            centred = tl.where(mask, x - mean[:, None], 0.0)
+        variance = defined_variance(variance)
+    rstd = tl.rsqrt(variance + eps)
     return mean, rstd, centred * rstd[:, None]
 
 
@@ -97,7 +115,7 @@ def saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS: tl.constexpr):
 @triton.jit
 def row_norm_grad(g, xhat, rstd, D, RMS: tl.constexpr):
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) along the rows; RMSNorm has no mean, and no mean(g)."""
-    dx = g - xhat * (tl.sum(g * xhat, 1) / D)[:, None]
+    mean_gxhat = (tl.sum(g * xhat, 1) / D)[:, None]
     if not RMS:
-        dx -= (tl.sum(g, 1) / D)[:, None]
-    return dx * rstd[:, None]
+        g -= (tl.sum(g, 1) / D)[:, None]  # first: of one element nothing is left
+    return (g - xhat * mean_gxhat) * rstd[:, None]

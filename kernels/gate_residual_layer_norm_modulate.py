@@ -87,7 +87,9 @@ def _forward(
         x += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         rounded = x.to(x_new.dtype.element_ty)
         tl.store(x_new + at, rounded, mask=mask)
-        row_mean, row_rstd, value = row_statistics(rounded.to(tl.float32), mask, D, eps, False)
+        row_mean, row_rstd, value = row_statistics(
+            rounded.to(tl.float32), mask, D, eps, False, x_new.dtype.element_ty != tl.float32
+        )
         value *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
         value += operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
         tl.store(y + at, value, mask=mask)

@@ -43,7 +43,7 @@ from ._group_tiles import (
     values_per_word,
 )
 from ._launch import launch
-from ._rows import is_skipped, power_of_2, silu
+from ._rows import defined_variance, is_skipped, power_of_2, silu
 
 # (most words of a program, num_warps) by values in a word. Twice as many words of two values still fit, but take the
 # compiler a minute (compile time and registers: python -m tests.triton.static).
@@ -107,7 +107,7 @@ def _one_read(
     # The squares are those about m; moving the mean by `error` takes error^2 from their average.
     error /= size
     m += error
-    r = tl.rsqrt(tl.maximum(squares / size - error * error, 0.0) + eps)
+    r = tl.rsqrt(defined_variance(squares / size - error * error) + eps)
     for i in tl.static_range(BLOCKS):
         lane, valid = group_lanes(item(STARTS, i), item(WIDTHS, i), CPG // CPW, GROUPS)
         all_a, all_c = affines(weight, bias, scale, shift, n, first_channel, lane, valid, scale_n, shift_n, CPW)
@@ -206,7 +206,7 @@ def _combine(
     m = tl.sum(tl.sum(total, 0), 0) / size
     var = tl.sum(tl.sum(squares, 0), 0) / size - m * m
     tl.store(mean + n * G + tl.program_id(0), base + m)
-    tl.store(rstd + n * G + tl.program_id(0), tl.rsqrt(tl.maximum(var, 0.0) + eps))
+    tl.store(rstd + n * G + tl.program_id(0), tl.rsqrt(defined_variance(var) + eps))
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from . import _gemm, conv_residual
 from ._dtypes import DTYPES, NAMES
 from ._gemm import Config
 from ._launch import launch
-from ._rows import cdiv, is_skipped
+from ._rows import cdiv, defined_variance, is_skipped
 from .conv_residual import NHWC
 
 # A tile of `_tile_moments`, and moments that `_fold` combines at a time; no spills (python -m tests.triton.static).
@@ -97,7 +97,7 @@ def _fold(
         count += total
         centre += delta * (total / count)
     if not is_skipped(flag):
-        inverse = tl.rsqrt(squares / count + eps)
+        inverse = tl.rsqrt(defined_variance(squares / count) + eps)
         a = tl.zeros((BC,), tl.float32) + inverse
         if weight is not None:
             a *= tl.load(weight + c, mask=c_mask, other=0.0).to(tl.float32)

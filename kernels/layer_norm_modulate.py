@@ -114,7 +114,7 @@ def _forward(
     for step in range(steps):
         t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         row = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        row_mean, row_rstd, value = row_statistics(row, mask, D, eps, RMS)
+        row_mean, row_rstd, value = row_statistics(row, mask, D, eps, RMS, x.dtype.element_ty != tl.float32)
         if weight is not None:
             value *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         if bias is not None:

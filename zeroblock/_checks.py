@@ -21,21 +21,26 @@ def fail(op: str, arg: str, requirement: str, got: Any) -> ValueError:
     return ValueError(f"{op}: {arg} must {requirement}, got {got}")
 
 
-def floating(op: str, required: int, **tensors: Any) -> None:
-    """Tensors of a floating dtype, all on one device; None is let through after the first `required`."""
-    device = None
+def floating(op: str, required: int, **tensors: Any) -> bool:
+    """Tensors of a floating dtype, all on one device; None is let through after the first `required`. Whether there is
+    more than one dtype."""
+    device = dtype = None
+    mixed = False
     for arg, t in tensors.items():
         required -= 1
         if t is None and required < 0:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {arg} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in FLOATING:
-            raise TypeError(f"{op}: {arg} must be {FLOATING_NAMES}, got {t.dtype}")
+        if t.dtype is not dtype:
+            if t.dtype not in FLOATING:
+                raise TypeError(f"{op}: {arg} must be {FLOATING_NAMES}, got {t.dtype}")
+            mixed, dtype = dtype is not None, t.dtype
         if device is None:
             device, first = t.device, arg
         elif t.device != device:
             raise fail(op, arg, f"be on the device of {first} ({device})", t.device)
+    return mixed
 
 
 def eps_value(op: str, eps: Any) -> None:
@@ -76,32 +81,26 @@ def tokens(op: str, arg: str, t: Tensor) -> None:
         raise fail(op, arg, "have at least one feature in [B, T, D]", list(t.shape))
 
 
-def modulation(op: str, x: Tensor, **operands: Tensor | None) -> None:
-    """[B, D] or [B, T, D] operands of x [B, T, D]."""
-    B, T, D = x.shape
-    for arg, v in operands.items():
-        if v is not None and tuple(v.shape) not in ((B, D), (B, T, D)):
-            raise fail(op, arg, f"have shape [B, D] = {[B, D]} or [B, T, D] = {[B, T, D]}", list(v.shape))
-
-
-def modulated(op: str, x: Tensor, shift: Tensor | None, scale: Tensor | None, eps: Any) -> None:
-    """x [B, T, D], what a norm of its tokens is modulated with, and the norm's eps."""
-    tokens(op, "x", x)
-    modulation(op, x, shift=shift, scale=scale)
-    eps_value(op, eps)
+def rows(op: str, arg: str, v: Tensor, size: Sequence[int]) -> None:
+    """For tokens [B, T, D]: one row [D], a row for each sample [B, D], for each token [B, T, D]; B and T may be 1."""
+    B, T, D = size
+    shape = tuple(v.shape)
+    fits = 1 <= len(shape) <= 3 and shape[-1] == D
+    if fits and len(shape) > 1:
+        fits = shape[0] in (1, B) and (len(shape) == 2 or shape[1] in (1, T))
+    if not fits:
+        raise fail(op, arg, f"have shape [D] = [{D}], [B, D] = {[B, D]} or [B, T, D] = {[B, T, D]}", list(v.shape))
 
 
 def gate(op: str, gate: Tensor, size: Sequence[int]) -> None:
-    """[1] for a branch of any size; [D], [B, D] or [B, T, D] for one of [B, T, D]."""
+    """[1] for a branch of any size; rows for one of [B, T, D]."""
     if len(size) == 0:
         raise fail(op, "branch", "have at least one dimension", list(size))
     if gate.dim() == 1 and gate.shape[0] == 1:
         return
     if len(size) != 3:
         raise fail(op, "gate", "have shape [1] unless branch is [B, T, D]", list(gate.shape))
-    B, T, D = size
-    if tuple(gate.shape) not in ((D,), (B, D), (B, T, D)):
-        raise fail(op, "gate", f"have shape [1], [D], [B, D] or [B, T, D] for branch {[B, T, D]}", list(gate.shape))
+    rows(op, "gate", gate, size)
 
 
 def same_shape(op: str, arg: str, t: Tensor, other: str, size: tuple) -> None:

@@ -36,21 +36,26 @@ def by_group(x: Tensor, num_groups: int) -> Tensor:
     return x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
 
 
+def _rstd(variance: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(variance + eps); NaN for a variance beyond the dtype's range, where 0 would hide it."""
+    return (variance + 0.0 * variance + eps).rsqrt()
+
+
 def group_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """mean and 1/sqrt(var + eps) of each group of each sample, [N, G]; the mean first, then the centred squares."""
     grouped = by_group(x, num_groups).to(compute_dtype(x))
     mean = grouped.mean(dim=2)
     # The mean of what is left corrects the rounding of the first one where |mean| is far above the deviation.
     mean = mean + (grouped - mean[:, :, None]).mean(dim=2)
-    var = (grouped - mean[:, :, None]).square().mean(dim=2)
-    return mean, (var + eps).rsqrt()
+    return mean, _rstd((grouped - mean[:, :, None]).square().mean(dim=2), eps)
 
 
 def row_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """mean and 1/sqrt(var + eps) of each row of [..., D]."""
     x = x.to(compute_dtype(x))
     mean = x.mean(dim=-1)
-    return mean, ((x - mean[..., None]).square().mean(dim=-1) + eps).rsqrt()
+    mean = mean + (x - mean[..., None]).mean(dim=-1)
+    return mean, _rstd((x - mean[..., None]).square().mean(dim=-1), eps)
 
 
 def promoted(*tensors: Tensor) -> torch.dtype:

@@ -1,5 +1,6 @@
 // activation: y = act(x) and dx = dy * act'(x) for silu, tanh-gelu and gelu, elementwise on n values of fp32, bf16 or
-// fp16, arithmetic in fp32. x is bounded where act has long become 0 or x, so that no inf - inf or 0 * inf appears.
+// fp16, arithmetic in fp32. x is bounded where act has long become 0 or x, so that no inf - inf or 0 * inf appears; but
+// below that bound y is 0 * x, NaN for -inf as in eager.
 // Loop: pieces of kActivationStep elements shared between the threads. No reduction. Zero path: none; the caller
 // decides (add_bias.h).
 #pragma once
@@ -17,11 +18,11 @@ struct ActValue {
   Vec y, slope;
 };
 
-// s = sigmoid(z) and 1 - s = exp(-z) s, which stays exact where s rounds to 1.
+// s = sigmoid(z) and 1 - s = exp(-z) s, which stays exact where s rounds to 1; |z| <= 87.
 struct Sigmoid {
   Vec s, rest;
   ZB_INLINE explicit Sigmoid(Vec z) {
-    const Vec e = exp_bounded(max_with(-87.0f, min_with(87.0f, zero() - z)));
+    const Vec e = exp_bounded(zero() - z);
     s = reciprocal(set1(1.0f) + e);
     rest = e * s;
   }
@@ -30,20 +31,20 @@ struct Sigmoid {
 // s = sigmoid(x): y = x s, slope = s (1 + x (1 - s)). Below -87 both are under 2e-36.
 struct Silu {
   ZB_INLINE static ActValue at(Vec x) {
-    const Vec low = max_with(-87.0f, x), bounded = min_with(87.0f, low), one = set1(1.0f);
+    const Vec bounded = min_with(87.0f, max_with(-87.0f, x)), one = set1(1.0f);
     const Sigmoid gate(bounded);
-    return {low * gate.s, gate.s * fmadd(bounded, gate.rest, one)};
+    return {zero_times_below(-87.0f, x, x * gate.s), gate.s * fmadd(bounded, gate.rest, one)};
   }
 };
 
 // 0.5 x (1 + tanh u) = x sigmoid(2 u), 2 u = a x + b x^3 with a = 2 sqrt(2 / pi), b = 0.044715 a.
 struct GeluTanh {
   ZB_INLINE static ActValue at(Vec x) {
-    const Vec low = max_with(-9.9f, x), bounded = min_with(9.9f, low), one = set1(1.0f);
+    const Vec bounded = min_with(9.9f, max_with(-9.9f, x)), one = set1(1.0f);
     const Vec a = set1(1.59576912f), b = set1(0.0713548163f), squared = bounded * bounded;
     const Sigmoid gate(bounded * fmadd(b, squared, a));
     const Vec du = fmadd(set1(3.0f) * b, squared, a);
-    return {low * gate.s, gate.s * fmadd(bounded * gate.rest, du, one)};
+    return {zero_times_below(-9.9f, x, x * gate.s), gate.s * fmadd(bounded * gate.rest, du, one)};
   }
 };
 
@@ -52,8 +53,8 @@ struct GeluTanh {
 // m^2 is put back into the exponential, so that Phi keeps its relative precision where it is small.
 struct Gelu {
   ZB_INLINE static ActValue at(Vec x) {
-    const Vec low = max_with(-13.1f, x), bounded = min_with(13.1f, low), one = set1(1.0f);
-    const Vec m = magnitude(bounded), squared = m * m, lost = fmadd(m, m, zero() - squared);
+    const Vec m = min_with(13.1f, magnitude(x)), bounded = where_negative(x, zero() - m, m), one = set1(1.0f);
+    const Vec squared = m * m, lost = fmsub(m, m, squared);
     const Vec e = exp_bounded(set1(-0.5f) * squared), gauss = fmadd(set1(-0.5f) * lost, e, e);
     const Vec r = reciprocal(m + set1(3.0f)), u = fnmadd(set1(6.0f), r, one);
     Vec p = set1(-2.72994483e-4f);
@@ -66,8 +67,8 @@ struct Gelu {
     p = fmadd(p, u, set1(-5.0933218e-1f));
     p = fmadd(p, u, set1(7.29083657e-1f));
     const Vec below = gauss * r * p;
-    const Vec phi = where_negative(bounded, below, one - below);
-    return {low * phi, fmadd(bounded * set1(0.398942280f), gauss, phi)};
+    const Vec phi = where_negative(x, below, one - below);
+    return {zero_times_below(-13.1f, x, x * phi), fmadd(bounded * set1(0.398942280f), gauss, phi)};
   }
 };
 

@@ -68,6 +68,10 @@ struct GatedRows {
   T* x_new;
   T* held;  // read only when kHold
   int64_t D;
+  ZB_INLINE float pivot(int64_t row) const {
+    const int n = D < 3 ? static_cast<int>(D) : 3;
+    return pivot_of(x_new, fmadd(load(gate, n), load(branch + row * D, n), load(residual + row * D, n)));
+  }
   template <class Lanes>
   ZB_INLINE auto operand(int64_t i, Lanes lanes) const {
     return load_step(gate + i, lanes);
@@ -108,7 +112,7 @@ void gate_residual_layer_norm_modulate_tiles(const GateResidualLayerNormModulate
 }
 
 template <class T, class Gate, class Scale, class Shift>
-void gate_residual_layer_norm_modulate_fwd_of(T*, Gate*, Scale*, Shift*, const GateResidualLayerNormModulate& p,
+void gate_residual_layer_norm_modulate_fwd_of(T* type, Gate*, Scale*, Shift*, const GateResidualLayerNormModulate& p,
                                               ParallelFor run) {
   const int64_t D = p.D, row_bytes = D * static_cast<int64_t>(sizeof(T)), bytes = 4 * p.B * p.T * row_bytes;
   const ConstantRow one(1.0f);
@@ -128,11 +132,12 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, Gate*, Scale*, Shift*, const G
   }
   if constexpr (kInPairs<T> && !(is_float(static_cast<Gate*>(nullptr)) && is_float(static_cast<Scale*>(nullptr)) &&
                                  is_float(static_cast<Shift*>(nullptr)))) {
-    if (D <= kStagedRow) {
+    if (D <= kStagedRow && !is_wide(type, p.scale) && !is_wide(type, p.shift)) {
       return gate_residual_layer_norm_modulate_staged(p, run, gate, scale, shift, stream_x, stream_y);
     }
   }
   stream_x = stream_x && row_bytes <= kHeldBytes && row_bytes % 32 == 0;
+  const double inverse = 1.0 / static_cast<double>(D);
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     alignas(64) char held[kHeldBytes];
     for (int64_t t = t_begin; t < t_end; ++t) {
@@ -142,11 +147,15 @@ void gate_residual_layer_norm_modulate_fwd_of(T*, Gate*, Scale*, Shift*, const G
       T* const x_new = static_cast<T*>(p.x_new) + row * D;
       T* const x = stream_x ? reinterpret_cast<T*>(held) : x_new;
       const OperandRow<Gate> g = gate.row(b, t);
-      const float x_sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
-        store(x + i, fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes)), lanes);
-        return acc + load(x + i, lanes);  // as rounded
+      const auto x_at = [&](int64_t i, auto lanes) ZB_BODY {
+        return fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes));
+      };
+      const float pivot = pivot_of(x, x_at(0, D < 3 ? static_cast<int>(D) : 3));
+      const double sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
+        store(x + i, x_at(i, lanes), lanes);
+        return acc + above_pivot(x, load(x + i, lanes), pivot, lanes);  // as rounded
       });
-      const RowStats stats = row_stats(x, D, x_sum, false, p.eps);
+      const RowStats stats = row_stats(x, D, inverse, pivot + sum * inverse, false, p.eps);
       p.mean[row] = stats.mean;
       p.rstd[row] = stats.rstd;
       modulate_row<false>(x, static_cast<T*>(p.y) + row * D, D, stats, Affine{}, scale.row(b, t), shift.row(b, t),
@@ -206,7 +215,7 @@ void gate_residual_layer_norm_modulate_bwd_of(T*, Scale*, Gate*, const GateResid
           scale.template tile<kTokenScale>(b, t),
           Affine{},
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          kTokenScale && p.dscale != nullptr ? static_cast<Scale*>(p.dscale) + start : nullptr,
           {streamed && p.dgate != nullptr ? branch : nullptr, streamed ? dx_new : nullptr}};
       Vec2 gate_part = {{zero(), zero()}};
       modulate_bwd_tile<false>(
@@ -266,11 +275,13 @@ inline void gate_residual_layer_norm_modulate_bwd(const GateResidualLayerNormMod
     float* const f = nullptr;
     const bool token_gate = is_per_token(p.gate);
     if (is_per_token(p.scale)) {
-      if (token_gate) {
-        gate_residual_layer_norm_modulate_bwd_of<true, true>(t, t, t, p, run);
-      } else {
-        gate_residual_layer_norm_modulate_bwd_of<true, false>(t, t, f, p, run);
-      }
+      with_operand_type(t, p.scale, [&](auto* scale) {
+        if (token_gate) {
+          gate_residual_layer_norm_modulate_bwd_of<true, true>(t, scale, t, p, run);
+        } else {
+          gate_residual_layer_norm_modulate_bwd_of<true, false>(t, scale, f, p, run);
+        }
+      });
     } else {
       if (token_gate) {
         gate_residual_layer_norm_modulate_bwd_of<false, true>(t, f, t, p, run);

@@ -78,8 +78,10 @@ struct Kahan {
   }
 };
 
+// A variance beyond fp32 is NaN: 0 would hide it.
 ZB_INLINE float rstd_of(double sum_of_squares, double count, float eps) {
-  return static_cast<float>(1.0 / __builtin_sqrt(sum_of_squares / count + static_cast<double>(eps)));
+  const double variance = sum_of_squares / count;
+  return static_cast<float>(1.0 / __builtin_sqrt(variance + 0 * variance + static_cast<double>(eps)));
 }
 
 struct MeanRstd {

@@ -77,6 +77,37 @@ ZB_LOOPS void channel_gradient(const T* x, const T* dy, T* dx, int64_t n, float 
   });
 }
 
+// dx of groups of one or two elements, of which little or nothing is left: it must not be the rounding of a factor. dx
+// is not read.
+template <bool kSilu, class T>
+ZB_LOOPS void tiny_group_gradient(const GroupNormSilu& p, T* type) {
+  const int64_t D = p.C / p.G, size = D * p.S;
+  const auto first_lane = [](Vec a) { return sum(keep_first(a, 1)); };
+  for (int64_t item = 0; item < p.N * p.G; ++item) {
+    const int64_t n = item / p.G;
+    const float mean = p.mean[item], rstd = p.rstd[item];
+    int64_t at[2];
+    float xhat[2];
+    double g[2], sum_g = 0, sum_g_xhat = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      const int64_t c = item % p.G * D + k / p.S, s = k % p.S;
+      at[k] = p.channels_last ? (n * p.S + s) * p.C + c : (n * p.C + c) * p.S + s;
+      const float centred = first_lane(load(static_cast<const T*>(p.x) + at[k], 1)) - mean;
+      const float gain = channel_gain(p, n, c), z = centred * (rstd * gain) + channel_offset(p, n, c);
+      const float slope = kSilu ? first_lane(silu_slope(set1(z), type)) : 1.0f;
+      g[k] = static_cast<double>(first_lane(load(static_cast<const T*>(p.dy) + at[k], 1)) * slope * gain);
+      xhat[k] = centred * rstd;
+      sum_g += g[k];
+      sum_g_xhat += g[k] * xhat[k];
+    }
+    const double count = static_cast<double>(size);
+    for (int64_t k = 0; k < size; ++k) {
+      const double dx = rstd * (g[k] - sum_g / count - xhat[k] * (sum_g_xhat / count));
+      store(static_cast<T*>(p.dx) + at[k], with_plain_nan(set1(static_cast<float>(dx))), 1);
+    }
+  }
+}
+
 // Sums over s of dz and of dz * xhat for every sample and channel, [N, C] each, at the start of the workspace.
 struct ChannelSums {
   float *dz, *dz_xhat;
@@ -299,6 +330,10 @@ void group_norm_silu_bwd(const GroupNormSilu& p, ParallelFor run) {
       p.silu ? group_norm_silu_bwd_nchw<true>(p, run, type) : group_norm_silu_bwd_nchw<false>(p, run, type);
     }
   });
+  if (p.dx && p.C / p.G * p.S <= 2) {
+    with_type(p.dtype,
+              [&](auto* type) { p.silu ? tiny_group_gradient<true>(p, type) : tiny_group_gradient<false>(p, type); });
+  }
   group_norm_vector_gradients(p);
 }
 

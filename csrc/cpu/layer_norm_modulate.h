@@ -15,21 +15,24 @@
 namespace zeroblock {
 namespace {
 
-// Mean and rstd of a row, given its sum (ignored for rms, whose mean is 0).
+// Mean and rstd of a row, given its exact mean (0 for rms) and 1 / D.
 template <class T>
-ZB_INLINE RowStats row_stats(const T* x, int64_t D, float row_sum, bool rms, float eps) {
-  const float mean = rms ? 0.0f : row_sum / static_cast<float>(D);
-  const Vec m = set1(mean);
-  const float squares = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
+ZB_INLINE RowStats row_stats(const T* x, int64_t D, double inverse, double mean, bool rms, float eps) {
+  const float rounded = static_cast<float>(mean);
+  const Vec m = set1(rounded);
+  const double squares = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
     const Vec d = keep_first(load(x + i, lanes) - m, lanes);
     return fmadd(d, d, acc);
   });
-  return {mean, inverse_root(squares / static_cast<double>(D) + eps)};
+  return {rounded, inverse_root(squares * inverse, mean - rounded, rms, eps)};
 }
 
 template <class T>
-ZB_INLINE float row_sum(const T* x, int64_t D) {
-  return sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY { return acc + load(x + i, lanes); });
+ZB_INLINE double row_mean(const T* x, int64_t D, double inverse) {
+  const float pivot = pivot_of(x, load(x, D < 3 ? static_cast<int>(D) : 3));
+  const double sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes)
+                                        ZB_BODY { return acc + above_pivot(x, load(x + i, lanes), pivot, lanes); });
+  return pivot + sum * inverse;
 }
 
 // weight and bias of the channels; present only when kAffine.
@@ -90,7 +93,7 @@ void layer_norm_modulate_tiles(const LayerNormModulate& p, ParallelFor run, cons
 }
 
 template <bool kAffine, class T, class Scale, class Shift>
-void layer_norm_modulate_fwd_of(T*, Scale*, Shift*, const LayerNormModulate& p, ParallelFor run) {
+void layer_norm_modulate_fwd_of(T* type, Scale*, Shift*, const LayerNormModulate& p, ParallelFor run) {
   const int64_t D = p.D;
   const ConstantRow one(1.0f);
   const Operand<Scale> scale = operand(p.scale, reinterpret_cast<const Scale*>(kZeros));
@@ -103,13 +106,16 @@ void layer_norm_modulate_fwd_of(T*, Scale*, Shift*, const LayerNormModulate& p, 
     }
   }
   if constexpr (kInPairs<T> && !(is_float(static_cast<Scale*>(nullptr)) && is_float(static_cast<Shift*>(nullptr)))) {
-    if (D <= kStagedRow) return layer_norm_modulate_staged<kAffine>(p, run, affine, scale, shift, streamed);
+    if (D <= kStagedRow && !is_wide(type, p.scale) && !is_wide(type, p.shift)) {
+      return layer_norm_modulate_staged<kAffine>(p, run, affine, scale, shift, streamed);
+    }
   }
+  const double inverse = 1.0 / static_cast<double>(D);
   each_chunk(run, p.B, p.T, D, [&](int64_t, int64_t b, int64_t t_begin, int64_t t_end) {
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = b * p.T + t;
       const T* const x = static_cast<const T*>(p.x) + row * D;
-      const RowStats stats = row_stats(x, D, p.rms ? 0.0f : row_sum(x, D), p.rms, p.eps);
+      const RowStats stats = row_stats(x, D, inverse, p.rms ? 0.0 : row_mean(x, D, inverse), p.rms, p.eps);
       if (p.mean != nullptr) p.mean[row] = stats.mean;
       p.rstd[row] = stats.rstd;
       modulate_row<kAffine>(x, static_cast<T*>(p.y) + row * D, D, stats, affine, scale.row(b, t), shift.row(b, t),
@@ -148,6 +154,9 @@ ZB_INLINE void stage_factor(T* type, float* to, int64_t D, OperandRow<float> sca
   });
 }
 
+// Columns that backward sums in one chain of each vector lane.
+constexpr int64_t kSummedColumns = 4096;
+
 // What backward of a tile of rows reads. A scale per sample comes as `factor`, (1 + scale) [* weight] staged by
 // stage_factor; a scale per token as it is, and the weight beside it.
 template <bool kTokenScale, class T, class Scale>
@@ -161,7 +170,7 @@ struct ModulateTile {
   OperandTile<kTokenScale, Scale> scale;
   Affine affine;
   ModulateSums sums;
-  T* dscale;                               // per-token only, or null
+  Scale* dscale;                           // per-token only, or null
   const T* later[2] = {nullptr, nullptr};  // what the second walk touches besides: prefetched by the first, or null
 };
 
@@ -176,7 +185,8 @@ ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale
   PerRow<R> rstd = per_row(tile, [&](int r) { return set1(a.rstd[r]); });
   PerRow<R> mean = per_row(tile, [&](int r) { return a.mean != nullptr ? set1(a.mean[r]) : zero(); });
   PerRow<R> sum_g = per_row(tile, nothing), sum_gc = per_row(tile, nothing);  // c = x - mean
-  each_step(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
+  float row_g[R] = {}, row_gc[R] = {};
+  const auto walk = [&](int64_t i, auto lanes) ZB_BODY {
     for (const T* later : a.later) {
       if (later != nullptr) prefetch(tile, later, i);
     }
@@ -206,12 +216,23 @@ ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale
     if (a.sums.scaled_dy_xhat != nullptr) accumulate_step(a.sums.scaled_dy_xhat, i, sum_xhat, lanes);
     if (a.sums.scaled_dy != nullptr) accumulate_step(a.sums.scaled_dy, i, sum_scaled, lanes);
     if (kTokenScale && a.sums.dy != nullptr) accumulate_step(a.sums.dy, i, sum_dy, lanes);
-  });
+  };
+  for (int64_t begin = 0; begin < D; begin += kSummedColumns) {
+    const int64_t size = D - begin < kSummedColumns ? D - begin : kSummedColumns;
+    each_step(a.x, size, [&](int64_t i, auto lanes) ZB_BODY { walk(begin + i, lanes); });
+    for (int r = 0; r < R; ++r) {
+      row_g[r] += sum(sum_g[r]);
+      row_gc[r] += sum(sum_gc[r]);
+      sum_g[r] = sum_gc[r] = zero();
+    }
+  }
   // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), xhat = c * rstd
-  const auto row_mean = [&](Vec sums) { return set1(sum(sums) / static_cast<float>(D)); };
-  PerRow<R> mean_gc_rstd3 = per_row(tile, [&](int r) { return row_mean(sum_gc[r]) * rstd[r] * rstd[r] * rstd[r]; });
-  PerRow<R> mean_g_rstd =
-      per_row(tile, [&](int r) { return a.mean != nullptr ? row_mean(sum_g[r]) * rstd[r] : zero(); });
+  const auto row_mean = [&](float row) { return set1(row / static_cast<float>(D)); };
+  PerRow<R> mean_g = per_row(tile, [&](int r) { return a.mean != nullptr ? row_mean(row_g[r]) : zero(); });
+  PerRow<R> mean_g_rstd = per_row(tile, [&](int r) { return mean_g[r] * rstd[r]; });
+  PerRow<R> mean_gxhat = per_row(tile, [&](int r) { return row_mean(row_gc[r]) * rstd[r]; });
+  PerRow<R> mean_gc_rstd3 = per_row(tile, [&](int r) { return mean_gxhat[r] * rstd[r] * rstd[r]; });
+  const bool tiny = D <= 2;
   each_step_again(a.x, D, [&](int64_t i, auto lanes) ZB_BODY {
     prefetch(tile, a.x + R * D, i);
     prefetch(tile, a.dy + R * D, i);
@@ -226,6 +247,10 @@ ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale
         const Vec g = kTokenScale ? (kAffine ? scaled_dy * part(weight, k) : scaled_dy) : scaled_dy * part(scale, k);
         const Vec c = part(xs, k) - mean[r];
         dx.v[k] = fnmadd(c, mean_gc_rstd3[r], fmsub(g, rstd[r], mean_g_rstd[r]));
+        if constexpr (is_tail(static_cast<decltype(lanes)*>(nullptr))) {
+          // Of one or two elements little or nothing is left: it must not be the rounding of a factor.
+          if (tiny) dx.v[k] = fnmadd(c * rstd[r], mean_gxhat[r], g - mean_g[r]) * rstd[r];
+        }
       }
       emit(i, r, dx, lanes);
     }
@@ -247,7 +272,7 @@ inline void finish_modulate(const ModulateGrads& out, const Rows& scale_rows, co
   const int64_t D = partials.D, chunks = chunks_per_sample(partials.T);
   const bool affine = out.dweight != nullptr || out.dbias != nullptr, needs_xhat_sum = affine || out.dscale != nullptr;
   const ConstantRow one(1.0f);
-  const Rows absent = {nullptr, false, 0, 0};
+  const Rows absent = {nullptr, false, 0, 0, true};
   const Operand<float> scale = operand(out.token_scale ? absent : scale_rows, kZeros);
   const OperandRow<float> weight = channel_row(out.weight, one.lanes), bias = channel_row(out.bias, kZeros);
   if (!needs_xhat_sum && out.dshift == nullptr) return;
@@ -318,7 +343,7 @@ void layer_norm_modulate_bwd_of(T*, Scale*, const LayerNormModulate& p, Parallel
           scale.template tile<kTokenScale>(b, t),
           affine,
           sums,
-          kTokenScale && p.dscale != nullptr ? static_cast<T*>(p.dscale) + start : nullptr,
+          kTokenScale && p.dscale != nullptr ? static_cast<Scale*>(p.dscale) + start : nullptr,
           {streamed ? nullptr : dx + start, nullptr}};
       modulate_bwd_tile<kAffine>(
           tile, inputs,
@@ -350,7 +375,8 @@ inline void layer_norm_modulate_bwd(const LayerNormModulate& p, ParallelFor run)
   with_type(p.dtype, [&](auto* t) {
     with_bool(p.weight != nullptr || p.bias != nullptr, [&](auto affine) {
       if (is_per_token(p.scale)) {
-        layer_norm_modulate_bwd_of<affine.value, true>(t, t, p, run);
+        with_operand_type(t, p.scale,
+                          [&](auto* scale) { layer_norm_modulate_bwd_of<affine.value, true>(t, scale, p, run); });
       } else {
         layer_norm_modulate_bwd_of<affine.value, false>(t, static_cast<float*>(nullptr), p, run);
       }

@@ -91,7 +91,41 @@ __device__ __forceinline__ void store_grad(const Grad& g, int64_t offset, float 
   }
 }
 
+// V neighbouring elements of a gradient that is wanted.
+template <class T, int V>
+__device__ __forceinline__ void store_grads(const Grad& g, int64_t offset, const float (&values)[V]) {
+  if (g.dtype != DType::kF32) return store_floats<V>(static_cast<T*>(g.ptr) + offset, values);
+  constexpr int kWidth = V < 4 ? V : 4;
+#pragma unroll
+  for (int j = 0; j < V; j += kWidth) {
+    float part[kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) part[k] = values[j + k];
+    store_floats<kWidth>(static_cast<float*>(g.ptr) + offset + j, part);
+  }
+}
+
 __device__ __forceinline__ bool branch_is_zero(const uint8_t* zero) { return zero != nullptr && *zero != 0; }
+
+// A sum of any length in one thread: cut after so many addends, for each that follows rounds what came before.
+struct LongSum {
+  static constexpr int kAddends = 8;
+  float total = 0, part = 0;
+  int count = 0;
+  __device__ __forceinline__ void add(float v) {
+    part += v;
+    if (++count < kAddends) return;
+    total += part;
+    part = 0;
+    count = 0;
+  }
+  __device__ __forceinline__ float value() const { return total + part; }
+};
+
+// 1 / sqrt(variance + eps); NaN for a variance beyond fp32, where 0 would hide it.
+__device__ __forceinline__ float rstd_of(float variance, float eps) {
+  return rsqrtf((variance < 0.0f ? 0.0f : variance) + 0.0f * variance + eps);
+}
 
 // Over `lanes` (a power of two, at most 32) neighbouring lanes; every one of them gets the sum.
 __device__ __forceinline__ float lanes_sum(float v, int lanes) {

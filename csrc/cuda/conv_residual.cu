@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kMomentsThreads) conv_moments_kernel(ConvMomen
   const float squares = total(mean, [](float d, float s, float pixels) { return s + pixels * d * d; });
   if (threadIdx.x % 32 == 0) {
     p.mean[i] = mean;
-    p.rstd[i] = rsqrtf(squares / count - error * error + p.eps);
+    p.rstd[i] = rstd_of(squares / count - error * error, p.eps);
   }
 }
 

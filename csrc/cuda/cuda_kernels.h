@@ -61,7 +61,7 @@ struct RowNorm {
   const void* dx_new;  // or null (0)
   void* dx;            // with a branch: dresidual
   void* dbranch;
-  void *dscale_token, *dgate_token;            // [B, T, D] in dtype, for operands given per token
+  Grad dscale_token, dgate_token;              // [B, T, D], for operands given per token
   Grad dweight, dbias, dshift, dscale, dgate;  // [D], [D], [B, D] each; a per-token dshift is dy itself
   float* workspace;
   const uint8_t* zero;

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kern
     return kKeepsTile<kMode> ? load_pack<V>(tile + slab.in_tile(r, c)) : load_pack<V>(x + slab.offset(r, c));
   };
   auto finish = [&](int group, int first, Moments m, float count) {
-    const float rstd = rsqrtf(m.m2 / count + p.eps);
+    const float rstd = rstd_of(m.m2 / count, p.eps);
 #pragma unroll 1
     for (int j = lane; j < cpg; j += 32) {
       s.center[first + j] = m.mean;

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1) group_norm_silu_bwd_kern
     for (int k = 0; k < V; k++) {
       const int channel = slab.channel(r, c, k);
       const Point at = point(xs[k], dys[k], channel);
-      out[k] = s.inverse[channel] * (s.gain[channel] * at.dz - m1[channel] - at.xhat * m2[channel]);
+      const float g = rounded_product(s.gain[channel], at.dz);
+      out[k] = s.inverse[channel] * (g - m1[channel] - at.xhat * m2[channel]);
     }
     store_floats<V>(dx + slab.offset(r, c), out);
   });

@@ -20,6 +20,14 @@
 
 namespace zeroblock::cuda {
 
+// a * b, rounded: never a part of a fused multiply-add, whose difference from the rounded product would be left where
+// products cancel.
+#ifdef ZB_SIMT
+__device__ __forceinline__ float rounded_product(float a, float b) { return a * b; }
+#else
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+#endif
+
 using bf16 = __nv_bfloat16;
 using f16 = __half;  // with bf16 the names of ZB_DTYPES
 

@@ -62,25 +62,30 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarps, 1) row_norm_fwd_kernel(Row
       if (d < D) cache[i] = load_pack<V>(source + d);
     }
   }
-  float sum = 0, error = 0, squares = 0;
+  LongSum sum, errors, squares;
   if (!p.rms) {
     each([&](int64_t, const Pack<T, V>& x) {
+      float s = 0;
 #pragma unroll
-      for (int k = 0; k < V; k++) sum += x[k];
+      for (int k = 0; k < V; k++) s += x[k];
+      sum.add(s);
     });
   }
-  const float first = p.rms ? 0.0f : team.sum(sum, part) / p.D;
+  const float first = p.rms ? 0.0f : team.sum(sum.value(), part) / p.D;
   each([&](int64_t, const Pack<T, V>& x) {
+    float e = 0, q = 0;
 #pragma unroll
     for (int k = 0; k < V; k++) {
       const float d = x[k] - first;
-      error += d;
-      squares += d * d;
+      e += d;
+      q += d * d;
     }
+    errors.add(e);
+    squares.add(q);
   });
-  error = p.rms ? 0.0f : team.sum(error, part + kMaxTeamWarps) / p.D;
-  squares = team.sum(squares, part + 2 * kMaxTeamWarps) / p.D - error * error;
-  const float mean = first + error, rstd = rsqrtf(squares + p.eps);
+  const float error = p.rms ? 0.0f : team.sum(errors.value(), part + kMaxTeamWarps) / p.D;
+  const float variance = team.sum(squares.value(), part + 2 * kMaxTeamWarps) / p.D - error * error;
+  const float mean = first + error, rstd = p.rms ? rsqrtf(variance + p.eps) : rstd_of(variance, p.eps);
   if (valid && team.lane == 0) {
     if (p.mean) p.mean[row] = mean;
     p.rstd[row] = rstd;

@@ -53,21 +53,24 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(Row
       }
     }
     const int64_t scale_row = b * p.scale.stride_b + t * p.scale.stride_t;
-    float g_sum = 0, gx_sum = 0;
+    LongSum g_sum, gx_sum;
     each([&](int, int64_t d, const Pack<T, V>& x_pack, const Pack<T, V>& dy_pack) {
       float weight[V], scale[V];
       load_operand<T>(p.weight, d, 1.0f, weight);
       load_operand<T>(p.scale, scale_row + d, 0.0f, scale);
+      float g_part = 0, gx_part = 0;
 #pragma unroll
       for (int k = 0; k < V; k++) {
-        const float g = dy_pack[k] * (1.0f + scale[k]) * weight[k];
-        g_sum += g;
-        gx_sum += g * ((x_pack[k] - mean) * rstd);
+        const float g = rounded_product(dy_pack[k] * (1.0f + scale[k]), weight[k]);
+        g_part += g;
+        gx_part += g * ((x_pack[k] - mean) * rstd);
       }
+      g_sum.add(g_part);
+      gx_sum.add(gx_part);
     });
     float* pass_part = part + (pass & 1) * 2 * kMaxTeamWarpsBwd;
-    const float g_mean = p.rms ? 0.0f : team.sum(g_sum, pass_part) / p.D;
-    const float gx_mean = team.sum(gx_sum, pass_part + kMaxTeamWarpsBwd) / p.D;
+    const float g_mean = p.rms ? 0.0f : team.sum(g_sum.value(), pass_part) / p.D;
+    const float gx_mean = team.sum(gx_sum.value(), pass_part + kMaxTeamWarpsBwd) / p.D;
     each([&](int i, int64_t d, const Pack<T, V>& x_pack, const Pack<T, V>& dy_pack) {
       const int64_t at = row * p.D + d;
       float weight[V], bias[V], scale[V], out[V], add[Q][V];
@@ -76,12 +79,12 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(Row
 #pragma unroll
       for (int k = 0; k < V; k++) {
         const float xhat = (x_pack[k] - mean) * rstd, da = dy_pack[k] * (1.0f + scale[k]);
-        out[k] = all_zero ? 0.0f : rstd * (da * weight[k] - g_mean - xhat * gx_mean);
+        out[k] = all_zero ? 0.0f : rstd * (rounded_product(da, weight[k]) - g_mean - xhat * gx_mean);
         const float summed = all_zero ? 0.0f : p.scale.per_token ? da : dy_pack[k];
         add[0][k] = summed;
         add[1][k] = summed * xhat;
       }
-      if (p.dscale_token) {
+      if (p.dscale_token.ptr) {
         float dscale[V];
         load_operand<T>(p.bias, d, 0.0f, bias);
 #pragma unroll
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(Row
           const float xhat = (x_pack[k] - mean) * rstd;
           dscale[k] = all_zero ? 0.0f : dy_pack[k] * (xhat * weight[k] + bias[k]);
         }
-        store_floats<V>(static_cast<T*>(p.dscale_token) + at, dscale);
+        store_grads<T>(p.dscale_token, at, dscale);
       }
       if constexpr (kGate) {
         const Pack<T, V> h = load_pack<V>(static_cast<const T*>(p.branch) + at);
@@ -106,7 +109,7 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(Row
           add[2][k] = out[k] * h[k];
         }
         store_floats<V>(static_cast<T*>(p.dbranch) + at, dbranch);
-        if (p.dgate_token) store_floats<V>(static_cast<T*>(p.dgate_token) + at, add[2]);
+        if (p.dgate_token.ptr) store_grads<T>(p.dgate_token, at, add[2]);
       }
       store_floats<V>(static_cast<T*>(p.dx) + at, out);
 #pragma unroll

@@ -34,8 +34,10 @@ struct Team {
     if (warps == 1) return v;
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
     __syncthreads();
-    v = 0;
-    for (int i = 0; i < warps; i++) v += part[first_warp + i];
+    const float* sums = part + first_warp;
+    v = sums[0] + sums[1];
+    if (warps > 2) v += sums[2] + sums[3];
+    for (int i = 4; i < warps; i += 4) v += (sums[i] + sums[i + 1]) + (sums[i + 2] + sums[i + 3]);
     return v;
   }
 };
@@ -63,7 +65,7 @@ inline int row_norm_vector(const RowNorm& p) {
   bool whole = p.D % vector == 0;
   for (const void* t : {p.x, p.branch, p.dy, p.dx_new, static_cast<const void*>(p.y), static_cast<const void*>(p.x_new),
                         static_cast<const void*>(p.dx), static_cast<const void*>(p.dbranch),
-                        static_cast<const void*>(p.dscale_token), static_cast<const void*>(p.dgate_token)}) {
+                        static_cast<const void*>(p.dscale_token.ptr), static_cast<const void*>(p.dgate_token.ptr)}) {
     whole = whole && is_aligned(t);
   }
   for (const Operand* o : {&p.weight, &p.bias, &p.shift, &p.scale, &p.gate}) whole = whole && is_vectorised(*o, vector);

@@ -35,22 +35,25 @@ inline Tensor to_f32(const Tensor& t) {
   return wide;
 }
 
-// A [B, D] operand (or one broadcast row, [D]) becomes fp32 rows; a [B, T, D] operand keeps its strides.
+// A [B, D] operand (or one broadcast row, [D]) becomes fp32 rows; a [B, T, D] operand keeps its strides and its dtype,
+// that of x or fp32.
 inline Rows as_rows(const MaybeTensor& t, const Tensor& x, std::vector<Tensor>& copies, const char* what) {
-  if (!t.has_value()) return {nullptr, false, 0, 0};
+  if (!t.has_value()) return {nullptr, false, 0, 0, true};
   const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
   if (t->dim() == 3) {
+    const bool fp32 = t->scalar_type() == ScalarType::Float;
     STD_TORCH_CHECK(t->is_cpu() && t->size(0) == B && t->size(1) == T && t->size(2) == D &&
-                        (D <= 1 || t->stride(2) == 1) && t->scalar_type() == x.scalar_type(),
-                    "zeroblock: ", what, " per token must be [B, T, D] in the dtype of x, last dimension contiguous");
-    return {t->const_data_ptr(), true, t->stride(0), t->stride(1)};
+                        (D <= 1 || t->stride(2) == 1) && (fp32 || t->scalar_type() == x.scalar_type()),
+                    "zeroblock: ", what,
+                    " per token must be [B, T, D] in the dtype of x or fp32, last dimension contiguous");
+    return {t->const_data_ptr(), true, t->stride(0), t->stride(1), fp32};
   }
   if (t->dim() == 2 && t->scalar_type() == ScalarType::Float && t->is_cpu() && t->size(0) == B && t->size(1) == D &&
       (D <= 1 || t->stride(1) == 1)) {
-    return {t->const_data_ptr(), false, t->stride(0), 0};
+    return {t->const_data_ptr(), false, t->stride(0), 0, true};
   }
   const bool one_row = t->dim() == 1;
-  return {as_f32(t, one_row ? D : B * D, copies, what), false, one_row ? 0 : D, 0};
+  return {as_f32(t, one_row ? D : B * D, copies, what), false, one_row ? 0 : D, 0, true};
 }
 
 // A finished fp32 gradient in the dtype of its operand.

@@ -31,6 +31,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_modulate(Tensor x, MaybeTensor shi
   return {y, mean, rstd};
 }
 
+// The gradient of an operand in the type in which the kernel reads it.
+Tensor rows_gradient(const Rows& rows, const Tensor& x) {
+  if (!rows.per_token) return f32(x, {x.size(0), x.size(2)});
+  return dense_like(x, rows.fp32 ? aoti_torch_dtype_float32() : dtype_id(x));
+}
+
 // A per-token dshift equals dy and is not returned.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tensor dy, Tensor x, MaybeTensor mean,
                                                                            Tensor rstd, MaybeTensor shift,
@@ -46,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
   Tensor dx = dense_like(x);
   p.dx = dx.mutable_data_ptr();
   Tensor dshift = shift && !p.shift.per_token ? f32(x, {p.B, p.D}) : absent();
-  Tensor dscale = !scale ? absent() : p.scale.per_token ? dense_like(x) : f32(x, {p.B, p.D});
+  Tensor dscale = scale ? rows_gradient(p.scale, x) : absent();
   Tensor dweight = weight ? f32(x, {p.D}) : absent(), dbias = bias ? f32(x, {p.D}) : absent();
   if (shift && !p.shift.per_token) p.dshift = data<float>(dshift);
   if (scale) p.dscale = dscale.mutable_data_ptr();
@@ -61,13 +67,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
 
 // ---- gate_residual --------------------------------------------------------------------------------------------------
 
+Rows gate_rows(const Tensor& gate, const Tensor& branch, std::vector<Tensor>& copies) {
+  STD_TORCH_CHECK(gate.dim() < 3 || gate.scalar_type() == branch.scalar_type(),
+                  "zeroblock: a gate per token must have the dtype of branch");
+  return as_rows(gate, branch, copies, "gate");
+}
+
 GateResidual gate_params(const Tensor& branch, const Tensor& gate, std::vector<Tensor>& copies) {
   GateResidual p = token_params<GateResidual>(branch, "branch");
   p.branch = branch.const_data_ptr();
   if (gate.dim() == 1 && gate.numel() == 1) {
     p.scalar_gate = as_f32(gate, 1, copies, "gate");
   } else {
-    p.gate = as_rows(gate, branch, copies, "gate");
+    p.gate = gate_rows(gate, branch, copies);
   }
   return p;
 }
@@ -89,11 +101,6 @@ Tensor as_gate_gradient(const Tensor& dgate, const Tensor& gate) {
   return gate.dim() > 1 ? as_gradient(dgate, gate) : dgate;
 }
 
-Tensor gate_gradient(const Tensor& branch, bool scalar, bool per_token) {
-  if (scalar) return f32(branch, {1});
-  return per_token ? dense_like(branch) : f32(branch, {branch.size(0), branch.size(2)});
-}
-
 std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate,
                                              bool need_dbranch) {
   std::vector<Tensor> copies;
@@ -101,7 +108,7 @@ std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor bran
   check_like(dy, branch, "dy");
   check_tokens(dy, "dy");
   p.dy = dy.const_data_ptr();
-  Tensor dgate = need_dgate ? gate_gradient(branch, p.scalar_gate, p.gate.per_token) : absent();
+  Tensor dgate = !need_dgate ? absent() : p.scalar_gate ? f32(branch, {1}) : rows_gradient(p.gate, branch);
   Tensor dbranch = need_dbranch ? dense_like(branch) : absent();
   if (need_dgate) p.dgate = dgate.mutable_data_ptr();
   if (need_dbranch) p.dbranch = dbranch.mutable_data_ptr();
@@ -117,7 +124,7 @@ GateResidualLayerNormModulate gate_norm_params(const Tensor& branch, const Tenso
                                                const Tensor& scale, std::vector<Tensor>& copies) {
   GateResidualLayerNormModulate p = token_params<GateResidualLayerNormModulate>(branch, "branch");
   p.branch = branch.const_data_ptr();
-  p.gate = as_rows(gate, branch, copies, "gate");
+  p.gate = gate_rows(gate, branch, copies);
   p.shift = as_rows(shift, branch, copies, "shift");
   p.scale = as_rows(scale, branch, copies, "scale");
   return p;
@@ -157,9 +164,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_layer_norm_modu
   p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, copies, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, copies, "rstd"));
   Tensor dresidual = dense_like(branch), dbranch = dense_like(branch);
-  Tensor dgate = gate_gradient(branch, false, p.gate.per_token);
+  Tensor dgate = rows_gradient(p.gate, branch);
   Tensor dshift = p.shift.per_token ? absent() : f32(branch, {p.B, p.D});
-  Tensor dscale = gate_gradient(branch, false, p.scale.per_token);
+  Tensor dscale = rows_gradient(p.scale, branch);
   p.dresidual = dresidual.mutable_data_ptr();
   p.dbranch = dbranch.mutable_data_ptr();
   p.dgate = dgate.mutable_data_ptr();

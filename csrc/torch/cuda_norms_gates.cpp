@@ -122,10 +122,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
     target = t.mutable_data_ptr();
     return t;
   };
+  const std::vector<int64_t> rows = {p.B, p.T, p.D}, samples = {p.B, p.D};
   Tensor dx = like_x(p.dx), dbranch = branch ? like_x(p.dbranch) : absent(), dshift = absent();
-  Tensor dgate = p.gate.per_token ? like_x(p.dgate_token) : grad_of(p.gate, x, {p.B, p.D}, p.dgate);
-  Tensor dscale = p.scale.per_token ? like_x(p.dscale_token) : grad_of(p.scale, x, {p.B, p.D}, p.dscale);
-  if (!p.shift.per_token && !p.scale.per_token) dshift = grad_of(p.shift, x, {p.B, p.D}, p.dshift);
+  Tensor dgate = p.gate.per_token ? grad_of(p.gate, x, rows, p.dgate_token) : grad_of(p.gate, x, samples, p.dgate);
+  Tensor dscale =
+      p.scale.per_token ? grad_of(p.scale, x, rows, p.dscale_token) : grad_of(p.scale, x, samples, p.dscale);
+  if (!p.shift.per_token && !p.scale.per_token) dshift = grad_of(p.shift, x, samples, p.dshift);
   Tensor dweight = grad_of(p.weight, x, {p.D}, p.dweight), dbias = grad_of(p.bias, x, {p.D}, p.dbias);
   Tensor scratch = workspace(x, cuda::row_norm_bwd_workspace(p));
   p.workspace = data<float>(scratch);

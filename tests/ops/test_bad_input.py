@@ -71,10 +71,16 @@ def _cases():
             yield op, "eps", lambda t, e=eps: e, *NUMBER
     for op in MODULATED:
         for name in ("shift", "scale"):
-            yield op, name, lambda t, n=name: t[n][:-1], ValueError, r"must have shape \[B, D\] ="
-            yield op, name, lambda t, n=name: t[n][:, :1], ValueError, r"must have shape \[B, D\] ="
-            yield op, name, lambda t, n=name: t[n][:, None], ValueError, r"must have shape \[B, D\] ="
-            yield op, name, lambda t, n=name: t[n][0], ValueError, r"must have shape \[B, D\] ="
+            for bad in (
+                lambda v: v[:-1],
+                lambda v: v[:, :1],
+                lambda v: v[:, None].expand(-1, 2, -1),
+                lambda v: v[:-1, None],
+                lambda v: v[0, :-1],
+                lambda v: v[0, 0],
+                lambda v: v[:, None, None],
+            ):
+                yield op, name, lambda t, n=name, f=bad: f(t[n]), ValueError, r"must have shape \[D\] = .*\[B, T, D\]"
     for op in ("layer_norm_modulate", "rms_norm_modulate", "layer_norm_modulate_linear"):
         yield op, "x", lambda t: t["x"][0], ValueError, r"must have shape \[B, T, D\]"
         yield op, "x", lambda t: t["x"][:, :, :0], ValueError, "must have at least one feature"
@@ -87,10 +93,10 @@ def _cases():
     yield "gate_residual", "branch", lambda t: t["branch"][:, :1], ValueError, "must have the shape of residual"
     yield (
         "gate_residual_layer_norm_modulate",
-        "residual",
-        lambda t: t["residual"][:1],
+        "branch",
+        lambda t: t["branch"][:, :1],
         ValueError,
-        "must have the shape of",
+        "must have the shape of residual",
     )
     for op in CONVS:
         yield op, "weight", lambda t: t["weight"][:, :1], ValueError, "must take"
@@ -122,7 +128,7 @@ def _cases():
     yield (
         "linear_gate_residual",
         "residual",
-        lambda t: t["residual"][:1],
+        lambda t: t["residual"][:, :1],
         ValueError,
         "must have the shape of the output",
     )

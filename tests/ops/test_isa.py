@@ -20,6 +20,8 @@ from zeroblock.testing.parity import assert_deterministic, assert_parity
 
 from ..support import ROOT, TORCH_TARGET
 from ..zero import test_kernel as zero_kernel
+from . import test_extremes as extremes
+from . import test_operands as operands
 from . import test_winograd as winograd
 
 CSRC = ROOT / "csrc"
@@ -135,6 +137,26 @@ def test_avx2_kernels(avx2, case, layout, dtype):
 )
 def test_avx2_kernels_give_the_same_bits_for_any_number_of_threads(avx2, case, layout):
     assert_deterministic(case, torch.float32, layout, (1, 2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_avx2_operands_and_extremes(avx2, dtype):
+    on = ("cpu", "cpu")
+    for of in set(DTYPES) - {dtype}:
+        operands.test_operands_are_used_as_they_are(*on, "layer_norm_modulate", dtype, of, "btd")
+        operands.test_operands_are_used_as_they_are(*on, "gate_residual_layer_norm_modulate", dtype, of, "btd")
+    for D in (2, 37, 768, 1152, 10007):
+        extremes.test_a_constant_row_has_no_norm(*on, D, 100.7, dtype)
+    extremes.test_a_row_of_one_has_no_gradient(*on, dtype)
+    extremes.test_rows_of_two(*on, dtype)
+    extremes.test_a_group_of_one_has_no_gradient(*on, "nhwc", "silu", dtype)
+    for name in ("silu", "gelu", "gelu_tanh"):
+        extremes.test_activations_of_extreme_values(*on, name, dtype)
+    if dtype != torch.float16:
+        extremes.test_a_variance_that_overflows_shows(*on, 768, dtype)
+    for norm in extremes.NORMS:
+        extremes.test_long_rows_far_from_zero(*on, norm, 16384, 1e6)
 
 
 @pytest.mark.slow

@@ -54,13 +54,23 @@ def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _operand(v: MaybeTensor, x: Tensor) -> MaybeTensor:
-    """A per-token operand in the dtype of x with dense rows; per-sample ones are converted by the binding."""
-    return v if v is None or v.dim() != 3 else dense_rows(v.to(x.dtype))
+    """A per-token operand with dense rows, in the dtype of x or in fp32, which holds every other one; per-sample ones
+    are converted by the binding."""
+    if v is None or v.dim() != 3:
+        return v
+    return dense_rows(v if v.dtype is x.dtype else _to(v, torch.float32))
 
 
-def _gate_row(gate: Tensor, x: Tensor) -> MaybeTensor:
+def _gate(gate: Tensor, x: Tensor) -> Tensor:
+    """A per-token gate with dense rows, in the dtype of x: x has come to the one that holds both."""
+    rows = dense_rows(_to(gate, x.dtype)) if gate.dim() == 3 else gate
+    assert rows is not None
+    return rows
+
+
+def _gate_row(gate: Tensor, x: Tensor) -> Tensor:
     """The combined kernel takes rows only: a single gate becomes one row."""
-    return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _operand(gate, x)
+    return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _gate(gate, x)
 
 
 class Cpu(Reference):
@@ -163,7 +173,7 @@ class Cpu(Reference):
         dtype = promoted(residual, gate, branch)
         layout, single = pointwise_format(residual), is_single(gate)
         branch = tokens(branch.to(dtype), single, layout)
-        y = _gate_residual(tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch)
+        y = _gate_residual(tokens(residual.to(dtype), single, layout), _gate(gate, branch), branch)
         return untokens(y, residual.shape, layout)
 
     def gate_residual_bwd(
@@ -174,7 +184,7 @@ class Cpu(Reference):
             return _gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch)
         layout, single = pointwise_format(branch), is_single(gate)
         flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
-        dgate, dbranch = _gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch)
+        dgate, dbranch = _gate_residual_bwd(dy, _gate(gate, flat), flat, need_dgate, need_dbranch)
         return (
             gate_gradient(dgate, gate) if need_dgate else None,
             untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,

@@ -29,14 +29,14 @@ from .cuda_convs import CudaConvs, Kernels, flag_byte
 from .reference import Reference
 
 
-def _operand(v: MaybeTensor, x: Tensor) -> MaybeTensor:
-    """A per-token operand comes in the dtype of x: its gradient has that of the activations."""
-    return v if v is None or v.dim() != 3 else v.to(x.dtype)
+def _gate(gate: Tensor, x: Tensor) -> Tensor:
+    """A per-token gate comes in the dtype of x, which has come to the one that holds both."""
+    return gate if gate.dim() != 3 else gate.to(x.dtype)
 
 
-def _gate_row(gate: Tensor, x: Tensor) -> MaybeTensor:
+def _gate_row(gate: Tensor, x: Tensor) -> Tensor:
     """The combined kernel takes rows only: a single gate becomes one row."""
-    return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _operand(gate, x)
+    return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else gate
 
 
 def _shift_grad(dshift: Tensor, dy: Tensor, shift: MaybeTensor, scale: MaybeTensor) -> Tensor:
@@ -127,7 +127,7 @@ class Cuda(CudaConvs, Reference):
         eps: float,
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, Tensor]:
-        shift, scale, x = _operand(shift, x), _operand(scale, x), x.contiguous()
+        x = x.contiguous()
         _, y, mean, rstd = self.kernels.row_norm(x, None, None, shift, scale, weight, bias, eps, rms, None)
         return y, None if rms else mean, rstd
 
@@ -144,9 +144,8 @@ class Cuda(CudaConvs, Reference):
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
         x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
-        operands = _operand(shift, x), _operand(scale, x), weight, bias
         dx, _, _, dshift, dscale, dweight, dbias = self.kernels.row_norm_bwd(
-            None, dy, x, mean, rstd, None, None, *operands, rms, None
+            None, dy, x, mean, rstd, None, None, shift, scale, weight, bias, rms, None
         )
         dshift = _shift_grad(dshift, dy, shift, scale)
         return dx, like(dshift, shift), like(dscale, scale), like(dweight, weight), like(dbias, bias)
@@ -158,7 +157,7 @@ class Cuda(CudaConvs, Reference):
         layout, single = pointwise_format(residual), is_single(gate)
         branch = tokens(branch.to(dtype), single, layout)
         residual_tokens = tokens(residual.to(dtype), single, layout)
-        y = self.kernels.gate_residual(residual_tokens, _operand(gate, branch), branch, None)
+        y = self.kernels.gate_residual(residual_tokens, _gate(gate, branch), branch, None)
         return untokens(y, residual.shape, layout)
 
     def gate_residual_bwd(
@@ -166,7 +165,7 @@ class Cuda(CudaConvs, Reference):
     ) -> tuple[MaybeTensor, MaybeTensor]:
         layout, single = pointwise_format(branch), is_single(gate)
         flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
-        dgate, dbranch = self.kernels.gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch, None)
+        dgate, dbranch = self.kernels.gate_residual_bwd(dy, _gate(gate, flat), flat, need_dgate, need_dbranch, None)
         return (
             gate_gradient(dgate, gate) if need_dgate else None,
             untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
@@ -176,8 +175,8 @@ class Cuda(CudaConvs, Reference):
         self, residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         branch, residual = branch.contiguous(), residual.contiguous()
-        operands = _gate_row(gate, branch), _operand(shift, branch), _operand(scale, branch)
-        return self.kernels.row_norm(residual, branch, *operands, None, None, eps, False, None)
+        operands = _gate_row(gate, branch), shift, scale, None, None
+        return self.kernels.row_norm(residual, branch, *operands, eps, False, None)
 
     def gate_residual_layer_norm_modulate_bwd(
         self,
@@ -192,7 +191,7 @@ class Cuda(CudaConvs, Reference):
         scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         dx_new, dy, branch = None if dx_new is None else dx_new.contiguous(), dy.contiguous(), branch.contiguous()
-        operands = branch, _gate_row(gate, branch), _operand(shift, branch), _operand(scale, branch)
+        operands = branch, _gate_row(gate, branch), shift, scale
         dresidual, dbranch, dgate, dshift, dscale, _, _ = self.kernels.row_norm_bwd(
             dx_new, dy, x_new, mean, rstd, *operands, None, None, False, None
         )

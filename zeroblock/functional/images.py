@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _checks, ops, zero
 from .. import reference as ref
 from .._autocast import autocast
+from .operands import needs_fp64
 
 
 def group_norm_silu(
@@ -40,10 +41,15 @@ def group_norm_silu(
     >>> y = group_norm_silu(torch.randn(2, 64, 8, 8), 32)
     """
     op = "group_norm_silu"
-    _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    mixed = _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
     _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
     _checks.eps_value(op, eps)
     _checks.choice(op, "activation", activation, ("silu", None))
+    if mixed and needs_fp64(x, weight, bias, scale, shift):
+        wide = group_norm_silu(
+            x.double(), num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
+        )
+        return wide.to(x.dtype)
     if zero.transforms_active():
         return ref.group_norm_silu(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
     return ops.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
@@ -89,7 +95,7 @@ def group_norm_silu_conv_residual(
     Source: openai/guided-diffusion `ResBlock.in_layers`, `out_layers`.
     """
     op = "group_norm_silu_conv_residual"
-    _checks.floating(
+    mixed = _checks.floating(
         op, 2, x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, residual=residual,
         scale=scale, shift=shift,
     )  # fmt: skip
@@ -103,6 +109,8 @@ def group_norm_silu_conv_residual(
         keep = ref.draw_keep(x, dropout_p, training)
     else:
         _checks.same_shape(op, "keep", keep, "x", x.shape)
+    if mixed and needs_fp64(x, norm_weight, norm_bias, scale, shift):
+        x = x.double()
     if zero.transforms_active():
         return ref.group_norm_silu_conv_residual(
             x, num_groups, norm_weight, norm_bias, weight, bias, residual, eps=eps, scale=scale, shift=shift, keep=keep,

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks, ops, zero
 from .. import reference as ref
 from .._autocast import autocast
+from . import operands
 
 
 def layer_norm_modulate(
@@ -23,7 +24,8 @@ def layer_norm_modulate(
 
     Args:
         x: [B, T, D]; float32, bfloat16, float16 (float64 by the reference).
-        shift, scale: [B, D] (broadcast over T; views of a chunked tensor need no copy) or [B, T, D], or None.
+        shift, scale: [D], [B, D] (broadcast over T; views of a chunked tensor need no copy) or [B, T, D], or None;
+            dimensions but the last may be 1, as may the batch of x. Of any floating dtype, used as they are.
         eps: >= 0, added to the variance.
         weight, bias: [D] or None.
 
@@ -34,9 +36,13 @@ def layer_norm_modulate(
     >>> y = layer_norm_modulate(torch.randn(2, 16, 64), torch.randn(2, 64), torch.randn(2, 64))
     """
     op = "layer_norm_modulate"
-    _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
-    _checks.modulated(op, x, shift, scale, eps)
+    mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+    _checks.tokens(op, "x", x)
+    x, shift, scale = operands.modulated(op, x, shift, scale)
+    _checks.eps_value(op, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
+    if mixed and operands.needs_fp64(x, shift, scale, weight, bias):
+        return layer_norm_modulate(x.double(), shift, scale, eps=eps, weight=weight, bias=bias).to(x.dtype)
     if zero.transforms_active():
         return ref.layer_norm_modulate(x, shift, scale, eps=eps, weight=weight, bias=bias)
     return ops.layer_norm_modulate(x, shift, scale, weight, bias, eps)[0]
@@ -49,7 +55,7 @@ def rms_norm_modulate(
 
     Args:
         x: [B, T, D]; float32, bfloat16, float16 (float64 by the reference).
-        shift, scale: [B, D] or [B, T, D], or None.
+        shift, scale: as for layer_norm_modulate.
         eps: >= 0, added to the mean square.
         weight: [D] or None.
 
@@ -58,9 +64,13 @@ def rms_norm_modulate(
     Source: Zhang & Sennrich 2019.
     """
     op = "rms_norm_modulate"
-    _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
-    _checks.modulated(op, x, shift, scale, eps)
+    mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
+    _checks.tokens(op, "x", x)
+    x, shift, scale = operands.modulated(op, x, shift, scale)
+    _checks.eps_value(op, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
+    if mixed and operands.needs_fp64(x, shift, scale, weight):
+        return rms_norm_modulate(x.double(), shift, scale, eps=eps, weight=weight).to(x.dtype)
     if zero.transforms_active():
         return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight)
     return ops.rms_norm_modulate(x, shift, scale, weight, eps)[0]
@@ -70,8 +80,8 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """y = residual + gate * branch, rounded once.
 
     Args:
-        residual, branch: of one shape, any floating dtype.
-        gate: [1]; for residual [B, T, D] also [D], [B, D] (broadcast over T) or [B, T, D].
+        residual, branch: of one shape, any floating dtype; a batch of 1 is expanded.
+        gate: [1]; for residual [B, T, D] also [D], [B, D] (broadcast over T) or [B, T, D], B and T of which may be 1.
 
     Returns y in their promoted dtype; tokens are contiguous, also of a transposed residual. Saved for backward: gate
     and branch.
@@ -80,8 +90,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """
     op = "gate_residual"
     _checks.floating(op, 3, residual=residual, gate=gate, branch=branch)
-    _checks.same_shape(op, "branch", branch, "residual", residual.shape)
-    _checks.gate(op, gate, branch.shape)
+    residual, gate, branch = operands.gated(op, residual, gate, branch)
     if zero.transforms_active():
         return ref.gate_residual(residual, gate, branch)
     return ops.gate_residual(residual, gate, branch)
@@ -93,9 +102,9 @@ def gate_residual_layer_norm_modulate(
     """x_new = residual + gate * branch and layer_norm(x_new) * (1 + scale) + shift, in one pass.
 
     Args:
-        residual, branch: [B, T, D], brought to one dtype.
-        gate: [1], [D], [B, D] or [B, T, D].
-        shift, scale: [B, D] or [B, T, D].
+        residual, branch: [B, T, D], brought to one dtype; a batch of 1 is expanded.
+        gate: [1], [D], [B, D] or [B, T, D], B and T of which may be 1.
+        shift, scale: as for layer_norm_modulate.
         eps: >= 0, added to the variance.
 
     Returns (x_new, modulated), contiguous. Saved for backward: x_new, branch, mean, rstd.
@@ -103,18 +112,21 @@ def gate_residual_layer_norm_modulate(
     Source: the seam between attention and MLP in facebookresearch/DiT `DiTBlock`.
     """
     op = "gate_residual_layer_norm_modulate"
-    _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
-    _checks.tokens(op, "branch", branch)
-    _checks.same_shape(op, "residual", residual, "branch", branch.shape)
-    _checks.gate(op, gate, branch.shape)
-    _checks.modulation(op, branch, shift=shift, scale=scale)
+    mixed = _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
+    _checks.tokens(op, "residual", residual)
+    residual, gate, branch = operands.gated(op, residual, gate, branch)
+    x, shift_rows, scale_rows = operands.modulated(op, branch, shift, scale)
     _checks.eps_value(op, eps)
+    if x is not branch or mixed and operands.needs_fp64(residual, shift, scale):
+        x_new = gate_residual(residual, gate, branch)  # of a batch of 1, or narrower than what modulates it
+        return x_new, layer_norm_modulate(x_new, shift, scale, eps=eps)
     if zero.transforms_active():
         return ref.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
     if not residual.dtype == branch.dtype == gate.dtype:
         dtype = ref.promoted(residual, gate, branch)
         residual, branch = residual.to(dtype), branch.to(dtype)
-    return ops.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps)[:2]
+    assert shift_rows is not None and scale_rows is not None
+    return ops.gate_residual_layer_norm_modulate(residual, gate, branch, shift_rows, scale_rows, eps)[:2]
 
 
 def layer_norm_modulate_linear(
@@ -130,7 +142,7 @@ def layer_norm_modulate_linear(
 
     Args:
         x: [B, T, D].
-        shift, scale: [B, D] or [B, T, D], or None.
+        shift, scale: as for layer_norm_modulate.
         weight: [O, D], of the dtype of bias.
         bias: [O] or None.
         eps: >= 0, added to the variance.
@@ -140,11 +152,15 @@ def layer_norm_modulate_linear(
     Source: facebookresearch/DiT `DiTBlock` (qkv, fc1).
     """
     op = "layer_norm_modulate_linear"
-    _checks.floating(op, 2, x=x, weight=weight, shift=shift, scale=scale, bias=bias)
-    _checks.modulated(op, x, shift, scale, eps)
+    mixed = _checks.floating(op, 2, x=x, weight=weight, shift=shift, scale=scale, bias=bias)
+    _checks.tokens(op, "x", x)
+    x, shift, scale = operands.modulated(op, x, shift, scale)
+    _checks.eps_value(op, eps)
     _checks.linear(op, x.shape[2], weight, bias)
     weight, bias = autocast(weight, bias)
     _checks.same_dtype(op, weight=weight, bias=bias)
+    if mixed and operands.needs_fp64(x, shift, scale):
+        x = x.double()
     if zero.transforms_active():
         return ref.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps=eps)
     return ops.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps)[0]
@@ -166,8 +182,8 @@ def linear_gate_residual(
         h: [B, T, K]; h, weight and bias have one dtype.
         weight: [D, K].
         bias: [D] or None.
-        gate: [1], [D], [B, D] or [B, T, D], or None (1).
-        residual: [B, T, D] or None (0).
+        gate: [1], [D], [B, D] or [B, T, D], B and T of which may be 1, or None (1).
+        residual: [B, T, D] or None (0). A batch of 1, of h too, is expanded.
         activation: None, "silu", "gelu" (erf) or "gelu_tanh".
         zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
 
@@ -181,11 +197,7 @@ def linear_gate_residual(
     _checks.tokens(op, "h", h)
     _checks.linear(op, h.shape[2], weight, bias)
     _checks.choice(op, "activation", activation, _checks.ACTIVATIONS)
-    size = (h.shape[0], h.shape[1], weight.shape[0])
-    if residual is not None:
-        _checks.same_shape(op, "residual", residual, "the output", size)
-    if gate is not None:
-        _checks.gate(op, gate, size)
+    h, gate, residual = operands.around_linear(op, h, weight.shape[0], gate, residual)
     weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():

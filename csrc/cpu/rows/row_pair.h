@@ -19,9 +19,32 @@ struct RowStats {
   float mean, rstd;
 };
 
-// 1 / sqrt(a) in fp64: its error would be that of every element of the row.
-ZB_INLINE float inverse_root(double a) {
-  return static_cast<float>(1.0 / _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(a))));
+// 1 / sqrt(variance + eps) in fp64: its error would be that of every element of the row. `squares` is the mean of the
+// squares about a centre that misses the mean by `missed`. A variance beyond fp32 is NaN, as is one of NaN; the square
+// of an rms norm is not, as in eager.
+ZB_INLINE float inverse_root(double squares, double missed, bool rms, float eps) {
+  const double above = squares - missed * missed, variance = above < 0 ? 0 : above;
+  const double sum = (rms ? variance : variance + 0 * variance) + static_cast<double>(eps);
+  return static_cast<float>(1.0 / _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(sum))));
+}
+
+// The pivot of a row: one of its numbers, from which the others are summed. Equal numbers so have the mean that they
+// are, and where they are far from 0 the sum is not: it is the middle one of the first three, whose lanes `first` has
+// (0 where there are fewer), since a row may begin with its largest. Numbers of 16 bits are summed as they are
+// (sum_columns).
+ZB_INLINE float pivot_of(const float*, Vec first) {
+  const __m128 a = low_quarter(first), b = _mm_movehdup_ps(a), c = _mm_movehl_ps(a, a);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_min_ss(a, b), _mm_min_ss(_mm_max_ss(a, b), c)));
+}
+ZB_INLINE float pivot_of(const void*, Vec) { return 0.0f; }
+// x less the pivot, in the units that multiply: those that add have the sum.
+template <class Lanes>
+ZB_INLINE Vec above_pivot(const float*, Vec x, float pivot, Lanes lanes) {
+  return keep_first(fmsub(x, set1(1.0f), set1(pivot)), lanes);
+}
+template <class Lanes>
+ZB_INLINE Vec above_pivot(const void*, Vec x, float, Lanes) {
+  return x;
 }
 
 // The row of an operand for one chunk, in the order of pairs: fp32 is copied into it, bf16 has it as it is loaded.
@@ -63,8 +86,8 @@ struct RowPair {
       add_to(a, u);
       add_to(b, v);
     });
-    const float inverse = 1.0f / static_cast<float>(D);
-    const float means[2] = {sum(total(a)) * inverse, sum(total(b)) * inverse};
+    // The mean of equal numbers is that number: so few of bf16 are summed without rounding, and divided they are exact.
+    const float means[2] = {sum(total(a)) / static_cast<float>(D), sum(total(b)) / static_cast<float>(D)};
     const Vec ma = set1(means[0]), mb = set1(means[1]);
     a = zero(), b = zero();
     for_lanes_by_4(D, [&](int64_t i, auto lanes) {
@@ -74,8 +97,8 @@ struct RowPair {
       add_product_to(b, v, v);
     });
     const double count = static_cast<double>(D);
-    stats[0] = {means[0], inverse_root(sum(total(a)) / count + eps)};
-    stats[1] = {means[1], inverse_root(sum(total(b)) / count + eps)};
+    stats[0] = {means[0], inverse_root(sum(total(a)) / count, 0.0, rms, eps)};
+    stats[1] = {means[1], inverse_root(sum(total(b)) / count, 0.0, rms, eps)};
   }
 
   // y = xhat * (1 + scale) + shift of row k.

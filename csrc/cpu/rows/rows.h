@@ -22,6 +22,8 @@ constexpr int kRowsInStep = 4;
 // Addends of one fp32 sum: a longer sum loses a bit with every fourfold of its length, so it is cut and the parts
 // added.
 constexpr int64_t kCascade = 16;
+// The same of a chain of sum_columns, where such a cut costs a sum over lanes.
+constexpr int64_t kColumnChain = 32;
 
 template <bool B>
 struct Bool {
@@ -51,6 +53,10 @@ ZB_INLINE void store_or_stream(T* p, Vec a, int lanes, bool) {
   store(p, a, lanes);
 }
 
+// Whether the lanes of a step are those of a tail.
+constexpr bool is_tail(const int*) { return true; }
+constexpr bool is_tail(const void*) { return false; }
+
 // f(i, lanes) for the columns begin .. end.
 template <class F>
 ZB_INLINE void each_column(int64_t begin, int64_t end, const F& f) {
@@ -59,19 +65,27 @@ ZB_INLINE void each_column(int64_t begin, int64_t end, const F& f) {
   if (i < end) f(i, static_cast<int>(end - i));
 }
 
-// The sum over D columns of what acc = f(acc, i, lanes) adds; four chains hide the latency of the addition.
+// The sum over D columns of what acc = f(acc, i, lanes) adds; four chains hide the latency of the addition. They are
+// cut after kColumnChain addends: sums of 16-bit numbers of one size are exact, however long.
 template <class F>
-ZB_INLINE float sum_columns(int64_t D, const F& f) {
-  Vec a = zero(), b = zero(), c = zero(), d = zero();
+ZB_INLINE double sum_columns(int64_t D, const F& f) {
+  constexpr int64_t step = 4 * kLanes;
+  const int64_t whole = D / step * step;
+  double total = 0;
   int64_t i = 0;
-  for (; i + 4 * kLanes <= D; i += 4 * kLanes) {
-    a = f(a, i, OneVec{});
-    b = f(b, i + kLanes, OneVec{});
-    c = f(c, i + 2 * kLanes, OneVec{});
-    d = f(d, i + 3 * kLanes, OneVec{});
+  while (true) {
+    Vec a = zero(), b = zero(), c = zero(), d = zero();
+    const int64_t end = whole - i > kColumnChain * step ? i + kColumnChain * step : whole;
+    for (; i < end; i += step) {
+      a = f(a, i, OneVec{});
+      b = f(b, i + kLanes, OneVec{});
+      c = f(c, i + 2 * kLanes, OneVec{});
+      d = f(d, i + 3 * kLanes, OneVec{});
+    }
+    if (end == whole) each_column(whole, D, [&](int64_t j, auto lanes) ZB_BODY { a = f(a, j, lanes); });
+    total += static_cast<double>(sum((a + b) + (c + d)));
+    if (end == whole) return total;
   }
-  each_column(i, D, [&](int64_t j, auto lanes) ZB_BODY { a = f(a, j, lanes); });
-  return sum((a + b) + (c + d));
 }
 
 // One row of an operand. When the operand is absent, mask is 0 and one constant vector stands for every column.
@@ -112,7 +126,7 @@ struct ConstantRow {
   }
 };
 
-// M is float for a per-sample operand, the activation type for a per-token one; `absent` holds kConstant of it.
+// M is float, or the activation type for a per-token operand; `absent` holds kConstant of it.
 template <class M>
 ZB_INLINE Operand<M> operand(const Rows& rows, const M* absent) {
   if (rows.ptr == nullptr) return {absent, 0, 0, 0};
@@ -125,10 +139,17 @@ ZB_INLINE OperandRow<float> channel_row(const float* p, const float* absent) {
 
 ZB_INLINE bool is_per_token(const Rows& rows) { return rows.ptr != nullptr && rows.per_token; }
 
+// Rows for each token that are fp32 beside activations of 16 bits: the loops that read operands as they read the
+// activations do not take them.
+template <class T>
+ZB_INLINE bool is_wide(T*, const Rows& rows) {
+  return is_per_token(rows) && rows.fp32 && sizeof(T) != sizeof(float);
+}
+
 // f(M*) with the element type of an operand of activations of type T.
 template <class T, class F>
 ZB_INLINE void with_operand_type(T*, const Rows& rows, const F& f) {
-  if (is_per_token(rows)) {
+  if (is_per_token(rows) && !rows.fp32) {
     f(static_cast<T*>(nullptr));
   } else {
     f(static_cast<float*>(nullptr));

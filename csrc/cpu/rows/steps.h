@@ -12,6 +12,11 @@ constexpr int64_t kStagedRow = 2048;  // elements: two rows and four operands of
 
 // A step of two whole vectors; of bf16, one load of 2 kLanes elements in the order of their pairs.
 struct TwoVecs {};
+
+// Whether an operand is fp32, and not in the 16 bits of the activation.
+constexpr bool is_float(const float*) { return true; }
+constexpr bool is_float(const void*) { return false; }
+
 struct Vec2 {
   Vec v[2];
 };
@@ -38,33 +43,6 @@ ZB_INLINE Vec part(Vec a, int) { return a; }
 ZB_INLINE Vec part(Vec2 a, int k) { return a.v[k]; }
 ZB_INLINE Vec part(Bits a, int k) { return k == 0 ? widen_even(a) : widen_odd(a); }
 
-template <class T, class Lanes>
-ZB_INLINE void store_step(T* p, Vec2 a, Lanes lanes, bool streamed) {
-  store_or_stream(p, a.v[0], lanes, streamed);
-}
-ZB_INLINE void store_step(bf16* p, Vec2 a, TwoVecs, bool streamed) {
-  if (streamed) {
-    stream_bits(p, narrow_plain_pair(a));
-  } else {
-    store_bits(p, narrow_plain_pair(a));
-  }
-}
-// The same, returning what was stored.
-template <class T, class Lanes>
-ZB_INLINE Vec store_step_rounded(T* p, Vec2 a, Lanes lanes, bool streamed) {
-  store_or_stream(p, a.v[0], lanes, streamed);
-  return round_to(a.v[0], p);
-}
-ZB_INLINE Bits store_step_rounded(bf16* p, Vec2 a, TwoVecs, bool streamed) {
-  const Bits bits = narrow_plain_pair(a);
-  if (streamed) {
-    stream_bits(p, bits);
-  } else {
-    store_bits(p, bits);
-  }
-  return bits;
-}
-
 // Stores a step where load_step() will find it again.
 template <class T, class Lanes>
 ZB_INLINE void keep_step(T* p, Vec a, Lanes lanes) {
@@ -78,6 +56,35 @@ ZB_INLINE void keep_step(float* p, Vec2 a, Lanes lanes) {
 ZB_INLINE void keep_step(float* p, Vec2 a, TwoVecs) {
   store(p, a.v[0]);
   store(p + kLanes, a.v[1]);
+}
+
+template <class T, class Lanes>
+ZB_INLINE void store_step(T* p, Vec2 a, Lanes lanes, bool streamed) {
+  store_or_stream(p, a.v[0], lanes, streamed);
+}
+ZB_INLINE void store_step(bf16* p, Vec2 a, TwoVecs, bool streamed) {
+  if (streamed) {
+    stream_bits(p, narrow_plain_pair(a));
+  } else {
+    store_bits(p, narrow_plain_pair(a));
+  }
+}
+// fp32 beside rows of bf16, in memory's order.
+ZB_INLINE void store_step(float* p, Vec2 a, TwoVecs, bool) { keep_step(p, interleave(a), TwoVecs{}); }
+// The first one, returning what was stored.
+template <class T, class Lanes>
+ZB_INLINE Vec store_step_rounded(T* p, Vec2 a, Lanes lanes, bool streamed) {
+  store_or_stream(p, a.v[0], lanes, streamed);
+  return round_to(a.v[0], p);
+}
+ZB_INLINE Bits store_step_rounded(bf16* p, Vec2 a, TwoVecs, bool streamed) {
+  const Bits bits = narrow_plain_pair(a);
+  if (streamed) {
+    stream_bits(p, bits);
+  } else {
+    store_bits(p, bits);
+  }
+  return bits;
 }
 
 // f(i, lanes) over [0, D) for rows of T; bf16 in pairs up to the tail.
@@ -118,7 +125,9 @@ ZB_INLINE Vec in_step(OperandRow<float> row, int64_t i, Lanes lanes) {
 // What row r of a tile has at a step: of an operand with a row for each token, or of one row for all of them, staged.
 template <bool kToken, class M, class Lanes>
 ZB_INLINE auto either_step(const OperandTile<kToken, M>& a, OperandRow<float> staged, int r, int64_t i, Lanes lanes) {
-  if constexpr (kToken) {
+  if constexpr (kToken && is_float(static_cast<M*>(nullptr))) {
+    return in_step(OperandRow<float>{a.p + r * a.stride_t, -1}, i, lanes);
+  } else if constexpr (kToken) {
     return load_step(a.p + r * a.stride_t + i, lanes);
   } else {
     return load_step(staged.p + (i & staged.mask), lanes);
@@ -146,10 +155,6 @@ template <class T>
 ZB_INLINE void stage(T* type, float* to, OperandRow<float> row, int64_t D) {
   each_step(type, D, [&](int64_t i, auto lanes) ZB_BODY { keep_step(to + i, in_step(row, i, lanes), lanes); });
 }
-
-// Whether an operand is fp32: one row per sample, and not a row per token in the type of the activation.
-constexpr bool is_float(const float*) { return true; }
-constexpr bool is_float(const void*) { return false; }
 
 // Whether rows of T are walked in pairs.
 template <class T>

@@ -28,6 +28,11 @@ ZB_INLINE Vec min_with(float bound, Vec x) { return {_mm256_min_ps(_mm256_set1_p
 ZB_INLINE Vec max_with(float bound, Vec x) { return {_mm256_max_ps(_mm256_set1_ps(bound), x.v)}; }
 ZB_INLINE Vec magnitude(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 ZB_INLINE Vec where_negative(Vec a, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, a.v)}; }
+ZB_INLINE Vec zero_times_below(float bound, Vec x, Vec y) {
+  const __m256 below = _mm256_cmp_ps(x.v, _mm256_set1_ps(bound), _CMP_LT_OQ);
+  if (_mm256_movemask_ps(below) == 0) return y;
+  return {_mm256_blendv_ps(y.v, _mm256_mul_ps(x.v, _mm256_setzero_ps()), below)};
+}
 ZB_INLINE Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 ZB_INLINE Vec above_floor(Vec t) { return t - Vec{_mm256_floor_ps(t.v)}; }
 // n integral, in [-126, 127]: builds 2^n in the exponent field.
@@ -51,6 +56,7 @@ ZB_INLINE float sum(Vec a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+ZB_INLINE __m128 low_quarter(Vec a) { return _mm256_castps256_ps128(a.v); }
 ZB_INLINE Vec broadcast(__m128 a) { return {_mm256_broadcastss_ps(a)}; }
 
 struct Sum64 {

@@ -33,6 +33,11 @@ ZB_INLINE Vec magnitude(Vec a) { return {_mm512_abs_ps(a.v)}; }
 ZB_INLINE Vec where_negative(Vec a, Vec yes, Vec no) {
   return {_mm512_mask_mov_ps(no.v, _mm512_movepi32_mask(_mm512_castps_si512(a.v)), yes.v)};
 }
+// 0 * x where x is below the bound, else y. Such an x is seldom: one comparison and a branch.
+ZB_INLINE Vec zero_times_below(float bound, Vec x, Vec y) {
+  const __mmask16 below = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(bound), _CMP_LT_OQ);
+  return below == 0 ? y : Vec{_mm512_mask_mul_ps(y.v, below, x.v, _mm512_setzero_ps())};
+}
 ZB_INLINE Vec round_nearest(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -66,7 +71,8 @@ ZB_INLINE __m128 quarter_sums(Vec a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-ZB_INLINE Vec broadcast(__m128 a) { return {_mm512_broadcastss_ps(a)}; }  // of its lowest lane
+ZB_INLINE __m128 low_quarter(Vec a) { return _mm512_castps512_ps128(a.v); }  // its first four lanes
+ZB_INLINE Vec broadcast(__m128 a) { return {_mm512_broadcastss_ps(a)}; }     // of its lowest lane
 
 // Lane sums in fp64 of products of fp32 numbers, which are exact there.
 struct Sum64 {

@@ -177,7 +177,7 @@ inline void drive_row_norm(DType dtype, RowOptions o, int64_t B, int64_t T, int6
   p.dy = call.input(n);
   p.dx = call.output(n);
   if (o.scale_per_token) {
-    p.dscale_token = call.output(n);
+    p.dscale_token = call.grad(n);
   } else {
     p.dscale = call.grad(B * D);
     if (!o.shift_per_token) p.dshift = call.grad(B * D);
@@ -186,7 +186,7 @@ inline void drive_row_norm(DType dtype, RowOptions o, int64_t B, int64_t T, int6
     p.dx_new = call.input(n);
     p.dbranch = call.output(n);
     if (o.gate_per_token) {
-      p.dgate_token = call.output(n);
+      p.dgate_token = call.grad(n);
     } else {
       p.dgate = call.grad(B * D);
     }
