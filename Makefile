@@ -11,7 +11,7 @@ CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/
 CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel clean
+.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel hub clean
 
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock demo
@@ -71,6 +71,10 @@ wheel: $(STAMP)
 	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel .
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --exclude libc10.so --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	ZEROBLOCK_BUILD_NATIVE=0 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+
+# A package for Hugging Face's kernels hub: Triton kernels and Python, no second copy in the tree.
+hub: $(STAMP)
+	$(BIN)/python -m zeroblock.tools.hub dist/hub
 
 # torch is named in the last command too: torchvision would replace it by the newest.
 OR_SAY = || { echo "make: pip failed. Has it a network? ($(TORCH), where it lies on no disk, is up to 3 GB)" >&2; exit 1; }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import functional, zero
+from ._version import NAMESPACE
 from .backends import available
 from .backends.base import Backend, Step
 from .backends.select import select
@@ -136,7 +137,7 @@ def _gpu_backend(name: str) -> str:
 def info() -> str:
     """What is built and why not, in a few lines."""
     if available.CPU_MISSING is None:
-        cpu = f"built, running on {torch.ops.zeroblock._cpu_isa()}"
+        cpu = f"built, running on {getattr(torch.ops, NAMESPACE)._cpu_isa()}"
     else:
         cpu = f"not used: {available.CPU_MISSING}"
     return "\n".join(

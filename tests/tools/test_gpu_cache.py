@@ -76,3 +76,38 @@ def test_an_archive_of_kernels_is_found_elsewhere(tmp_path):
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
     assert "2 kernels, 0 new" in run(tmp_path / "there", again)
     assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("tree", "carried", "found"),
+    [
+        ("sm_80 sm_90", None, "of the tree"),
+        ("sm_80 sm_90", "sm_90", "of the tree"),
+        ("sm_80", "sm_90", "carried"),
+        (None, "sm_90", "carried"),
+        (None, "sm_80", "built here"),
+        ("sm_80", None, "built here"),
+    ],
+)
+def test_the_extension_is_the_one_that_has_the_architecture(tree, carried, found, tmp_path, monkeypatch):
+    """Of an sm_90: files stand for extensions, and hold what they were built for."""
+    from gpurun import Setting, parts
+
+    places = {"BUILT": tree, "CARRIED": carried}
+    for name, archs in places.items():
+        path = tmp_path / name
+        monkeypatch.setattr(parts, name, path)
+        if archs is not None:
+            path.write_text(archs)
+    told = lambda: (None, parts.BUILT.read_text()) if parts.BUILT.exists() else ("it was not built", "")  # noqa: E731
+    monkeypatch.setattr(parts, "told", told)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def build(command, env, **options):
+        assert "build_ext" in command and env["TORCH_CUDA_ARCH_LIST"] == "9.0"
+        parts.BUILT.write_text("sm_90")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(parts.subprocess, "run", build)
+    assert parts.extension(Setting("cuda", False))["extension"] == found
+    assert "sm_90" in parts.BUILT.read_text()

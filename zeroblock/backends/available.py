@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import FLOATING
+from .._version import NAMESPACE
 from ..kernels._torch import OLDEST_NATIVE, VERSION
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def _load_extension() -> str | None:
 
 
 def _why_no_cpu_kernels() -> str | None:
-    if EXTENSION_MISSING is None and not torch.ops.zeroblock._cpu_isa():
+    if EXTENSION_MISSING is None and not getattr(torch.ops, NAMESPACE)._cpu_isa():
         return "this processor has neither AVX2+FMA+F16C nor AVX-512"
     return EXTENSION_MISSING
 

@@ -23,6 +23,7 @@ from .._layout import (
     tokens,
     untokens,
 )
+from .._version import NAMESPACE
 from ..plan.planned import Explanation
 from ..reference import promoted
 from ..steps.linear import LINEAR, LinearCall
@@ -30,7 +31,7 @@ from .base import MaybeTensor, Step, WinogradKernels
 from .dense import with_dtype
 from .reference import Reference
 
-_native = torch.ops.zeroblock
+_native = getattr(torch.ops, NAMESPACE)
 # Bound once: looking an overload up costs as much as a small kernel (benchmarks/overhead.py).
 _group_norm_silu = _native._group_norm_silu.default
 _group_norm_silu_bwd = _native._group_norm_silu_bwd.default

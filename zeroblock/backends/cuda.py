@@ -23,6 +23,7 @@ from .._layout import (
     tokens,
     untokens,
 )
+from .._version import NAMESPACE
 from ..reference import promoted
 from .base import MaybeTensor
 from .cuda_convs import CudaConvs, Kernels, flag_byte
@@ -54,7 +55,7 @@ class Cuda(CudaConvs, Reference):
     def __init__(self) -> None:
         self.device = "cuda"
         try:
-            self.kernels = Kernels.load("zeroblock")
+            self.kernels = Kernels.load(NAMESPACE)
         except AttributeError:
             self.missing = (
                 "the extension was built without CUDA kernels (they need a CUDA build of torch and nvcc; "
@@ -73,7 +74,7 @@ class Cuda(CudaConvs, Reference):
 
     def archs(self) -> str:
         """The GPU architectures that the kernels were compiled for."""
-        return torch.ops.zeroblock._cuda_archs()
+        return getattr(torch.ops, NAMESPACE)._cuda_archs()
 
     def why_not(self, op: str, x: Tensor) -> str | None:
         return "the tensor is empty" if x.numel() == 0 and op != "is_zero" else None

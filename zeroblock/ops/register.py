@@ -21,12 +21,12 @@ from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from .._version import NAMESPACE
 from ..backends.base import MaybeTensor
 from ..kernels._torch import STRIDES_TAG
 from ..plan.mode import REDUCED, TRAINING, fixed_rule, mode
 from .shapes import empty
 
-NAMESPACE = "zeroblock"
 _registry = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 F = TypeVar("F", bound=Callable[..., Any])
