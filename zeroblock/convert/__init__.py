@@ -170,8 +170,8 @@ def _why_not(block: nn.Module, path: str, model: nn.Module, family: Family) -> s
         reason = f"its attributes are not those of {family.name}: {type(error).__name__}: {error}"
     if reason is not None:
         return reason
-    if vars(block).keys() & {"forward", family.method, "_hf_hook"}:
-        return f"its {family.method} is replaced on the instance (an offloading or casting hook)"
+    if vars(block).keys() & {"forward", family.entry(type(block)), "_hf_hook"}:
+        return f"its {family.entry(type(block))} is replaced on the instance (an offloading or casting hook)"
     try:
         accelerated_class(type(block), family)
     except TypeError as error:

@@ -5,7 +5,8 @@ file of its own in `families/`; it never imports the package whose blocks it kno
 
     name       its key in reports and in `python -m zeroblock info NAME`; also the name of its counter
     classes    the names of the classes it may know (of the block's class or one of its bases)
-    method     the method that accelerate replaces, "forward" unless the class has an inner one ("_forward")
+    method     the method that accelerate replaces, "forward" unless the class has an inner one ("_forward"; `entry`,
+               where it is one or the other)
     inner      whether it leaves blocks alone that belong to an outer block (see below)
     dense_backend  who runs the branches that are not zero, where that is not a backend of zeroblock
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
@@ -85,6 +86,10 @@ class Family:
     def example(self, block: Any) -> tuple | None:
         raise NotImplementedError
 
+    def entry(self, kind: type[nn.Module]) -> str:
+        """The name of the method that is replaced in blocks of this class."""
+        return self.method
+
     def proof_target(self, block: nn.Module) -> nn.Module:
         """What the proof copies: the block, or less of it where the rest proves nothing."""
         return block
@@ -97,7 +102,8 @@ class Family:
 
     def eager(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         """The method the block had before accelerate."""
-        return getattr(type(block)._zeroblock.original, self.method)(block, *args, **kwargs)
+        original = type(block)._zeroblock.original
+        return getattr(original, self.entry(original))(block, *args, **kwargs)
 
 
 def register(family: type[Family]) -> type[Family]:
@@ -141,6 +147,7 @@ def accelerated_class(original: type, family: Family) -> type:
     class cannot be extended."""
     key = (original, type(family), family.zero_skip, family.backend, family.precision)
     if key not in _classes:
+        name = family.entry(original)
         body = {
             "_zeroblock": _Applied(original, family),
             "__module__": original.__module__,
@@ -149,7 +156,7 @@ def accelerated_class(original: type, family: Family) -> type:
             "__reduce_ex__": _pickled_as(original),
             "__deepcopy__": _copied_as(original, copy.deepcopy),
             "__copy__": _copied_as(original, copy.copy),
-            family.method: _replacement(original, getattr(original, family.method), family),
+            name: _replacement(original, name, family),
         }
         _classes[key] = types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(body))
         family.on_class_created(_classes[key])
@@ -161,8 +168,9 @@ def applied(block: nn.Module) -> _Applied | None:
     return getattr(type(block), "_zeroblock", None)
 
 
-def _replacement(original: type, method: Callable, family: Family) -> Callable:
-    name, forward, backend, fast = family.method, family.forward, family.backend, family.precision == "fast"
+def _replacement(original: type, name: str, family: Family) -> Callable:
+    method: Callable = getattr(original, name)
+    forward, backend, fast = family.forward, family.backend, family.precision == "fast"
     parameters = inspect.signature(forward).parameters.values()
     names = tuple(p.name for p in parameters)
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

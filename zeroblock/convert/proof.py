@@ -31,7 +31,8 @@ def disagreement(block: nn.Module, family: Family) -> str | None:
 
 def _fingerprint(block: nn.Module, family: Family) -> tuple:
     """What a block's forward can depend on but its tensors' values: classes, functions, shapes, plain attributes."""
-    code = tuple((type(m), type(m).forward, getattr(type(m), family.method, None)) for m in block.modules())
+    entry = family.entry(type(block))
+    code = tuple((type(m), type(m).forward, getattr(type(m), entry, None)) for m in block.modules())
     plain = tuple(
         (path, name, str(value))
         for path, m in block.named_modules()
@@ -57,7 +58,7 @@ def _compare(block: nn.Module, family: Family) -> str | None:
             twin.__class__ = kind
             torch.default_generator.manual_seed(1)
             try:
-                results.append(_run(twin, family.method, example))
+                results.append(_run(twin, family.entry(original), example))
             except Exception as error:  # whatever foreign code raises on our example
                 whose = "its own" if kind is original else "zeroblock's"
                 return f"{whose} forward fails on the example of {family.name}: {type(error).__name__}: {error}"

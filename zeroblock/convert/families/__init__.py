@@ -5,6 +5,7 @@ from ..family import FAMILIES as FAMILIES
 # isort: split
 # isort: off
 from . import (  # noqa: F401
+    compvis,
     diffusers_adaln,
     diffusers_attention,
     diffusers_controlnet,
@@ -16,6 +17,7 @@ from . import (  # noqa: F401
     edm,
     edm2,
     fixup_rezero,
+    flux,
     guided_diffusion,
     ldm,
     peft_lora,
