@@ -27,7 +27,7 @@ def conv(channels, out_channels, kernel_size=3, dims=2):
     return kind(channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
-# ---- CompVis: latent-diffusion, taming-transformers, sgm, pytorch_diffusion, LlamaGen ---------------------------------
+# ---- CompVis: latent-diffusion, taming-transformers, sgm, pytorch_diffusion, LlamaGen --------------------------------
 
 
 class ResnetBlock(nn.Module):
@@ -100,7 +100,7 @@ class InPlace(ResnetBlock):
         return self.nin_shortcut(x) + h
 
 
-# ---- yang-song/score_sde_pytorch --------------------------------------------------------------------------------------
+# ---- yang-song/score_sde_pytorch -------------------------------------------------------------------------------------
 
 
 class NIN(nn.Module):
@@ -166,7 +166,7 @@ class ResnetBlockBigGANpp(ResnetBlockDDPM):
         return x.reshape(N, C, H // 2, 2, W // 2, 2).mean((3, 5)) if self.down else x
 
 
-# ---- forks that compute something else --------------------------------------------------------------------------------
+# ---- forks that compute something else -------------------------------------------------------------------------------
 
 
 class Gelu(ResnetBlock):

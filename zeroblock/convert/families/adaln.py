@@ -140,7 +140,7 @@ def gated_projection(
     proj: nn.Module,
     *modules: nn.Module,
 ) -> Tensor:
-    """residual + gate * proj(body(*activations)), body calling `modules`; skipped while gate or proj is exactly zero."""
+    """residual + gate * proj(body(*activations)), body calling `modules`; skipped while gate or proj is zero."""
     answer, y = NOT_ALLOWED, None
     if residual.dim() == 3 and is_plain(residual, gate):
         name, policy, random = family.name, family.zero_skip, any(map(may_draw, modules))

@@ -98,7 +98,7 @@ class DoubleStreamBlock(_Attending, TwoStreams):
     The two-stream block of Flux. Source: `DoubleStreamBlock` of black-forest-labs/flux, pytorch/torchtitan,
     kohya-ss/sd-scripts and musubi-tuner (FLUX.1). float16 and a fork's own arguments (masks) go to the original.
     Use: zb.accelerate(model), before torch.compile; checkpointing stays in charge, attention is the author's.
-    Inference: attention is not run while the gates of both streams are zero, an MLP not while its gate or last layer is.
+    Inference: attention is not run while the gates of both streams are zero, an MLP not while its own is.
     Training forward while the gates are zero: attention and MLP run once, without a graph.
     Training backward while zero: the gates' gradients alone; the rest are zeros.
     """
@@ -220,7 +220,7 @@ class SingleStreamBlock(_Attending):
 class LastLayer(FinalLayer):
     """linear(norm_final(x) * (1 + scale) + shift), (shift, scale) = adaLN_modulation(vec)
 
-    The final layer of Flux, DiT's under another name. Source: `LastLayer` of black-forest-labs/flux, pytorch/torchtitan,
+    Flux's final layer, DiT's under another name. Source: `LastLayer` of black-forest-labs/flux, pytorch/torchtitan,
     kohya-ss/sd-scripts and musubi-tuner. Where x, vec and weights differ in dtype, the original runs: some copies cast.
     Use: zb.accelerate(model).
     Inference: while linear is zero the result is its bias; norm, modulation and linear are skipped.
