@@ -155,7 +155,7 @@ def feed_forward(
     family: Family, ff: nn.Module, norm: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
 ) -> Tensor:
     """x + gate * ff(norm(x) * (1 + scale) + shift); shift, scale and gate [B, D]. By its layers where ff is diffusers'
-    FeedForward, or linear, GELU and linear in an nn.Sequential.
+    FeedForward, or linear, GELU or SiLU, and linear in an nn.Sequential.
 
     Saved for backward: x and the first linear's output. Skipped while the gate or the last linear is exactly zero.
     """
@@ -205,8 +205,11 @@ def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
     do not know (activation None). None: it is to be called as a whole."""
     if isinstance(ff, nn.Sequential):
         known = len(ff) == 3 and layers.computes(ff, _SEQUENTIALS) and bypassable((ff,))
-        plain = known and is_plain_linear(ff[0]) and is_plain_linear(ff[2]) and type(ff[1]).forward in _PLAIN_GELUS
-        return (ff[0], _gelu(ff[1]), ff[2]) if plain else None
+        if not known or not is_plain_linear(ff[0]) or not is_plain_linear(ff[2]):
+            return None
+        act = type(ff[1]).forward
+        activation = _gelu(ff[1]) if act in _PLAIN_GELUS else "silu" if act in layers.SILUS else None
+        return None if activation is None else (ff[0], activation, ff[2])
     net: Any = getattr(ff, "net", None)
     if type(ff).__name__ != "FeedForward" or net is None or len(net) not in (3, 4) or not bypassable((ff,)):
         return None
