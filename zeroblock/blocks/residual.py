@@ -26,13 +26,14 @@ def residual_branch(
     *,
     modules: tuple[nn.Module, ...],
     random: bool | None = None,
+    trusted: tuple[str, ...] = (),
 ) -> tuple[Answer, Tensor | None]:
     """The decision about residual + gate * tail(body(*activations)), and its value where the branch is skipped; None:
     compute it densely.
 
     tail: a layer, or None where the branch ends with the body. gate: None, or what multiplies the branch.
     modules: the submodules that a skip bypasses, the tail's excepted; their parameters get gradients of zeros.
-    random: whether the body may draw random numbers (None: look at the modules).
+    random: whether the body may draw random numbers (None: look at the modules, as `may_draw` does with `trusted`).
     """
     weights: tuple[Tensor, ...] = ()
     bypassed = modules
@@ -51,7 +52,7 @@ def residual_branch(
             if answer not in SKIPS:
                 return answer, None
             if random is None:
-                random = any(map(may_draw, modules))
+                random = any(may_draw(m, trusted) for m in modules)
             if y is None or random:
                 y = skip_residual(answer, residual, body, tail, None, activations, modules, random)
             return answer, y
@@ -62,7 +63,7 @@ def residual_branch(
     answer = decide(name, policy, weights, gates, bypassed) if weights or gates else NOT_ALLOWED
     if answer not in SKIPS:
         return answer, None
-    return answer, skip_residual(answer, residual, body, tail, gate, activations, modules, random)
+    return answer, skip_residual(answer, residual, body, tail, gate, activations, modules, random, trusted)
 
 
 def skip_residual(
@@ -74,10 +75,11 @@ def skip_residual(
     activations: tuple[Tensor, ...],
     modules: tuple[nn.Module, ...],
     random: bool | None = None,
+    trusted: tuple[str, ...] = (),
 ) -> Tensor:
     """The value of a branch as `residual_branch` takes it, for which `answer` was one of SKIPS."""
     if random is None:
-        random = any(map(may_draw, modules))
+        random = any(may_draw(m, trusted) for m in modules)
     is_conv = tail is not None and not isinstance(tail, nn.Linear)
     if gate is not None and not is_conv and residual.dim() == 3 and gate.dim() in (2, 3):
         # [1, D], [B, 1, D] and the like: a gate of the sizes that the ops know.

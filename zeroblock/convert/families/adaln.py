@@ -45,6 +45,9 @@ def gate_rows(linear: Any, chunks: int, *gates: int) -> tuple[Tensor, ...]:
     )
 
 
+# Packages whose code draws random numbers through layers of torch alone.
+_TRUSTED = ("diffusers.models.",)
+
 _SEQUENTIALS: layers.Forwards = {nn.Sequential.forward: None}
 _PLAIN_GELUS: layers.Forwards = {nn.GELU.forward: None}
 # The forwards of diffusers' classes that were proved.
@@ -104,7 +107,7 @@ def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
 def may_draw(module: nn.Module) -> bool:
     """Whether a call may consume random numbers: active dropout, or layers and attention processors of others'."""
-    return layers.may_draw(module, trusted=("diffusers.models.",))
+    return layers.may_draw(module, _TRUSTED)
 
 
 def gated_branch(
@@ -118,8 +121,10 @@ def gated_branch(
     """residual + gate * branch(*activations), branch calling `modules`; skipped while the gate is exactly zero."""
     y = None
     if residual.dim() == 3 and is_plain(residual, gate):
-        name, policy, random = family.name, family.zero_skip, any(map(may_draw, modules))
-        _, y = residual_branch(name, policy, residual, branch, None, gate, activations, modules=modules, random=random)
+        name, policy = family.name, family.zero_skip
+        _, y = residual_branch(
+            name, policy, residual, branch, None, gate, activations, modules=modules, trusted=_TRUSTED
+        )
     return gated(residual, gate, branch(*activations)) if y is None else y
 
 
@@ -143,9 +148,9 @@ def gated_projection(
     """residual + gate * proj(body(*activations)), body calling `modules`; skipped while gate or proj is zero."""
     answer, y = NOT_ALLOWED, None
     if residual.dim() == 3 and is_plain(residual, gate):
-        name, policy, random = family.name, family.zero_skip, any(map(may_draw, modules))
+        name, policy = family.name, family.zero_skip
         answer, y = residual_branch(
-            name, policy, residual, body, proj, gate, activations, modules=modules, random=random
+            name, policy, residual, body, proj, gate, activations, modules=modules, trusted=_TRUSTED
         )
     policy = op_policy(answer, family.zero_skip)
     return projected(residual, gate, body(*activations), proj, policy) if y is None else y

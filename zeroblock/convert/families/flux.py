@@ -40,7 +40,7 @@ class _Attending(Family):
         return sys.modules.get(getattr(kind, self.entry(kind)).__module__)
 
     def _no_attention(self, block: nn.Module) -> str | None:
-        wanted = "apply_rope" if hasattr(block, "inner_attention") else "attention"
+        wanted = "attention" if _inner(block) is None else "apply_rope"
         return None if callable(getattr(self._home(type(block)), wanted, None)) else f"its module has no {wanted}"
 
     def _rotary(self, block: Any, tokens: int) -> Tensor:
@@ -48,7 +48,7 @@ class _Attending(Family):
         angles = torch.randn(1, tokens, _width(block) // block.num_heads // 2)
         cos, sin = angles.cos(), angles.sin()
         pe = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
-        return pe.unsqueeze(2 if hasattr(block, "inner_attention") else 1)
+        return pe.unsqueeze(1 if _inner(block) is None else 2)
 
 
 def _width(block: Any) -> int:
@@ -66,29 +66,29 @@ def _vectors(modulation: Any) -> adaln.Vectors:
     return tuple(t.squeeze(1) for t in (modulation.shift, modulation.scale, modulation.gate))
 
 
+def _inner(block: Any) -> nn.Module | None:
+    """The attention, where it is a module of the block: it has the heads after the tokens."""
+    return block._modules.get("inner_attention")
+
+
 def _heads(block: Any, qkv: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of each head, the tokens in dimension `_tokens_dim`."""
-    order = (2, 0, 1, 3, 4) if _tokens_dim(block) == 1 else (2, 0, 3, 1, 4)
-    q, k, v = qkv.unflatten(-1, (3, block.num_heads, -1)).permute(order).unbind(0)
+    """Queries, keys and values of each head."""
+    B, T, width = qkv.shape
+    order = (2, 0, 3, 1, 4) if _inner(block) is None else (2, 0, 1, 3, 4)
+    heads = block.num_heads
+    q, k, v = qkv.view(B, T, 3, heads, width // (3 * heads)).permute(order).unbind(0)
     q, k = norm(q, k, v)
     return q, k, v
 
 
-def _tokens_dim(block: Any) -> int:
-    return 1 if hasattr(block, "inner_attention") else 2
-
-
 def _attention(block: Any, q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     """[B, T, D], the heads side by side"""
-    home = type(block)._zeroblock_home
-    if not hasattr(block, "inner_attention"):
-        return home.attention(q, k, v, pe=pe, **{n: getattr(block, n) for n in _OPTIONS if hasattr(block, n)})
+    home, inner = type(block)._zeroblock_home, _inner(block)
+    if inner is None:
+        fields = block.__dict__
+        return home.attention(q, k, v, pe=pe, **{n: fields[n] for n in _OPTIONS if n in fields})
     q, k = home.apply_rope(q, k, pe)
-    return block.inner_attention(q, k, v, is_causal=False).flatten(2)
-
-
-def _inner(block: Any) -> tuple[nn.Module, ...]:
-    return (block.inner_attention,) if hasattr(block, "inner_attention") else ()
+    return inner(q, k, v, is_causal=False).flatten(2)
 
 
 @register
@@ -140,7 +140,7 @@ class DoubleStreamBlock(_Attending, TwoStreams):
             qkv = modulated_linear(block.img_norm1, img, shift, scale, b.qkv)
             txt_qkv = modulated_linear(block.txt_norm1, txt, txt_shift, txt_scale, a.qkv)
             streams = zip(_heads(block, txt_qkv, a.norm), _heads(block, qkv, b.norm), strict=True)
-            q, k, v = (torch.cat(pair, dim=_tokens_dim(block)) for pair in streams)
+            q, k, v = (torch.cat(pair, dim=2 if _inner(block) is None else 1) for pair in streams)
             h = _attention(block, q, k, v, pe)
             return h[:, T:], h[:, :T]
 
@@ -165,7 +165,9 @@ def _both(modulations: Any) -> adaln.Vectors:
 
 def _attention_modules(block: Any) -> tuple[nn.Module, ...]:
     streams = ((block.img_norm1, block.img_attn), (block.txt_norm1, block.txt_attn))
-    return tuple(m for norm, attn in streams for m in (norm, attn.qkv, attn.norm)) + _inner(block)
+    modules = tuple(m for norm, attn in streams for m in (norm, attn.qkv, attn.norm))
+    inner = _inner(block)
+    return modules if inner is None else (*modules, inner)
 
 
 @register
@@ -212,7 +214,8 @@ class SingleStreamBlock(_Attending):
             attn = _attention(block, *_heads(block, h[..., : 3 * D], block.norm), pe)
             return torch.cat((attn, block.mlp_act(h[..., 3 * D :])), dim=2)
 
-        modules = (block.pre_norm, block.linear1, block.norm, block.mlp_act, *_inner(block))
+        inner = _inner(block)
+        modules = (block.pre_norm, block.linear1, block.norm, block.mlp_act, *(() if inner is None else (inner,)))
         return gated_projection(self, x, gate, before_last, (x, shift, scale, pe), block.linear2, *modules)
 
 
