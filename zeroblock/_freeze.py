@@ -190,7 +190,12 @@ def _why_not(module: nn.Module) -> str | None:
     if zero.is_exactly_zero(weight):
         return None
     if isinstance(module, nn.Linear):
-        return "its weight is empty" if weight.numel() == 0 else packed.why_not_packed(weight)
+        if weight.numel() == 0:
+            return "its weight is empty"
+        why = packed.why_not_packed(weight)
+        if why is None and not select("linear_gate_residual", weight).uses_packed_linears:
+            why = "without zeroblock's own kernels no linear layer computes with packed weights"
+        return why
     if weight.dim() not in (4, 5):
         return "oneDNN packs convolutions in two and three dimensions"
     if _geometry(module) is None:

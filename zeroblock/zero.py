@@ -9,7 +9,13 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
-6. Dropout masks are drawn before the decision, as eager draws them: the random stream is the same.
+   A body that runs without a graph does not tell which of its parameters it uses: those that it leaves unused, of which
+   eager has no gradient (None), get zeros too while the branch is zero.
+6. The random stream is eager's. Dropout masks are drawn before the decision, as eager draws them. In training a body
+   that may draw (anything but the deterministic layers of torch.nn, and modules that declare `draws_random_numbers =
+   False`) runs even where its result is not needed. In eval mode a body is taken to draw nothing, unless a module of it
+   declares `draws_random_numbers = True`; then it runs in both modes. `accelerate` tries it: a block that draws in eval
+   mode is left alone.
 7. Non-finite values: eager turns 0 * inf into NaN, a skipped branch does not.
 8. BatchNorm in train mode, hooks on bypassed submodules, torch.func transforms, forward-mode AD and torch.jit.trace
    stop a skip. A backward with create_graph recomputes its gradient through the reference.

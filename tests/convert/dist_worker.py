@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 import zeroblock as zb
+from zeroblock.convert import Reason
 from zeroblock.testing import counters, eager, reset_counters
 
 DDP_MODES = {
@@ -154,6 +156,15 @@ def fsdp(model, rank, mesh, first, half):
     compare(got, train(theirs, model.size, rank), f"FSDP, {first} first")
 
 
+def distributed(model, mesh):
+    """Weights that stay distributed are the original's; the report says which block that is."""
+    ours, _ = pair(model)
+    distribute_module(ours.blocks[0], mesh)
+    report = zb.accelerate(ours)
+    assert [(b.path, b.kind) for b in report.left_alone] == [("blocks.0", Reason.DISTRIBUTED)], report
+    assert not any(b.path.startswith("blocks.0") for b in report.branches), report
+
+
 def main(rank: int, world: int, rendezvous: str, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
@@ -166,6 +177,8 @@ def main(rank: int, world: int, rendezvous: str, *names: str) -> None:
         for first in ("accelerate", "shard"):
             for half in (False, True) if model.half else (False,):
                 fsdp(model, rank, mesh, first, half)
+        if name == "guided":
+            distributed(model, mesh)
     dist.destroy_process_group()
 
 

@@ -6,7 +6,6 @@ Class, attribute and parameter names are theirs, since blocks are found by them.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -102,23 +101,6 @@ class ImprovedResBlock(eager.ResBlock):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.in_layers[1] = self.emb_layers[0] = self.out_layers[1] = Swish()
-
-
-class GroupNormSwish(GroupNorm32):
-    """glide-text2im's norm with the activation in it."""
-
-    def forward(self, x):
-        return F.silu(super().forward(x))
-
-
-class GlideResBlock(eager.ResBlock):
-    """glide-text2im's: the activations belong to the norms (with FiLM only the first one)."""
-
-    def __init__(self, channels, *args, **kwargs):
-        super().__init__(channels, *args, **kwargs)
-        self.in_layers[0], self.in_layers[1] = GroupNormSwish(32, channels), nn.Identity()
-        if not self.use_scale_shift_norm:
-            self.out_layers[0], self.out_layers[1] = GroupNormSwish(32, self.out_channels), nn.Identity()
 
 
 # ---- Stability-AI/generative-models ----------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ LEFT_ALONE = {
     "no norm": (lambda: with_norm(nn.Identity()), "not the plain ones"),
     "circular padding": (strided, "not the plain ones"),
     "replaced on the instance": (replaced, "replaced on the instance"),
-    "hooked": (hooked, "watched by hooks"),
+    "hooked": (hooked, "its in_layers.2 has hooks"),
     "nonsense": (lambda: odd_attributes(), "not those of ResBlock: TypeError"),
     "another ResBlock": (lambda: type("ResBlock", (nn.Linear,), {})(4, 4), "it has no in_layers"),
 }

@@ -109,7 +109,7 @@ def fork(**changes):
             GatedBranch("mlp", norm="after", scale=2, gate=4),
         ),
         "rows": lambda block, context, c: block.rows(c),
-        "example": lambda block: (torch.randn(2, 5, D), torch.randn(2, 3, D), torch.randn(2, D)),
+        "example": lambda block, side: (torch.randn(2, side**2, D), torch.randn(2, 3, D), torch.randn(2, D)),
     }
     return GatedBlock("Fork", **(fields | changes))
 
@@ -179,7 +179,7 @@ class Whole(zb.convert.Family):
     def branches(self, block):
         return {}
 
-    def example(self, block, side=2):
+    def example(self, block, side):
         return (torch.randn(3),)
 
     def forward(self, block, x):

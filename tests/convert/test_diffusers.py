@@ -276,7 +276,7 @@ def test_planted_bugs_are_found(plant, proof, monkeypatch):
     """By the proof, which leaves the block alone, or where it is blind by the comparison of these tests."""
     monkeypatch.setattr(_proof, "_proved", {})
     if not proof:
-        monkeypatch.setattr(_proof, "disagreement", lambda block, family: None)
+        monkeypatch.setattr(_proof, "verdict", lambda block, family: _proof.Verdict(None))
     case, phase, run = plant(monkeypatch)
     with pytest.raises(AssertionError):
         check(case, phase, run)

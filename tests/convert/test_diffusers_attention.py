@@ -10,6 +10,7 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock import testing
+from zeroblock.convert import Reason
 
 from .model_cases import Case, accelerated, check, drawn, infer, normal, prepared, rows, three_tests
 from .test_diffusers_models import CONDITIONED, UNET, diffusers
@@ -92,12 +93,14 @@ def _unet():
 
 def test_every_residual_branch_of_stable_diffusion_has_a_row():
     model = _unet()
-    report = zb.accelerate(model, strict=True)
+    report = zb.accelerate(model)
     rows = {b.path: (b.family, b.zero, b.backend) for b in report.branches}
     block = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert rows["down_blocks.0.attentions.0"] == ("Transformer2DModel", False, "eager")
     assert {rows[f"{block}.{name}"] for name in ("attn1", "attn2")} == {("Attention", False, "eager")}
     assert rows[f"{block}.ff"] == ("FeedForward", False, "eager")
+    blocks = {n for n, m in model.named_modules() if type(m).__name__ == "BasicTransformerBlock"}
+    assert {(b.path, b.kind) for b in report.left_alone} == {(path, Reason.PARTS) for path in blocks}
     added = {n for n, m in model.named_modules() if type(m).__name__ in ("Attention", "FeedForward", "ResnetBlock2D")}
     assert added == {path.removesuffix(".conv2") for path in rows if rows[path][0] != "Transformer2DModel"}
 

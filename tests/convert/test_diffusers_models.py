@@ -212,7 +212,7 @@ test_gradients, test_inference, test_ten_steps = three_tests(MODELS, together=Tr
 def test_one_wrong_gradient_is_found(monkeypatch):
     original = diffusers_adaln.modulated
     detached = lambda norm, x, shift, scale: original(norm, x, shift.detach(), scale)  # noqa: E731
-    monkeypatch.setattr(_proof, "disagreement", lambda block, family: None)
+    monkeypatch.setattr(_proof, "verdict", lambda block, family: _proof.Verdict(None))
     check(MODELS["dit"], "dense", evaluate, together=True)
     monkeypatch.setattr(diffusers_adaln, "modulated", detached)
     with pytest.raises(AssertionError, match="gradients: L2 error"):

@@ -10,7 +10,7 @@ import zeroblock as zb
 from zeroblock.testing import assert_error_budget, counters, eager, reset_counters
 
 from ..twins import assert_gradients
-from . import oracles
+from . import oracles, oracles_glide
 from .cases import Case, assert_drop_in, build, randomize_, run
 
 EMB = (2, 16)
@@ -37,6 +37,25 @@ def attention(order):
     )
 
 
+def encoded(block):
+    """Attention to an encoder's tokens too."""
+    return Case(
+        block,
+        lambda: (torch.randn(2, 64, 3, 4), torch.randn(2, 24, 5)),
+        {"AttentionBlock": 1},
+        1,
+    )
+
+
+def consistency(attention, **options):
+    return Case(
+        lambda: oracles_glide.ConsistencyAttentionBlock(64, 4, attention(), **options),
+        lambda: (torch.randn(2, 64, *(3, 4, 2)[: options.get("dims", 2)]),),
+        {"AttentionBlock": 1},
+        1,
+    )
+
+
 CASES = {
     "add": resblock(),
     "film": resblock(use_scale_shift_norm=True),
@@ -49,8 +68,10 @@ CASES = {
     "3-D": resblock(dims=3, up=True),
     "checkpoint": resblock(use_checkpoint=True),
     "improved": resblock(oracles.ImprovedResBlock, use_scale_shift_norm=True),
-    "glide": resblock(oracles.GlideResBlock),
-    "glide-film": resblock(oracles.GlideResBlock, use_scale_shift_norm=True),
+    "glide": resblock(oracles_glide.GlideResBlock),
+    "glide-film": resblock(oracles_glide.GlideResBlock, use_scale_shift_norm=True),
+    "glide-up": resblock(oracles_glide.GlideResBlock, use_scale_shift_norm=True, up=True),
+    "glide-1x1, dropout": resblock(oracles_glide.GlideResBlock, 0.3, out_channels=32),
     "sgm-kernel": resblock(oracles.SgmResBlock, kernel_size=5),
     "sgm-without-embedding": resblock(oracles.SgmResBlock, skip_t_emb=True),
     "sgm-time-stack": Case(
@@ -68,6 +89,15 @@ CASES = {
     "attention-legacy": attention("legacy"),
     "attention-new": attention("new"),
     "attention-improved": attention("improved"),
+    "attention-glide": Case(
+        lambda: oracles_glide.GlideAttentionBlock(64, 4), lambda: (torch.randn(2, 64, 3, 4),), {"AttentionBlock": 1}, 1
+    ),
+    "attention-glide, encoder": encoded(lambda: oracles_glide.GlideAttentionBlock(64, 4, 24)),
+    "attention-consistency": consistency(lambda: oracles.QKVAttentionLegacy(4)),
+    "attention-consistency, 3-D": consistency(lambda: oracles_glide.EncodedAttentionNew(4), dims=3),
+    "attention-consistency, encoder": encoded(
+        lambda: oracles_glide.ConsistencyAttentionBlock(64, 4, oracles_glide.EncodedAttentionNew(4), 24)
+    ),
 }
 
 
@@ -122,3 +152,39 @@ def test_output_convolution_is_found_and_skipped():
     reset_counters()
     net(torch.randn(2, 64, 4, 4), torch.randn(EMB))
     assert counters()["ZeroLayer"] == (1, 0)
+
+
+@pytest.mark.parametrize("phase", ["zero", "dense"])
+def test_flash_attention_stays_the_users_kernel(phase):
+    """consistency_models' default: it is called as a whole, and never on the CPU's float32 of the proof."""
+    torch.manual_seed(0)
+    theirs = oracles_glide.ConsistencyAttentionBlock(64, 4).bfloat16()
+    if phase == "dense":
+        randomize_(theirs)
+    ours = copy.deepcopy(theirs)
+    report = zb.accelerate(ours, strict=True)
+    assert [(b.path, b.family) for b in report.branches] == [("proj_out", "AttentionBlock")]
+    x = torch.randn(2, 64, 3, 4).bfloat16()
+    exact = copy.deepcopy(theirs).double()
+    exact.attention.forward = lambda qkv: oracles_glide.attention_of(4, qkv)
+    reset_counters()
+    with torch.no_grad():
+        assert_error_budget(ours(x), theirs(x), exact(x.double()))
+    assert counters()["AttentionBlock"] == ((0, 1) if phase == "zero" else (1, 0))
+
+
+def test_an_activation_that_glides_norm_holds_is_looked_at_at_every_call():
+    torch.manual_seed(0)
+    theirs = randomize_(oracles_glide.GlideResBlock(64, 16))
+    ours = copy.deepcopy(theirs)
+    zb.accelerate(ours)
+    plain = zb.accelerate(guided := eager.ResBlock(64, 16, 0.0)).blocks
+    x, emb = torch.randn(2, 64, 4, 4), torch.randn(EMB)
+    for block in (ours, theirs):
+        block.in_layers[0].swish = 0.0  # neither norm nor Identity activates
+    assert torch.equal(ours(x, emb), theirs(x, emb))
+    twin = copy.deepcopy(randomize_(guided))
+    zb.restore(twin)
+    for block in (guided, twin):
+        block.in_layers[1] = nn.Identity()  # stands for SiLU behind a norm of GLIDE's alone
+    assert plain == 1 and torch.equal(guided(x, emb), twin(x, emb))

@@ -98,7 +98,7 @@ def test_planted_bug_is_caught(name, monkeypatch):
     """By the comparison with the untouched copy, where the proof is switched off."""
     family = zb.convert.family.FAMILIES["ResBlock"]
     monkeypatch.setattr(family, "forward", PLANTED[name](family.forward))
-    monkeypatch.setattr(zb.convert.proof, "disagreement", lambda *_: None)
+    monkeypatch.setattr(zb.convert.proof, "verdict", lambda *_: zb.convert.proof.Verdict(None))
     monkeypatch.setattr(zb.convert.family, "_classes", {})
     case = Case(
         lambda: eager.ResBlock(64, 16, 0.0, use_scale_shift_norm=True),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import zeroblock as zb
 from zeroblock import reference as ref
@@ -250,3 +251,28 @@ def test_overflow_in_the_body_reaches_a_trainable_tails_gradient():
     assert y.isfinite().all()
     y.sum().backward()
     assert not branch.tail.weight.grad.isfinite().all()
+
+
+class _Unused(nn.Module):
+    """Has a layer that it does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("tail", ["zero", "dense"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable tail", "frozen tail"])
+def test_parameters_that_a_body_does_not_use(tail, trainable):
+    """Rule 5: eager has no gradient of them; neither has a dense branch, and a zero one has zeros."""
+    branch = zb.nn.ResidualBranch(_Unused(), nn.Linear(16, 16))
+    branch.tail.requires_grad_(trainable)
+    if tail == "zero":
+        nn.init.zeros_(branch.tail.weight)
+    branch(torch.randn(2, 5, 16, requires_grad=True)).sum().backward()
+    assert branch.body.used.weight.grad is not None
+    assert [p.grad is None for p in branch.body.unused.parameters()] == [tail == "dense"] * 2
+    assert tail == "dense" or not any(p.grad.any() for p in branch.body.parameters())

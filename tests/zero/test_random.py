@@ -187,6 +187,57 @@ def test_stream_of_a_random_body(layer, mode):
         torch.testing.assert_close(got[key], g, rtol=1e-12, atol=1e-12, msg=key)
 
 
+class AlwaysNoise(nn.Module):
+    """Draws in eval mode too, and says so."""
+
+    draws_random_numbers = True
+
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+class Silent(AlwaysNoise):
+    draws_random_numbers = None  # says nothing
+
+
+def noisy(ns, what, noise):
+    """A zero branch that draws in its body, its attention or its block's attention."""
+    torch.manual_seed(0)
+    if what == "ResidualBranch":
+        module = ns.ResidualBranch(nn.Sequential(linear_body(), noise()), zeroed(nn.Linear(16, 16)))
+    elif what == "gate":
+        gate = nn.Parameter(torch.zeros(1))
+        module = ns.ResidualBranch(nn.Sequential(linear_body(), noise()), nn.Linear(16, 16), gate)
+    elif what == "ReZero":
+        module = ns.ReZero(nn.Sequential(linear_body(), noise()))
+    else:
+        module = ns.DiTBlock(16, 2)
+        module.attn = nn.Sequential(module.attn, noise())
+    return module.double().eval()
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("what", ["ResidualBranch", "gate", "ReZero", "DiTBlock"])
+def test_stream_of_a_body_that_draws_in_eval_mode(what, gradients):
+    """Rule 6: a module that declares it is called in eval mode too, whatever its branch is."""
+    torch.manual_seed(1)
+    inputs = (torch.randn(2, 5, 16).double(), *([torch.randn(2, 16).double()] if what == "DiTBlock" else []))
+    with torch.set_grad_enabled(gradients):
+        y, expected = assert_same_stream([lambda ns=ns: noisy(ns, what, AlwaysNoise)(*inputs) for ns in (zb.nn, eager)])
+    assert torch.equal(y, expected)
+
+
+def test_a_body_that_says_nothing_is_taken_to_draw_nothing_in_eval_mode():
+    """As the contract says: it is skipped, and the stream shifted if it draws all the same."""
+    x = torch.randn(2, 5, 16).double()
+    with torch.no_grad():
+        branch = noisy(zb.nn, "ResidualBranch", Silent)
+        assert was_skipped("ResidualBranch", lambda: branch(x))
+        before = torch.get_rng_state()
+        branch(x)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("kind", ["ResBlock", "Dropout", "F.dropout", "attention dropout"])
 def test_create_graph_replays_the_masks(kind):
     """And the replay leaves no trace in the stream."""

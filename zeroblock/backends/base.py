@@ -52,6 +52,7 @@ class Backend:
     device: str = "cpu"  # the type of device whose tensors it takes
     missing: str | None = None  # why it cannot run anything here
     winograd: WinogradKernels | None = None
+    uses_packed_linears: bool = False  # whether `linear` computes with the copies that freeze keeps (steps/packed.py)
     # residual + bias where a weight is exactly zero, test and sum in one pass (`blocks/one_pass.py`).
     residual_if_zero: Callable[..., Tensor | None] | None = None
 

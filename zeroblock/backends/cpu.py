@@ -66,6 +66,7 @@ class Cpu(Reference):
     """An op without a kernel here runs the reference's."""
 
     name = "cpu"
+    uses_packed_linears = True
     winograd = WinogradKernels(
         conv=_native._winograd_conv.default,
         weight_grad=_native._winograd_weight_grad.default,

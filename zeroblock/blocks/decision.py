@@ -20,7 +20,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.nn.modules import module as _nn_module
 
 from .. import zero
-from .layers import is_deterministic
+from .layers import draws
 
 
 class Answer(enum.Enum):
@@ -134,15 +134,20 @@ def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bo
             or "forward" in fields  # offloading and casting hooks replace it on the instance
         ):
             return False
-        if fields["training"]:
-            if isinstance(m, nn.modules.batchnorm._NormBase):  # updates running statistics
-                return False
-            if not may_draw and not is_deterministic(m):
-                return False
+        if fields["training"] and isinstance(m, nn.modules.batchnorm._NormBase):  # updates running statistics
+            return False
+        if not may_draw and draws(m):
+            return False
         children = fields["_modules"]
         if children:
             waiting.extend(children.values())
     return True
+
+
+def is_watched(m: nn.Module) -> bool:
+    """Whether hooks of this module, or a forward of the instance's own, would not be called if it were bypassed."""
+    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    return any(hooks) or "forward" in m.__dict__
 
 
 _READ = ("training", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

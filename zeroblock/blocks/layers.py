@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -81,18 +80,45 @@ def on_trial() -> Iterator[Callable[[], None]]:
 _PLAIN_WEIGHTS: dict[type, None] = dict.fromkeys((nn.Parameter, Tensor, FakeTensor, FunctionalTensor))
 
 
+# Sharded weights that FSDP has made whole when a block is called; filled while blocks are looked for.
+_whole_when_called: dict[Tensor, None] = {}
+
+
 @contextlib.contextmanager
-def sharded_weights_count() -> Iterator[None]:
-    """While blocks are looked for, sharded weights are plain ones: FSDP has made them whole when a block is called."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:  # and so there is none
-        yield
-        return
-    _PLAIN_WEIGHTS[module.DTensor] = None
+def sharded_weights_count(model: nn.Module) -> Iterator[None]:
+    """While blocks are looked for in `model`, the weights that FSDP makes whole for a call are plain ones; those that
+    stay distributed (tensor parallelism) are not."""
+    _whole_when_called.update(dict.fromkeys(_of_fsdp(model)))
     try:
         yield
     finally:
-        _PLAIN_WEIGHTS.pop(module.DTensor, None)
+        _whole_when_called.clear()
+
+
+def _of_fsdp(model: nn.Module) -> Iterator[Tensor]:
+    """The sharded parameters of torch's fully_shard that are ordinary tensors once they are whole."""
+    for m in model.modules():
+        if any(c.__name__ == "FSDPModule" for c in type(m).__mro__):
+            state: Any = m._get_fsdp_state()  # type: ignore[operator]
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch before 2.12
+            for group in groups:
+                for p in () if group is None else group.fsdp_params:
+                    if not p.is_dtensor:
+                        yield p.sharded_param
+
+
+def is_whole(t: Any) -> bool:
+    """One of those weights."""
+    return bool(_whole_when_called) and t in _whole_when_called
+
+
+def is_distributed(t: Any) -> bool:
+    """A DTensor, and one that is no ordinary tensor when a block is called."""
+    return any(c.__name__ == "DTensor" for c in type(t.data).__mro__) and not is_whole(t)
+
+
+def _is_plain_weight(t: Any) -> bool:
+    return type(t) in _PLAIN_WEIGHTS or is_whole(t)
 
 
 def is_plain_conv(module: Any) -> bool:
@@ -103,7 +129,7 @@ def is_plain_conv(module: Any) -> bool:
         and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
         and "_conv_forward" not in module.__dict__
         and "forward" not in module.__dict__
-        and type(module._parameters.get("weight")) in _PLAIN_WEIGHTS
+        and _is_plain_weight(module._parameters.get("weight"))
         and module.padding_mode == "zeros"
     )
 
@@ -114,7 +140,7 @@ def is_plain_linear(module: Any) -> bool:
         isinstance(module, nn.Linear)
         and type(module).forward in _PLAIN_FORWARDS
         and "forward" not in module.__dict__
-        and type(module._parameters.get("weight")) in _PLAIN_WEIGHTS
+        and _is_plain_weight(module._parameters.get("weight"))
     )
 
 
@@ -128,12 +154,14 @@ def is_plain_norm(module: Any) -> bool:
     return plain and module._parameters.get("weight") is None and len(module.normalized_shape) == 1
 
 
-def is_group_norm(module: Any) -> bool:
-    """A GroupNorm with parameters of its own (parametrized ones live elsewhere) that computes one."""
+def is_group_norm(module: Any, swish: float = 0.0) -> bool:
+    """A GroupNorm with parameters of its own (parametrized ones live elsewhere) that computes one, and then silu(y)
+    where `swish` is 1: glide-text2im's norms hold their activation, as an attribute of that name."""
     return (
         isinstance(module, nn.GroupNorm)
         and computes(module, GROUP_NORMS)
         and module._parameters.get("weight") is not None
+        and module.__dict__.get("swish", 0.0) == swish
     )
 
 
@@ -200,19 +228,22 @@ _RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.Fractiona
 
 
 def may_draw(module: nn.Module, trusted: tuple[str, ...] = ()) -> bool:
-    """Whether a call of module may consume random numbers: in training, anything but the layers known not to.
+    """Whether a call of module may consume random numbers: in training, anything but the layers known not to; in eval
+    mode, what declares that it does.
 
     trusted: prefixes of modules (of attention processors too) whose code draws through layers of torch alone.
     """
-    return any(m.training and not is_deterministic(m, trusted) for m in module.modules())
+    return any(draws(m, trusted) for m in module.modules())
 
 
-def is_deterministic(m: nn.Module, trusted: tuple[str, ...] = ()) -> bool:
-    """Whether the forward of m itself, its submodules aside, draws no random numbers."""
+def draws(m: nn.Module, trusted: tuple[str, ...] = ()) -> bool:
+    """`may_draw` for m itself, its submodules aside."""
     # On the class or the instance: asking the module itself for an attribute it lacks costs ten times as much.
     declared = getattr(type(m), "draws_random_numbers", m.__dict__.get("draws_random_numbers"))
-    if declared is not None:
-        return not declared
+    return m.training and not _is_deterministic(m, trusted) if declared is None else declared
+
+
+def _is_deterministic(m: nn.Module, trusted: tuple[str, ...]) -> bool:
     if isinstance(m, nn.modules.dropout._DropoutNd):
         return m.p in (0.0, 1.0)
     home = type(m).__module__

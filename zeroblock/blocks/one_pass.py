@@ -67,7 +67,7 @@ def copy_if_gates_are_zero(
     else:
         parameters = (weight,) if bias is None else (weight, bias)
         y = copy_of_residual(x) if _rows_are_zero(parameters, chunks, gates) else None
-    if y is None or conclude(name, SKIP_BY_GATE, bypassed, branches=len(gates)) is not SKIP_BY_GATE:
+    if y is None or conclude(name, SKIP_BY_GATE, bypassed, False, len(gates)) is not SKIP_BY_GATE:
         return None
     return y
 

@@ -48,9 +48,10 @@ class Layers(NamedTuple):
     resample_x: Callable[[Tensor], Tensor] | None = None
 
 
-def fusable(norm1: Any, conv1: Any, norm2: Any, conv2: Any) -> bool:
-    """Whether the fused ops take these layers as they are now: same-size convolutions, plain parameters."""
-    return _same_size(conv1) and _same_size(conv2) and is_group_norm(norm1) and is_group_norm(norm2)
+def fusable(norm1: Any, conv1: Any, norm2: Any, conv2: Any, swish: tuple[float, float] = (0.0, 0.0)) -> bool:
+    """Whether the fused ops take these layers as they are now: same-size convolutions, plain parameters. swish: what
+    each norm has to compute itself (`is_group_norm`)."""
+    return _same_size(conv1) and _same_size(conv2) and is_group_norm(norm1, swish[0]) and is_group_norm(norm2, swish[1])
 
 
 def _same_size(conv: Any) -> bool:

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import _checks, zero
+from .._dtypes import FLOATING
 from ..backends import available as _backends
 from ..backends.select import select
-from ..blocks.layers import is_own, on_trial, sharded_weights_count
-from . import proof
+from ..blocks.decision import is_watched
+from ..blocks.layers import is_distributed, is_own, is_whole, on_trial, sharded_weights_count
+from . import proof, residual
 from .families import FAMILIES
 from .families.described import GatedBlock, GatedBranch, family_of
 from .family import Family, accelerated_class, applied, register
-from .report import Branch, LeftAlone, Report
+from .report import Branch, LeftAlone, Obstacle, Reason, Report
 
 __all__ = [
     "Branch",
@@ -25,6 +29,7 @@ __all__ = [
     "GatedBlock",
     "GatedBranch",
     "LeftAlone",
+    "Reason",
     "Report",
     "accelerate",
     "families",
@@ -61,7 +66,7 @@ def register_family(family: GatedBlock | type[Family]) -> type[Family]:
     ...             zb.convert.GatedBranch("mlp", norm="norm2", shift=3, scale=4, gate=5),
     ...         ),
     ...         rows=lambda block, c: block.adaLN(c).chunk(6, dim=-1),
-    ...         example=lambda block: (torch.randn(2, 5, block.dim), torch.randn(2, block.dim)),
+    ...         example=lambda block, side: (torch.randn(2, side**2, block.dim), torch.randn(2, block.dim)),
     ...     )
     ... )  # doctest: +SKIP
     """
@@ -90,9 +95,10 @@ def accelerate(
     """Has zeroblock run the blocks of `model` that it knows, in place; returns what was done, printable as a table.
 
     Blocks are found by class name and structure. Each distinct implementation is verified once, on a copy with random
-    parameters: a block that computes something else is left alone and reported. Parameters, their names and order,
-    state_dict, hooks, isinstance relations, deepcopy and pickle (which writes the original class) stay as they are;
-    only `type(block)` changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
+    parameters: a block that computes something else is left alone. Every residual block that is left alone, or of which
+    only parts are taken, is a row of the report, with the reason (`Reason`) and what can be done. Parameters, their
+    names and order, state_dict, hooks, isinstance relations, deepcopy and pickle (which writes the original class) stay
+    as they are; only `type(block)` changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
 
     Args:
         model: any module; blocks at every depth are found, the module itself included.
@@ -101,7 +107,7 @@ def accelerate(
         precision: "strict", the accuracy of eager, or "fast", which allows ways of reduced float32 precision in the
             blocks' forward and backward as torch.set_float32_matmul_precision("high") does everywhere (F(4x4) Winograd:
             1e-6 to 5e-6).
-        strict: raise when a block that looks like a known one is left alone, or none is found.
+        strict: raise when a residual block is left alone, or of one only parts are taken, or none is found.
 
     Called again, the new options replace the old; `restore` undoes it. Accelerate before torch.compile. Before or after
     DDP, FSDP, optimizers and load_state_dict does not matter.
@@ -124,7 +130,7 @@ def accelerate(
     before = [(m, type(m)) for m in model.modules() if applied(m) is not None and _is_ours(m)]
     restore(model)
     try:
-        with sharded_weights_count():
+        with sharded_weights_count(model):
             found, left_alone = _search(model, [family(zero_skip, backend, precision) for family in _in_order()])
         if strict and (left_alone or not found):
             rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
@@ -133,9 +139,9 @@ def accelerate(
         for m, kind in before:
             m.__class__ = kind
         raise
-    rows = [row for path, block, family in found for row in _rows(path, block, family)]
-    for _, block, family in found:
-        block.__class__ = accelerated_class(type(block), family)
+    rows = [row for path, block, family, _ in found for row in _rows(path, block, family)]
+    for _, block, family, options in found:
+        block.__class__ = accelerated_class(type(block), family, options)
     return Report(tuple(rows), tuple(left_alone), len(found))
 
 
@@ -177,57 +183,98 @@ def _refuse_compiled(what: str, model: nn.Module) -> None:
             raise RuntimeError(f"{what}: {path or 'the model'} is compiled, and its code would stay as it is; {advice}")
 
 
-def _search(model: nn.Module, known: list[Family]) -> tuple[list[tuple[str, nn.Module, Family]], list[LeftAlone]]:
-    found: list[tuple[str, nn.Module, Family]] = []
-    left_alone: list[LeftAlone] = []
+class _Found(NamedTuple):
+    path: str
+    block: nn.Module
+    family: Family
+    options: frozenset[str] | None  # see proof.Verdict
+
+
+def _search(model: nn.Module, known: list[Family]) -> tuple[list[_Found], list[LeftAlone]]:
+    found: list[_Found] = []
+    obstacles: dict[nn.Module, Obstacle] = {}
+    blocks: set[nn.Module] = set()  # that families know, no parts of blocks
     taken: set[nn.Module] = set()  # what belongs to a block that was found already
     for path, block in model.named_modules():
         if is_own(block):
             taken.update(block.modules())
             continue
-        reasons: list[str] = []
         for family in known:
             if block in taken and family.inner or not family.knows(block):
                 continue
-            reason = _obstacle(block, path, model, family)
-            if reason is None:
-                found.append((path, block, family))
+            verdict = _verdict(block, path, model, family)
+            if verdict.obstacle is None:
+                found.append(_Found(path, block, family, verdict.options))
                 taken.update(family.inner_modules(block))
-                reasons = []
+                obstacles.pop(block, None)
+                if not family.inner and family.branches(block):
+                    blocks.add(block)
                 break
-            reasons.append(reason)
-        if reasons:
-            left_alone.append(LeftAlone(path, type(block).__name__, "; ".join(dict.fromkeys(reasons))))
-    return found, left_alone
+            # Another part of a block by the name of a known one (Attention) is no block that was left alone.
+            if not family.inner:
+                blocks.add(block)
+            elif verdict.obstacle.reason is Reason.NAMESAKE:
+                continue
+            obstacles.setdefault(block, verdict.obstacle)
+    names = {f.block: f.family.name for f in found}
+    for block in residual.blocks_beside(model, blocks, taken):
+        parts = sorted({names[m] for m in block.modules() if m in names})
+        said = f"no family knows it, but parts of it: {', '.join(parts)}" if parts else "no family knows it"
+        obstacles[block] = Obstacle(Reason.PARTS if parts else Reason.UNKNOWN, said)
+    rows = [(path, block, obstacles[block]) for path, block in model.named_modules() if block in obstacles]
+    return found, [LeftAlone(path, type(block).__name__, o.found, o.reason) for path, block, o in rows]
 
 
-def _obstacle(block: nn.Module, path: str, model: nn.Module, family: Family) -> str | None:
-    """Why the family cannot have the block; None when it can."""
+def _verdict(block: nn.Module, path: str, model: nn.Module, family: Family) -> proof.Verdict:
+    """Whether the family can have the block."""
     if isinstance(block, torch.jit.ScriptModule):
-        return "it is a ScriptModule"
+        return proof.Verdict(Obstacle(Reason.CLASS, "it is a ScriptModule"))
     if applied(block) is not None:
-        return f"its class became {type(block).__name__} after accelerate"
+        return proof.Verdict(Obstacle(Reason.CLASS, f"its class became {type(block).__name__} after accelerate"))
     with on_trial() as keep:
-        reason = _why_not(block, path, model, family)
-        if reason is None:
+        verdict = _tried(block, path, model, family)
+        if verdict.obstacle is None:
             keep()
-    return reason
+    return verdict
 
 
-def _why_not(block: nn.Module, path: str, model: nn.Module, family: Family) -> str | None:
+def _tried(block: nn.Module, path: str, model: nn.Module, family: Family) -> proof.Verdict:
+    entry = family.entry(type(block))
     try:
-        reason = family.match(block, path, model)
+        obstacle = family.match(block, path, model)
     except Exception as error:  # foreign attributes can be anything
-        reason = f"its attributes are not those of {family.name}: {type(error).__name__}: {error}"
-    if reason is not None:
-        return reason
-    if vars(block).keys() & {"forward", family.entry(type(block)), "_hf_hook"}:
-        return f"its {family.entry(type(block))} is replaced on the instance (an offloading or casting hook)"
+        said = f"its attributes are not those of {family.name}: {type(error).__name__}: {error}"
+        obstacle = Obstacle(Reason.NAMESAKE, said)
+    if obstacle is not None:
+        state = _state(block) if obstacle.reason is Reason.LAYERS else None
+        return proof.Verdict(state or obstacle)
+    if vars(block).keys() & {"forward", entry, "_hf_hook"}:
+        said = f"its {entry} is replaced on the instance (an offloading or casting hook)"
+        return proof.Verdict(Obstacle(Reason.WATCHED, said))
     try:
         accelerated_class(type(block), family)
     except TypeError as error:
-        return f"its class cannot be extended: {error}"
-    return proof.disagreement(family.proof_target(block), family)
+        return proof.Verdict(Obstacle(Reason.CLASS, f"its class cannot be extended: {error}"))
+    verdict = proof.verdict(family.proof_target(block), family)
+    state = None if verdict.obstacle is None else _state(block)
+    return verdict if state is None else proof.Verdict(state)
+
+
+def _state(block: nn.Module) -> Obstacle | None:
+    """What may keep a family from having the block that is not of its kind but of its modules' state now."""
+    for path, t in block.named_parameters():
+        if is_distributed(t):
+            return Obstacle(Reason.DISTRIBUTED, f"its {path} is a DTensor when it is called")
+        if t.dtype not in FLOATING:
+            return Obstacle(Reason.STORAGE, f"its {path} is stored as {t.dtype}")
+        if type(t.data) is not Tensor and not is_whole(t):
+            return Obstacle(Reason.STORAGE, f"its {path} is a {type(t.data).__name__}")
+    for path, m in block.named_modules():
+        if is_watched(m) and m is not block:
+            return Obstacle(Reason.WATCHED, f"its {path} has hooks, or a forward replaced on the instance")
+        if parametrize.is_parametrized(m):
+            return Obstacle(Reason.LAYERS, f"its {path or 'own weight'} is parametrised")
+    return None
 
 
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:

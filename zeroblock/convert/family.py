@@ -14,18 +14,23 @@ file of its own in `families/`; it never imports the package whose blocks it kno
 
 and four methods, `block` being the foreign module:
 
-    match(block, path, root)     None when the block has this family's structure, else the reason why it has not
+    match(block, path, root)     None when the block has this family's structure, else why it has not
     forward(block, *a, **kw)     the method's replacement, built of zeroblock.functional and the forwards in
                                  zeroblock.blocks, obeying self.zero_skip. It looks at the block anew at each call:
                                  layers that are replaced, hooked, parametrised or quantised by then, and arguments
                                  it does not know, go to `return self.eager(block, *a, **kw)`, the original
     branches(block)              {name of a residual branch: the tensors that hold it at zero together}
-    example(block)               arguments of the method, small CPU tensors in float32, for the proof below
+    example(block, side)         positional arguments of the method, small CPU tensors in float32 with two samples, for
+                                 images of side x side pixels or side ** 2 tokens
+    options(block)               {name: values} to try: what else the family's forward takes (the method's optional
+                                 arguments), beside example(block, SMALL)
 
 Nobody can tell by its name whether a block computes what its namesake does, so `accelerate` proves it: a copy of the
-block with random parameters runs both forwards in train mode under one seed, and their results and the gradients of
-their inputs must agree (`proof.py`). A family that needs no proof, because it calls the original and only skips,
-returns None from `example`. The proof makes subclasses and modified forwards safe: they fit or are left alone.
+block with random parameters runs both forwards, and their results and the gradients of their inputs must agree
+(`proof.py`). A family that needs no proof, because it calls the original and only skips, returns None from `example`.
+The proof makes subclasses and modified forwards safe: they fit or are left alone. At a call, what the proof has not
+seen goes to the original: an argument that is neither in `example` nor in `options`, or about which the block's own
+forward does not agree with the family's, unless it has its default value.
 
 Nested blocks are all visited, outer first. `inner` families (single zero layers, attention of any block) leave those in
 `inner_modules(block)` (default: all submodules) to the block, which may need to find them unchanged.
@@ -54,8 +59,12 @@ from torch.compiler import is_compiling
 
 from ..backends import available as _backends
 from ..plan import mode as _mode
+from .report import Obstacle, Reason
 
 FAMILIES: dict[str, type[Family]] = {}
+
+# The side of an example of few pixels or tokens.
+SMALL = 2
 
 
 class Family:
@@ -74,7 +83,7 @@ class Family:
         """Whether the block could be one of this family's, by the names of its class and bases."""
         return any(c.__name__ in self.classes for c in type(block).__mro__)
 
-    def match(self, block: nn.Module, path: str, root: nn.Module) -> str | None:
+    def match(self, block: nn.Module, path: str, root: nn.Module) -> Obstacle | None:
         raise NotImplementedError
 
     def forward(self, block: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +92,11 @@ class Family:
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         raise NotImplementedError
 
-    def example(self, block: Any) -> tuple | None:
+    def example(self, block: Any, side: int) -> tuple | None:
         raise NotImplementedError
+
+    def options(self, block: Any) -> dict[str, tuple]:
+        return {}
 
     def entry(self, kind: type[nn.Module]) -> str:
         """The name of the method that is replaced in blocks of this class."""
@@ -102,8 +114,7 @@ class Family:
 
     def eager(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         """The method the block had before accelerate."""
-        original = type(block)._zeroblock.original
-        return getattr(original, self.entry(original))(block, *args, **kwargs)
+        return type(block)._zeroblock.method(block, *args, **kwargs)
 
 
 def register(family: type[Family]) -> type[Family]:
@@ -115,14 +126,14 @@ def register(family: type[Family]) -> type[Family]:
     return family
 
 
-def lacks(block: nn.Module, *paths: str) -> str | None:
-    """The reason why a block does not have a family's structure: the first of these attributes ("a.0.b") it lacks."""
+def lacks(block: nn.Module, *paths: str) -> Obstacle | None:
+    """Why a block does not have a family's structure: the first of these attributes ("a.0.b") it lacks."""
     for path in paths:
         found: Any = block
         for name in path.split("."):
             found = found[int(name)] if name.isdigit() and _has_item(found, int(name)) else getattr(found, name, None)
             if found is None:
-                return f"it has no {path}"
+                return Obstacle(Reason.NAMESAKE, f"it has no {path}")
     return None
 
 
@@ -138,26 +149,30 @@ class _Applied:
 
     def __init__(self, original: type, family: Family):
         self.original, self.family = original, family
+        self.name = family.entry(original)
+        # The function itself: torch.compile cannot look it up on a class marked allow_in_graph (diffusers' Attention).
+        self.method: Callable[..., Any] = getattr(original, self.name)
 
 
 _classes: dict[tuple, type] = {}
 
 
-def accelerated_class(original: type, family: Family) -> type:
-    """The subclass of `original` whose method is the family's; one per class, family and options. TypeError when the
-    class cannot be extended."""
-    key = (original, type(family), family.zero_skip, family.backend, family.precision)
+def accelerated_class(original: type, family: Family, proved: frozenset[str] | None = None) -> type:
+    """The subclass of `original` whose method is the family's; one per class, family, options and `proved`, the
+    optional arguments that the family's forward may be given (None: all). TypeError when the class cannot be
+    extended."""
+    key = (original, type(family), family.zero_skip, family.backend, family.precision, proved)
     if key not in _classes:
-        name = family.entry(original)
+        known = _Applied(original, family)
         body = {
-            "_zeroblock": _Applied(original, family),
+            "_zeroblock": known,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
             "__reduce_ex__": _pickled_as(original),
             "__deepcopy__": _copied_as(original, copy.deepcopy),
             "__copy__": _copied_as(original, copy.copy),
-            name: _replacement(original, name, family),
+            known.name: _replacement(known, proved),
         }
         _classes[key] = types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(body))
         family.on_class_created(_classes[key])
@@ -169,18 +184,16 @@ def applied(block: nn.Module) -> _Applied | None:
     return getattr(type(block), "_zeroblock", None)
 
 
-def _replacement(original: type, name: str, family: Family) -> Callable:
-    method: Callable = getattr(original, name)
+def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
+    original, family, method, name = known.original, known.family, known.method, known.name
     forward, backend, fast = family.forward, family.backend, family.precision == "fast"
-    parameters = inspect.signature(forward).parameters.values()
-    names = tuple(p.name for p in parameters)
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    most = _most_positional(forward, method)
+    taken = _Taken(forward, method, proved)
+    sure = taken.sure
 
     @functools.wraps(method)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > most or kwargs and not takes_all and not all(name in names for name in kwargs):
-            return method(self, *args, **kwargs)  # a fork's own argument
+        if len(args) > sure and not taken.positional(args) or kwargs and not taken.keywords(kwargs, len(args)):
+            return method(self, *args, **kwargs)  # a fork's own argument, or one that was not proved
         if not is_compiling() and getattr(original, name) is not method:
             return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
         if backend == "auto" and not fast:
@@ -195,24 +208,57 @@ def _replacement(original: type, name: str, family: Family) -> Callable:
     return replaced
 
 
-def _most_positional(forward: Callable, method: Callable) -> float:
-    """How many positional arguments mean the same to a family's forward(block, ...) as to the method(self, ...) that it
-    replaces: those that the proof passes, then as far as the names agree."""
-    ours = list(inspect.signature(forward).parameters.values())[1:]
+class _Taken:
+    """The arguments that mean the same to a family's forward(block, ...) as to the method(self, ...) that it replaces,
+    and were proved."""
+
+    def __init__(self, forward: Callable, method: Callable, proved: frozenset[str] | None):
+        ours = list(inspect.signature(forward).parameters.values())[1:]
+        theirs = _names(method) or [p.name for p in ours]
+        default = {p.name: p.default for p in ours if p.default is not inspect.Parameter.empty}
+        unproved = [] if proved is None else [n for n in default if n not in proved]
+        # How many positional ones: the required ones, which the proof passes, then as far as the names agree.
+        self.most = 0.0
+        for i, p in enumerate(ours):
+            if p.kind is inspect.Parameter.VAR_POSITIONAL:
+                self.most = math.inf
+            if (
+                p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+                or p.name in default
+                and theirs[i : i + 1] != [p.name]
+            ):
+                break
+            self.most = i + 1.0
+        self.unproved = [(i, p.default) for i, p in enumerate(ours) if p.name in unproved]
+        # So many need no look at their values.
+        self.sure = min([self.most, *(i for i, _ in self.unproved)])
+        # By keyword, with any value: a required one must have its name in the same place there.
+        placed = [p.name for p, name in zip(ours, theirs, strict=False) if p.name == name]
+        self.any_value = dict.fromkeys(n for n in (*placed, *default) if n not in unproved)
+        self.default = {n: default[n] for n in unproved if n in theirs}
+        self.others = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in ours)
+        self.named = dict.fromkeys(p.name for p in ours)
+        self.required = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in default]
+
+    def positional(self, args: tuple[Any, ...]) -> bool:
+        return len(args) <= self.most and all(args[i] is value for i, value in self.unproved if i < len(args))
+
+    def keywords(self, kwargs: dict[str, Any], positional: int) -> bool:
+        for name, value in kwargs.items():
+            if name in self.any_value or name in self.default and value is self.default[name]:
+                continue
+            # What a family takes as **kwargs; a required one under another name leaves it without.
+            if name in self.named or not self.others or not all(n in kwargs for n in self.required[positional:]):
+                return False
+        return True
+
+
+def _names(method: Callable) -> list[str]:
+    """The names of a method's parameters after self; none where they are not known, as those of a builtin."""
     try:
-        theirs = list(inspect.signature(method).parameters)[1:]
-    except ValueError:  # a builtin's is not known
-        theirs = [p.name for p in ours]
-    most = 0
-    for i, p in enumerate(ours):
-        if p.kind is inspect.Parameter.VAR_POSITIONAL:
-            return math.inf
-        if p.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            break
-        if p.default is not inspect.Parameter.empty and theirs[i : i + 1] != [p.name]:
-            break
-        most += 1
-    return most
+        return list(inspect.signature(method).parameters)[1:]
+    except ValueError:
+        return []
 
 
 def _pickled_as(original: Any) -> Callable:

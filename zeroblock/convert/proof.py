@@ -1,28 +1,56 @@
-"""The proof that a family's forward computes what the block's own does, on a copy with random parameters."""
+"""The proof that a family's forward computes what the block's own does, on a copy with random parameters.
+
+Both run in training mode, with gradients, and in eval mode, without; with few pixels or tokens and with many; with
+operands of one sample beside others of two; with each optional argument; and once more with zero branches where the
+family left dense ones to the original. A block that differs anywhere is left alone, an optional argument that does is
+left to the original (`family.py`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import zero
 from ..plan import mode as _mode
-from .family import Family, accelerated_class
+from .family import SMALL, Family, accelerated_class
+from .random_copy import random_copy
+from .report import Obstacle, Reason
 
 # Both run in float32: what rounds differently is below, another formula is far above.
 TOLERANCE = 1e-3
-_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs")]
-# How many numbers are drawn for a weight; odd, so that its rows differ where they are as long as a power of two.
-_DRAWN = (1 << 18) + 1
-_proved: dict[tuple, str | None] = {}
+# The side of the large examples (`Family.example`): neither it nor its square fits into a window of attention, or is a
+# multiple of one.
+LARGE = 17
 
 
-def disagreement(block: nn.Module, family: Family) -> str | None:
-    """None when both forwards agree, else the reason to leave the block alone; remembered by fingerprint."""
+class Verdict(NamedTuple):
+    """Why the block is to be left alone (None: both forwards agree), and the optional arguments about which they agree
+    too (None: nothing had to be proved)."""
+
+    obstacle: Obstacle | None
+    options: frozenset[str] | None = None
+
+
+class _Result(NamedTuple):
+    """What a call gave: its structure, the floating tensors in it and the gradients of its floating inputs, and the
+    random stream afterwards."""
+
+    structure: Any
+    tensors: list[Tensor]
+    stream: Tensor
+
+
+_proved: dict[tuple, Verdict] = {}
+
+
+def verdict(block: nn.Module, family: Family) -> Verdict:
+    """Whether both forwards agree; remembered by fingerprint."""
     key = (type(family), *_fingerprint(block, family))
     if key not in _proved:
         _proved[key] = _compare(block, family)
@@ -30,53 +58,145 @@ def disagreement(block: nn.Module, family: Family) -> str | None:
 
 
 def _fingerprint(block: nn.Module, family: Family) -> tuple:
-    """What a block's forward can depend on but its tensors' values: classes, functions, shapes, plain attributes."""
+    """What a block's forward can depend on but its tensors' values: classes, functions, shapes, plain attributes. Not
+    whether it is in training: both are proved."""
     entry = family.entry(type(block))
     code = tuple((type(m), type(m).forward, getattr(type(m), entry, None)) for m in block.modules())
     plain = tuple(
         (path, name, str(value))
         for path, m in block.named_modules()
         for name, value in sorted(vars(m).items())
-        if isinstance(value, (bool, int, float, str, tuple, list, type(None))) or callable(value)
+        if name != "training"
+        and (isinstance(value, (bool, int, float, str, tuple, list, type(None))) or callable(value))
     )
     return code, repr(block), plain, tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
 
 
-def _compare(block: nn.Module, family: Family) -> str | None:
+def _compare(block: nn.Module, family: Family) -> Verdict:
     with _neutral():
         torch.default_generator.manual_seed(0)  # the CPU's alone: others are not restored
         try:
-            example = family.example(block)
+            example = family.example(block, SMALL)
             if example is None:
-                return None
-            twin = _random_copy(block).train()
+                return Verdict(None)
+            large, given = family.example(block, LARGE), family.options(block)
+            pair = _Pair(random_copy(block), family)
         except Exception as error:  # whatever foreign attributes raise
-            return f"it cannot be copied for the proof: {type(error).__name__}: {error}"
-        original = type(twin)
+            return Verdict(Obstacle(Reason.UNTRIED, f"it cannot be copied for the proof: {_said(error)}"))
+        assert large is not None
+        obstacle = pair.obstacle(example, large)
+        options = frozenset[str]() if obstacle is not None else pair.proved_options(example, given)
+        if obstacle is None and pair.asked_original and pair.zero_branches():
+            obstacle = pair.obstacle(example, large)
+        return Verdict(obstacle, options)
+
+
+class _Pair:
+    """A block's own forward and the family's, of the same parameters."""
+
+    def __init__(self, twin: nn.Module, family: Family):
+        self.twin, self.family, self.original = twin, family, type(twin)
+        self.accelerated: Any = accelerated_class(self.original, type(family)("sync"))
+        self.asked_original = False  # whether the family's forward has called it
+        self.method = family.entry(self.original)
+
+    def obstacle(self, example: tuple, large: tuple) -> Obstacle | None:
+        """The first difference that there is, optional arguments aside."""
+        found = self.differ(example, {}, True, True, Reason.NAMESAKE)
+        for training in (True, False):
+            found = found or self.differ(_first(large), {}, training)
+        for operands in _with_one_sample(example):
+            if found is None:
+                found = self.differ(operands, {}, False)
+                if found is not None and found.reason is Reason.UNTRIED:  # eager does not take them either
+                    found = None
+        return found
+
+    def zero_branches(self) -> bool:
+        """Makes every branch zero; False where there is none."""
+        tensors = [t for branch in self.family.branches(self.twin).values() for t in branch if not t.is_meta]
+        for t in tensors:
+            t.detach().zero_()
+        return bool(tensors)
+
+    def differ(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        training: bool,
+        gradients: bool = False,
+        where_theirs_fails: Reason = Reason.UNTRIED,
+    ) -> Obstacle | None:
+        """How the results differ, if they do."""
+        self.twin.train(training)
         results = []
-        for kind in (original, accelerated_class(original, type(family)("never"))):
-            twin.__class__ = kind
+        for kind in (self.original, self.accelerated):
+            self.twin.__class__ = kind
             torch.default_generator.manual_seed(1)
+            before = torch.default_generator.get_state()
             try:
-                results.append(_run(twin, family.entry(original), example))
+                with self._watched():
+                    results.append(_run(getattr(self.twin, self.method), args, kwargs, gradients))
             except Exception as error:  # whatever foreign code raises on our example
-                whose = "its own" if kind is original else "zeroblock's"
-                return f"{whose} forward fails on the example of {family.name}: {type(error).__name__}: {error}"
-    theirs, ours = results
-    if [t.shape for t in theirs] != [t.shape for t in ours]:
-        return f"its forward returns something else than {family.name}"
-    for a, b in zip(theirs, ours, strict=True):
+                said = f"forward fails on the example of {self.family.name}: {_said(error)}"
+                if kind is self.original:
+                    return Obstacle(where_theirs_fails, f"its own {said}")
+                return Obstacle(Reason.NAMESAKE, f"zeroblock's {said}")
+            finally:
+                self.twin.__class__ = self.original
+        theirs, ours = results
+        if not training and not torch.equal(theirs.stream, before):
+            return Obstacle(Reason.RANDOM, "its forward draws random numbers in eval mode")
+        if theirs.structure != ours.structure:
+            return Obstacle(Reason.FORK, f"its forward returns something else than {self.family.name}")
         # Everything is of size 1 here: what is a hundredth of that may be rounding alone (a norm cancels its bias).
-        if not torch.isfinite(a).all() or (a - b).norm() > TOLERANCE * max(a.norm(), 0.01 * a.numel() ** 0.5):
-            return f"its forward does not compute what {family.name} does"
-    return None
+        close = all(
+            torch.isfinite(a).all() and (a - b).norm() <= TOLERANCE * max(a.norm(), 0.01 * a.numel() ** 0.5)
+            for a, b in zip(theirs.tensors, ours.tensors, strict=True)
+        )
+        if not close:
+            return Obstacle(Reason.FORK, f"its forward does not compute what {self.family.name} does")
+        if not torch.equal(theirs.stream, ours.stream):
+            return Obstacle(Reason.RANDOM, f"its forward draws other random numbers than {self.family.name}")
+        return None
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Notes whether the family's forward asks for the original's."""
+        family = self.accelerated._zeroblock.family
+        eager = family.eager
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            self.asked_original = True
+            return eager(*args, **kwargs)
+
+        family.eager = asked
+        try:
+            yield
+        finally:
+            del family.eager
+
+    def proved_options(self, example: tuple, options: dict[str, tuple]) -> frozenset[str]:
+        """The optional arguments that the example passes, and of the others those about which both forwards agree."""
+        names = _parameters(self.family.forward)
+        theirs = _parameters(getattr(self.original, self.method))
+        proved = {name for name, value in zip(names, example, strict=False) if value is not None}
+        for name, values in options.items():
+            first = names.index(name)
+            rest = dict(zip(names[first:], example[first:], strict=False))
+            if all(n in theirs for n in (name, *rest)):
+                found = [self.differ(example[:first], rest | {name: value}, False) for value in values]
+                taken = [obstacle for obstacle in found if obstacle is None or obstacle.reason is not Reason.UNTRIED]
+                proved = proved | {name} if taken and not any(taken) else proved - {name}
+        return frozenset(proved)
 
 
 @contextlib.contextmanager
 def _neutral() -> Iterator[None]:
     """Random stream, gradients, autocast and defaults of dtype and device as the proof needs them, then as before; no
-    plan is measured for sizes that do not come again."""
+    plan is measured for sizes that do not come again, and nothing is counted."""
     dtype = torch.get_default_dtype()
+    counts = [(table, dict(table)) for table in (zero.executed, zero.skipped)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
@@ -89,73 +209,63 @@ def _neutral() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(dtype)
+            for table, before in counts:
+                table.clear()
+                table.update(before)
 
 
-def _random_copy(block: nn.Module) -> nn.Module:
-    """block with fresh float32 parameters on the CPU and no hooks; nothing of the original is copied."""
-    memo: dict[int, Any] = {}
-    for m in block.modules():
-        for name in _HOOKS:
-            memo[id(getattr(m, name))] = type(getattr(m, name))()
-        for name, value in vars(m).items():
-            if name.startswith("__composable_api"):  # what fully_shard keeps in a module: process groups
-                memo[id(value)] = None
-        for tensors in (m._parameters, m._buffers):
-            for name, t in tensors.items():
-                if t is not None and t.is_floating_point() and id(t) not in memo:
-                    memo[id(t)] = _random(t, name, tensors is m._parameters)
-    with _unsharded(block):
-        twin = copy.deepcopy(block, memo)
-    for m in twin.modules():
-        m.__dict__.pop("_compiled_call_impl", None)
-    return twin
+def _first(args: tuple) -> tuple:
+    """One of two samples."""
+    return tuple(t[:1] if _has_two_samples(t) else t for t in args)
 
 
-@contextlib.contextmanager
-def _unsharded(block: nn.Module) -> Iterator[None]:
-    """Takes the classes that fully_shard gave the block and its parts away, whose copies are forbidden."""
-    kinds = [(m, type(m)) for m in block.modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
-    for m, kind in kinds:
-        m.__class__ = next(c for c in kind.__mro__ if all(base.__name__ != "FSDPModule" for base in c.__mro__))
-    try:
-        yield
-    finally:
-        for m, kind in kinds:
-            m.__class__ = kind
+def _with_one_sample(args: tuple) -> Iterator[tuple]:
+    """The arguments, one of them with one sample."""
+    batched = [i for i, t in enumerate(args) if _has_two_samples(t)]
+    for i in batched if len(batched) > 1 else ():
+        yield *args[:i], args[i][:1], *args[i + 1 :]
 
 
-def _random(t: Tensor, name: str, is_parameter: bool) -> Tensor:
-    """Weights that keep a signal's size, biases and gates of about 1; buffers keep their values."""
-    if not is_parameter:
-        return torch.ones(t.shape) if t.is_meta else t.detach().to("cpu", torch.float32, copy=True)
-    # Repeated numbers are as good, and large weights cost less than drawing each of them.
-    n = min(t.numel(), _DRAWN)
-    fresh = torch.randn(n).repeat(-(-t.numel() // max(n, 1)))[: t.numel()].view(t.shape)
-    if t.dim() > 1:
-        fresh /= max(t[0].numel(), 1) ** 0.5
-    elif name.endswith("weight"):
-        fresh = 1 + 0.3 * fresh
-    return nn.Parameter(fresh)
+def _has_two_samples(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == 2
 
 
-def _run(block: nn.Module, method: str, example: tuple) -> list[Tensor]:
-    """The floating tensors the method returns, and the gradients of its floating inputs."""
-    inputs = [t.clone().requires_grad_() if _is_floating(t) else t for t in example]
-    with torch.enable_grad():
-        # A non-leaf like in a model: blocks may write into their input's successors, never into the input.
-        result = getattr(block, method)(*(t * 1 if _is_floating(t) else t for t in inputs))
-        outputs = _tensors(result)
-        loss = torch.zeros(())
-        for t in outputs:
-            loss = loss + (t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum()
-        wanted = [t for t in inputs if _is_floating(t)]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True)
-    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
-    return [*(t.detach() for t in outputs), *grads]
+def _parameters(function: Any) -> list[str]:
+    """The names of its parameters, but for the first (self, block)."""
+    return list(inspect.signature(function).parameters)[1:]
+
+
+def _run(method: Any, args: tuple, kwargs: dict[str, Any], gradients: bool) -> _Result:
+    inputs = [t.clone().requires_grad_(gradients) if _is_floating(t) else t for t in args]
+    with torch.set_grad_enabled(gradients):
+        # Non-leaves like in a model: blocks may write into their input's successors, never into the input.
+        result = method(*(t * 1 if _is_floating(t) else t for t in inputs), **kwargs)
+        tensors, stream = _tensors(result), torch.default_generator.get_state()
+        if gradients:
+            loss = torch.zeros(())
+            for t in tensors:
+                loss = loss + (t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum()
+            wanted = [t for t in inputs if _is_floating(t)]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+            tensors += [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+    return _Result(_structure(result), [t.detach() for t in tensors], stream)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _is_floating(t: Any) -> bool:
     return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def _structure(result: Any) -> Any:
+    """The classes of a result and of what it holds, shapes and dtypes of tensors."""
+    if isinstance(result, Tensor):
+        return result.shape, result.dtype
+    if isinstance(result, dict):
+        return type(result), [(key, _structure(value)) for key, value in result.items()]
+    return (type(result), list(map(_structure, result))) if isinstance(result, (tuple, list)) else type(result)
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .. import zero
 
@@ -19,13 +21,90 @@ class Branch:
     backend: str
 
 
+class Reason(enum.Enum):
+    """Why blocks are left alone: a name, and what can be done. They run as they did before, in every case."""
+
+    UNKNOWN = "unknown block", "zeroblock has no family for it; write one (CONTRIBUTING.md, Adding a family)"
+    PARTS = (
+        "only parts",
+        "zeroblock runs some of its layers (or skips them while they are zero), the original forward calls them; the "
+        "block itself takes a family of its own (CONTRIBUTING.md, Adding a family)",
+    )
+    NAMESAKE = (
+        "another block",
+        "its class has the name of a block that zeroblock knows, and is another one, as far as zeroblock is concerned "
+        "unknown; nothing is wrong with it. Rename the class to be rid of this row, or write a family for it",
+    )
+    VARIANT = (
+        "another variant",
+        "zeroblock has no forward for this option of the block; build it without, or keep it so",
+    )
+    FORK = (
+        "another formula",
+        "its code, or a patch of it, computes something else than the block zeroblock knows; take the patch away, or "
+        "write a family for it",
+    )
+    LAYERS = (
+        "other layers",
+        "the fused forward takes torch's own norms and layers with padding_mode 'zeros': remove parametrizations "
+        "(torch.nn.utils.parametrize.remove_parametrizations, weight_norm, pruning), put plain layers in",
+    )
+    WATCHED = (
+        "watched",
+        "hooks (or a forward replaced on the instance) on modules inside it would not be called: remove them, hook the "
+        "block itself, or call accelerate before offloading and casting are switched on",
+    )
+    STORAGE = (
+        "storage",
+        "its weights are kept in another type than they are computed in: call accelerate before "
+        "enable_layerwise_casting or quantisation",
+    )
+    DISTRIBUTED = (
+        "distributed",
+        "its weights are still DTensors when it is called (tensor parallelism): zeroblock computes with whole weights. "
+        "Data parallelism (DDP, fully_shard) is no obstacle; accelerate the model that fully_shard was given",
+    )
+    RANDOM = (
+        "random numbers",
+        "it draws random numbers where the known block does not, and skipping it would shift the stream; take the "
+        "noise out of the block",
+    )
+    UNTRIED = (
+        "not tried",
+        "zeroblock tries every block on a copy with small inputs before it touches it, and could not; use a class "
+        "whose objects can be copied and which takes inputs of any size",
+    )
+    CLASS = (
+        "class",
+        "its class cannot be exchanged: accelerate before torch.jit.script; restore before another library derives a "
+        "class of the block's (fully_shard), then accelerate again",
+    )
+
+    @property
+    def title(self) -> str:
+        return self.value[0]
+
+    @property
+    def advice(self) -> str:
+        return self.value[1]
+
+
+class Obstacle(NamedTuple):
+    """Why a family cannot have a block: one of the reasons, and what was found."""
+
+    reason: Reason
+    found: str
+
+
 @dataclasses.dataclass(frozen=True)
 class LeftAlone:
-    """A block that looks like one of the families and was not touched."""
+    """A residual block that runs as before, or of which zeroblock runs parts only. `kind.advice` says what can be
+    done."""
 
     path: str
     block: str
     reason: str
+    kind: Reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +132,9 @@ class Report:
             rows = [(b.path, b.family, words[b.zero], b.backend) for b in self.branches]
             lines += ["", *_table(("branch", "family", "zero now", "backend"), rows)]
         if self.left_alone:
-            reasons = [(b.path, b.block, b.reason) for b in self.left_alone]
-            lines += ["", *_table(("left alone", "class", "why"), reasons)]
+            rows = [(b.path, b.block, b.kind.title, b.reason) for b in self.left_alone]
+            lines += ["", *_table(("left alone", "class", "reason", "what was found"), rows), ""]
+            lines += [f"{kind.title}: {kind.advice}" for kind in Reason if any(b.kind is kind for b in self.left_alone)]
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -23,7 +23,8 @@ class ResidualBranch(nn.Module):
 
     In training a body that may draw random numbers runs even where its result is not wanted, so that the random stream
     stays eager's: anything but the deterministic layers of torch.nn. `draws_random_numbers = False` on a module of your
-    own says that it is one of those.
+    own says that it is one of those, `draws_random_numbers = True` that it draws in eval mode too, where nothing else
+    is taken to. A parameter that the body has and does not use gets a gradient of zeros while the branch is zero.
     """
 
     zero_skip = "auto"

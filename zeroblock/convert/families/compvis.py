@@ -20,9 +20,10 @@ from ...blocks.decision import bypassable
 from ...blocks.layers import DROPOUTS, SILUS, computes
 from ...reference import channel_view
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 from .adaln import zeroing_tensors
 
-_NOT_PLAIN = "its norms, convolutions or dropout are not the plain ones the fused ops take, or are watched by hooks"
+_NOT_PLAIN = Obstacle(Reason.LAYERS, "its norms, convolutions or dropout are not the plain ones the fused ops take")
 _SAME = nn.Identity()
 
 Resample = Callable[[Tensor], Tensor]
@@ -59,9 +60,9 @@ class ResnetBlock(Family):
         "norm1", "conv1", "norm2", "conv2", "dropout", "temb_proj", ("conv_shortcut", "nin_shortcut")
     )
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if hasattr(block, "block1") and hasattr(block, "res_conv"):
-            return "its norms come after its convolutions"
+            return Obstacle(Reason.VARIANT, "its norms come after its convolutions")
         return lacks(block, *self.names[:4]) or (None if self._fits(block) else _NOT_PLAIN)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -69,9 +70,9 @@ class ResnetBlock(Family):
         conv2 = getattr(block, name)
         return {name: zeroing_tensors(conv2, conv2.weight)}
 
-    def example(self, block: Any, side: int = 4) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         conv1, projection = getattr(block, self.names.conv1), getattr(block, self.names.projection, None)
-        x = torch.randn(2, conv1.in_channels, *[side] * len(conv1.kernel_size))
+        x = torch.randn(2, conv1.in_channels, *[side + side % 2] * len(conv1.kernel_size))  # to be halved
         _, *others = inspect.signature(type(block).forward).parameters.values()
         if projection is not None and len(others) > 1:
             return x, torch.randn(2, projection.in_features)
@@ -148,10 +149,10 @@ class ResnetBlockDDPM(ResnetBlock):
     classes = ("ResnetBlockDDPM", "ResnetBlockDDPMpp", "ResnetBlockBigGANpp")
     names = _Names("GroupNorm_0", "Conv_0", "GroupNorm_1", "Conv_1", "Dropout_0", "Dense_0", ("Conv_2", "NIN_0"))
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "act") or super().match(block, path, root)
         if missing is None and getattr(block, "fir", False) and (block.up or block.down):
-            return "it resamples with a FIR filter"
+            return Obstacle(Reason.VARIANT, "it resamples with a FIR filter")
         return missing
 
     def _fits(self, block: Any) -> bool:

@@ -16,6 +16,7 @@ from ...blocks import adaln
 from ...blocks.broadcast import fits_gate
 from ...reference import modulation as rows_of
 from ..family import Family, lacks
+from ..report import Obstacle
 from .adaln import feed_forward, fits, gate_rows, gated_branch, is_plain, modulated
 from .dit import mlp_half
 
@@ -50,7 +51,8 @@ class GatedBlock:
         name: of the family, in reports.
         branches: in the order in which they change x.
         rows: rows(block, *args, **kwargs): the vectors of the modulation, [B, D] or [B, 1, D], in a sequence.
-        example: example(block): arguments of a call, x first; small float32 tensors on the CPU with random values.
+        example: example(block, side): arguments of a call, x first, for side ** 2 tokens and two samples; float32
+            tensors on the CPU with random values.
         classes: the names of the classes that may be this block; () stands for `name`.
         linear: where the block has the linear whose output is the rows, as many equal parts as the branches use: which
             gates are zero then shows in the report.
@@ -63,7 +65,7 @@ class GatedBlock:
     name: str
     branches: tuple[GatedBranch, ...]
     rows: Callable[..., Sequence[Tensor]]
-    example: Callable[[Any], tuple]
+    example: Callable[[Any, int], tuple]
     classes: tuple[str, ...] = ()
     linear: str | None = None
     first: Callable[..., Tensor] | None = None
@@ -96,7 +98,7 @@ class DescribedFamily(Family):
 
     description: ClassVar[GatedBlock]
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         paths = [p for b in self.description.branches for p in (b.norm, b.layer) if p is not None]
         return lacks(block, *paths, *([self.description.linear] if self.description.linear else []))
 
@@ -108,8 +110,8 @@ class DescribedFamily(Family):
         chunks = 1 + max(i for b in self.description.branches for i in (b.shift, b.scale, b.gate) if i is not None)
         return {b.layer: gate_rows(linear, chunks, b.gate) for b in self.description.branches if b.gate is not None}
 
-    def example(self, block: Any, side: int = 2) -> tuple:
-        return self.description.example(block)
+    def example(self, block: Any, side: int) -> tuple:
+        return self.description.example(block, side)
 
     def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         d = self.description

@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from ..family import Family, lacks, register
+from ..report import Obstacle
 from .adaln import modulated
 
 
 class _AdaLayerNorm(Family):
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "silu", "linear", "norm")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {}
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         norm = block.norm
         (D,) = norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.dim  # diffusers' RMSNorm: dim
-        return torch.randn(2, 5, D), torch.randn(2, block.linear.in_features)
+        return torch.randn(2, side**2, D), torch.randn(2, block.linear.in_features)
 
 
 @register
@@ -42,8 +43,8 @@ class AdaLayerNormZero(_AdaLayerNorm):
     name = "AdaLayerNormZero"
     classes = ("AdaLayerNormZero",)
 
-    def example(self, block: Any) -> tuple:
-        x, emb = super().example(block)
+    def example(self, block: Any, side: int) -> tuple:
+        x, emb = super().example(block, side)
         if block.emb is None:
             return x, None, None, None, emb
         index = torch.zeros(2, dtype=torch.long)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..._autocast import autocast_dtype
 from ...ops.residual_alone import residual_alone
 from ..family import lacks, register
+from ..report import Obstacle
 from .whole_skip import InferenceSkip, batches
 
 
@@ -41,7 +42,7 @@ class _Ungated(InferenceSkip):
     def knows(self, block: Any) -> bool:
         return type(block).__name__ in self.classes and type(block).__module__.startswith("diffusers.")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, ".".join(self.last))
 
     def zero_layers(self, block: Any) -> list[Any]:

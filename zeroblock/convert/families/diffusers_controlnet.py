@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ... import zero
 from ..family import register
+from ..report import Obstacle, Reason
 from .whole_skip import ControlBranch, InferenceSkip
 
 # Where they keep the layers through which their feature maps leave, in the order of the results.
@@ -56,10 +57,12 @@ class ControlNetModel(ControlBranch):
         "FluxControlNetModel",
     )
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if type(block).forward.__qualname__ not in {f"{name}.forward" for name in self.classes}:
-            return "its forward is not diffusers' own"
-        return None if self.zero_layers(block) else "it has no zero layers for its feature maps"
+            return Obstacle(Reason.FORK, "its forward is not diffusers' own")
+        return (
+            None if self.zero_layers(block) else Obstacle(Reason.VARIANT, "it has no zero layers for its feature maps")
+        )
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"controlnet": super().branches(block)[""]}
@@ -97,12 +100,15 @@ class UNetControlNetXSModel(InferenceSkip):
     name = "UNetControlNetXSModel"
     classes = ("UNetControlNetXSModel", "ControlNetXSAdapter")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if type(block).forward.__qualname__ == "ControlNetXSAdapter.forward":
-            return "it is the parts of a control U-Net: accelerate the UNetControlNetXSModel made of it"
+            return Obstacle(
+                Reason.PARTS, "it is the parts of a control U-Net: accelerate the UNetControlNetXSModel made of it"
+            )
         if type(block).forward.__qualname__ != "UNetControlNetXSModel.forward":
-            return "its forward is not diffusers' own"
-        return None if "apply_control" in _names(type(block).forward) else "its forward cannot leave the control away"
+            return Obstacle(Reason.FORK, "its forward is not diffusers' own")
+        known = "apply_control" in _names(type(block).forward)
+        return None if known else Obstacle(Reason.FORK, "its forward cannot leave the control away")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"control": super().branches(block)[""]}

@@ -13,7 +13,8 @@ from ...blocks.broadcast import fits_gate, may_grow
 from ...blocks.decision import NOT_ALLOWED, SKIPS, decide
 from ...blocks.one_pass import copy_if_gates_are_zero, copy_of_residual
 from ...blocks.residual import skip_residual
-from ..family import Family, lacks, register
+from ..family import SMALL, Family, lacks, register
+from ..report import Obstacle
 from .adaln import (
     feed_forward,
     gate_rows,
@@ -30,19 +31,25 @@ from .adaln import (
 Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _streams(D: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rotary(attn: Any) -> tuple:
+    """(cos, sin) of as many angles as `_streams` has tokens."""
+    angles = torch.randn(SMALL**2 + 3, attn.inner_dim // attn.heads)
+    return angles.cos(), angles.sin()
+
+
+def _streams(D: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Image, text and conditioning for a proof."""
-    return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, D)
+    return torch.randn(2, side**2, D), torch.randn(2, 3, D), torch.randn(2, D)
 
 
 class TwoStreams(Family):
     """Attention of both streams together, then a feed-forward for each."""
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")
 
-    def example(self, block: Any) -> tuple:
-        return _streams(block.norm1.linear.in_features)
+    def example(self, block: Any, side: int) -> tuple:
+        return _streams(block.norm1.linear.in_features, side)
 
     def attended(
         self,
@@ -97,6 +104,9 @@ class JointTransformerBlock(TwoStreams):
 
     name = "JointTransformerBlock"
     classes = ("JointTransformerBlock",)
+
+    def options(self, block: Any) -> dict[str, tuple]:
+        return {"joint_attention_kwargs": ({},)}
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         chunks = 9 if block.use_dual_attention else 6
@@ -155,6 +165,9 @@ class FluxTransformerBlock(TwoStreams):
     name = "FluxTransformerBlock"
     classes = ("FluxTransformerBlock",)
 
+    def options(self, block: Any) -> dict[str, tuple]:
+        return {"image_rotary_emb": (_rotary(block.attn),), "joint_attention_kwargs": ({},)}
+
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {
             "attn": gate_rows(block.norm1.linear, 6, 2) + self._context_rows(block),
@@ -203,7 +216,10 @@ class FluxSingleTransformerBlock(Family):
     name = "FluxSingleTransformerBlock"
     classes = ("FluxSingleTransformerBlock",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def options(self, block: Any) -> dict[str, tuple]:
+        return {"image_rotary_emb": (_rotary(block.attn),), "joint_attention_kwargs": ({},)}
+
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "norm.linear", "proj_mlp", "act_mlp", "proj_out", "attn")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -212,8 +228,8 @@ class FluxSingleTransformerBlock(Family):
             "proj_out": zeroing_tensors(block.proj_out, block.proj_out.weight),
         }
 
-    def example(self, block: Any) -> tuple:
-        return _streams(block.norm.linear.in_features)
+    def example(self, block: Any, side: int) -> tuple:
+        return _streams(block.norm.linear.in_features, side)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...blocks.decision import allowed, bypassable
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 from .adaln import gated_branch, is_plain, is_plain_linear, may_draw, zeroing_tensors
 
 
@@ -30,17 +31,17 @@ class TemporalConvLayer(Family):
     classes = ("TemporalConvLayer",)
     dense_backend = "eager"
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "conv1.2", "conv2.3", "conv3.3", "conv4.3")
         if missing is None and len(block.conv4) != 4:
-            return "its conv4 is not norm, activation, dropout and convolution"
+            return Obstacle(Reason.LAYERS, "its conv4 is not norm, activation, dropout and convolution")
         return missing
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"conv4": zeroing_tensors(block.conv4[3], block.conv4[3].weight)}
 
-    def example(self, block: Any) -> tuple:
-        return torch.randn(4, block.in_dim, 3, 2), 2
+    def example(self, block: Any, side: int) -> tuple:
+        return torch.randn(2 * side, block.in_dim, 3, side), side
 
     def forward(self, block: Any, hidden_states: Tensor, num_frames: int = 1) -> Tensor:
         frames, *image = hidden_states.shape
@@ -78,14 +79,14 @@ class AnimateDiffTransformer3D(Family):
     classes = ("AnimateDiffTransformer3D",)
     dense_backend = "eager"
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"proj_out": zeroing_tensors(block.proj_out, block.proj_out.weight)}
 
-    def example(self, block: Any) -> tuple:
-        return torch.randn(4, block.proj_in.in_features, 3, 2), None, None, None, 2
+    def example(self, block: Any, side: int) -> tuple:
+        return torch.randn(2 * side, block.proj_in.in_features, 3, 2), None, None, None, side
 
     def forward(
         self,
@@ -144,14 +145,14 @@ class GatedSelfAttentionDense(Family):
     name = "GatedSelfAttentionDense"
     classes = ("GatedSelfAttentionDense",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "linear", "norm1", "attn", "norm2", "ff", "alpha_attn", "alpha_dense")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"attn": (block.alpha_attn,), "ff": (block.alpha_dense,)}
 
-    def example(self, block: Any) -> tuple:
-        return torch.randn(2, 4, block.linear.out_features), torch.randn(2, 3, block.linear.in_features)
+    def example(self, block: Any, side: int) -> tuple:
+        return torch.randn(2, side**2, block.linear.out_features), torch.randn(2, 3, block.linear.in_features)
 
     def forward(self, block: Any, x: Tensor, objs: Tensor) -> Tensor:
         if not block.enabled or x.dim() != 3 or block.alpha_attn.dtype != x.dtype:

@@ -12,6 +12,7 @@ from ...blocks.decision import allowed, bypassable
 from ...blocks.layers import DROPOUTS, SILUS
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 from .adaln import zeroing_tensors
 
 
@@ -20,7 +21,7 @@ class _Resnet(Family):
 
     parts: tuple[str, ...] = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, *self.parts, "output_scale_factor")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -91,14 +92,16 @@ class ResnetBlock2D(_Resnet):
     name = "ResnetBlock2D"
     classes = ("ResnetBlock2D",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         norms = isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)
-        return super().match(block, path, root) or (None if norms else "its norms are not nn.GroupNorm")
+        return super().match(block, path, root) or (
+            None if norms else Obstacle(Reason.LAYERS, "its norms are not nn.GroupNorm")
+        )
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         proj = block.time_emb_proj
         temb = None if proj is None else torch.randn(2, proj.in_features)
-        return torch.randn(2, block.norm1.num_channels, 4, 2), temb
+        return torch.randn(2, block.norm1.num_channels, 2 * side, 2), temb
 
     def _embedders(self, block: Any) -> tuple[nn.Module, ...]:
         return () if block.time_emb_proj is None else (block.time_emb_proj,)
@@ -167,11 +170,11 @@ class ResnetBlockCondNorm2D(_Resnet):
     classes = ("ResnetBlockCondNorm2D",)
     dense_backend = "eager"
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         channels, norm = block.in_channels, block.norm1
         spatial = hasattr(norm, "conv_y")
         temb = torch.randn(2, norm.conv_y.in_channels, 3, 2) if spatial else torch.randn(2, norm.linear.in_features)
-        return torch.randn(2, channels, 4, 2), temb
+        return torch.randn(2, channels, 2 * side, 2), temb
 
     def _before_conv2(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
         h = block.conv1(_resampled(block, block.nonlinearity(block.norm1(x, temb))))

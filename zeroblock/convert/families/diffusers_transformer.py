@@ -16,7 +16,8 @@ from ...blocks.broadcast import fits_gate
 from ...blocks.decision import SKIPS, bypassable, decide
 from ...blocks.layers import is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
-from ..family import Family, lacks, register
+from ..family import SMALL, Family, lacks, register
+from ..report import Obstacle, Reason
 from .adaln import (
     feed_forward,
     fits,
@@ -52,13 +53,13 @@ class BasicTransformerBlock(Family):
         # With plain norms there is neither a modulation nor a gate, and nothing that starts at zero.
         return super().knows(block) and getattr(block, "norm_type", None) not in ("layer_norm", "layer_norm_i2vgen")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "norm_type", "norm1", "attn1", "ff")
         if missing is not None:
             return missing
         kind = block.norm_type
         if kind not in ("ada_norm_zero", "ada_norm_single"):
-            return f"norm_type {kind!r} has no gate"
+            return Obstacle(Reason.VARIANT, f"norm_type {kind!r} has no gate")
         return lacks(block, *(("norm1.linear", "norm3") if kind == "ada_norm_zero" else ("scale_shift_table", "norm2")))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -72,13 +73,22 @@ class BasicTransformerBlock(Family):
             found["attn2"] = zeroing_tensors(out, out.weight)
         return found
 
-    def example(self, block: Any) -> tuple:
-        x, D = torch.randn(2, 4, block.dim), block.dim
+    def example(self, block: Any, side: int) -> tuple:
+        x, D = torch.randn(2, side**2, block.dim), block.dim
         if block.norm_type == "ada_norm_single":
             context = None if block.cross_attention_dim is None else torch.randn(2, 3, block.cross_attention_dim)
             return x, None, context, None, torch.randn(2, 6 * D)
         index = torch.zeros(2, dtype=torch.long)
         return x, None, None, None, index, None, index
+
+    def options(self, block: Any) -> dict[str, tuple]:
+        found: dict[str, tuple] = {"attention_mask": (torch.randn(2, 1, SMALL**2),), "cross_attention_kwargs": ({},)}
+        if block.attn2 is not None:
+            D = block.cross_attention_dim
+            found["encoder_attention_mask"] = (torch.randn(2, 1, SMALL**2 if D is None else 3),)
+            if block.norm_type == "ada_norm_zero" and D is not None:
+                found["encoder_hidden_states"] = (torch.randn(2, 3, D),)
+        return found
 
     def forward(
         self,
@@ -169,7 +179,7 @@ class DiTTransformer2DModel(Family):
     name = "DiTTransformer2DModel"
     classes = ("DiTTransformer2DModel",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "pos_embed", "transformer_blocks.0.norm1.emb", "norm_out", "proj_out_1", "proj_out_2")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -185,7 +195,7 @@ class DiTTransformer2DModel(Family):
         model.transformer_blocks = block.transformer_blocks[:1]
         return model
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         size, index = block.config.sample_size, torch.zeros(1, dtype=torch.long)
         return torch.randn(1, block.config.in_channels, size, size), index, index, None, False
 

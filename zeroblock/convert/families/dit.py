@@ -17,9 +17,10 @@ from ...blocks.layers import SILUS, Forwards, computes, is_plain_linear, is_plai
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 from .adaln import gate_rows, zeroing_tensors
 
-_NOT_PLAIN = "its norms or linear layers are not the plain ones the fused ops take, or are watched by hooks"
+_NOT_PLAIN = Obstacle(Reason.LAYERS, "its norms or linear layers are not the plain ones the fused ops take")
 
 
 # The forwards of timm's classes that were proved.
@@ -39,7 +40,7 @@ class _Modulated(Family):
 
     parts: tuple[str, ...]
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, *self.parts)
         return missing or (None if self._fits(block) else _NOT_PLAIN)
 
@@ -71,9 +72,9 @@ class DiTBlock(_Modulated):
         attn, mlp = (gate_rows(linear, adaln.CHUNKS, gate) for gate in adaln.GATES)
         return {"attn": attn, "mlp": mlp}
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         D = block.adaLN_modulation[-1].in_features
-        return torch.randn(2, 4, D), torch.randn(2, D)
+        return torch.randn(2, side**2, D), torch.randn(2, D)
 
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
@@ -167,6 +168,14 @@ class FinalLayer(_Modulated):
     classes = ("FinalLayer",)
     parts: tuple[str, ...] = ("norm_final", "linear", "adaLN_modulation.1")
 
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
+        obstacle, modulation = super().match(block, path, root), getattr(block, "adaLN_modulation", None)
+        if obstacle is not None or modulation is None:
+            return obstacle
+        vectors = modulation[-1].out_features // block.linear.in_features
+        said = f"its adaLN_modulation gives {vectors} vectors, not 2"
+        return None if vectors == 2 else Obstacle(Reason.NAMESAKE, said)
+
     def _fits(self, block: Any) -> bool:
         norm, linear = block.norm_final, block.linear
         return is_plain_norm(norm) and is_plain_linear(linear) and bypassable((norm, linear))
@@ -174,9 +183,9 @@ class FinalLayer(_Modulated):
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"linear": zeroing_tensors(block.linear, block.linear.weight)}
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         linear = block.adaLN_modulation[-1]
-        return torch.randn(2, 4, block.linear.in_features), torch.randn(2, linear.in_features)
+        return torch.randn(2, side**2, block.linear.in_features), torch.randn(2, linear.in_features)
 
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):

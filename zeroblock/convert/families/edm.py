@@ -18,6 +18,7 @@ from ...blocks.layers import Forwards, computes, parameters_of
 from ...blocks.skip import Branch, Tail, skipped_branch
 from ...reference import channel_view
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 
 # The forwards of norms and convolutions that were proved.
 _NORMS: Forwards = {}
@@ -73,9 +74,9 @@ class UNetBlock(Family):
     name = "UNetBlock"
     classes = ("UNetBlock",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "norm0", "conv0", "affine", "norm1", "conv1", "skip_scale")
-        return missing or (None if self._fits(block) else "its layers are not EDM's, or are parametrised or watched")
+        return missing or (None if self._fits(block) else Obstacle(Reason.LAYERS, "its layers are not EDM's"))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         found: dict[str, tuple[Tensor, ...]] = {"conv1": (block.conv1.weight,)}
@@ -83,8 +84,8 @@ class UNetBlock(Family):
             found["proj"] = (block.proj.weight,)
         return found
 
-    def example(self, block: Any) -> tuple:
-        return torch.randn(2, block.in_channels, 4, 4), torch.randn(2, block.affine.in_features)
+    def example(self, block: Any, side: int) -> tuple:
+        return torch.randn(2, block.in_channels, 2 * side, 4), torch.randn(2, block.affine.in_features)
 
     def _fits(self, block: Any) -> bool:
         norms, convs = [block.norm0, block.norm1], [block.conv0, block.conv1]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...blocks.decision import SKIPS, decide
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 from .whole_skip import InferenceSkip, batches
 
 
@@ -26,16 +27,20 @@ class MPConv(Family):
     name = "MPConv"
     classes = ("MPConv",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "weight", "out_channels")
-        return missing or (None if block.weight.dim() in (2, 4) else "its weight is neither a matrix nor a kernel")
+        known = missing or block.weight.dim() in (2, 4)
+        return missing or (None if known else Obstacle(Reason.NAMESAKE, "its weight is neither a matrix nor a kernel"))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {}
 
-    def example(self, block: Any) -> tuple:
-        size = () if block.weight.dim() == 2 else (4, 4)
+    def example(self, block: Any, side: int) -> tuple:
+        size = () if block.weight.dim() == 2 else (2 * side, 4)
         return torch.randn(2, block.weight.shape[1], *size), torch.tensor(0.7)
+
+    def options(self, block: Any) -> dict[str, tuple]:
+        return {"gain": (torch.tensor(0.0), torch.tensor(0.7))}
 
     def forward(self, block: Any, x: Tensor, gain: Any = 1) -> Tensor:
         if isinstance(gain, Tensor) and not torch.is_grad_enabled() and not block.training:
@@ -61,7 +66,7 @@ class EDM2UNet(InferenceSkip):
     def knows(self, block: Any) -> bool:
         return super().knows(block) and hasattr(block, "out_gain")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "enc", "dec", "out_conv.weight", "out_gain")
 
     def judged_tensors(self, block: Any) -> tuple[Tensor, ...]:

@@ -20,9 +20,9 @@ def _attend(block: Any, h: Tensor, t: Tensor, mask: Any = None, rope: Any = None
     return block.attn(x=h, mask=mask, rope=rope)
 
 
-def _example(block: Any) -> tuple:
+def _example(block: Any, side: int) -> tuple:
     linear = block.attn_norm.linear
-    return torch.randn(2, 5, linear.out_features // 6), torch.randn(2, linear.in_features)
+    return torch.randn(2, side**2, linear.out_features // 6), torch.randn(2, linear.in_features)
 
 
 register(

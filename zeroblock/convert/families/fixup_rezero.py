@@ -11,7 +11,8 @@ from ... import functional
 from ...blocks import fixup
 from ...blocks.layers import is_plain_conv
 from ...blocks.residual import residual_branch
-from ..family import Family, lacks, register
+from ..family import SMALL, Family, lacks, register
+from ..report import Obstacle, Reason
 
 
 @register
@@ -28,19 +29,21 @@ class FixupBlock(Family):
     name = "FixupBlock"
     classes = ("FixupBasicBlock", "FixupBottleneck")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         last = ("conv3", "bias3a", "bias3b") if hasattr(block, "conv3") else ("bias2b",)
         missing = lacks(block, "conv1", "conv2", "bias1a", "bias1b", "bias2a", "scale", "relu", *last)
         if missing is None and not hasattr(block, "downsample"):
-            return "it has no downsample"
-        return missing or (None if self._fits(block) else "its convolutions are not plain ones")
+            return Obstacle(Reason.NAMESAKE, "it has no downsample")
+        return missing or (
+            None if self._fits(block) else Obstacle(Reason.LAYERS, "its convolutions are not plain ones")
+        )
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         name = "conv3" if hasattr(block, "conv3") else "conv2"
         return {name: (getattr(block, name).weight,)}
 
-    def example(self, block: Any) -> tuple:
-        return (torch.randn(2, block.conv1.in_channels, 4, 4),)
+    def example(self, block: Any, side: int) -> tuple:
+        return (torch.randn(2, block.conv1.in_channels, 2 * side, 4),)
 
     def _fits(self, block: Any) -> bool:
         convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
@@ -65,14 +68,19 @@ class RZTXEncoderLayer(Family):
     name = "RZTXEncoderLayer"
     classes = ("RZTXEncoderLayer",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "self_attn", "linear1", "dropout", "linear2", "dropout1", "dropout2", "resweight")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"self_attn": (block.resweight,), "linear2": (block.resweight,)}
 
-    def example(self, block: Any) -> tuple:
-        return (torch.randn(3, 2, block.self_attn.embed_dim),)
+    def example(self, block: Any, side: int) -> tuple:
+        return (torch.randn(side**2, 2, block.self_attn.embed_dim),)
+
+    def options(self, block: Any) -> dict[str, tuple]:
+        T = SMALL**2
+        later = torch.ones(T, T, dtype=torch.bool).triu(1)
+        return {"src_mask": (later,), "src_key_padding_mask": (later[2:],)}
 
     def forward(self, block: Any, src: Tensor, src_mask: Any = None, src_key_padding_mask: Any = None) -> Tensor:
         if type(block.resweight) is not nn.Parameter or block.resweight.numel() != 1:

@@ -17,6 +17,7 @@ from ...blocks import adaln
 from ...blocks.broadcast import may_grow
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 from .adaln import feed_forward, gate_rows, gated_projection, modulated_linear, zeroing_tensors
 from .diffusers_mmdit import TwoStreams
 from .dit import FinalLayer
@@ -39,9 +40,10 @@ class _Attending(Family):
         """The module that defines the method."""
         return sys.modules.get(getattr(kind, self.entry(kind)).__module__)
 
-    def _no_attention(self, block: nn.Module) -> str | None:
+    def _no_attention(self, block: nn.Module) -> Obstacle | None:
         wanted = "attention" if _inner(block) is None else "apply_rope"
-        return None if callable(getattr(self._home(type(block)), wanted, None)) else f"its module has no {wanted}"
+        found = callable(getattr(self._home(type(block)), wanted, None))
+        return None if found else Obstacle(Reason.VARIANT, f"the module of its class has no {wanted}")
 
     def _rotary(self, block: Any, tokens: int) -> Tensor:
         """For a proof: the rotations that pe holds, of every pair of a head's features."""
@@ -106,7 +108,7 @@ class DoubleStreamBlock(_Attending, TwoStreams):
     name = "DoubleStreamBlock"
     classes = ("DoubleStreamBlock",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         parts = ("mod.lin", "norm1", "attn.qkv", "attn.norm", "attn.proj", "norm2", "mlp.2")
         missing = lacks(block, "num_heads", "hidden_size", *(f"{s}_{part}" for s in ("img", "txt") for part in parts))
         return missing or self._no_attention(block)
@@ -119,7 +121,7 @@ class DoubleStreamBlock(_Attending, TwoStreams):
             "txt_mlp": gate_rows(txt, 6, 5),
         }
 
-    def example(self, block: Any, side: int = 2) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         D = _width(block)
         pe = self._rotary(block, 3 + side**2)
         return torch.randn(2, side**2, D), torch.randn(2, 3, D), torch.randn(2, D), pe
@@ -185,7 +187,7 @@ class SingleStreamBlock(_Attending):
     name = "SingleStreamBlock"
     classes = ("SingleStreamBlock",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         parts = ("num_heads", "hidden_size", "modulation.lin", "pre_norm", "linear1", "norm", "mlp_act", "linear2")
         return lacks(block, *parts) or self._no_attention(block)
 
@@ -193,7 +195,7 @@ class SingleStreamBlock(_Attending):
         linear2 = block.linear2
         return {"gate": gate_rows(block.modulation.lin, 3, 2), "linear2": zeroing_tensors(linear2, linear2.weight)}
 
-    def example(self, block: Any, side: int = 2) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         D, T = _width(block), 3 + side**2
         return torch.randn(2, T, D), torch.randn(2, D), self._rotary(block, T)
 

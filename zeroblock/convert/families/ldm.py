@@ -11,6 +11,7 @@ from ..._autocast import autocast_dtype
 from ...blocks.layers import is_plain_layer
 from ...ops.residual_alone import residual_alone
 from ..family import lacks, register
+from ..report import Obstacle, Reason
 from .whole_skip import ControlBranch, InferenceSkip, batches
 
 
@@ -29,9 +30,11 @@ class SpatialTransformer(InferenceSkip):
     name = "SpatialTransformer"
     classes = ("SpatialTransformer", "SpatialVideoTransformer", "TemporalTransformer3DModel")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "norm", "proj_in", "transformer_blocks", "proj_out")
-        return missing or (None if is_plain_layer(block.proj_out) else "its proj_out is not a plain layer")
+        return missing or (
+            None if is_plain_layer(block.proj_out) else Obstacle(Reason.LAYERS, "its proj_out is not a plain layer")
+        )
 
     def zero_layers(self, block: Any) -> list[Any]:
         return [block.proj_out]
@@ -61,12 +64,12 @@ class ControlNet(ControlBranch):
     name = "ControlNet"
     classes = ("ControlNet",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(
             block, "input_blocks", "middle_block", "zero_convs.0.0", "middle_block_out.0", "input_hint_block"
         )
         plain = missing is None and all(map(is_plain_layer, self.zero_layers(block)))
-        return missing or (None if plain else "its zero convolutions are not plain ones")
+        return missing or (None if plain else Obstacle(Reason.LAYERS, "its zero convolutions are not plain ones"))
 
     def zero_layers(self, block: Any) -> list[Any]:
         return [*(layer[0] for layer in block.zero_convs), block.middle_block_out[0]]

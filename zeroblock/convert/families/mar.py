@@ -15,9 +15,9 @@ def _rows(block: Any, y: Tensor) -> tuple[Tensor, ...]:
     return block.adaLN_modulation(y).chunk(3, dim=-1)
 
 
-def _example(block: Any) -> tuple:
+def _example(block: Any, side: int) -> tuple:
     linear = block.adaLN_modulation[-1]
-    return torch.randn(5, linear.out_features // 3), torch.randn(5, linear.in_features)
+    return torch.randn(side**2, linear.out_features // 3), torch.randn(side**2, linear.in_features)
 
 
 register(

@@ -24,7 +24,7 @@ def _skipped_to(block: Any, x: Tensor, c: Tensor, skip: Tensor | None = None, id
     return x if block.skip_linear is None else block.skip_linear(torch.cat([x, skip], dim=-1))  # type: ignore[list-item]
 
 
-def _example(block: Any) -> tuple:
+def _example(block: Any, side: int) -> tuple:
     D = block.adaLN_modulation[-1].in_features
     # Its relative positions are for so many tokens.
     tokens = math.prod(block.attn.rel_pos_bias.window_size)

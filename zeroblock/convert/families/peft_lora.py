@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...blocks.layers import is_plain_layer
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 
 
 @register
@@ -28,12 +31,12 @@ class LoRA(Family):
     classes = ("LoraLayer",)
     dense_backend = "eager"
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if not {c.__name__ for c in type(block).__mro__} & {"Linear", "Conv1d", "Conv2d", "Conv3d"}:
-            return "a LoRA layer with a forward of its own (embedding or quantised)"
+            return Obstacle(Reason.VARIANT, "a LoRA layer with a forward of its own (embedding or quantised)")
         missing = lacks(block, "base_layer", "lora_A", "lora_B", "lora_dropout", "scaling")
         if missing is None and (getattr(block, "lora_variant", None) or any(block.use_dora.values())):
-            return "it is a variant of LoRA"
+            return Obstacle(Reason.VARIANT, "it is a variant of LoRA")
         return missing
 
     def inner_modules(self, block: Any) -> Iterator[nn.Module]:
@@ -44,11 +47,20 @@ class LoRA(Family):
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {f"lora_B.{name}": (B.weight,) for name, B in block.lora_B.items()}
 
-    def example(self, block: Any) -> tuple:
+    def proof_target(self, block: Any) -> nn.Module:
+        """The block; on a plain layer in place of a quantised one, which may run nowhere but where it is."""
+        A, B = next(iter(block.lora_A.values())), next(iter(block.lora_B.values()))
+        if is_plain_layer(block.base_layer) or not isinstance(A, nn.Linear):
+            return block
+        twin = copy.copy(block)
+        twin.__dict__["_modules"] = block._modules | {"base_layer": nn.Linear(A.in_features, B.out_features)}
+        return twin
+
+    def example(self, block: Any, side: int) -> tuple:
         A = next(iter(block.lora_A.values()))
         if isinstance(A, nn.Linear):
-            return (torch.randn(2, 3, A.in_features),)
-        sizes = [d * (k - 1) + 3 for d, k in zip(A.dilation, A.kernel_size, strict=True)]
+            return (torch.randn(2, side**2, A.in_features),)
+        sizes = [d * (k - 1) + side for d, k in zip(A.dilation, A.kernel_size, strict=True)]
         return (torch.randn(2, A.in_channels, *sizes),)
 
     def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

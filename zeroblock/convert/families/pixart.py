@@ -42,9 +42,14 @@ class PixArtBlock(DiTBlock):
         proj = block.cross_attn.proj
         return {"cross_attn": zeroing_tensors(proj, proj.weight)}
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         D = block.scale_shift_table.shape[1]
-        return torch.randn(2, 4, D), torch.randn(2, 3, D), torch.randn(2, 6 * D)
+        return torch.randn(2, side**2, D), torch.randn(2, 3, D), torch.randn(2, 6 * D)
+
+    def options(self, block: Any) -> dict[str, tuple]:
+        """How many of the text's tokens belong to each sample, or which of them are not padding."""
+        kept = torch.arange(3).expand(2, 3) < 2
+        return {"mask": ([3, 3], kept, kept[:, None])}
 
     def forward(  # type: ignore[override]
         self, block: Any, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, **kwargs: Any
@@ -83,9 +88,9 @@ class T2IFinalLayer(FinalLayer):
     classes = ("T2IFinalLayer",)
     parts: tuple[str, ...] = ("norm_final", "linear", "scale_shift_table")
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         D = block.linear.in_features
-        return torch.randn(2, 4, D), torch.randn(2, D)
+        return torch.randn(2, side**2, D), torch.randn(2, D)
 
     def forward(self, block: Any, x: Tensor, t: Tensor) -> Tensor:
         if x.dim() != 3 or t.dim() != 2 or not self._fits(block):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...blocks.decision import SKIPS, decide
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 
 # The modules of the branch, of which a block may lack some.
 _BRANCH = "conv1 act2 conv2 act2b conv2b attn act3 conv3 attn_last drop_path".split()
@@ -31,9 +32,9 @@ class NormFreeBlock(Family):
     name = "NormFreeBlock"
     classes = ("NormFreeBlock",)
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         if not hasattr(block, "skipinit_gain"):
-            return "it has no skipinit_gain"
+            return Obstacle(Reason.NAMESAKE, "it has no skipinit_gain")
         return lacks(block, "act1", "conv1", "act2", "conv2", "act3", "conv3", "alpha", "beta", "drop_path")
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -45,8 +46,8 @@ class NormFreeBlock(Family):
     def inner_modules(self, block: Any) -> tuple[nn.Module, ...]:
         return (block,)
 
-    def example(self, block: Any) -> tuple:
-        return (torch.randn(2, block.conv1.in_channels, 8, 8),)
+    def example(self, block: Any, side: int) -> tuple:
+        return (torch.randn(2, block.conv1.in_channels, 4 * side, 8),)
 
     def forward(self, block: Any, x: Tensor) -> Tensor:
         present = tuple(m for name in _BRANCH if (m := getattr(block, name)) is not None)

@@ -12,6 +12,7 @@ from ...blocks.decision import SKIPS, decide
 from ...blocks.layers import is_plain_conv
 from ...ops.residual_alone import residual_alone
 from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 
 # What each of the two packages calls in turn; names that a block lacks, or has as None, are passed over.
 _TIMM = (
@@ -36,16 +37,16 @@ class ResNetBlock(Family):
     name = "ResNetBlock"
     classes = ("BasicBlock", "Bottleneck")
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         missing = lacks(block, "conv1", "bn1", "conv2", "bn2")
         if missing is not None:
             return missing
         if not hasattr(block, "relu") and not hasattr(block, "act2"):
-            return "it is neither torchvision's nor timm's"
+            return Obstacle(Reason.NAMESAKE, "it is neither torchvision's nor timm's")
         if getattr(block, "se", None) is not None:
-            return "attention follows its last norm"
+            return Obstacle(Reason.VARIANT, "attention follows its last norm")
         if type(self._last_norm(block)).forward is not nn.BatchNorm2d.forward or self._last_norm(block).weight is None:
-            return "its last norm is not a BatchNorm2d with a weight"
+            return Obstacle(Reason.LAYERS, "its last norm is not a BatchNorm2d with a weight")
         return None
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -54,8 +55,8 @@ class ResNetBlock(Family):
     def inner_modules(self, block: Any) -> tuple[nn.Module, ...]:
         return (block,)
 
-    def example(self, block: Any) -> tuple:
-        return (torch.randn(2, block.conv1.in_channels, 8, 8),)
+    def example(self, block: Any, side: int) -> tuple:
+        return (torch.randn(2, block.conv1.in_channels, 4 * side, 8),)
 
     def _last_norm(self, block: Any) -> Any:
         return block.bn3 if hasattr(block, "conv3") else block.bn2

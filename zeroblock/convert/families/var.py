@@ -18,9 +18,10 @@ def _rows(block: Any, cond_BD: Tensor, attn_bias: Any) -> tuple[Tensor, ...]:
     return block.ada_lin(cond_BD).view(-1, 6, block.C).unbind(1)
 
 
-def _example(block: Any) -> tuple:
+def _example(block: Any, side: int) -> tuple:
     condition = torch.randn(2, 1, 6, block.C) if block.shared_aln else torch.randn(2, block.D)
-    return torch.randn(2, 4, block.C), condition, torch.zeros(1, 1, 4, 4)
+    tokens = side**2
+    return torch.randn(2, tokens, block.C), condition, torch.randn(1, 1, tokens, tokens)
 
 
 def _drops(block: Any) -> bool:

@@ -23,7 +23,8 @@ class InferenceSkip(Family):
     """A block that is skipped, without gradients, while all the tensors that hold it at zero are zero.
 
     What it returns then is predicted. For every kind of input the first call runs the original too, whose result must
-    match bit for bit (`confirmed`); a block that does something else is never skipped.
+    match bit for bit and which must draw no random numbers (`confirmed`); a block that does something else is never
+    skipped.
     """
 
     dense_backend = "eager"
@@ -32,7 +33,7 @@ class InferenceSkip(Family):
         super().__init__(*options)
         self.confirmed: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
-    def example(self, block: Any) -> None:
+    def example(self, block: Any, side: int) -> None:
         return None
 
     def zero_layers(self, block: Any) -> list[Any]:
@@ -69,8 +70,10 @@ class InferenceSkip(Family):
         """wrap(y), once eager() returned the same for inputs of this kind."""
         seen, expected = self.confirmed.setdefault(block, {}), wrap(y)
         if key not in seen:
+            before = _streams(y)
             theirs = eager()
-            seen[key] = type(theirs) is type(expected) and _same(_pytree.tree_leaves(theirs), [y])
+            same = type(theirs) is type(expected) and _same(_pytree.tree_leaves(theirs), [y])
+            seen[key] = same and _equal(before, _streams(y))
             return theirs
         return expected if seen[key] else eager()
 
@@ -94,13 +97,14 @@ class ControlBranch(InferenceSkip):
             leaves, spec = seen[key]
             results = iter(self._results(layers, leaves, self.scales(block, given)))
             return _pytree.tree_unflatten([next(results) if isinstance(t, Tensor) else t for t in leaves], spec)
+        before = () if key in seen else _streams(layers[0].weight)
         theirs = eager()
         if key not in seen:
             leaves, spec = _pytree.tree_flatten(theirs)
             metas = [torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for t in leaves]
             found = [t for t in leaves if isinstance(t, Tensor)]
             equal = len(found) == len(layers) and _same(found, self._results(layers, metas, self.scales(block, given)))
-            seen[key] = (metas, spec) if equal else None
+            seen[key] = (metas, spec) if equal and _equal(before, _streams(layers[0].weight)) else None
         return theirs
 
     def _kind(self, block: Any, given: dict[str, Any]) -> tuple:
@@ -129,6 +133,16 @@ def batches(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
     for name, value in (*enumerate(args), *sorted(kwargs.items())):
         yield name
         yield isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != x.shape[0]
+
+
+def _streams(t: Tensor) -> tuple[Tensor, ...]:
+    """The random streams of the host and of the tensor's device."""
+    host = torch.get_rng_state()
+    return (host, torch.cuda.get_rng_state(t.device)) if t.is_cuda else (host,)
+
+
+def _equal(before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> bool:
+    return all(map(torch.equal, before, after))
 
 
 def _same(theirs: list[Any], ours: list[Tensor]) -> bool:

@@ -11,6 +11,7 @@ from ... import zero
 from ...blocks.layers import is_plain_layer, plain_forward
 from ...blocks.residual import skip_zero_layer
 from ..family import Family, register
+from ..report import Obstacle
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -34,16 +35,16 @@ class ZeroLayer(Family):
     def knows(self, block: Any) -> bool:
         return type(block) in _KINDS and is_plain_layer(block) and zero.is_exactly_zero(block.weight.detach())
 
-    def match(self, block: Any, path: str, root: nn.Module) -> str | None:
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return None
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"": (block.weight,)}
 
-    def example(self, block: Any) -> tuple:
+    def example(self, block: Any, side: int) -> tuple:
         if isinstance(block, nn.Linear):
-            return (torch.randn(2, 3, block.in_features),)
-        sizes = [d * (k - 1) + 3 for d, k in zip(block.dilation, block.kernel_size, strict=True)]
+            return (torch.randn(2, side**2, block.in_features),)
+        sizes = [d * (k - 1) + side for d, k in zip(block.dilation, block.kernel_size, strict=True)]
         return (torch.randn(2, block.in_channels, *sizes),)
 
     def on_class_created(self, kind: type[nn.Module]) -> None:

@@ -1,0 +1,90 @@
+"""A block of every family that is proved."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from zeroblock.testing import eager
+
+from . import oracles_edm, oracles_glide, oracles_tokens
+
+
+def diffusers_block(module, kind, *args, **options):
+    def make():
+        package = pytest.importorskip(f"diffusers.models.{module}", reason="diffusers is not installed")
+        return getattr(package, kind)(*args, **options)
+
+    return make
+
+
+def ada_norm_zero(**options):
+    from diffusers.models.attention import BasicTransformerBlock
+
+    return BasicTransformerBlock(16, 2, 8, norm_type="ada_norm_zero", num_embeds_ada_norm=4, **options)
+
+
+def dit_model():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    return diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=1, sample_size=4, num_embeds_ada_norm=10)
+
+
+def timm_nfnet():
+    nfnet = pytest.importorskip("timm.models.nfnet", reason="timm is not installed")
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    options = {"conv_layer": layers.ScaledStdConv2d, "act_layer": nn.SiLU}
+    return nfnet.NormFreeBlock(16, 16, alpha=0.2, skipinit=True, reg=False, **options)
+
+
+def torchvision_block():
+    resnet = pytest.importorskip("torchvision.models.resnet", reason="torchvision is not installed")
+    return resnet.BasicBlock(16, 16)
+
+
+def lora():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    net = nn.Sequential(nn.Linear(8, 8))
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), net)[0]
+
+
+def animate_diff():
+    unet = pytest.importorskip("diffusers.models.unets.unet_motion_model", reason="diffusers is not installed")
+    return unet.AnimateDiffTransformer3D(2, 8, 16, norm_num_groups=4, cross_attention_dim=None)
+
+
+BLOCKS = {
+    "ResBlock": lambda: eager.ResBlock(32, 16, 0.0, use_scale_shift_norm=True),
+    "AttentionBlock": lambda: oracles_glide.GlideAttentionBlock(32, 2, 24),
+    "UNetBlock": lambda: oracles_edm.UNetBlock(16, 16, 16, num_heads=2),
+    "MPConv": lambda: oracles_edm.MPConv(8, 8, 3, 3),
+    "DiTBlock": lambda: eager.DiTBlock(16, 2),
+    "FinalLayer": lambda: eager.FinalLayer(16, 1, 4),
+    "PixArtBlock": lambda: oracles_tokens.PixArtBlock(24, 2),
+    "T2IFinalLayer": lambda: oracles_tokens.T2IFinalLayer(24, 6),
+    "FixupBlock": lambda: eager.FixupBasicBlock(8, 8),
+    "RZTXEncoderLayer": lambda: oracles_tokens.RZTXEncoderLayer(16, 2, 32, 0.0),
+    "ZeroLayer": lambda: eager.zero_module(nn.Linear(8, 8)),
+    "ResnetBlock2D": diffusers_block("resnet", "ResnetBlock2D", in_channels=16, groups=4, temb_channels=16),
+    "ResnetBlockCondNorm2D": diffusers_block(
+        "resnet", "ResnetBlockCondNorm2D", in_channels=16, groups=4, temb_channels=16, time_embedding_norm="ada_group"
+    ),
+    "BasicTransformerBlock": diffusers_block(
+        "attention", "BasicTransformerBlock", 16, 2, 8, norm_type="ada_norm_single", cross_attention_dim=12
+    ),
+    "DiTTransformer2DModel": dit_model,
+    "JointTransformerBlock": diffusers_block("attention", "JointTransformerBlock", 16, 2, 8),
+    "FluxTransformerBlock": diffusers_block("transformers.transformer_flux", "FluxTransformerBlock", 16, 2, 8),
+    "FluxSingleTransformerBlock": diffusers_block(
+        "transformers.transformer_flux", "FluxSingleTransformerBlock", 16, 2, 8
+    ),
+    "AdaLayerNormZero": diffusers_block("normalization", "AdaLayerNormZero", 16),
+    "AdaLayerNormZeroSingle": diffusers_block("normalization", "AdaLayerNormZeroSingle", 16),
+    "SD35AdaLayerNormZeroX": diffusers_block("normalization", "SD35AdaLayerNormZeroX", 16),
+    "AdaLayerNormContinuous": diffusers_block("normalization", "AdaLayerNormContinuous", 16, 12),
+    "TemporalConvLayer": diffusers_block("resnet", "TemporalConvLayer", 16, 16, norm_num_groups=4),
+    "AnimateDiffTransformer3D": animate_diff,
+    "GatedSelfAttentionDense": diffusers_block("attention", "GatedSelfAttentionDense", 16, 12, 2, 8),
+    "ResNetBlock": torchvision_block,
+    "NormFreeBlock": timm_nfnet,
+    "LoRA": lora,
+}
