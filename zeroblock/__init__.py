@@ -18,7 +18,7 @@ from . import nn
 from ._explain import explain, info
 from ._freeze import FreezeReport, freeze, unfreeze
 from ._version import __version__ as __version__
-from .convert import accelerate, restore
+from .convert import accelerate, register_family, restore
 from .doctor import doctor
 from .functional import (
     conv_residual,
@@ -51,6 +51,7 @@ __all__ = [
     "layer_norm_modulate_linear",
     "linear_gate_residual",
     "nn",
+    "register_family",
     "restore",
     "rms_norm_modulate",
     "share_plans",

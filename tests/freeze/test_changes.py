@@ -13,7 +13,7 @@ import zeroblock as zb
 from zeroblock import testing
 from zeroblock.steps import packed as _packed
 
-from .cases import call, frozen_layers, needs_onednn, randomise
+from .cases import call, frozen_layers, needs_native, needs_onednn, randomise
 from .cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
 
 pytestmark = needs_onednn
@@ -70,7 +70,7 @@ def frozen(name):
 
 
 @pytest.mark.parametrize("road", SILENT)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "conv" else needs_native) for n in LAYERS])
 def test_a_write_without_a_trace_raises(name, road):
     torch.manual_seed(0)
     layer, x = frozen(name)
@@ -99,6 +99,7 @@ def test_a_zero_weight_written_without_a_trace_raises(dtype):
         zb.unfreeze(layer)
 
 
+@needs_native
 def test_writes_in_inference_mode_raise():
     with torch.inference_mode():
         layer, x = nn.Linear(8, 8), torch.randn(2, 8)
@@ -137,6 +138,7 @@ MOVED = {
 }
 
 
+@needs_native
 @pytest.mark.parametrize("road", MOVED)
 def test_another_storage_or_shape_raises(road):
     layer, x = randomise(nn.Linear(16, 16)), torch.randn(2, 16)
@@ -147,6 +149,7 @@ def test_another_storage_or_shape_raises(road):
         call(layer, x)
 
 
+@needs_native
 def test_parameters_that_cannot_be_swapped_say_so():
     layer = randomise(nn.Linear(4, 4))
     zb.freeze(layer)
@@ -179,6 +182,7 @@ def test_the_sample_reaches_every_part(shape):
         assert part.view(-1)[::step].any(), tap
 
 
+@needs_native
 def test_a_weight_with_gaps_is_compared_in_full():
     """Its neighbours in memory may change; a single element of its own may not."""
     base = torch.randn(200, 64)
@@ -259,6 +263,7 @@ def test_a_convolution_that_computes_otherwise_is_left_alone():
     testing.assert_bitwise_equal(call(model, x), expected)
 
 
+@needs_native
 def test_a_weight_shared_with_a_stale_copy_freezes_anew():
     first, second = randomise(nn.Linear(64, 32)), nn.Linear(64, 32)
     second.weight = first.weight

@@ -17,7 +17,7 @@ from zeroblock.plan import planned as _plan
 from zeroblock.steps import conv as _conv
 from zeroblock.steps import packed as _packed
 
-from .cases import LAYOUTS, call, compare, frozen_layers, model_and_input, needs_onednn, randomise
+from .cases import LAYOUTS, call, compare, frozen_layers, model_and_input, needs_native, needs_onednn, randomise
 from .cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
 
 pytestmark = needs_onednn
@@ -38,6 +38,7 @@ def _saved(model):
     return torch.load(buffer, weights_only=False)
 
 
+@needs_native
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_are_not_frozen(name):
     model = randomise(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), zb.nn.ZeroConv2d(8, 8, 1), zb.nn.ZeroLinear(6, 6)))
@@ -62,6 +63,7 @@ def test_the_state_dict_is_that_of_the_model():
     assert all(isinstance(m, nn.Conv2d) for m in (model[0], model[2]))
 
 
+@needs_native
 def test_tied_weights_share_a_copy():
     model = randomise(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     model[1].weight = model[0].weight
@@ -99,6 +101,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+@needs_native
 def test_what_cannot_be_frozen_is_named():
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     model = nn.ModuleDict(

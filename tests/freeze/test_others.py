@@ -17,7 +17,7 @@ from zeroblock import testing
 from zeroblock.plan import planned as _plan
 from zeroblock.steps import packed as _packed
 
-from .cases import call, compare, frozen_layers, needs_onednn, randomise
+from .cases import call, compare, frozen_layers, needs_native, needs_onednn, randomise
 from .cases import nothing_stays_frozen as _nothing_stays_frozen  # noqa: F401  (for every test)
 
 pytestmark = needs_onednn
@@ -26,6 +26,7 @@ pytestmark = needs_onednn
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
+@needs_native
 def test_nothing_is_published_before_it_is_packed(monkeypatch):
     seen = []
     reorder = _packed._reorder_linear
@@ -70,7 +71,10 @@ def test_others_infer_while_a_model_is_frozen_and_unfrozen():
     assert not errors, errors
 
 
-@pytest.mark.parametrize("layer, size", [(nn.Linear(8, 5), (3, 8)), (nn.Conv2d(8, 5, 3), (2, 8, 5, 5))])
+@pytest.mark.parametrize(
+    "layer, size",
+    [pytest.param(nn.Linear(8, 5), (3, 8), marks=needs_native), (nn.Conv2d(8, 5, 3), (2, 8, 5, 5))],
+)
 def test_a_layer_unfrozen_after_its_way_was_chosen(layer, size, monkeypatch):
     randomise(layer)
     x = torch.randn(size)
@@ -91,6 +95,7 @@ def test_a_layer_unfrozen_after_its_way_was_chosen(layer, size, monkeypatch):
     assert found == [None]
 
 
+@needs_native
 def test_two_threads_freeze_one_model():
     model = randomise(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))))
     threads = [threading.Thread(target=lambda: [zb.freeze(model) for _ in range(30)]) for _ in range(3)]
@@ -163,6 +168,7 @@ def test_the_class_of_another_library_is_kept(make, size, swap, end):
         torch.testing.assert_close(call(model, x.to(dtype)), call(oracle, x.to(dtype)))
 
 
+@needs_native
 def test_a_derived_class_freezes_again():
     layer = randomise(nn.Linear(8, 8))
     oracle, x = copy.deepcopy(layer), torch.randn(3, 8)
@@ -189,6 +195,7 @@ def test_a_class_put_in_place_of_the_frozen_one_is_kept():
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
+@needs_native
 def test_copies_go_without_the_garbage_collector():
     layer = nn.Linear(64, 64)
     gc.collect()
@@ -206,6 +213,7 @@ def test_copies_go_without_the_garbage_collector():
         gc.enable()
 
 
+@needs_native
 def test_freezing_a_module_twice_owns_its_weight_once():
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     second.weight = first.weight

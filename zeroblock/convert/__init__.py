@@ -19,10 +19,23 @@ from ..blocks.decision import is_watched
 from ..blocks.layers import is_distributed, is_own, is_whole, on_trial, sharded_weights_count
 from . import proof, residual
 from .families import FAMILIES
-from .family import Family, accelerated_class, applied
+from .families.described import GatedBlock, GatedBranch, family_of
+from .family import Family, accelerated_class, applied, register
 from .report import Branch, LeftAlone, Obstacle, Reason, Report
 
-__all__ = ["Branch", "Family", "LeftAlone", "Reason", "Report", "accelerate", "families", "restore"]
+__all__ = [
+    "Branch",
+    "Family",
+    "GatedBlock",
+    "GatedBranch",
+    "LeftAlone",
+    "Reason",
+    "Report",
+    "accelerate",
+    "families",
+    "register_family",
+    "restore",
+]
 
 PRECISIONS = ("strict", "fast")
 
@@ -30,6 +43,45 @@ PRECISIONS = ("strict", "fast")
 def families() -> dict[str, str]:
     """{name: what it computes, how it is used, what is skipped while zero} of every family accelerate knows."""
     return {name: inspect.cleandoc(family.__doc__ or "") for name, family in FAMILIES.items()}
+
+
+def register_family(family: GatedBlock | type[Family]) -> type[Family]:
+    """Has accelerate know another kind of block from now on: a fork of your own, or a block that has no family yet.
+
+    family: a description (`zeroblock.convert.GatedBlock`: rows of a modulation, and gated branches that use them), or a
+        subclass of `zeroblock.convert.Family` with methods of its own. It replaces a family that was registered under
+        the same name before; those that zeroblock comes with stay.
+
+    accelerate proves it on every block like its own families: where it computes something else than the block, the
+    block is left alone, and the report says so.
+
+    Raises:
+        TypeError: something else was given, or the name is that of one of zeroblock's own families.
+
+    >>> zb.register_family(
+    ...     zb.convert.GatedBlock(
+    ...         "MyBlock",
+    ...         branches=(
+    ...             zb.convert.GatedBranch("attn", norm="norm1", shift=0, scale=1, gate=2),
+    ...             zb.convert.GatedBranch("mlp", norm="norm2", shift=3, scale=4, gate=5),
+    ...         ),
+    ...         rows=lambda block, c: block.adaLN(c).chunk(6, dim=-1),
+    ...         example=lambda block, side: (torch.randn(2, side**2, block.dim), torch.randn(2, block.dim)),
+    ...     )
+    ... )  # doctest: +SKIP
+    """
+    kind = family_of(family) if isinstance(family, GatedBlock) else family
+    if not (isinstance(kind, type) and issubclass(kind, Family)):
+        raise TypeError(f"register_family: family must be a GatedBlock or a subclass of Family, got {family!r}")
+    if kind.name in FAMILIES and kind.name not in _added:
+        raise TypeError(f"register_family: {kind.name} is a family of zeroblock's own; give it another name")
+    FAMILIES.pop(kind.name, None)
+    _added.add(kind.name)
+    return register(kind)
+
+
+# Names of the families that register_family was given.
+_added: set[str] = set()
 
 
 def accelerate(

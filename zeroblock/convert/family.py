@@ -119,6 +119,7 @@ class Family:
 
 
 def register(family: type[Family]) -> type[Family]:
+    """Decorator: accelerate knows this family. TypeError when its name is taken, or it lacks a docstring."""
     has_docstring = family.__doc__ or sys.flags.optimize >= 2  # which strips them
     if not has_docstring or family.name in FAMILIES:
         raise TypeError(f"register: {family.__name__} needs a docstring and a name of its own")

@@ -5,6 +5,7 @@ from ..family import FAMILIES as FAMILIES
 # isort: split
 # isort: off
 from . import (  # noqa: F401
+    compvis,
     diffusers_adaln,
     diffusers_attention,
     diffusers_controlnet,
@@ -15,12 +16,17 @@ from . import (  # noqa: F401
     dit,
     edm,
     edm2,
+    f5_tts,
     fixup_rezero,
+    flux,
     guided_diffusion,
     ldm,
+    mar,
+    mdt,
     peft_lora,
     pixart,
     timm_resnet,
     timm_nfnet,
+    var,
     zero_layers,
 )

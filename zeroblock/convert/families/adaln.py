@@ -1,4 +1,4 @@
-"""The halves of adaLN transformer blocks, for the families of diffusers: norm, modulation, gate, feed-forward."""
+"""The halves of adaLN transformer blocks of several origins: norm, modulation, gate, projection, feed-forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ... import functional, zero
 from ..._dtypes import FLOATING
 from ...blocks import adaln, layers
 from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
-from ...blocks.decision import bypassable, op_policy
+from ...blocks.decision import NOT_ALLOWED, bypassable, op_policy
 from ...blocks.residual import residual_branch
 from ...reference import apply_activation, modulation
 from ..family import Family
@@ -48,6 +48,8 @@ def gate_rows(linear: Any, chunks: int, *gates: int) -> tuple[Tensor, ...]:
 # Whose layers and attention processors draw random numbers through dropout layers alone.
 DIFFUSERS = "diffusers.models."
 
+_SEQUENTIALS: layers.Forwards = {nn.Sequential.forward: None}
+_PLAIN_GELUS: layers.Forwards = {nn.GELU.forward: None}
 # The forwards of diffusers' classes that were proved.
 _RMS_NORMS: layers.Forwards = {}
 _FEED_FORWARDS: layers.Forwards = {}
@@ -88,6 +90,15 @@ def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return functional.layer_norm_modulate(x, shift, scale, eps=norm.eps, weight=norm.weight, bias=norm.bias)
 
 
+def modulated_linear(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, linear: Any) -> Tensor:
+    """linear(norm(x) * (1 + scale) + shift); shift and scale [B, D]. Of a plain norm and linear, backward is saved x
+    alone."""
+    plain = layers.is_plain_norm(norm) and is_plain_linear(linear) and bypassable((linear,))
+    if not plain or not fits(norm, x, shift, scale):
+        return linear(modulated(norm, x, shift, scale))
+    return functional.layer_norm_modulate_linear(x, shift, scale, linear.weight, linear.bias, eps=norm.eps)
+
+
 def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch; gate [B, D]"""
     fits = residual.dim() == 3 and is_plain(residual, gate, branch)
@@ -112,10 +123,39 @@ def gated_branch(
     return gated(residual, gate, branch(*activations)) if y is None else y
 
 
+def projected(residual: Tensor, gate: Tensor, h: Tensor, proj: Any, policy: str) -> Tensor:
+    """residual + gate * proj(h); gate [B, D]"""
+    plain = is_plain_linear(proj) and bypassable((proj,)) and is_plain(residual, gate, h)
+    if not plain or not fits_gate(gate, residual.shape) or h.shape[:-1] != residual.shape[:-1]:
+        return gated(residual, gate, proj(h))
+    return functional.linear_gate_residual(h, proj.weight, proj.bias, gate, residual, zero_skip=policy)
+
+
+def gated_projection(
+    family: Family,
+    residual: Tensor,
+    gate: Tensor,
+    body: Callable[..., Tensor],
+    activations: tuple[Tensor, ...],
+    proj: nn.Module,
+    *modules: nn.Module,
+) -> Tensor:
+    """residual + gate * proj(body(*activations)), body calling `modules`; skipped while gate or proj is zero."""
+    answer, y = NOT_ALLOWED, None
+    if residual.dim() == 3 and is_plain(residual, gate):
+        name, policy = family.name, family.zero_skip
+        answer, y = residual_branch(
+            name, policy, residual, body, proj, gate, activations, modules=modules, trusted=DIFFUSERS
+        )
+    policy = op_policy(answer, family.zero_skip)
+    return projected(residual, gate, body(*activations), proj, policy) if y is None else y
+
+
 def feed_forward(
     family: Family, ff: nn.Module, norm: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
 ) -> Tensor:
-    """x + gate * ff(norm(x) * (1 + scale) + shift) for diffusers' FeedForward; shift, scale and gate [B, D].
+    """x + gate * ff(norm(x) * (1 + scale) + shift); shift, scale and gate [B, D]. By its layers where ff is diffusers'
+    FeedForward, or linear, GELU or SiLU, and linear in an nn.Sequential.
 
     Saved for backward: x and the first linear's output. Skipped while the gate or the last linear is exactly zero.
     """
@@ -161,8 +201,15 @@ def fused_feed_forward(ff: nn.Module, norm: Any, x: Tensor, *vectors: Tensor) ->
 
 
 def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
-    """(first, activation, last) of a FeedForward without active dropout; `first` includes an activation that the ops
+    """(first, activation, last) of a feed-forward without active dropout; `first` includes an activation that the ops
     do not know (activation None). None: it is to be called as a whole."""
+    if isinstance(ff, nn.Sequential):
+        known = len(ff) == 3 and layers.computes(ff, _SEQUENTIALS) and bypassable((ff,))
+        if not known or not is_plain_linear(ff[0]) or not is_plain_linear(ff[2]):
+            return None
+        act = type(ff[1]).forward
+        activation = _gelu(ff[1]) if act in _PLAIN_GELUS else "silu" if act in layers.SILUS else None
+        return None if activation is None else (ff[0], activation, ff[2])
     net: Any = getattr(ff, "net", None)
     if type(ff).__name__ != "FeedForward" or net is None or len(net) not in (3, 4) or not bypassable((ff,)):
         return None
@@ -176,4 +223,8 @@ def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
         return None
     if type(act).__name__ != "GELU" or not layers.computes(act, _GELUS):
         return act, None, net[2]
-    return proj, "gelu_tanh" if act.approximate == "tanh" else "gelu", net[2]
+    return proj, _gelu(act), net[2]
+
+
+def _gelu(act: Any) -> str:
+    return "gelu_tanh" if act.approximate == "tanh" else "gelu"

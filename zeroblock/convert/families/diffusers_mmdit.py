@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import functional
 from ...blocks.broadcast import fits_gate, may_grow
-from ...blocks.decision import NOT_ALLOWED, SKIPS, bypassable, decide, op_policy
+from ...blocks.decision import NOT_ALLOWED, SKIPS, decide
 from ...blocks.layers import may_draw
 from ...blocks.one_pass import copy_if_gates_are_zero, copy_of_residual
-from ...blocks.residual import residual_branch, skip_residual
+from ...blocks.residual import skip_residual
 from ..family import SMALL, Family, lacks, register
 from ..report import Obstacle
 from .adaln import (
@@ -23,8 +22,10 @@ from .adaln import (
     gate_rows,
     gated,
     gated_branch,
+    gated_projection,
     is_plain,
     is_plain_linear,
+    projected,
     zeroing_tensors,
 )
 
@@ -42,7 +43,7 @@ def _streams(D: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, side**2, D), torch.randn(2, 3, D), torch.randn(2, D)
 
 
-class _TwoStreams(Family):
+class TwoStreams(Family):
     """Attention of both streams together, then a feed-forward for each."""
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
@@ -51,25 +52,37 @@ class _TwoStreams(Family):
     def example(self, block: Any, side: int) -> tuple:
         return _streams(block.norm1.linear.in_features, side)
 
-    def _attended(
-        self, attn: nn.Module, attend: Attend, x: Tensor, context: Tensor, gates: tuple[Tensor, Tensor], *h: Tensor
+    def attended(
+        self,
+        attend: Attend,
+        x: Tensor,
+        context: Tensor,
+        gates: tuple[Tensor, Tensor],
+        activations: tuple[Tensor, ...],
+        modules: tuple[nn.Module, ...],
+        projections: tuple[nn.Module, ...] = (),
     ) -> tuple[Tensor, Tensor]:
-        """(x + gate * out, context + gate_context * out_context), out, out_context = attend(*h) by the module attn; it
-        is skipped while both gates are zero, which counts as one branch."""
+        """(x + gate * out, context + gate_context * out_context), out, out_context = attend(*activations) by `modules`,
+        or these `projections` of that; skipped while both gates are zero, which counts as one branch."""
+        modules = (*modules, *projections)
         fits = is_plain(*gates) and fits_gate(gates[0], x.shape) and fits_gate(gates[1], context.shape)
-        answer = decide(self.name, self.zero_skip, (), gates, (attn,)) if fits else NOT_ALLOWED
+        answer = decide(self.name, self.zero_skip, (), gates, modules) if fits else NOT_ALLOWED
         if answer not in SKIPS:
-            outs = attend(*h)
-            return gated(x, gates[0], outs[0]), gated(context, gates[1], outs[1])
-        if not torch.is_grad_enabled() and not may_draw(attn, DIFFUSERS):
+            outs = attend(*activations)
+            if not projections:
+                return gated(x, gates[0], outs[0]), gated(context, gates[1], outs[1])
+            first, second = zip((x, context), gates, outs, projections, strict=True)
+            return projected(*first, self.zero_skip), projected(*second, self.zero_skip)
+        if not torch.is_grad_enabled() and not any(may_draw(m, DIFFUSERS) for m in modules):
             return copy_of_residual(x), copy_of_residual(context)
         # As one stream, so that the attention runs once and both gates get their gradients of it.
         gate = torch.cat([g[:, None].expand_as(t) for g, t in zip(gates, (x, context), strict=True)], dim=1)
 
         def body(*h: Tensor) -> Tensor:
-            return torch.cat(attend(*h), dim=1)
+            outs = attend(*h)
+            return torch.cat([p(o) for p, o in zip(projections, outs, strict=True)] if projections else outs, dim=1)
 
-        y = skip_residual(answer, torch.cat([x, context], dim=1), body, None, gate, h, (attn,), DIFFUSERS)
+        y = skip_residual(answer, torch.cat([x, context], dim=1), body, None, gate, activations, modules, DIFFUSERS)
         x, context = y.split([x.shape[1], context.shape[1]], dim=1)
         return x.contiguous(), context.contiguous()
 
@@ -78,7 +91,7 @@ class _TwoStreams(Family):
 
 
 @register
-class JointTransformerBlock(_TwoStreams):
+class JointTransformerBlock(TwoStreams):
     """x + gate_msa * attn, then x + gate_mlp * ff(modulate(norm2 x)), and the context likewise; one joint attention
 
     The block of Stable Diffusion 3 and 3.5 (with a second attention of x alone). Source: diffusers
@@ -129,7 +142,7 @@ class JointTransformerBlock(_TwoStreams):
             x = gated_branch(self, x, gate, lambda *h: attend(*h)[0], (h, h_context), attn)
         else:
             h_context, gate_context, *mlp_context = block.norm1_context(context, emb=temb)
-            x, context = self._attended(attn, attend, x, context, (gate, gate_context), h, h_context)
+            x, context = self.attended(attend, x, context, (gate, gate_context), (h, h_context), (attn,))
         if block.use_dual_attention:
             x = gated_branch(self, x, gate2, lambda h: block.attn2(hidden_states=h), (h2,), block.attn2)
         x = feed_forward(self, block.ff, block.norm2, x, *mlp)
@@ -139,7 +152,7 @@ class JointTransformerBlock(_TwoStreams):
 
 
 @register
-class FluxTransformerBlock(_TwoStreams):
+class FluxTransformerBlock(TwoStreams):
     """x + gate_msa * attn, then x + gate_mlp * ff(modulate(norm2 x)), and the context likewise; one joint attention
 
     The two-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
@@ -182,7 +195,7 @@ class FluxTransformerBlock(_TwoStreams):
         def attend(h: Tensor, h_context: Tensor) -> tuple[Tensor, Tensor]:
             return attn(hidden_states=h, encoder_hidden_states=h_context, image_rotary_emb=image_rotary_emb)
 
-        x, context = self._attended(attn, attend, x, context, (gate, gate_context), h, h_context)
+        x, context = self.attended(attend, x, context, (gate, gate_context), (h, h_context), (attn,))
         x = feed_forward(self, block.ff, block.norm2, x, *mlp)
         context = feed_forward(self, block.ff_context, block.norm2_context, context, *mlp_context)
         return _clipped(context), x
@@ -244,22 +257,12 @@ class FluxSingleTransformerBlock(Family):
         return x[:, :text], x[:, text:]
 
     def _branch(self, block: Any, x: Tensor, h: Tensor, gate: Tensor, rotary: Any) -> Tensor:
-        proj = block.proj_out
-
         def before_proj(h: Tensor) -> Tensor:
             mlp = block.act_mlp(block.proj_mlp(h))
             return torch.cat([block.attn(hidden_states=h, image_rotary_emb=rotary), mlp], dim=2)
 
         modules = (block.attn, block.proj_mlp, block.act_mlp)
-        answer, y = residual_branch(
-            self.name, self.zero_skip, x, before_proj, proj, gate, (h,), modules=modules, trusted=DIFFUSERS
-        )
-        if y is not None:
-            return y
-        if not bypassable((proj,)) or not fits_gate(gate, x.shape):
-            return gated(x, gate, proj(before_proj(h)))
-        policy = op_policy(answer, self.zero_skip)
-        return functional.linear_gate_residual(before_proj(h), proj.weight, proj.bias, gate, x, zero_skip=policy)
+        return gated_projection(self, x, gate, before_proj, (h,), block.proj_out, *modules)
 
 
 def _clipped(x: Tensor) -> Tensor:

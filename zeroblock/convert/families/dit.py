@@ -26,6 +26,7 @@ _NOT_PLAIN = Obstacle(Reason.LAYERS, "its norms or linear layers are not the pla
 # The forwards of timm's classes that were proved.
 _ATTENTIONS: Forwards = {}
 _MLPS: Forwards = {}
+_MLP_NAMES = ("Mlp", "FFN")
 _GELUS: Forwards = {nn.GELU.forward: None}
 
 
@@ -137,8 +138,10 @@ def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
 
 
 def mlp_half(norm: Any, mlp: Any) -> adaln.Half | None:
-    """timm's Mlp by its layers; None: it is to be called as a whole."""
-    if type(mlp).__name__ != "Mlp" or lacks(mlp, "fc1", "act", "fc2") or type(mlp.act) not in (nn.GELU, nn.SiLU):
+    """timm's Mlp (VAR's FFN) by its layers; None: it is to be called as a whole."""
+    if type(mlp).__name__ not in _MLP_NAMES or lacks(mlp, "fc1", "act", "fc2"):
+        return None
+    if type(mlp.act) not in (nn.GELU, nn.SiLU) or not is_plain_norm(norm):
         return None
     rest = [m for name, m in mlp.named_children() if name not in ("fc1", "act", "fc2")]
     silu = type(mlp.act) is nn.SiLU
