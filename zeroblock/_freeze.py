@@ -103,8 +103,9 @@ def _usable(x: Any, weight: Tensor, bias: Tensor | None) -> packed.Copy | None:
     return None if torch.is_autocast_enabled(x.device.type) else packed.current(weight)
 
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # By the number of spatial dimensions.
-_CONV_FORWARDS: dict[int, Any] = {n: conv._conv_forward for n, conv in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)}
+_CONV_FORWARDS: dict[int, Any] = {n: conv._conv_forward for n, conv in enumerate(_LAYERS[1:], 1)}
 
 
 class FrozenConv(_Frozen):
@@ -192,15 +193,12 @@ def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         if weight.numel() == 0:
             return "its weight is empty"
-        why = packed.why_not_packed(weight)
-        if why is None and not select("linear_gate_residual", weight).uses_packed_linears:
-            why = "without zeroblock's own kernels no linear layer computes with packed weights"
-        return why
+        if select("linear_gate_residual", weight).uses_packed_linears:
+            return packed.why_not_packed(weight)
+        return "without zeroblock's own kernels no linear layer computes with packed weights"
     if weight.dim() not in (4, 5):
         return "oneDNN packs convolutions in two and three dimensions"
-    if _geometry(module) is None:
-        return "padding on one side only"
-    return packed.why_not_packed(weight)
+    return "padding on one side only" if _geometry(module) is None else packed.why_not_packed(weight)
 
 
 def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
@@ -225,8 +223,8 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
       with probability (1 - p) ** 64 at most. It raises later: all frozen weights are compared bit by bit, in pieces of
       64 KiB one after another, in 0.2 % of the time in which calls use them. Until then, about two minutes for each
       250 MB of frozen weights, results are those of the old ones;
-    - on a GPU, where nothing is packed and freeze remembers which weights are zero, every write to such a weight: its
-      branch stays skipped, without a word. To look would be to wait for the device.
+    - on a GPU, where only zero weights are remembered, every write to one of them: its branch stays skipped, without a
+      word. To look would be to wait for the device.
     Whoever writes weights in such a way calls unfreeze before, or freeze again after it: nothing is left then. Where
     somebody else may write them, check=True keeps the original of every weight and compares all bits at each use, which
     reads both; on a GPU each use waits for the device, and a CUDA graph cannot be captured.
@@ -239,8 +237,7 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
         unfreeze(model)
         report = FreezeReport(check=check)
         copies: set[packed.Copy] = set()
-        layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, layers)]:
+        for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, _LAYERS)]:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     packed.forget_changed(parameter)
@@ -275,8 +272,7 @@ def _freeze_layer(module: nn.Module, check: bool) -> packed.Copy:
 
 def _thaw(module: nn.Module) -> None:
     with _changing:
-        original = _original(module)
-        if original is not None:
+        if (original := _original(module)) is not None:
             module.__class__ = original
         for parameter in _published.pop(module, ()):
             packed.drop(parameter)
