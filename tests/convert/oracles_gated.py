@@ -21,7 +21,7 @@ def modulated(h, shift, scale):
 
 
 class Attention(nn.Module):
-    """Of one sequence, with a bias on its logits or a mask of its keys."""
+    """Of one sequence, with a bias on its logits: a given one, or one for each two places, some of them left out."""
 
     def __init__(self, tokens=None):
         super().__init__()
@@ -29,12 +29,39 @@ class Attention(nn.Module):
         if tokens is not None:
             self.rel_pos_bias = nn.Module()
             self.rel_pos_bias.window_size = (2, tokens // 2)
+            self.rel_pos_bias.table = nn.Parameter(torch.randn(tokens, tokens))
 
-    def forward(self, x, attn_bias=None, ids_keep=None, mask=None, rope=None):
+    def forward(self, x, attn_bias=None, ids_keep=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        if mask is not None:
-            attn_bias = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, -1e4)[:, None, None]
+        if attn_bias is None and hasattr(self, "rel_pos_bias"):
+            ids = torch.arange(x.shape[1]).expand(x.shape[:2]) if ids_keep is None else ids_keep
+            attn_bias = self.rel_pos_bias.table[ids[:, :, None], ids[:, None]][:, None]
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias).transpose(1, 2).flatten(2))
+
+
+class RotaryAttention(nn.Module):
+    """SWivid/F5-TTS: a mask of tokens, and queries and keys turned by their place."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = HEADS
+        self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(D, D), nn.Dropout(0.0)])
+
+    def forward(self, x, mask=None, rope=None):
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        if rope is not None:
+            angles, scale = rope
+            q, k = (turned(t, angles) * s for t, s in ((q, scale), (k, 1 / scale)))
+        bias = None if mask is None else torch.zeros(mask.shape).masked_fill(~mask, -1e4).to(x.dtype)[:, None, None]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        h = self.to_out[1](self.to_out[0](h))
+        return h if mask is None else h.masked_fill(~mask[..., None], 0.0)
+
+
+def turned(t, angles):
+    even, odd = t.unflatten(-1, (-1, 2)).unbind(-1)
+    return t * angles.cos() + torch.stack([-odd, even], dim=-1).flatten(-2) * angles.sin()
 
 
 class FFN(nn.Module):
@@ -92,7 +119,7 @@ class DiTBlock(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attn_norm, self.attn, self.ff_norm, self.ff = AdaLayerNorm(), Attention(), layer_norm(), FFN()
+        self.attn_norm, self.attn, self.ff_norm, self.ff = AdaLayerNorm(), RotaryAttention(), layer_norm(), FFN()
 
     def forward(self, x, t, mask=None, rope=None):
         h, gate, shift, scale, gate_mlp = (v if v.dim() == 3 else v[:, None] for v in self.attn_norm(x, emb=t))

@@ -40,6 +40,7 @@ def block(kind, name, *given, branches=2, change=lambda block: block, skipped=0,
 
 
 VAR, F5, MDT, MAR = "AdaLNSelfAttn", "F5DiTBlock", "MDTBlock", "MARResBlock"
+ROPE = (torch.randn(1, T, D // oracles.HEADS, generator=torch.Generator().manual_seed(4)), 0.5)
 MASK = torch.tensor([[True, True, True, False]] * 2)
 CASES = {
     "var": block(oracles.AdaLNSelfAttn, VAR, (2, D), BIAS),
@@ -62,6 +63,49 @@ CASES = {
         skipped=1,
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        (oracles.DiTBlock, F5, [{"mask": MASK}, {"rope": ROPE}, {"mask": MASK, "rope": ROPE}]),
+        (oracles.MDTBlock, MDT, [{"ids_keep": torch.tensor([[2, 0], [3, 1]])}]),
+    ],
+    ids=(F5, MDT),
+)
+def test_optional_arguments_are_proved_and_used(kind, name, options):
+    plain = randomize_(kind()).eval()
+    ours = copy.deepcopy(plain)
+    zb.accelerate(ours, strict=True)
+    for given in options:
+        x, c = torch.randn(2, given["ids_keep"].shape[1] if "ids_keep" in given else T, D), torch.randn(2, D)
+        reset_counters()
+        torch.testing.assert_close(ours(x, c, **given), plain(x, c, **given), rtol=1e-4, atol=1e-5)
+        assert counters()[name] == (2, 0), given
+
+
+def test_an_argument_that_was_not_proved_goes_to_the_original(registry):
+    class Fork(oracles.Fork):
+        def forward(self, x, context, c, strength=1.0):
+            return x + strength * (super().forward(x, context, c) - x)
+
+    def described(**more):
+        first, _, last = fork().branches
+        cross = GatedBranch("cross", call=lambda block, h, context, c, strength=1.0: block.cross(h, context))
+        rows = lambda block, context, c, strength=1.0: block.rows(c)  # noqa: E731
+        return fork(branches=(first, cross, last), rows=rows, **more)
+
+    x, context, c = torch.randn(2, T, D), torch.randn(2, 3, D), torch.randn(2, D)
+    plain = randomize_(Fork())
+    for more in ({}, {"options": lambda block: {"strength": (2.0,)}}):  # the second is found to be wrong
+        zb.register_family(described(**more))
+        ours = copy.deepcopy(plain)
+        assert zb.accelerate(ours).blocks == 1
+        reset_counters()
+        assert torch.equal(ours(x, context, c, strength=0.5), plain(x, context, c, strength=0.5))
+        assert "Fork" not in counters()
+        ours(x, context, c, 1.0)
+        assert "Fork" in counters()
 
 
 @pytest.mark.parametrize("name", CASES)

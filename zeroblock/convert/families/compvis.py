@@ -89,8 +89,8 @@ class ResnetBlock(Family):
     def _takes(self, block: Any, x: Tensor, temb: Any) -> bool:
         if temb is not None and (not isinstance(temb, Tensor) or temb.dim() != 2):
             return False
-        projected = temb is None or getattr(block, self.names.projection, None) is not None
-        return projected and self._fits(block) and x.dim() == getattr(block, self.names.conv1).weight.dim()
+        as_proved = (temb is None) == (getattr(block, self.names.projection, None) is None)
+        return as_proved and self._fits(block) and x.dim() == getattr(block, self.names.conv1).weight.dim()
 
     def _fits(self, block: Any) -> bool:
         parts = [getattr(block, name) for name in self.names[:4]]

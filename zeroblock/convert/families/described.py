@@ -6,6 +6,8 @@ What a description says is computed by the same parts as the families written ou
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -50,9 +52,12 @@ class GatedBlock:
     Args:
         name: of the family, in reports.
         branches: in the order in which they change x.
-        rows: rows(block, *args, **kwargs): the vectors of the modulation, [B, D] or [B, 1, D], in a sequence.
+        rows: rows(block, *args, **kwargs): the vectors of the modulation, [B, D] or [B, 1, D], in a sequence. Its
+            parameters are named as the block's own; those with a default are optional.
         example: example(block, side): arguments of a call, x first, for side ** 2 tokens and two samples; float32
             tensors on the CPU with random values.
+        options: options(block): {optional argument: values that fit the example}. An optional argument that is not
+            proved with a value of these or of the example goes to the original, unless it is the default.
         classes: the names of the classes that may be this block; () stands for `name`.
         linear: where the block has the linear whose output is the rows, as many equal parts as the branches use: which
             gates are zero then shows in the report.
@@ -66,6 +71,7 @@ class GatedBlock:
     branches: tuple[GatedBranch, ...]
     rows: Callable[..., Sequence[Tensor]]
     example: Callable[[Any, int], tuple]
+    options: Callable[[Any], dict[str, tuple]] | None = None
     classes: tuple[str, ...] = ()
     linear: str | None = None
     first: Callable[..., Tensor] | None = None
@@ -112,6 +118,9 @@ class DescribedFamily(Family):
 
     def example(self, block: Any, side: int) -> tuple:
         return self.description.example(block, side)
+
+    def options(self, block: Any) -> dict[str, tuple]:
+        return {} if self.description.options is None else self.description.options(block)
 
     def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         d = self.description
@@ -179,6 +188,19 @@ class DescribedFamily(Family):
         return adaln.half(self.name, self.zero_skip, x, (shift, scale, gate), half)
 
 
+def _forward_like(rows: Callable[..., Any]) -> Callable[..., Tensor]:
+    """DescribedFamily.forward with the parameters of `rows` after x: by these it is known what may be passed."""
+
+    @functools.wraps(DescribedFamily.forward)
+    def forward(self: DescribedFamily, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return DescribedFamily.forward(self, block, x, *args, **kwargs)
+
+    ours = list(inspect.signature(DescribedFamily.forward).parameters.values())[:3]
+    theirs = list(inspect.signature(rows).parameters.values())[1:]
+    forward.__signature__ = inspect.Signature([*ours, *theirs])  # type: ignore[attr-defined]
+    return forward
+
+
 def family_of(description: GatedBlock) -> type[Family]:
     doc = f"""{description.formula()}
 
@@ -193,6 +215,7 @@ def family_of(description: GatedBlock) -> type[Family]:
         "name": description.name,
         "classes": description.classes or (description.name,),
         "method": description.method,
+        "forward": _forward_like(description.rows),
         "__doc__": doc,
         "__module__": __name__,
     }

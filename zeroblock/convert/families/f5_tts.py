@@ -25,6 +25,13 @@ def _example(block: Any, side: int) -> tuple:
     return torch.randn(2, side**2, linear.out_features // 6), torch.randn(2, linear.in_features)
 
 
+def _options(block: Any) -> dict[str, tuple]:
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    # Angles of each token and channel of a head, and the scale of a rotation that fades with distance (1: it does not).
+    rope = (torch.randn(1, 4, block.attn.to_q.out_features // block.attn.heads), 1.0)
+    return {"mask": (mask,), "rope": (rope,)}
+
+
 register(
     family_of(
         GatedBlock(
@@ -35,6 +42,7 @@ register(
             ),
             rows=_rows,
             example=_example,
+            options=_options,
             classes=("DiTBlock",),
             linear="attn_norm.linear",
             about="SWivid/F5-TTS `DiTBlock`.",

@@ -32,6 +32,11 @@ def _example(block: Any, side: int) -> tuple:
     return torch.randn(2, tokens, D), torch.randn(2, D), *skip
 
 
+def _options(block: Any) -> dict[str, tuple]:
+    tokens = math.prod(block.attn.rel_pos_bias.window_size)
+    return {"ids_keep": (torch.stack([torch.randperm(tokens) for _ in range(2)]),)}
+
+
 register(
     family_of(
         GatedBlock(
@@ -42,6 +47,7 @@ register(
             ),
             rows=_rows,
             example=_example,
+            options=_options,
             linear="adaLN_modulation.1",
             first=_skipped_to,
             about="sail-sg/MDT.",
