@@ -179,7 +179,7 @@ def _replacement(known: _Applied) -> Callable:
         compiled = is_compiling()
         if compiled and only_skips:
             return method(self, *args, **kwargs)
-        if len(args) > most or kwargs and not takes_all and not all(name in names for name in kwargs):
+        if len(args) > most or kwargs and not takes_all and _has_others(kwargs, names):
             return method(self, *args, **kwargs)  # a fork's own argument
         if not compiled and getattr(original, name) is not method:
             return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
@@ -193,6 +193,13 @@ def _replacement(known: _Applied) -> Callable:
             return forward(self, *args, **kwargs)
 
     return replaced
+
+
+def _has_others(kwargs: dict[str, Any], names: tuple[str, ...]) -> bool:
+    for name in kwargs:
+        if name not in names:
+            return True
+    return False
 
 
 def _most_positional(forward: Callable, method: Callable) -> float:
