@@ -230,7 +230,11 @@ def linear_gate_residual(
     activation: str | None = None,
 ) -> Tensor:
     """residual + gate * linear(act(h)); h [B, T, K], weight [D, K], gate as in gate_residual, or None (1)."""
-    branch = F.linear(apply_activation(h, activation).to(weight.dtype), weight, bias)
+    return add_gated(residual, gate, F.linear(apply_activation(h, activation).to(weight.dtype), weight, bias))
+
+
+def add_gated(residual: Tensor | None, gate: Tensor | None, branch: Tensor) -> Tensor:
+    """residual + gate * branch, either of them None where it is absent."""
     if gate is not None and residual is not None:
         return gate_residual(residual, gate, branch)
     if gate is not None:

@@ -1,4 +1,5 @@
-"""torch.compile, torch.export and make_fx: nothing breaks the graph, and the ops stay whole in it."""
+"""torch.compile, torch.export and make_fx: nothing breaks the graph, and the ops stay whole in it; but for norms and
+gates, which torch.compile sees as plain PyTorch on a CPU."""
 
 from __future__ import annotations
 
@@ -88,16 +89,48 @@ def _assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"result {i}: {text}")
 
 
+# What torch.compile traces as plain PyTorch on a CPU, for the compiler to fuse with what is around it.
+LEFT_TO_COMPILER = (
+    "layer_norm_modulate",
+    "rms_norm_modulate",
+    "gate_residual",
+    "gate_residual_layer_norm_modulate",
+    "layer_norm_modulate_linear",
+)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_compiles_whole(name):
     operands, function = FUNCTIONS[name]
     tensors = [_inputs()[k] for k in operands]
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
     _assert_same(_results(compiled, tensors), _results(function, tensors))
     with torch.no_grad():
         expected, got = function(*tensors), compiled(*tensors)
     for a, b in zip(_tuple(got), _tuple(expected), strict=True):
-        testing.assert_bitwise_equal(a, b)
+        if name in LEFT_TO_COMPILER:
+            torch.testing.assert_close(a, b)
+        else:
+            testing.assert_bitwise_equal(a, b)
+    for graph in counter.graphs:
+        ours = {op for op in _op_names(graph.graph) if op.startswith("zeroblock.")}
+        assert ours == (set() if name in LEFT_TO_COMPILER else {f"zeroblock.{name}.default"})
+
+
+def test_what_the_compiler_takes_over_keeps_the_zero_path_of_the_product():
+    """A trained gate and the activation are traced; the product is an op that tests its weight, alone."""
+    operands, function = FUNCTIONS["linear_gate_residual"]
+    tensors = [_inputs()[k].clone().requires_grad_() for k in operands]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for zeros, plans in ((True, (0, 1)), (False, (1, 0)), (True, (0, 1))):
+        tensors[1].data.copy_(_inputs()["linear"] * (0.0 if zeros else 1.0))
+        counts, y = _counted("linear_gate_residual", lambda: compiled(*tensors))
+        assert counts == plans
+        _assert_same(_results(compiled, tensors), _results(function, tensors))
+    (graph,) = counter.graphs
+    assert [n.args[3:6] for n in graph.graph.nodes if "zeroblock" in str(n.target)] == [(None, None, None)]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, reference
+from ..ops.register import left_to_compiler
 from ..reference import apply_activation
 from .decision import NOT_ALLOWED, RUN, SKIPS, Answer, decide, op_policy, runs_eagerly
 from .layers import linear, parameters_of
@@ -110,6 +111,8 @@ def _half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half, ans
 
 def _after_first(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     first = layers.first
+    if left_to_compiler(x):  # spares it the checks
+        return reference.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=layers.eps)
     return functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=layers.eps)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .broadcast import may_grow
 from .decision import NOT_ALLOWED, SKIP_BY_GATE, SKIP_BY_WEIGHT, SKIPS, Answer, allowed, conclude, decide, judge
@@ -34,6 +35,8 @@ def residual_branch(
     modules: the submodules that a skip bypasses, the tail's excepted; their parameters get gradients of zeros.
     trusted: as `may_draw` is told, which is asked only where the branch is skipped.
     """
+    if is_compiling():
+        return NOT_ALLOWED, None  # before anything else that a compiler would have to trace
     weights: tuple[Tensor, ...] = ()
     bypassed = modules
     channels = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import reference as ref
 from .._layout import empty_like_dense
 from ..backends import reference as reference_backend
 from ..backends.base import MaybeTensor
@@ -48,6 +49,9 @@ def gate_residual_bwd(
 def _fake_bwd(dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool) -> tuple[Tensor, Tensor]:
     (dgate,) = shapes.grads_where([need_dgate], gate, like=dy)
     return dgate, empty_like_dense(branch) if need_dbranch else shapes.empty(dy)
+
+
+FORWARD.definition(ref.gate_residual)
 
 
 def _double_backward(

@@ -99,6 +99,13 @@ def _fake_bwd(
     return dresidual, dgate, dbranch, dshift, dscale
 
 
+@FORWARD.definition
+def _reference(
+    residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return ref.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
+
+
 def _double_backward(
     inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[MaybeTensor], extra: Sequence[Tensor]
 ) -> Grads:

@@ -82,6 +82,7 @@ def _fake_bwd(
     return x.new_empty(x.shape), *shapes.small_grads(shift, scale, weight, bias, like=x)
 
 
+@FORWARD.definition
 def _reference(
     x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float
 ) -> Tensor:

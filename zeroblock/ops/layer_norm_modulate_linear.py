@@ -99,6 +99,7 @@ def _fake_bwd(
     return *norm, *shapes.grads_where([mask[1], mask[2] and has_bias], weight, bias, like=x)
 
 
+@FORWARD.definition
 def _reference(
     x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: Tensor, bias: MaybeTensor, eps: float
 ) -> Tensor:

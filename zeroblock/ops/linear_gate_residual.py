@@ -15,7 +15,7 @@ from .._layout import empty_like_dense
 from ..backends.base import MaybeTensor
 from ..backends.select import select
 from ..reference import modulation, promoted
-from ..steps.flag import HOST, ZERO_GATE, ZERO_WEIGHT, found_by_host
+from ..steps.flag import HOST, NEVER, ZERO_GATE, ZERO_WEIGHT, found_by_host
 from ..steps.flag import skipped as report
 from ..steps.linear import linear_grads
 from . import shapes
@@ -180,6 +180,27 @@ def _reference(
     save_branch: bool,
 ) -> Tensor:
     return ref.linear_gate_residual(h, weight, bias, gate, None, activation=activation)
+
+
+@FORWARD.definition
+def _compiled(
+    h: Tensor,
+    weight: Tensor,
+    bias: MaybeTensor,
+    gate: MaybeTensor,
+    residual: MaybeTensor,
+    activation: str | None,
+    zero_skip: int,
+    save_branch: bool,
+) -> Tensor:
+    """The product stays an op, for its zero path: alone, or with the gate where a zero gate too would spare it."""
+    if zero_skip == NEVER:
+        return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
+    if gate is not None and not save_branch:
+        return FORWARD.overload(h, weight, bias, gate, residual, activation, zero_skip, False)[0]
+    h = ref.apply_activation(h, activation)
+    branch = FORWARD.overload(h, weight, bias, None, None, None, zero_skip, False)[0]
+    return ref.add_gated(residual, gate, branch)
 
 
 @FORWARD.backward(through(_reference))

@@ -1,9 +1,11 @@
 """How an op is registered: schema, forward, fake and backward of `Op`, and the eager fast path past the dispatcher.
 
-Ops are opaque to torch.compile and export. Schemas have fixed arity: an absent result is an empty tensor, and
-statistics come back beside the result because backward can save only inputs and outputs. Saved for backward: the inputs
-that the caller owns, x's statistics, and nothing of the size of an activation. A backward that runs with grad mode on
-(create_graph=True) recomputes its gradient through reference.py and is differentiable to any order.
+Ops are opaque to torch.compile and export, but for those with a `definition`, which torch.compile traces instead for a
+CPU: norms and gates, which inductor fuses with what surrounds them. Schemas have fixed arity: an absent result is an
+empty tensor, and statistics come back beside the result because backward can save only inputs and outputs. Saved for
+backward: the inputs that the caller owns, x's statistics, and nothing of the size of an activation. A backward that
+runs with grad mode on (create_graph=True) recomputes its gradient through reference.py and is differentiable to any
+order.
 
 The function of an op is called by its users and by the dispatcher alike. It begins with `route`: in plain eager mode,
 where nothing could see a difference, it runs at once; a registered Python op costs several microseconds a call, more
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, is_grad_enabled
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn import Parameter
 
 from .._version import NAMESPACE
@@ -35,6 +37,12 @@ Grads = Sequence[MaybeTensor]
 Backward = Callable[..., Grads]
 # double_backward(inputs, needed, output gradients, saved outputs) -> the same, differentiable
 DoubleBackward = Callable[[Sequence[Any], Sequence[bool], Sequence[MaybeTensor], Sequence[Tensor]], Grads]
+
+
+def left_to_compiler(x: Tensor) -> bool:
+    """Whether the call is traced by torch.compile for a CPU, and not to be exported: what holds no zero path is then
+    written as plain PyTorch. On a GPU the kernels are called."""
+    return is_dynamo_compiling() and x.is_cpu and not is_exporting()
 
 
 def filled(results: Sequence[MaybeTensor], like: Tensor) -> tuple[Tensor, ...]:
@@ -65,6 +73,7 @@ class Op:
         _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, STRIDES_TAG))
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._function: type[torch.autograd.Function] | None = None
+        self._definition: Callable[..., Any] | None = None
 
     # ---- registration -------------------------------------------------------------------------------------------
 
@@ -85,6 +94,13 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_registry)
         return fake
 
+    def definition(self, definition: F) -> F:
+        """Decorates definition(*inputs) -> the differentiable results: what torch.compile traces in place of the op for
+        a CPU."""
+        alone = self.differentiable == 1 and len(self.overload._schema.returns) > 1
+        self._definition = (lambda *inputs: (definition(*inputs),)) if alone else definition
+        return definition
+
     def backward(self, double_backward: DoubleBackward) -> Callable[[Backward], Backward]:
         """Decorates the op's backward; `double_backward` takes its place under create_graph=True."""
 
@@ -104,7 +120,10 @@ class Op:
         """Who must run a call with these tensors in place of the op's function: the registered op, where a compiler, a
         mode or a tensor subclass has to see it; the autograd function, where a gradient is recorded (it returns the
         differentiable results alone); None: nobody."""
-        if is_compiling() or _len_torch_dispatch_stack() or _len_torch_function_stack():
+        if is_compiling():
+            traced = self._definition is not None and left_to_compiler(tensors[0])  # type: ignore[arg-type]
+            return self._definition if traced else self.overload
+        if _len_torch_dispatch_stack() or _len_torch_function_stack():
             return self.overload
         needs_grad = False
         for t in tensors:

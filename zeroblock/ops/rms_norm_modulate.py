@@ -63,6 +63,7 @@ def _fake_bwd(
     return x.new_empty(x.shape), *shapes.small_grads(shift, scale, weight, like=x)
 
 
+@FORWARD.definition
 def _reference(x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: MaybeTensor, eps: float) -> Tensor:
     return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight)
 

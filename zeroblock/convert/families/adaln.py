@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 
 from ... import functional, zero
 from ..._dtypes import FLOATING
@@ -15,14 +16,18 @@ from ...blocks import adaln, layers
 from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import NOT_ALLOWED, bypassable, op_policy
 from ...blocks.residual import residual_branch
+from ...ops.register import left_to_compiler
 from ...reference import apply_activation, modulation
 from ..family import Family
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Ordinary tensors of a floating dtype that is computed in, no subclass (sharded, quantised)."""
-    # FakeTensor stands for the others in torch.export.
-    return all(t is None or zero.may_test(t) or type(t) is FakeTensor and t.dtype in FLOATING for t in tensors)
+    for t in tensors:
+        # FakeTensor stands for the others in torch.export.
+        if t is not None and not zero.may_test(t) and not (type(t) is FakeTensor and t.dtype in FLOATING):
+            return False
+    return True
 
 
 def is_plain_linear(module: Any) -> bool:
@@ -68,10 +73,10 @@ def _norm_kind(norm: Any) -> str | None:
 
 def fits(norm: Any, x: Tensor, *vectors: Tensor) -> bool:
     """Whether the fused ops take norm and modulation here, and give the dtype eager does."""
-    if x.dim() != 3 or not is_plain(x, getattr(norm, "weight", None), getattr(norm, "bias", None)):
+    if not _same_batch(x, *vectors) or not is_plain(x, getattr(norm, "weight", None), getattr(norm, "bias", None)):
         return False
-    if any(v.shape[0] != x.shape[0] for v in vectors) or cannot_be_saved(x):
-        return False  # eager broadcasts; and saves nothing of what a norm without parameters is given
+    if cannot_be_saved(x):
+        return False  # eager saves nothing of what a norm without parameters is given
     if x.is_cuda and x.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
         return False  # there autocast makes a norm's result float32
     kind = _norm_kind(norm)
@@ -81,9 +86,19 @@ def fits(norm: Any, x: Tensor, *vectors: Tensor) -> bool:
     return same and kind is not None and bypassable((norm,))
 
 
+def _same_batch(x: Tensor, *vectors: Tensor) -> bool:
+    """Whether x is [B, T, D] and the vectors are of B too: eager broadcasts others."""
+    if x.dim() != 3:
+        return False
+    for v in vectors:
+        if v.shape[0] != x.shape[0]:
+            return False
+    return True
+
+
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift; shift and scale [B, D]."""
-    if not fits(norm, x, shift, scale):
+    if left_to_compiler(x) or not fits(norm, x, shift, scale):
         return norm(x) * (1 + modulation(scale)) + modulation(shift)
     if _norm_kind(norm) == "rms":
         return functional.rms_norm_modulate(x, shift, scale, eps=norm.eps, weight=norm.weight)
@@ -101,7 +116,7 @@ def modulated_linear(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, linear:
 
 def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch; gate [B, D]"""
-    fits = residual.dim() == 3 and is_plain(residual, gate, branch)
+    fits = not left_to_compiler(residual) and residual.dim() == 3 and is_plain(residual, gate, branch)
     return add_gated(residual, gate, branch) if fits else residual + modulation(gate) * branch
 
 
@@ -115,7 +130,7 @@ def gated_branch(
 ) -> Tensor:
     """residual + gate * branch(*activations), branch calling `modules`; skipped while the gate is exactly zero."""
     y = None
-    if residual.dim() == 3 and is_plain(residual, gate):
+    if not is_compiling() and residual.dim() == 3 and is_plain(residual, gate):
         name, policy = family.name, family.zero_skip
         _, y = residual_branch(
             name, policy, residual, branch, None, gate, activations, modules=modules, trusted=DIFFUSERS
@@ -159,6 +174,8 @@ def feed_forward(
 
     Saved for backward: x and the first linear's output. Skipped while the gate or the last linear is exactly zero.
     """
+    if left_to_compiler(x):
+        return _traced_feed_forward(family.zero_skip, ff, x, modulated(norm, x, shift, scale), gate)
     half = fused_feed_forward(ff, norm, x, shift, scale, gate)
     if half is not None:
         return adaln.half(family.name, family.zero_skip, x, (shift, scale, gate), half)
@@ -187,9 +204,30 @@ def feed_forward(
     return functional.linear_gate_residual(h, last.weight, last.bias, gate, x, activation=activation, zero_skip=policy)
 
 
+def _traced_feed_forward(policy: str, ff: Any, x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * ff(h) for torch.compile: by the modules of ff, but for the last linear, whose op tests its weight."""
+    fields = ff.__dict__
+    if (
+        type(ff).__name__ == "FeedForward"
+        and layers.computes(ff, _FEED_FORWARDS)
+        and not (fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields)
+        and not (fields["_backward_hooks"] or fields["_backward_pre_hooks"])
+        and _same_batch(x, h)
+        and is_plain(x)
+        and fits_gate(gate, x.shape)
+    ):
+        act, dropout, last, *more = ff.net._modules.values()
+        if is_plain_linear(last) and bypassable((last,)) and not any(d.training and d.p for d in more):
+            h = dropout(act(h))
+            return functional.linear_gate_residual(h, last.weight, last.bias, gate, x, zero_skip=policy)
+    return x + modulation(gate) * ff(h)
+
+
 def fused_feed_forward(ff: nn.Module, norm: Any, x: Tensor, *vectors: Tensor) -> adaln.Half | None:
     """The feed-forward as half of an adaLN block whose norm has no parameters and whose activation the ops know; None:
     it is another one, or watched by hooks. vectors: shift, scale and gate."""
+    if left_to_compiler(x):
+        return None
     parts = _split(ff)
     if parts is None or not layers.is_plain_norm(norm):
         return None
@@ -211,19 +249,23 @@ def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
         activation = _gelu(ff[1]) if act in _PLAIN_GELUS else "silu" if act in layers.SILUS else None
         return None if activation is None else (ff[0], activation, ff[2])
     net: Any = getattr(ff, "net", None)
-    if type(ff).__name__ != "FeedForward" or net is None or len(net) not in (3, 4) or not bypassable((ff,)):
+    if type(ff).__name__ != "FeedForward" or net is None or not bypassable((ff,)):
         return None
-    if not layers.computes(ff, _FEED_FORWARDS):
+    parts = list(net._modules.values())  # a compiler traces what indexing a ModuleList does
+    if len(parts) not in (3, 4) or not layers.computes(ff, _FEED_FORWARDS):
         return None
-    act, dropouts = net[0], [net[1], *list(net)[3:]]
-    if not all(type(d) is nn.Dropout and (not d.training or d.p == 0.0) for d in dropouts):
-        return None
+    act, dropout, last, *more = parts
+    for d in (dropout, *more):
+        if type(d) is not nn.Dropout or d.training and d.p != 0.0:
+            return None
     proj = getattr(act, "proj", None)
-    if layers.may_draw(act, DIFFUSERS) or not is_plain_linear(net[2]) or proj is None or not is_plain_linear(proj):
+    if proj is None or not is_plain_linear(proj) or not is_plain_linear(last):
+        return None
+    if layers.may_draw(act, DIFFUSERS):
         return None
     if type(act).__name__ != "GELU" or not layers.computes(act, _GELUS):
-        return act, None, net[2]
-    return proj, _gelu(act), net[2]
+        return act, None, last
+    return proj, _gelu(act), last
 
 
 def _gelu(act: Any) -> str:

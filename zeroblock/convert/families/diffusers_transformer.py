@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ...blocks import adaln
 from ...blocks.broadcast import fits_gate
 from ...blocks.decision import SKIPS, bypassable, decide
 from ...blocks.layers import is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
+from ...ops.register import left_to_compiler
 from ..family import SMALL, Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import (
@@ -150,7 +152,7 @@ class BasicTransformerBlock(Family):
     def _output_bias(self, attn: Any) -> Tensor | None:
         """What is left of an attention whose output layer is zero, without gradients: that layer's bias."""
         out = attn.to_out[0]
-        if torch.is_grad_enabled() or attn.training or not is_plain_linear(out) or out.bias is None:
+        if torch.is_grad_enabled() or is_compiling() or attn.training or not is_plain_linear(out) or out.bias is None:
             return None
         if not plain_processor(attn) or attn.residual_connection or attn.rescale_output_factor != 1.0:
             return None
@@ -226,6 +228,8 @@ class DiTTransformer2DModel(Family):
 
     def _head(self, norm: Any, linear: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """linear(norm(x) * (1 + scale) + shift)"""
+        if left_to_compiler(x):
+            return linear(modulated(norm, x, shift, scale))
         plain = is_plain_linear(linear) and is_plain_norm(norm) and bypassable((norm, linear))
         if not plain or not fits(norm, x, shift, scale):
             return linear(modulated(norm, x, shift, scale))

@@ -118,10 +118,13 @@ def _modulated(norm: Any, layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor]
 
 def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
     """timm's Attention by its layers; None: it is to be called as a whole."""
-    if type(attn).__name__ != "Attention" or lacks(attn, "qkv", "proj", "num_heads", "attn_drop", "proj_drop"):
+    parts = attn._modules
+    if type(attn).__name__ != "Attention" or not hasattr(attn, "num_heads"):
+        return None
+    if "qkv" not in parts or "proj" not in parts or "attn_drop" not in parts or "proj_drop" not in parts:
         return None
     plain = is_plain_linear(attn.qkv) and is_plain_linear(attn.proj) and computes(attn, _ATTENTIONS)
-    between = [m for name, m in attn.named_children() if name not in ("qkv", "proj")]
+    between = [m for name, m in parts.items() if m is not None and name not in ("qkv", "proj")]
     q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     known = all(inactive(m) or m in (q_norm, k_norm) for m in between)
     if not (plain and known and inactive(attn.attn_drop) and inactive(attn.proj_drop) and bypassable((attn,))):
@@ -139,11 +142,14 @@ def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
 
 def mlp_half(norm: Any, mlp: Any) -> adaln.Half | None:
     """timm's Mlp (VAR's FFN) by its layers; None: it is to be called as a whole."""
-    if type(mlp).__name__ not in _MLP_NAMES or lacks(mlp, "fc1", "act", "fc2"):
+    parts = mlp._modules
+    if type(mlp).__name__ not in _MLP_NAMES or "fc1" not in parts or "act" not in parts or "fc2" not in parts:
         return None
-    if type(mlp.act) not in (nn.GELU, nn.SiLU) or not is_plain_norm(norm):
+    if not is_plain_norm(norm):
         return None
-    rest = [m for name, m in mlp.named_children() if name not in ("fc1", "act", "fc2")]
+    if type(mlp.act) not in (nn.GELU, nn.SiLU):
+        return None
+    rest = [m for name, m in parts.items() if m is not None and name not in ("fc1", "act", "fc2")]
     silu = type(mlp.act) is nn.SiLU
     plain = is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2)
     plain = plain and computes(mlp, _MLPS) and computes(mlp.act, SILUS if silu else _GELUS)
