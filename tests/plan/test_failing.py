@@ -1,4 +1,4 @@
-"""Plans: a way that fails while it is measured never reaches the call that measures; the library's own error does."""
+"""Plans: a way that fails, while it is measured or later, never reaches the call; the library's own error does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from zeroblock import testing
 from zeroblock.plan import mode
 from zeroblock.plan import planned as _plan
 from zeroblock.plan.measure import measure
+from zeroblock.steps.packed import FrozenWeightChanged
 
 from .cases import BIG, FakeTimer, chosen, double, x4
 
@@ -126,3 +127,122 @@ def test_the_librarys_own_error_is_the_callers():
 
     with pytest.raises(ValueError, match="bad argument"):
         measure({"library": fail, "other": lambda: None}, CPU)
+
+
+# ---- a way that was chosen before ----------------------------------------------------------------------------------
+
+
+class Flaky:
+    """A way that is the fastest, and fails from when it is told to."""
+
+    def __init__(self, op):
+        self.error: Exception | None = None
+        self.op = op
+        op.add("flaky", self)
+
+    def __call__(self, x, work):
+        if self.error is not None:
+            raise self.error
+        self.op.ran.append("flaky")
+        return x * 2
+
+
+FASTEST = {"library": 1.0, "fast": 0.9, "picky": 0.8, "flaky": 0.1}
+
+
+def falls_back(op, x=x4):
+    """The call gets the library's result and one warning; later ones neither fail nor warn."""
+    with pytest.warns(UserWarning, match="does not use the plan flaky") as warned:
+        y = op(x, BIG)
+    assert len(warned) == 1 and op.ran[-1] == "library"
+    testing.assert_bitwise_equal(y, x * 2)
+    assert chosen(op, x) == "library"
+
+
+@pytest.mark.parametrize("error", FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("when", ["stored", "remembered", "shared"])
+def test_a_choice_that_fails_gives_way_to_the_library(op, error, when):
+    flaky = Flaky(op)
+    with _plan.use(timer=FakeTimer(**FASTEST)):
+        if when == "shared":
+            what, _, who = op._situation(op.takers(x4, BIG), x4, BIG)
+            _plan.adopt({_plan.SEPARATOR.join((what, who)): "flaky"})
+        assert chosen(op, x4) == "flaky"
+        stored = dict(_plan.open_store().entries)
+        if when != "remembered":
+            _plan.forget()
+        flaky.error = error
+        falls_back(op)
+        assert _plan.open_store().entries == stored, "another process, or this one tomorrow, may have the memory"
+        flaky.error = None
+        assert chosen(op, x4) == "library"
+        if when != "shared":
+            assert chosen(op, torch.ones(64)) == "flaky", "in another situation it is what it was"
+
+
+def test_the_fixed_rules_choice_may_fail_too(op):
+    flaky = Flaky(op)
+    op.rule = lambda x, work: "flaky"
+    with _plan.use("fixed"):
+        assert chosen(op, x4) == "flaky"
+        _plan.forget()
+        flaky.error = MemoryError("no room")
+        falls_back(op)
+        _plan.forget()
+        with mode.fixed_rule(), pytest.warns(UserWarning, match="does not use the plan flaky"):
+            testing.assert_bitwise_equal(op(x4, BIG), x4 * 2)
+
+
+def test_where_the_library_fails_as_well_its_error_is_the_callers(op, recwarn):
+    Flaky(op)
+
+    def fail(x, work):
+        raise ValueError("bad argument")
+
+    with _plan.use(timer=FakeTimer(**FASTEST)):
+        op(x4, BIG)
+        for name in ("flaky", "library"):
+            op.candidates[name] = _plan.Candidate(name, fail)
+        op.library = op.candidates["library"]
+        _plan.forget()
+        with pytest.raises(ValueError, match="bad argument"):
+            op(x4, BIG)
+    assert not recwarn.list
+
+
+def test_what_a_chosen_way_held_is_freed_before_the_library_runs(op):
+    held, alive = [], []
+
+    def hungry(x, work):
+        own = torch.empty(10)
+        held.append(weakref.ref(own))
+        raise torch.OutOfMemoryError("out of memory")
+
+    def library(x, work):
+        alive.extend(ref() is not None for ref in held)
+        return x * 2
+
+    op.add("hungry", hungry)
+    op.candidates["library"] = op.library = _plan.Candidate("library", library)
+    op.rule = lambda x, work: "hungry"
+    gc.disable()
+    try:
+        with _plan.use("fixed"), pytest.warns(UserWarning, match="does not use the plan hungry"):
+            op(x4, BIG)
+    finally:
+        gc.enable()
+    assert alive == [False]
+
+
+@pytest.mark.parametrize("when", ["measured", "remembered"])
+def test_an_error_of_the_callers_is_not_hidden_by_another_way(op, when, recwarn):
+    """A weight that was written while frozen: the library's result would be a silent change of weights."""
+    flaky = Flaky(op)
+    with _plan.use(timer=FakeTimer(**FASTEST)):
+        if when == "remembered":
+            op(x4, BIG)
+        stored = dict(_plan.open_store().entries)
+        flaky.error = FrozenWeightChanged("was written while frozen")
+        with pytest.raises(RuntimeError, match="was written while frozen"):
+            op(x4, BIG)
+        assert _plan.open_store().entries == stored and not recwarn.list

@@ -15,6 +15,11 @@ import torch
 
 ROUNDS, MIN_ROUNDS, SECONDS = 7, 3, 0.3
 MARGIN = 1.03  # what counts as equally fast
+NOT_USED = "zeroblock does not use the plan {}: {}"  # of a way that fails, and why
+
+
+class CallersError(RuntimeError):
+    """An error that no other way may hide: what was asked for is wrong, not the way."""
 
 
 # Clock cycles that a GPU is kept busy while the host enqueues what is measured: about a millisecond.
@@ -73,11 +78,19 @@ def _attempt(timer: Callable[..., float], name: str, run: Callable[[], Any], dev
     """The timer's seconds; None, with a warning, where the way fails."""
     try:
         return timer(name, run, device)
+    except CallersError:
+        raise
     except Exception as error:
-        warnings.warn(f"zeroblock does not use the plan {name}: {error}", stacklevel=3)
-    if device.type == "cuda":  # after the except block: until its end the traceback holds the way's tensors
-        torch.cuda.empty_cache()
+        warnings.warn(NOT_USED.format(name, error), stacklevel=3)
+    release(device)
     return None
+
+
+def release(device: torch.device) -> None:
+    """Memory that a failed way has left to torch's cache goes back; to be called after its except block, until whose
+    end the traceback holds the way's tensors."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.empty_cache()
 
 
 def choose(times: dict[str, float | None], preferred: str) -> str:

@@ -16,6 +16,9 @@ decides instead of a measurement
 - for work too small to be worth a measurement.
 A process keeps what its first call in a situation was decided by, also where a process group comes or goes later.
 
+A way that fails, while it is measured or later, gives way to the library's, with a warning; the library's own error is
+the caller's.
+
 A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
 (`mode.measuring`): a branch that is zero at its first call will not stay so.
 
@@ -30,25 +33,23 @@ arguments, fresh results, no random numbers.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
 
 from . import store as _store
+from .candidate import Candidate, P, R, no, takes_all, the_library
 from .describe import Explanation
-from .measure import choose, measure, place, time_call
+from .measure import NOT_USED, CallersError, choose, measure, place, release, time_call
 from .mode import FIXED, is_fixed, is_training, mode, reduced_allowed
 from .store import Entry, Store
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 SEPARATOR = " | "  # between the parts of a situation; none of them holds it
 POLICIES = "measure", "fixed"
@@ -117,33 +118,6 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _takes_all(*args: object, **kwargs: object) -> None:
-    return None
-
-
-def _no(*args: object, **kwargs: object) -> bool:
-    return False
-
-
-def _the_library(*args: object, **kwargs: object) -> str:
-    return "library"
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate(Generic[P, R]):
-    """One way. why_not(*args) is the reason it does not take them, or None; reduced(*args) whether it takes them in
-    reduced float32 precision; rule(*args) whether it is to run where nothing is measured. All read metadata only."""
-
-    name: str
-    run: Callable[P, R]
-    why_not: Callable[P, str | None] = _takes_all
-    reduced: Callable[P, bool] = _no
-    rule: Callable[P, bool] | None = None
-
-    def usable(self, *args: P.args, **kwargs: P.kwargs) -> bool:
-        return self.why_not(*args, **kwargs) is None and (not self.reduced(*args, **kwargs) or reduced_allowed())
-
-
 class PlannedOp(Generic[P, R]):
     """A step with several ways, called as step(*args); all ways take the same arguments and return the same.
 
@@ -162,7 +136,7 @@ class PlannedOp(Generic[P, R]):
         signature: Callable[P, tuple],
         describe: Callable[P, str],
         work: Callable[P, int],
-        rule: Callable[P, str] = _the_library,
+        rule: Callable[P, str] = the_library,
         device_arg: int = 0,
         worth: int = WORTH_MEASURING,
     ):
@@ -177,9 +151,9 @@ class PlannedOp(Generic[P, R]):
         self,
         name: str,
         run: Callable[P, R],
-        why_not: Callable[P, str | None] = _takes_all,
+        why_not: Callable[P, str | None] = takes_all,
         *,
-        reduced: Callable[P, bool] = _no,
+        reduced: Callable[P, bool] = no,
         rule: Callable[P, bool] | None = None,
     ) -> None:
         """Registers another way."""
@@ -190,13 +164,33 @@ class PlannedOp(Generic[P, R]):
         if len(self.candidates) == 1:
             return self.library.run(*args, **kwargs)
         bits = mode.bits
+        key: tuple | None = None
         if bits & FIXED or _deterministic():
-            return self._fixed(*args, **kwargs).run(*args, **kwargs)
-        key = self.signature(*args, **kwargs), bits, _threads(), _precision()
-        run = self._memory.get(key)
-        if run is None:
-            run = self._resolve(key, *args, **kwargs)
-        return run(*args, **kwargs)
+            run = self._fixed(*args, **kwargs).run
+        else:
+            key = self.signature(*args, **kwargs), bits, _threads(), _precision()
+            found = self._memory.get(key)
+            run = self._resolve(key, *args, **kwargs) if found is None else found
+        try:
+            return run(*args, **kwargs)
+        except CallersError:
+            raise
+        except Exception as error:
+            if run is self.library.run:
+                raise
+            why = f"{error}"
+        return self._without(key, run, why, *args, **kwargs)
+
+    def _without(self, key: tuple | None, run: Callable[P, R], why: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The library's result where the way that was chosen has failed, as from now on in this process: a choice that
+        was stored or shared comes from a moment with more memory, or from another machine's libraries."""
+        release(self._device(args))
+        result = self.library.run(*args, **kwargs)  # its own error is the caller's
+        name = next((c.name for c in self.candidates.values() if c.run is run), "chosen")
+        warnings.warn(NOT_USED.format(name, why), stacklevel=4)
+        if key is not None:
+            self._memory[key] = self.library.run
+        return result
 
     def takers(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Candidate[P, R]]:
         """The candidates that take this call."""

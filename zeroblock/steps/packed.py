@@ -2,8 +2,8 @@
 
 No cheap test proves a copy current (fused optimizers and writes through .data leave no trace), so copies exist only
 between `freeze` and `unfreeze`, while the user promises not to write the weight. Every use compares address, shape,
-strides, version and, on the CPU, a sample of the elements with what they were, and raises where they differ;
-freeze(check=True) keeps the original and compares every bit.
+strides, version and, on the CPU, a sample of the elements with what they were, and raises where they differ; the other
+elements are compared in turn (patrol.py). freeze(check=True) keeps the original and compares every bit at every use.
 Other threads may infer meanwhile: a copy is published when it is complete, and whoever finds none uses the weight.
 Other ways of preparing a convolution's weight register in `CONV_PACKERS` (steps/winograd.py).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from .._layout import CHANNELS_LAST
 from ..backends.base import Backend
+from ..plan.measure import CallersError
+from .patrol import Patrol, checksums
 
 
 class Geometry(NamedTuple):
@@ -99,7 +102,7 @@ def sample_step(shape: tuple[int, ...]) -> int:
     row = numel // shape[0]
     step = max(1, numel // max(SAMPLE, numel // EVERY))
     if step > 0.618 * row:
-        step = int((int(step / row - 0.618) + 0.618) * row)
+        step = max(1, int((int(step / row - 0.618) + 0.618) * row))
     while math.gcd(step, numel) > 1:  # ends at 1
         step -= 1
     return step
@@ -109,14 +112,16 @@ def _integers(memory: Any, size: int) -> memoryview[int]:
     return memory.cast(_INTEGERS[size])
 
 
-def _sample(t: Tensor) -> memoryview[int] | None:
-    """A view of elements of t, as integers, for as long as its storage lives; None where that is not to be had."""
+def _bytes(t: Tensor) -> memoryview[int] | None:
+    """A view of the memory of t, for as long as its storage lives; None where that is not to be had."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     if not t.is_cpu or t.numel() == 0 or t.dim() == 0 or span != t.numel():
         return None
-    size = t.element_size()
-    readable = _memory(t.data_ptr(), t.numel() * size, 0x100)  # PyBUF_READ
-    return _integers(readable, size)[:: sample_step(t.shape)]
+    return _memory(t.data_ptr(), t.numel() * t.element_size(), 0x100)  # PyBUF_READ
+
+
+class FrozenWeightChanged(CallersError):
+    """A parameter was written or moved between `freeze` and `unfreeze`."""
 
 
 class Copy:
@@ -130,10 +135,15 @@ class Copy:
         self.shape, self.stride = parameter.shape, parameter.stride()
         self.version = None if parameter.is_inference() else parameter._version
         self.zero = zero
-        self.sample = _sample(parameter)
-        self.expected = (
-            None if self.sample is None else _integers(memoryview(self.sample.tobytes()), parameter.element_size())
-        )
+        self.memory = _bytes(parameter)
+        self.checksums: list[int] = []
+        self.sample: memoryview[int] | None = None
+        self.expected: memoryview[int] | None = None
+        if self.memory is not None:
+            size = parameter.element_size()
+            self.checksums = checksums(self.memory)
+            self.sample = _integers(self.memory, size)[:: sample_step(parameter.shape)]
+            self.expected = _integers(memoryview(self.sample.tobytes()), size)
         self.original: Tensor | None = None
         self.convs: dict[tuple[str, Geometry], Tensor] = {}
         self.pieces: list[Tensor] = []
@@ -183,17 +193,25 @@ class Copy:
             return "written"
         return None
 
+    def condemn(self) -> None:
+        """From now on the parameter counts as written."""
+        self.expected = memoryview(b"")
+
     def verify(self) -> None:
-        """Raises RuntimeError when the parameter has `changed`."""
+        """Raises FrozenWeightChanged when the parameter has `changed`; the patrol goes on."""
+        if _now() >= _patrol.due:
+            _patrol.walk()
         what = self.changed()
         if what is not None:
-            raise RuntimeError(
+            raise FrozenWeightChanged(
                 f"zeroblock: a parameter of shape {list(self.shape)} was {what} while frozen; "
                 "call zeroblock.unfreeze(model) before changing it, or zeroblock.freeze(model) again"
             )
 
 
 copies: dict[int, Copy] = {}
+_patrol = Patrol(copies.values())
+_now = time.perf_counter
 
 
 def _forget(key: int, parameter: weakref.ref[Tensor]) -> None:
