@@ -78,7 +78,7 @@ def test_page_renders_without_errors(diagnosis, page):
         assert row[2] == p.kind and row[4] == ("never" if p.proved else str(p.predicted))
         assert row[5] == ("not seen" if p.measured is None else str(p.measured))
     assert len(re.findall(r"<circle ", document)) == len(diagnosis.parameters)
-    assert "never move" in document and "parameters dead or symmetric" in document
+    assert "never move" in document and "parameters are dead or symmetric" in document
     assert "Peebles &amp; Xie 2023" in document
 
 

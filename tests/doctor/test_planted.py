@@ -1,10 +1,14 @@
 """Planted mistakes: what is dead, symmetric, or only not seen, and that a wrong prediction shows."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import zeroblock as zb
+from zeroblock.doctor.explain import explain
+from zeroblock.doctor.kinds import finite
 from zeroblock.testing import eager
 
 from . import cases
@@ -128,3 +132,112 @@ def test_stochastic_depth_is_no_mismatch():
     d = zb.doctor(Drop(), cases.token_batch())
     assert d["body.weight"].measured is None and d["body.weight"].predicted == 1
     assert d.mismatches == [] and d.healthy
+
+
+class UnusedGates(nn.Module):
+    """Zero-initialised gates that a later version of the forward no longer calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(8, 3)
+        self.gates = nn.ModuleList(eager.zero_module(nn.Linear(8, 8, bias=False)) for _ in range(2))
+
+    def forward(self, x):
+        return self.used(x)
+
+
+class LastContext(nn.Module):
+    """Queries of a context whose output the last block drops: a gradient comes, of zeros, whatever the weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.context_q = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        q = torch.cat([self.q(x), self.context_q(x)])
+        h = torch.softmax(q @ q.detach().t(), -1) @ q.detach()
+        return self.out(h[: len(x)])
+
+
+class WaitsThroughASum(nn.Module):
+    """The gradient of `first` is a sum: one term waits for the zero tail, the other is zero for ever."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tail = eager.zero_module(nn.Linear(8, 8)), eager.zero_module(nn.Linear(8, 3))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = x + self.first(x)
+        return self.tail(h) + self.last(h * torch.zeros_like(h)) + self.last(x)
+
+
+def unused_gates():
+    return UnusedGates(), cases.token_batch()
+
+
+def advice(d):
+    return " ".join(d.explanation)
+
+
+def test_unused_gates_are_said_and_no_value_is_advised():
+    d = zb.doctor(UnusedGates(), cases.token_batch())
+    assert [p.name for p in d.of_kind("unused")] == ["gates.0.weight", "gates.1.weight"] and d.exit_status == 0
+    assert d.verdict == "nothing is dead or symmetric, but 2 parameters are unused" == str(d).splitlines()[-1]
+    assert "gates.0.weight, gates.1.weight are unused" in advice(d) and "2 of them are exactly zero" in advice(d)
+    assert "find_unused_parameters=True" in advice(d) and "another value" not in advice(d)
+    assert "nothing is dead or symmetric, but" in d.to_html()
+
+
+def test_what_the_structure_drops_is_told_to_freeze():
+    d = zb.doctor(LastContext(), cases.token_batch())
+    dead = d.of_kind("dead")
+    assert [p.name for p in dead] == ["context_q.weight", "context_q.bias"] and all(not p.holder for p in dead)
+    assert "requires_grad_(False)" in advice(d) and "another value" not in advice(d)
+
+
+def test_two_that_hold_each_other_are_told_to_change():
+    d = zb.doctor(*cases.two_zero_layers())
+    assert "give one of them another value" in advice(d) and "requires_grad_(False)" not in advice(d)
+
+
+def test_a_term_that_is_always_zero_is_not_what_is_waited_for():
+    d = zb.doctor(WaitsThroughASum(), cases.token_batch())
+    assert d["first.weight"].kind == "waits" and d["first.weight"].holder == ["tail.weight"]
+    assert "after tail.weight, which held" in advice(d)
+
+
+def test_no_sentence_without_its_name():
+    """A zero that no parameter holds: the sentence about what is waited for is left out."""
+    d = zb.doctor(WaitsThroughASum(), cases.token_batch())
+    for p in d.parameters:
+        p.waits_for = [[] for _ in p.waits_for]
+    text = " ".join(explain(d))
+    assert "gets its first gradient in step 2." in text and "after ," not in text and "()" not in text
+
+
+def plain(value):
+    """Whether a value is made of JSON's containers and numbers alone."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and plain(v) for k, v in value.items())
+    return all(map(plain, value)) if isinstance(value, list | tuple) else isinstance(value, str | int | float | None)
+
+
+KEYS = "schema healthy alarms unused not_seen mismatches model steps losses parameters predicted_steps near_zero "
+KEYS += "savings findings explanation"
+
+
+@pytest.mark.parametrize(
+    "build", [cases.two_zero_layers, cases.constant_hidden, cases.dead_by_value, cases.unet, unused_gates]
+)
+def test_programs_read_the_dict_by_its_keys(build):
+    d = zb.doctor(*build(), steps=2)
+    found = d.to_dict()
+    assert set(found) == set(KEYS.split()) and found["schema"] == 1 and plain(found)
+    assert found["healthy"] is d.healthy is (found["alarms"] == [])
+    assert found["alarms"] == [p.name for p in d.parameters if p.kind in ("dead", "symmetric")]
+    assert found["unused"] == [p.name for p in d.parameters if p.kind == "unused"]
+    if d.healthy:
+        words = json.dumps(finite({**found, "parameters": [p["kind"] for p in found["parameters"]]}))
+        assert "dead" not in words and "symmetric" not in words

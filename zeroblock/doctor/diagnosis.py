@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .factors import Ranks
 from .html import page
-from .kinds import ALARMS, KINDS, NEAR_ZERO, finite
+from .kinds import ALARMS, NEAR_ZERO, UNUSED, finite
 from .measure import Measurement, identical_units, is_zero
 from .savings import Savings
 from .text import render
@@ -82,9 +82,41 @@ class Diagnosis:
         """Of `python -m zeroblock doctor`: 0 healthy, 1 not."""
         return 0 if self.healthy else 1
 
+    @property
+    def verdict(self) -> str:
+        """One sentence about the whole model."""
+        alarms, unused = len(self.of_kind(*ALARMS)), len(self.of_kind(UNUSED))
+        if alarms:
+            return f"{alarms} parameters are dead or symmetric"
+        if unused:
+            return f"nothing is dead or symmetric, but {unused} parameters are unused"
+        return "healthy: nothing is dead or symmetric"
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything found, in plain containers; losses may be NaN or infinite."""
-        return {**dataclasses.asdict(self), "healthy": self.healthy, "kinds": KINDS}
+        """Everything found, in plain containers, for programs. Every key is there for every model.
+
+        schema: 1; a key that changes its meaning gets another number. New keys may come.
+        healthy: bool, what decides the exit status. alarms, unused, not_seen, mismatches: the names of the parameters
+            that never learn, that the loss does not depend on, that got no gradient in the steps without a proof that
+            they never do, and whose prediction the steps contradict; all lists are empty for a model without fault.
+        model: str; steps: int; losses: [float], NaN or infinite where they were; predicted_steps: int or None.
+        parameters: [{name, shape, kind, role, is_zero, max_abs, predicted, measured, proved, agrees, waits_for,
+            ranks}] in the model's order, as in `ParameterReport`: predicted and measured are steps, counted from 1, or
+            None; waits_for: [[name]]; ranks: None or {h, dy, grad, unit_differences}, each None or [rank, most].
+        near_zero: the same of those that are close to zero.
+        savings: None or {branches: [{parameters, by, flops, steps}], inference_flops, inference_saved, training_flops,
+            training_saved, activation_bytes, activation_saved}.
+        findings, explanation: sentences for people, which may be worded otherwise in another version.
+        """
+        return {
+            "schema": 1,
+            "healthy": self.healthy,
+            "alarms": [p.name for p in self.of_kind(*ALARMS)],
+            "unused": [p.name for p in self.of_kind(UNUSED)],
+            "not_seen": [p.name for p in self.of_kind("not seen")],
+            "mismatches": [p.name for p in self.mismatches],
+            **dataclasses.asdict(self),
+        }
 
     def to_json(self) -> str:
         """The same as JSON, NaN and infinities as strings."""
@@ -201,7 +233,7 @@ def _kind(
     if not p.requires_grad:
         return "frozen" if constant and p.numel() > 1 else "free"
     if name not in measured.arrived:
-        return "unused"
+        return UNUSED
     if seen is None:
         if known and predicted is None:
             return "dead"

@@ -62,7 +62,10 @@ def explain(d: Diagnosis) -> list[str]:
             "structure allows one: the values of this batch and these weights stop it (a ReLU whose inputs are all "
             "negative, a saturated softmax). That is no proof that it never comes."
         )
-    if not zeros and d.healthy:
+    unused = d.of_kind("unused")
+    if unused:
+        paragraphs.append(_why_unused(unused))
+    if not zeros and not unused and d.healthy:
         paragraphs.append("No weight or gate is exactly zero: every parameter can learn from the first step.")
     return paragraphs
 
@@ -87,7 +90,7 @@ def _why_zeros_learn(tails: list[ParameterReport]) -> str:
             "g itself is not in it. It needs a branch output f (h below) that is not zero and a varied dL/dy"
         )
     found = _factors(p.ranks)
-    shape = "its rows get different gradients, so that nothing stays symmetric"
+    shape = "its rows get different gradients, so that its units become different"
     if p.ranks and p.ranks.grad and p.ranks.grad[0] < 2:
         shape = "so it moves"
     end = f"; {found}: {shape}." if found else f": {shape}."
@@ -95,12 +98,12 @@ def _why_zeros_learn(tails: list[ParameterReport]) -> str:
 
 
 def _chain(d: Diagnosis, waiting: list[ParameterReport]) -> str:
-    first = waiting[0]
+    first = next((p for p in waiting if p.holder), waiting[0])
     holders = ", ".join(f"{name} {_moved(d, name)}" for name in first.holder[:SHOWN])
+    after = f", after {listed(first.holder)}, which held dL/dy (or h) at zero, has moved ({holders})"
     lines = [
         f"{len(waiting)} more zero weights or gates wait: {listed(p.name for p in waiting)}. "
-        f"{first.name} gets its first gradient in step {first.measured}, after {listed(first.holder)}, "
-        f"which held dL/dy (or h) at zero, has moved ({holders})."
+        f"{first.name} gets its first gradient in step {first.measured}{after if holders else ''}."
     ]
     moved = [p.measured for p in d.parameters if p.measured is not None]
     lines.append(f"The last parameter to move does so in step {max(moved)}.")
@@ -138,7 +141,26 @@ def _why_dead(group: list[ParameterReport]) -> str:
         text += f"; of the two factors of {product}, h has {rank_of(r.h)} and dL/dy {rank_of(r.dy)}"
         if none:
             text += f": {' and '.join(none)} is zero in every step"
-    return text + ". One zero factor is healthy, two hold each other at zero: give one of them another value."
+    if p.holder:
+        return text + ". One zero factor is healthy, two hold each other at zero: give one of them another value."
+    return text + f". {_NO_VALUE_HELPS}"
+
+
+# Of parameters that the loss does not depend on, whatever the values of the others.
+_NO_VALUE_HELPS = (
+    "No initialisation changes that, since no value of a parameter does: freeze them with requires_grad_(False), leave "
+    "them out of the model, or let something read them; DistributedDataParallel takes find_unused_parameters=True."
+)
+
+
+def _why_unused(unused: list[ParameterReport]) -> str:
+    verb, it = ("is", "it") if len(unused) == 1 else ("are", "they")
+    text = f"{listed(p.name for p in unused)} {verb} unused: the loss does not depend on {it if it == 'it' else 'them'}"
+    zeros = sum(p.is_zero and not p.name.endswith("bias") for p in unused)
+    if zeros:
+        be = "is" if zeros == 1 else "are"
+        text += f". {zeros} of them {be} exactly zero, as a gate or last layer of a branch that is never called"
+    return f"{text}. {_NO_VALUE_HELPS}"
 
 
 def _why_symmetric(p: ParameterReport, steps: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .explain import REFERENCES
-from .kinds import ALARMS, finite
+from .kinds import KINDS, finite
 from .text import savings_lines
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 def page(d: Diagnosis) -> str:
     """The HTML of the page."""
-    alarms = len(d.of_kind(*ALARMS))
     data = {
         **d.to_dict(),
-        "verdict": "healthy: nothing is dead or symmetric" if d.healthy else f"{alarms} parameters dead or symmetric",
+        "verdict": d.verdict,
+        "kinds": KINDS,
         "savings_lines": savings_lines(d),
         "references": REFERENCES,
     }

@@ -19,6 +19,7 @@ KINDS = {
 }
 # Kinds that never learn: the diagnosis is not healthy, the command's exit status is 1.
 ALARMS = ("dead", "symmetric")
+UNUSED = "unused"  # no alarm: models may well keep a part for another use, but no initialisation makes it learn
 # A largest element below this is close to zero without being zero: reported, because no branch is skipped for it.
 NEAR_ZERO = 1e-4
 

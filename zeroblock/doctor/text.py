@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from .explain import REFERENCES, listed
-from .kinds import ALARMS, KINDS
+from .kinds import KINDS, UNUSED
 
 if TYPE_CHECKING:
     from .diagnosis import Diagnosis, ParameterReport
@@ -85,11 +85,8 @@ def render(d: Diagnosis, color: bool | None = None, width: int | None = None) ->
     lines += ["", *_savings(d, width)]
     if d.explanation and any(p.is_zero for p in d.parameters):
         lines += ["", "References: " + REFERENCES[0], *(f"            {r}" for r in REFERENCES[1:])]
-    if d.healthy:
-        verdict = paint("healthy: nothing is dead or symmetric", "1;32")
-    else:
-        verdict = paint(f"{len(d.of_kind(*ALARMS))} parameters are dead or symmetric", "1;31")
-    return "\n".join([*lines, "", verdict])
+    color_of_verdict = _RED if not d.healthy else _YELLOW if d.of_kind(UNUSED) else _GREEN
+    return "\n".join([*lines, "", paint(d.verdict, f"1;{color_of_verdict}")])
 
 
 def _wrap(text: str, width: int, first: str = "") -> list[str]:

@@ -108,7 +108,7 @@ def _blame(node: Node, k: int, values: list[Value], state: State, sizes: dict[st
     """The leaves that must become non-zero before output k can.
 
     Of a product: those of every zero factor. Of a sum: those of the term that needs the fewest (of equally many, the
-    term with the largest parameters).
+    term with the largest parameters); a term that is zero because of no leaf never becomes anything else.
     """
     masks, blame = state.masks, state.blame
     zeros = [i for i in dict.fromkeys(node.inputs) if masks[i] is False]
@@ -120,6 +120,7 @@ def _blame(node: Node, k: int, values: list[Value], state: State, sizes: dict[st
         blockers = [i for i in zeros if stays_zero({j: True for j in zeros if j != i})]
         if not blockers:
             enough = [i for i in zeros if not stays_zero({i: True})]
+            enough = [i for i in enough if blame[i]] or enough
             if enough:
                 blockers = [min(enough, key=lambda i: (len(blame[i]), -sum(sizes[name] for name in blame[i])))]
         zeros = blockers or zeros
