@@ -4,11 +4,11 @@ among the planned convolutions.
     y = conv(act(norm(x)), weight) + bias + residual        2-D, stride 1, padding 0 or 1, groups 1, on the CPU
 
 Tile 2, F(2x2, 3x3), saves a factor of 2.25 of the products and keeps the error budget (at most twice the library's
-error plus one rounding). Tile 4, F(4x4, 3x3), saves a factor of 4; its relative error is 1e-6 to 5e-6, about ten times
-the library's and a hundredth of TF32's, so it needs permission: `precision="fast"` or
-torch.set_float32_matmul_precision("high"). Images and weights of 16 bits take tile 4: computed in float32 and rounded
-once, they are as exact as the library's. Results do not depend on the number of threads. A value that is not finite
-reaches every output of the tiles that read it, as NaN.
+error plus one rounding). Tile 4, F(4x4, 3x3), saves a factor of 4; its relative error is 1e-6 to 2e-6 in the L2 norm, 2
+to 11 times the library's, and 2e-6 to 7e-6 in the maximum norm, up to 26 times (python -m tests.ops.winograd_errors), a
+hundredth of TF32's. So it needs permission: `precision="fast"` or torch.set_float32_matmul_precision("high"). Images
+and weights of 16 bits take tile 4: computed in float32 and rounded once, they are as exact as the library's. Results do
+not depend on the number of threads. A value that is not finite reaches every output of the tiles that read it, as NaN.
 
 Nothing is remembered between calls but scratch memory, at most 48 MB for the calling thread and two panels of weights
 for each worker: the weights are transformed at every call, panel by panel, unless `freeze` packed them beforehand.
@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._layout import add_residual, as_layout, channels_last_format, conv_layout
+from .._layout import add_residual, as_layout, channels_last_format, in_layout, is_dense
 from ..backends.base import Backend, ConvGrads, GroupNorm, WinogradKernels
 from ..plan.mode import reduced_allowed
 from . import packed
-from .conv import CONV, ConvCall, unit_geometry
+from .conv import CONV, ConvCall, conv_layout, unit_geometry
 from .conv_bwd import CONV_BWD, ConvGradsCall
 from .norm_conv import NORM_CONV, NORM_CONV_BWD, NormConvCall, NormConvGradsCall, normalised
 from .packed import Geometry
@@ -74,7 +74,7 @@ def usable(backend: Backend, x: Tensor, weight: Tensor, padding: Sequence[int]) 
         and x.is_cpu
         and weight.is_cpu
         and x.shape[1] == weight.shape[1]
-        and (weight.is_contiguous() or channels_last_format(weight) is not None)
+        and is_dense(weight)
         and weight.numel() > 0
         and x.shape[0] > 0
         and min(x.shape[2:]) + 2 * padding[0] > 2
@@ -129,7 +129,7 @@ def conv(tile: int, call: ConvCall, normed: NormedInput | None = None, prepared:
     if prepared is None and packed.copies:
         copy = packed.find(weight)
         prepared = None if copy is None else copy.convs.get((plan_name(tile), geometry))
-    kernels, layout, padding = _kernels(backend), conv_layout(h, weight), geometry.padding
+    kernels, layout, padding = _kernels(backend), conv_layout(h, weight, geometry), geometry.padding
     h, last = as_layout(h, layout), layout is not None
     size = (h.shape[0], weight.shape[0], *(n + 2 * p - 2 for n, p in zip(h.shape[2:], padding, strict=True)))
     fused = (
@@ -138,9 +138,11 @@ def conv(tile: int, call: ConvCall, normed: NormedInput | None = None, prepared:
         and residual.shape == size
         and residual.is_contiguous(memory_format=layout or torch.contiguous_format)
     )
-    added, affine = residual if fused else None, _affine(kernels, h, normed)
-    y = kernels.conv(h, affine, weight, prepared, bias, added, padding[0], tile, False, last)
-    return add_residual(None if fused else residual, y)
+    added = as_layout(residual, layout) if fused and residual is not None else None
+    y = kernels.conv(h, _affine(kernels, h, normed), weight, prepared, bias, added, padding[0], tile, False, last)
+    if added is None:
+        return add_residual(residual, y)
+    return in_layout(y, None) if y.is_contiguous() and last else y  # a sum whose size is that of both formats
 
 
 def _plain_padding(geometry: Geometry) -> tuple[int, ...] | None:
@@ -204,7 +206,7 @@ def conv_grads(tile: int, call: ConvGradsCall, normed: NormedInput | None = None
     """(dh, dweight, dbias) of conv(h), each only where mask asks; h normalised first where a norm is given; dweight
     laid out as weight."""
     backend, dy, h, weight, has_bias, padding, mask = call
-    kernels, layout = _kernels(backend), conv_layout(h, weight)
+    kernels, layout = _kernels(backend), conv_layout(h, weight, unit_geometry(padding))
     dy, last = as_layout(dy, layout), layout is not None
     dh = dweight = None
     if mask[0]:
