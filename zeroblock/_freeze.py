@@ -124,7 +124,7 @@ class FrozenConv(_Frozen):
                 return _CONV_FORWARDS[len(self.kernel_size)](self, x, weight, bias)  # which says what is wrong
             copy.verify()
             zero.count("frozen_conv", True)
-            empty = lambda: empty_conv_output(x, weight, size, weight.dtype)  # noqa: E731
+            empty = lambda: empty_conv_output(x, weight, geometry, weight.dtype, size)  # noqa: E731
             return residual_alone(None, bias, None, 1, weight.dtype, empty)
         zero.count("frozen_conv", False)
         return CONV(ConvCall(select("conv_residual", x), x, weight, bias, None, geometry))
@@ -213,13 +213,18 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
 
     A weight that was written all the same raises RuntimeError at the next call that would use its copy. Compared are
     address, shape, strides, torch's version counter and, on the CPU, the bits of a sample, at least 64 elements or one
-    in 8192, spread evenly. Left undetected, where no version moves (writes through .data, by numpy, by peft's
-    merge_adapter, by an EMA's copy_to, under inference_mode):
+    in 8192, spread evenly. Where no version moves (writes through .data, by numpy, by peft's merge_adapter, by an EMA's
+    copy_to, under inference_mode) that leaves:
     - on the CPU a write that leaves all sampled elements as they were: of a few elements, rows or columns, or by
       changes most of which are lost in rounding. One that changes a share p of the elements at random is passed over
-      with probability (1 - p) ** 64 at most;
-    - on a GPU every one: a sample would wait for the device at each call.
-    check=True keeps the original of every weight and compares all bits at each use: nothing is left.
+      with probability (1 - p) ** 64 at most. It raises later: all frozen weights are compared bit by bit, in pieces of
+      64 KiB one after another, in 0.2 % of the time in which calls use them. Until then, about two minutes for each
+      250 MB of frozen weights, results are those of the old ones;
+    - on a GPU, where nothing is packed and freeze remembers which weights are zero, every write to such a weight: its
+      branch stays skipped, without a word. To look would be to wait for the device.
+    Whoever writes weights in such a way calls unfreeze before, or freeze again after it: nothing is left then. Where
+    somebody else may write them, check=True keeps the original of every weight and compares all bits at each use, which
+    reads both; on a GPU each use waits for the device, and a CUDA graph cannot be captured.
 
     Raises TypeError when model is not a Module.
     """

@@ -10,26 +10,99 @@ _ROW = 1024  # elements of a row of `tokens` under a single gate: rows are what 
 
 
 def channels_last_format(x: Tensor) -> torch.memory_format | None:
-    """The channels-last format of x when it is laid out so and not also contiguous, else None (work in NC*S)."""
+    """The channels-last format of x where torch's kernels would take it for that, else None (work in NC*S). x need not
+    be dense: a slice of a channels-last tensor counts."""
+    layout = CHANNELS_LAST.get(x.dim())
+    if layout is None or (x.is_contiguous() and x.stride(1) > 1):
+        return None
+    if 1 not in x.shape and x.is_contiguous(memory_format=layout):
+        return layout
+    return layout if _has_strides_of_channels_last(x) else None
+
+
+def _has_strides_of_channels_last(x: Tensor) -> bool:
+    """As c10/core/MemoryFormat.h has it, which reads the strides of dimensions of one element too: that is how an image
+    of one channel or one pixel is told to be channels-last."""
+    size, stride = x.shape, x.stride()
+    if stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, *range(len(size) - 1, 1, -1), 0):
+        if size[d] == 0 or stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(1, size[d])
+    return True
+
+
+def pointwise_format(x: Tensor) -> torch.memory_format | None:
+    """`channels_last_format` of what a pointwise function of x returns: torch calls a size that is both contiguous."""
     if x.is_contiguous():
         return None
-    layout = CHANNELS_LAST.get(x.dim())
-    return layout if layout is not None and x.is_contiguous(memory_format=layout) else None
-
-
-def conv_layout(h: Tensor, weight: Tensor) -> torch.memory_format | None:
-    """That of conv(h), as eager chooses it: channels-last where h or the weight is."""
-    return channels_last_format(h) or channels_last_format(weight)
+    layout = channels_last_format(x)
+    if layout is None or 1 not in x.shape:
+        return layout
+    return None if x.shape[1] == 1 or x.shape[2:].numel() == 1 else layout
 
 
 def as_layout(x: Tensor, layout: torch.memory_format | None) -> Tensor:
     """x itself when it is already dense in `layout` (None: contiguous), else a copy that is."""
-    return x.contiguous(memory_format=torch.contiguous_format if layout is None else layout)
+    if layout is None:
+        return x.contiguous()
+    x = x.contiguous(memory_format=layout)
+    # Kernels go by the stride of the channels, which torch does not look at where there is one channel only.
+    return x if x.stride(1) == 1 else x.as_strided(x.shape, _strides(x.shape, layout))
+
+
+def in_layout(y: Tensor, layout: torch.memory_format | None) -> Tensor:
+    """`as_layout` for a result: torch's kernels take it for what it is, also where its size is that of both formats."""
+    y = as_layout(y, layout)
+    return y if channels_last_format(y) is layout else y.as_strided(y.shape, _strides(y.shape, layout))
+
+
+def _strides(size: torch.Size, layout: torch.memory_format | None) -> tuple[int, ...]:
+    order = range(len(size) - 1, -1, -1) if layout is None else (1, *range(len(size) - 1, 1, -1), 0)
+    found, step = [0] * len(size), 1
+    for d in order:
+        found[d] = step
+        step *= max(1, size[d])
+    return tuple(found)
+
+
+def layout_after(x: Tensor, *weights: Tensor) -> torch.memory_format | None:
+    """That of x after convolutions in two dimensions with these weights, and pointwise functions."""
+    if x.shape[2:].numel() == 1:
+        return None
+    return next((layout for t in (x, *weights) if (layout := channels_last_format(t)) is not None), None)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Contiguous or channels-last in memory, dimensions of one element aside."""
+    if x.is_contiguous():
+        return True
+    layout = CHANNELS_LAST.get(x.dim())
+    return layout is not None and x.is_contiguous(memory_format=layout)
+
+
+def is_settled(x: Tensor) -> bool:
+    """Whether x + branch has the strides of x in whatever format the branch is: x is contiguous or channels-last, and
+    no dimension of one element leaves open which."""
+    if x.is_contiguous():
+        return x.dim() not in CHANNELS_LAST or x.stride(1) > 1
+    layout = channels_last_format(x)
+    return layout is not None and x.is_contiguous(memory_format=layout)
+
+
+def as_norm_input(x: Tensor) -> tuple[Tensor, bool]:
+    """(x dense, and in the strides of silu(norm(x)); whether that is channels-last)"""
+    if x.is_contiguous():
+        return x if x.stride(1) > 1 else in_layout(x, None), False
+    layout = pointwise_format(x)
+    return as_layout(x, layout), layout is not None
 
 
 def empty_like_dense(x: Tensor) -> Tensor:
-    """What the ops return for x: same shape and dtype, in the format that `channels_last_format` names."""
-    layout = channels_last_format(x)
+    """What the ops return for x: same shape and dtype, in the format that `pointwise_format` names."""
+    layout = pointwise_format(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format if layout is None else layout)
 
 
@@ -37,9 +110,16 @@ def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
     """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
     if residual is None:
         return branch
-    if residual.dtype == branch.dtype and (residual.stride() == branch.stride() or 0 in residual.stride()):
-        return branch.add_(residual)
+    if residual.dtype == branch.dtype:
+        strides = residual.stride()
+        if (strides[1] > 1 or is_settled(branch)) if strides == branch.stride() else _is_embedding(strides):
+            return branch.add_(residual)
     return residual + branch
+
+
+def _is_embedding(strides: tuple[int, ...]) -> bool:
+    """Strides of [N, C] expanded to images, which leave the memory format of a sum to the other operand."""
+    return len(strides) > 2 and not any(strides[2:]) and (strides[0] == 0 or strides[0] >= strides[1])
 
 
 def dense_view(t: Tensor) -> Tensor:

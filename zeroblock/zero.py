@@ -6,7 +6,8 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 2. The values decide, at that call: on the CPU an early-exit scan before each use; on a GPU a kernel writes a flag that
    zeroblock's own kernels of the op read. Nothing is remembered between calls, unless `zeroblock.freeze` has
    decided, which the user promises to keep valid.
-3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives.
+3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives (tokens of
+   transformer blocks and of linear_gate_residual: contiguous), as when it is not zero.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
 5. Gradients equal eager's for finite values; every parameter and input upstream gets a real zero tensor, never None.
 6. Dropout masks are drawn before the decision, as eager draws them: the random stream is the same.

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .._layout import (
     as_layout,
-    channels_last_format,
+    as_norm_input,
     dense_rows,
     dense_view,
     gate_gradient,
     is_single,
     like,
+    pointwise_format,
     tokens,
     untokens,
 )
@@ -97,9 +98,8 @@ class Cpu(Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = channels_last_format(x)
-        x = as_layout(x, layout)
-        return _group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, layout is not None)
+        x, last = as_norm_input(x)
+        return _group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, last)
 
     def group_norm_silu_bwd(
         self,
@@ -115,7 +115,7 @@ class Cpu(Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-        layout = channels_last_format(x)
+        layout = pointwise_format(x)
         x, dy, last = as_layout(x, layout), as_layout(_to(dy, x.dtype), layout), layout is not None
         return _group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, last)
 
@@ -160,7 +160,7 @@ class Cpu(Reference):
         if gate.dim() == 2 and one_dtype and residual.is_contiguous() and branch.is_contiguous():
             return _gate_residual(residual, gate, branch)
         dtype = promoted(residual, gate, branch)
-        layout, single = channels_last_format(residual), is_single(gate)
+        layout, single = pointwise_format(residual), is_single(gate)
         branch = tokens(branch.to(dtype), single, layout)
         y = _gate_residual(tokens(residual.to(dtype), single, layout), _operand(gate, branch), branch)
         return untokens(y, residual.shape, layout)
@@ -171,7 +171,7 @@ class Cpu(Reference):
         one_dtype = dy.dtype == branch.dtype == gate.dtype
         if gate.dim() == 2 and one_dtype and dy.is_contiguous() and branch.is_contiguous():
             return _gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch)
-        layout, single = channels_last_format(branch), is_single(gate)
+        layout, single = pointwise_format(branch), is_single(gate)
         flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
         dgate, dbranch = _gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch)
         return (
@@ -217,10 +217,10 @@ class Cpu(Reference):
         return _activation_bwd(dy.contiguous(), x.contiguous(), _ACTIVATION_IDS[name], need_y)
 
     def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
-        return _add_bias(x, bias, dim == -1 or channels_last_format(x) is not None)
+        return _add_bias(x, bias, dim == -1 or not x.is_contiguous())
 
     def add_bias_in_place(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
-        _add_bias_(x, bias, dim == -1 or channels_last_format(x) is not None)
+        _add_bias_(x, bias, dim == -1 or not x.is_contiguous())
         return x
 
     def linear(self, x: Tensor, weight: Tensor, bias: MaybeTensor, activation: str | None = None) -> Tensor:

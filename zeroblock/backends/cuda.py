@@ -12,7 +12,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._layout import as_layout, channels_last_format, dense_view, gate_gradient, is_single, like, tokens, untokens
+from .._layout import (
+    as_layout,
+    as_norm_input,
+    dense_view,
+    gate_gradient,
+    is_single,
+    like,
+    pointwise_format,
+    tokens,
+    untokens,
+)
 from ..reference import promoted
 from .base import MaybeTensor
 from .cuda_convs import CudaConvs, Kernels, flag_byte
@@ -82,8 +92,8 @@ class Cuda(CudaConvs, Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = channels_last_format(x)
-        x, last, flag = as_layout(x, layout), layout is not None, flag_byte(flag)
+        x, last = as_norm_input(x)
+        flag = flag_byte(flag)
         return self.kernels.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, last, flag)
 
     def group_norm_silu_bwd(
@@ -100,7 +110,7 @@ class Cuda(CudaConvs, Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-        layout = channels_last_format(x)
+        layout = pointwise_format(x)
         x, dy, last = as_layout(x, layout), as_layout(dy.to(x.dtype), layout), layout is not None
         dx, dweight, dbias, dscale, dshift = self.kernels.group_norm_silu_bwd(
             dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, last, flag_byte(flag)
@@ -145,7 +155,7 @@ class Cuda(CudaConvs, Reference):
 
     def gate_residual(self, residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         dtype = promoted(residual, gate, branch)
-        layout, single = channels_last_format(residual), is_single(gate)
+        layout, single = pointwise_format(residual), is_single(gate)
         branch = tokens(branch.to(dtype), single, layout)
         residual_tokens = tokens(residual.to(dtype), single, layout)
         y = self.kernels.gate_residual(residual_tokens, _operand(gate, branch), branch, None)
@@ -154,7 +164,7 @@ class Cuda(CudaConvs, Reference):
     def gate_residual_bwd(
         self, dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool
     ) -> tuple[MaybeTensor, MaybeTensor]:
-        layout, single = channels_last_format(branch), is_single(gate)
+        layout, single = pointwise_format(branch), is_single(gate)
         flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
         dgate, dbranch = self.kernels.gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch, None)
         return (

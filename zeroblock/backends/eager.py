@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._layout import as_layout, channels_last_format
+from .._layout import as_layout
 from ..kernels._torch import HAS_FUSED_RMS_NORM
 from ..plan.mode import is_fixed, is_training
 from ..reference import channel_view, modulation
@@ -163,7 +163,7 @@ class Eager(Reference):
         return dx.contiguous(), sum_to_maybe(dy, shift), dscale, dweight, dbias
 
     def gate_residual(self, residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-        return as_layout(residual + modulation(gate) * branch, channels_last_format(residual))
+        return in_format_of(residual, residual + modulation(gate) * branch)
 
     def gate_residual_bwd(
         self, dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference as ref
-from .._layout import as_layout, channels_last_format
+from .._layout import in_layout, pointwise_format
 from ..plan.planned import Explanation
 from ..reference import channel_view, compute_dtype, modulation
 from .base import MaybeTensor
@@ -20,7 +20,7 @@ from .dense import DenseSteps
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format in which the ops return results for x."""
-    return as_layout(y, channels_last_format(x))
+    return in_layout(y, pointwise_format(x))
 
 
 def sum_to(grad: Tensor, operand: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._layout import as_layout, channels_last_format, dense_rows, dense_view, is_single
+from .._layout import as_layout, as_norm_input, dense_rows, dense_view, is_single, pointwise_format
 from ..kernels import activation as _activation
 from ..kernels import add_bias as _add_bias
 from ..kernels import gate_residual as _gate_residual
@@ -53,7 +53,7 @@ def _per_token_shift_grad(dy: Tensor, shift: Tensor, dshift: Tensor) -> Tensor:
 
 def _gate_layout(gate: Tensor, x: Tensor) -> torch.memory_format | None:
     """A single gate takes the elements of x in any dense order, other gates rows of tokens."""
-    return channels_last_format(x) if is_single(gate) else None
+    return pointwise_format(x) if is_single(gate) else None
 
 
 def _gate_rows(gate: Tensor, x: Tensor) -> Tensor:
@@ -106,9 +106,8 @@ class Triton(TritonGemms, Reference):
         *,
         split: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = channels_last_format(x)
         rows = [dense_rows(v) for v in (weight, bias)], [dense_rows(v) for v in (scale, shift)]
-        x, last = as_layout(x, layout), layout is not None
+        x, last = as_norm_input(x)
         return _group_norm.forward(x, num_groups, *rows[0], eps, *rows[1], silu, last, flag, split=split)
 
     def group_norm_silu_bwd(
@@ -127,7 +126,7 @@ class Triton(TritonGemms, Reference):
         *,
         split: bool = False,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-        layout = channels_last_format(x)
+        layout = pointwise_format(x)
         x, dy, last = as_layout(x, layout), as_layout(dy.to(x.dtype), layout), layout is not None
         rows = [dense_rows(v) for v in (weight, bias, scale, shift)]
         return _group_norm_bwd.backward(dy, x, mean, rstd, *rows, num_groups, silu, last, flag, split=split)
@@ -218,7 +217,7 @@ class Triton(TritonGemms, Reference):
         return _activation.backward(dy.contiguous(), x.contiguous(), name, need_y)
 
     def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
-        innermost = dim == -1 or channels_last_format(x) is not None
+        innermost = dim == -1 or not x.is_contiguous()
         columns = x.shape[dim] if innermost else math.prod(x.shape[2:])
         return _add_bias.add_bias(x, dense_rows(bias), columns, innermost)
 

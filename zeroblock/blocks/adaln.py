@@ -52,6 +52,7 @@ class Whole(NamedTuple):
 def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:
     """The whole block; vectors [B, D] as CHUNKS says. Inference is one sequence: gate, residual and the next norm in
     one pass, the MLP's activation at the end of its first GEMM."""
+    x = x.contiguous()  # once for norm and residual; patch embeddings hand over transposed tokens
     answers = [_decide_half(name, policy, x, vectors[2], attn), _decide_half(name, policy, x, vectors[5], mlp)]
     if _is_plain_inference(policy, answers, x):
         shift, scale, gate = vectors[MSA]
@@ -63,6 +64,7 @@ def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp
 
 def forward_around(name: str, policy: str, x: Tensor, gate: Tensor, attn: Whole, vectors: Vectors, mlp: Half) -> Tensor:
     """`forward` for an attention that is called as a whole; vectors are those of the MLP."""
+    x = x.contiguous()
     answers = [decide(name, policy, (), (gate,), attn.modules), _decide_half(name, policy, x, vectors[2], mlp)]
     if _is_plain_inference(policy, answers, x):
         return _seam_and_mlp(x, gate, attn.branch(*attn.activations), vectors, mlp)
@@ -76,6 +78,7 @@ def forward_around(name: str, policy: str, x: Tensor, gate: Tensor, attn: Whole,
 def half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half) -> Tensor:
     """x + gate * last(between(first(modulate(norm x)))), vectors (shift, scale, gate) [B, D]; skipped while gate or
     last is zero."""
+    x = x.contiguous()
     answer = _decide_half(name, policy, x, vectors[2], layers)
     if _is_plain_inference(policy, [answer], x):
         shift, scale, gate = vectors

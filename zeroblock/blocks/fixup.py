@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layout import in_layout, layout_after
 from .residual import residual_branch
 
 
@@ -32,9 +33,10 @@ def forward(name: str, policy: str, block: Any, x: Tensor) -> Tensor:
     scalars = [p for p in block._parameters.values() if p is not None and p is not bias and p is not scale]
     convs = tuple(m for m in block._modules.values() if isinstance(m, nn.Conv2d) and m is not conv)
     modules = (*convs, block.relu)
-    _, y = residual_branch(name, policy, identity + bias, body, conv, scale, (x, *scalars), modules=modules)
-    if y is not None:
-        return F.relu(y, inplace=True)
+    residual = identity + bias
+    _, y = residual_branch(name, policy, residual, body, conv, scale, (x, *scalars), modules=modules)
+    if y is not None:  # eager adds into what the convolution returned
+        return F.relu(in_layout(y, layout_after(residual, *(m.weight for m in convs), conv.weight)), inplace=True)
     out = conv(body(x)) * scale + bias
     return F.relu(out.add_(identity), inplace=True)
 

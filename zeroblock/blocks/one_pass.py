@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import zero
-from .._layout import channels_last_format
+from .._layout import is_dense, is_settled
 from ..backends.select import select
 from ..ops.residual_alone import residual_alone
 from ..steps import packed as _packed
@@ -73,8 +73,9 @@ def copy_if_gates_are_zero(
 
 
 def copy_of_residual(x: Tensor) -> Tensor:
-    """What is left of a block all of whose branches are skipped."""
-    return residual_alone(x, None, None, -1, x.dtype, None)
+    """What is left of a transformer block all of whose branches are skipped: contiguous, as when it runs."""
+    dense = x.contiguous()
+    return residual_alone(dense, None, None, -1, x.dtype, None, in_place=dense is not x)
 
 
 @functools.cache
@@ -107,10 +108,9 @@ def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Ten
         or torch.is_autocast_enabled("cpu")
     ):
         return None
-    dense = residual.is_contiguous() or (not is_linear and channels_last_format(residual) is not None)
-    return backend if dense else None
+    return backend if (residual.is_contiguous() if is_linear else is_settled(residual)) else None
 
 
 def _takes(t: Tensor, dtype: torch.dtype) -> bool:
     plain = type(t) in zero.PLAIN_TYPES and t.dtype == dtype and t.layout is torch.strided and t.is_cpu
-    return plain and (t.is_contiguous() or channels_last_format(t) is not None)
+    return plain and is_dense(t)

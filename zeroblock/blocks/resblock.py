@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._autocast import autocast_dtype
 from ..reference import draw_keep, dropout_keep
-from ..steps.conv import empty_conv_output
+from ..steps.conv import empty_conv_output, unit_geometry
 from .broadcast import same_batch
 from .decision import SKIPS, UNTESTED, Answer, bypassable, decide, op_policy
 from .layers import fits_fused, is_group_norm, is_plain_conv, parameters_of
@@ -148,7 +148,8 @@ def _draw_keep(layers: Layers, x: Tensor, size: tuple[int, ...]) -> Tensor | Non
     dropout = layers.dropout
     if dropout is None or not dropout.training or dropout.p == 0.0:
         return None
-    h = empty_conv_output(x, layers.conv1.weight, size, _hidden_dtype(layers))
+    conv = layers.conv1
+    h = empty_conv_output(x, conv.weight, unit_geometry(conv.padding), _hidden_dtype(layers), size)
     return draw_keep(h, dropout.p, True)
 
 

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
+from .._layout import channels_last_format
 from ..backends.select import select
 from ..ops.residual_alone import residual_alone
 from ..reference import channel_view, modulation
 from ..steps.conv import conv_size, empty_conv_output
 from ..steps.linear import linear_grads
+from ..steps.packed import Geometry
 from .layers import Owned, conv_padding, linear
 
 
@@ -41,26 +43,22 @@ class Tail:
         self.dtype = None if self.weight is None else self.autocast or self.weight.dtype
 
     @functools.cached_property
-    def _paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def paddings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """On both sides, and what is added on the far side only."""
         return conv_padding(self.module)
 
     @property
-    def padding(self) -> tuple[int, ...]:
-        return self._paddings[0]
-
-    @property
-    def overhang(self) -> tuple[int, ...]:
-        return self._paddings[1]
+    def geometry(self) -> Geometry:
+        return Geometry(self.module.stride, self.paddings[0], self.module.dilation, self.module.groups)
 
     def _conv_arguments(self) -> tuple[Any, ...]:
-        m = self.module
-        return list(m.stride), list(self.padding), list(m.dilation), False, [0] * len(self.padding), m.groups
+        stride, padding, dilation, groups = self.geometry
+        return list(stride), list(padding), list(dilation), False, [0] * len(padding), groups
 
     def _padded(self, h: Tensor) -> Tensor:
         """h with what padding="same" adds on the far side only."""
-        if not any(self.overhang):
-            return h
-        return F.pad(h, [side for extra in reversed(self.overhang) for side in (0, extra)])
+        overhang = self.paddings[1]
+        return F.pad(h, [n for extra in reversed(overhang) for n in (0, extra)]) if any(overhang) else h
 
     def __call__(self, h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if weight is None:
@@ -79,8 +77,9 @@ class Tail:
         if expected != found:
             raise ValueError(f"{type(m).__name__}: x must have {expected} channels, got {list(h.shape)}")
         if self.is_conv:
-            spatial = [n + extra for n, extra in zip(h.shape[2:], self.overhang, strict=True)]
-            return conv_size((h.shape[0], *spatial), m.weight, self.padding, m.stride, m.dilation)
+            padding, overhang = self.paddings
+            spatial = [n + extra for n, extra in zip(h.shape[2:], overhang, strict=True)]
+            return conv_size((h.shape[0], *spatial), m.weight, padding, m.stride, m.dilation)
         return *h.shape[:-1], m.out_features
 
     def empty_output(self, h: Tensor) -> Tensor:
@@ -88,8 +87,13 @@ class Tail:
         if self.weight is None or self.dtype is None:
             return torch.empty_like(h)
         if self.is_conv:
-            return empty_conv_output(h, self.weight, self.output_size(h), self.dtype)
+            return empty_conv_output(h, self.weight, self.geometry, self.dtype, self.output_size(h))
         return h.new_empty(self.output_size(h), dtype=self.dtype)
+
+    def empty_like_output(self, residual: Tensor) -> Tensor:
+        """The same where the tail's input is not known: in the format of the residual or the weight."""
+        layout = self.is_conv and (channels_last_format(residual) or channels_last_format(self.module.weight))
+        return torch.empty_like(residual, memory_format=layout or torch.contiguous_format)
 
     def grads(self, dy: Tensor, h: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor | None, Tensor | None]:
         """(dweight, dbias) where mask asks, computed in the layer's dtype."""
@@ -166,7 +170,7 @@ def skipped_value(
         bias = bias.to(dtype)
     if gate is not None:
         dtype, gate = torch.promote_types(dtype, gate.dtype), tail.broadcast(gate, example.dim())
-    empty = functools.partial(tail.empty_output, example)
+    empty = functools.partial(tail.empty_output if residual is None else tail.empty_like_output, example)
     return residual_alone(residual, bias, gate, 1 if tail.is_conv else -1, dtype, empty, owned)
 
 

@@ -83,7 +83,7 @@ def group_norm_silu_conv_residual(
         zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
         keep: bool, like x: dropout's mask, if it was drawn before.
 
-    Returns y in the dtype eager gives (residual and weight promoted). The convolution is not executed
+    Returns y in the dtype and memory format eager gives (residual and weight promoted). The convolution is not executed
     while weight is exactly zero. Saved for backward: x, mean, rstd and the mask; the activated tensor is recomputed.
     Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
     Source: openai/guided-diffusion `ResBlock.in_layers`, `out_layers`.
@@ -132,7 +132,7 @@ def conv_residual(
         padding: on both sides, one number or one per dimension.
         zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
 
-    Returns y in the promoted dtype of residual and weight. Saved for backward: h, weight.
+    Returns y in the promoted dtype of residual and weight, in eager's memory format. Saved for backward: h, weight.
     Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
     Source: `zero_module` convolutions of openai/guided-diffusion and lllyasviel/ControlNet.
     """

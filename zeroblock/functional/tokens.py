@@ -73,7 +73,8 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         residual, branch: of one shape, any floating dtype.
         gate: [1]; for residual [B, T, D] also [D], [B, D] (broadcast over T) or [B, T, D].
 
-    Returns y in their promoted dtype. Saved for backward: gate and branch.
+    Returns y in their promoted dtype; tokens are contiguous, also of a transposed residual. Saved for backward: gate
+    and branch.
     Raises TypeError (kind, dtype), ValueError (shape, device).
     Source: facebookresearch/DiT `DiTBlock`; ReZero, Bachlechner et al. 2021.
     """
@@ -97,7 +98,7 @@ def gate_residual_layer_norm_modulate(
         shift, scale: [B, D] or [B, T, D].
         eps: >= 0, added to the variance.
 
-    Returns (x_new, modulated). Saved for backward: x_new, branch, mean, rstd.
+    Returns (x_new, modulated), contiguous. Saved for backward: x_new, branch, mean, rstd.
     Raises TypeError (kind, dtype), ValueError (shape, eps, device).
     Source: the seam between attention and MLP in facebookresearch/DiT `DiTBlock`.
     """
@@ -170,8 +171,8 @@ def linear_gate_residual(
         activation: None, "silu", "gelu" (erf) or "gelu_tanh".
         zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
 
-    Returns y in the promoted dtype of residual and weight. Saved for backward: h before the activation, and
-    the linear's output when the gate wants a gradient.
+    Returns y in the promoted dtype of residual and weight, contiguous, also of a transposed residual. Saved for
+    backward: h before the activation, and the linear's output when the gate wants a gradient.
     Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
     Source: facebookresearch/DiT `DiTBlock` (proj, fc2).
     """

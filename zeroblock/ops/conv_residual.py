@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import reference as ref
 from ..backends.base import ConvGrads, MaybeTensor
 from ..backends.select import select
-from ..steps.conv import empty_conv_output, unit_conv_size
+from ..steps.conv import conv_layout, empty_conv_output, unit_geometry
 from ..steps.conv_bwd import conv_grads
 from ..steps.flag import DEVICE, ZERO_WEIGHT, found_by_host, skipped
 from . import shapes
 from .register import Grads, Op, filled, through
-from .residual_alone import residual_alone, weight_is_zero, zero_grad
+from .residual_alone import residual_alone, weight_is_zero
 
 FORWARD = Op(
     "conv_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip) "
@@ -35,7 +36,7 @@ def conv_residual_alone(
     """The result while the weight is zero; of h the shape and layout are used."""
 
     def empty() -> Tensor:
-        return empty_conv_output(h, weight, unit_conv_size(h, weight, padding), weight.dtype)
+        return empty_conv_output(h, weight, unit_geometry(padding), weight.dtype)
 
     return residual_alone(residual, bias, None, 1, weight.dtype, empty)
 
@@ -79,13 +80,17 @@ def conv_residual_bwd(
     *,
     direct: bool = False,
 ) -> ConvGrads:
-    """The gradients of (h, weight, bias), each only where mask asks"""
+    """The gradients of (h, weight, bias), each only where mask asks."""
     if not direct and (route := BACKWARD.route(dy, h, weight, skipped)):
         return route(dy, h, weight, skipped, zero_skip, padding, has_bias, mask)
     dy = dy.to(weight.dtype)
     if found_by_host(skipped, zero_skip):
         _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, (False, mask[1], mask[2]))  # eager's, exactly
-        return zero_grad(h) if mask[0] else None, dweight, dbias
+        dh = None
+        if mask[0]:
+            layout = conv_layout(h, weight, unit_geometry(padding)) or torch.contiguous_format
+            dh = torch.zeros_like(h, memory_format=layout)
+        return dh, dweight, dbias
     flag = skipped if zero_skip == DEVICE else None
     return select("conv_residual_bwd", h).conv_grads(dy, h, weight, flag, has_bias, tuple(padding), mask)
 

@@ -38,7 +38,7 @@ def _fake(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 def gate_residual_bwd(
     dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool, *, direct: bool = False
 ) -> tuple[MaybeTensor, MaybeTensor]:
-    """The gradients of (gate, branch), each only where it is needed"""
+    """The gradients of (gate, branch), each only where it is needed."""
     if not direct and (route := BACKWARD.route(dy, gate, branch)):
         return route(dy, gate, branch, need_dgate, need_dbranch)
     return select("gate_residual_bwd", branch).gate_residual_bwd(dy, gate, branch, need_dgate, need_dbranch)

@@ -75,7 +75,7 @@ def gate_residual_layer_norm_modulate_bwd(
     *,
     direct: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of (residual, gate, branch, shift, scale)"""
+    """The gradients of (residual, gate, branch, shift, scale)."""
     if not direct and (route := BACKWARD.route(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale)):
         return route(dx_new, dy, x_new, mean, rstd, gate, branch, shift, scale)
     backend = select("gate_residual_layer_norm_modulate_bwd", dy)

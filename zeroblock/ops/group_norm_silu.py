@@ -74,7 +74,7 @@ def group_norm_silu_bwd(
     *,
     direct: bool = False,
 ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-    """The gradients of (x, weight, bias, scale, shift)"""
+    """The gradients of (x, weight, bias, scale, shift)."""
     if not direct and (route := BACKWARD.route(dy, x, mean, rstd, weight, bias, scale, shift)):
         return route(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
     backend = select("group_norm_silu_bwd", x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference as ref
-from .._layout import empty_like_dense
+from .._layout import as_norm_input, empty_like_dense
 from ..backends.base import GroupNorm, MaybeTensor
 from ..backends.select import select
 from ..steps.conv_bwd import conv_grads
@@ -63,7 +63,8 @@ def group_norm_silu_conv_residual(
     if not direct and (route := FORWARD.route(x, norm_weight, norm_bias, scale, shift, keep, weight, bias, residual)):
         return route(x, *norm, weight, bias, residual, padding, zero_skip)
     if weight_is_zero("group_norm_silu_conv_residual", zero_skip, weight):
-        y = conv_residual_alone(x, weight, bias, residual, padding)
+        both = x.is_contiguous() or x.shape[1] == 1  # the norm's result is contiguous where it is both
+        y = conv_residual_alone(as_norm_input(x)[0] if both else x, weight, bias, residual, padding)
         moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
         return y, moments[0].clone(), moments[1].clone(), report(x, ZERO_WEIGHT)
     backend = select("group_norm_silu_conv_residual", x)
@@ -115,7 +116,8 @@ def group_norm_silu_conv_residual_bwd(
     *,
     direct: bool = False,
 ) -> tuple[MaybeTensor, ...]:
-    """The gradients of (x, norm_weight, norm_bias, scale, shift, weight, bias); mask: the first five, weight, bias"""
+    """The gradients of (x, norm_weight, norm_bias, scale, shift, weight, bias). mask: whether those of the norm (the
+    first five), of the weight and of the bias are wanted."""
     norm = GroupNorm(num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
     if not direct and (
         route := BACKWARD.route(dy, x, mean, rstd, norm_weight, norm_bias, scale, shift, keep, weight, skipped)

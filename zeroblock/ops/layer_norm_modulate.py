@@ -61,7 +61,7 @@ def layer_norm_modulate_bwd(
     *,
     direct: bool = False,
 ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-    """The gradients of (x, shift, scale, weight, bias)"""
+    """The gradients of (x, shift, scale, weight, bias)."""
     if not direct and (route := BACKWARD.route(dy, x, mean, rstd, shift, scale, weight, bias)):
         return route(dy, x, mean, rstd, shift, scale, weight, bias)
     backend = select("layer_norm_modulate_bwd", x)

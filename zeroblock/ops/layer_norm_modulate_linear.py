@@ -67,7 +67,8 @@ def layer_norm_modulate_linear_bwd(
     *,
     direct: bool = False,
 ) -> tuple[MaybeTensor, ...]:
-    """The gradients of (x, shift, scale, weight, bias); mask: the first three, weight, bias"""
+    """The gradients of (x, shift, scale, weight, bias). mask: whether those of the norm (the first three), of the
+    weight and of the bias are wanted."""
     if not direct and (route := BACKWARD.route(dy, x, mean, rstd, shift, scale, weight)):
         return route(dy, x, mean, rstd, shift, scale, weight, eps, has_bias, mask)
     backend, h = select("layer_norm_modulate_linear_bwd", x), x

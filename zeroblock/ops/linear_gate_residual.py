@@ -121,7 +121,7 @@ def linear_gate_residual_bwd(
     *,
     direct: bool = False,
 ) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-    """The gradients of (h, weight, bias, gate), each only where mask asks"""
+    """The gradients of (h, weight, bias, gate), each only where mask asks."""
     if not direct and (route := BACKWARD.route(dy, h, weight, gate, branch, skipped)):
         return route(dy, h, weight, gate, branch, skipped, zero_skip, activation, has_bias, mask)
     backend, found = select("linear_gate_residual_bwd", h), found_by_host(skipped, zero_skip)

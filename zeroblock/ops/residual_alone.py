@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import zero
-from .._layout import channels_last_format
+from .._layout import channels_last_format, is_settled
 from ..backends.select import select
 from ..reference import channel_view
 from ..steps.flag import HOST
@@ -33,26 +33,28 @@ def residual_alone(
     """residual + gate * bias; a fresh tensor, or the residual itself where it may be written `in_place`.
 
     bias, in the layer's dtype, runs along dimension `dim` (1 for a convolution, -1 for a linear); gate broadcasts
-    against the output; `dtype` is that of gate * layer; empty() allocates the output where there is no residual.
+    against the output; `dtype` is that of gate * layer; empty() allocates what the layer returns, None: contiguous.
     """
     if residual is not None:
         if residual.dtype != dtype:
             residual = residual.to(torch.promote_types(residual.dtype, dtype))
-        dense = residual.is_contiguous() or channels_last_format(residual) is not None
-        if dense and (gate is None or bias is None):
+        if (gate is None or bias is None) and is_settled(residual):
             backend = select("add_bias", residual)
             return backend.add_bias_in_place(residual, bias, dim) if in_place else backend.add_bias(residual, bias, dim)
-        branch = residual.new_empty(residual.shape, dtype=dtype)
-    else:
-        assert empty is not None
+    if empty is not None:
         branch = empty()
+    else:
+        assert residual is not None
+        branch = residual.new_empty(residual.shape)
+    if branch.dtype != dtype:
+        branch = torch.empty_like(branch, dtype=dtype)
     if bias is None:
         branch.zero_()
     else:
         bias = bias + 0.0  # zero products are +0: a bias of -0 comes out of the layer as +0
         step = bias if dim == -1 else channel_view(bias, branch.dim())
         branch.copy_(step if gate is None else gate * step)
-    # The memory format of a sum with a non-dense residual is that of the branch.
+    # torch settles the memory format of the sum.
     return branch if residual is None else residual + branch
 
 

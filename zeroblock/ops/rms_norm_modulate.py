@@ -49,7 +49,7 @@ def rms_norm_modulate_bwd(
     *,
     direct: bool = False,
 ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-    """The gradients of (x, shift, scale, weight)"""
+    """The gradients of (x, shift, scale, weight)."""
     if not direct and (route := BACKWARD.route(dy, x, rstd, shift, scale, weight)):
         return route(dy, x, rstd, shift, scale, weight)
     backend = select("rms_norm_modulate_bwd", x)

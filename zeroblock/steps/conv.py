@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._layout import CHANNELS_LAST, add_residual, as_layout, channels_last_format, conv_layout
+from .._layout import CHANNELS_LAST, add_residual, as_layout, channels_last_format, in_layout, is_settled
 from ..backends.base import Backend
 from ..plan.describe import describe_images, describe_weight
 from ..plan.mode import reduced_allowed
@@ -104,9 +104,29 @@ def unit_conv_size(h: Tensor, weight: Tensor, padding: Sequence[int]) -> tuple[i
     return conv_size((h.shape[0], *h.shape[2:]), weight, padding, ones, ones)
 
 
-def empty_conv_output(h: Tensor, weight: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor like conv(h)."""
-    layout = conv_layout(h, weight) or torch.contiguous_format
+def conv_layout(h: Tensor, weight: Tensor, geometry: Geometry) -> torch.memory_format | None:
+    """That of conv(h), as eager chooses it: channels-last where h or the weight is. In three dimensions only oneDNN's
+    and cuDNN's kernels are, and torch is asked whose this call gets."""
+    layout = channels_last_format(h) or channels_last_format(weight)
+    if layout is not torch.channels_last_3d or torch.compiler.is_compiling():
+        return layout
+    if h.dtype != weight.dtype:  # h stands for something in the weight's
+        h = torch.empty_strided(h.shape, h.stride(), dtype=weight.dtype, device=h.device)
+    stride, padding, dilation, groups = geometry
+    arguments = None, stride, padding, dilation, False, (0,) * len(padding), groups, None
+    chosen = torch._C._select_conv_backend(h, weight, *arguments)
+    found = torch._C._conv_determine_backend_memory_format(h, weight, chosen)
+    return layout if found is layout else None
+
+
+def empty_conv_output(
+    h: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype, size: tuple[int, ...] | None = None
+) -> Tensor:
+    """An uninitialised tensor like conv(h), of another size where one is given."""
+    if size is None:
+        stride, padding, dilation, _ = geometry
+        size = conv_size((h.shape[0], *h.shape[2:]), weight, padding, stride, dilation)
+    layout = conv_layout(h, weight, geometry) or torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=h.device, memory_format=layout)
 
 
@@ -155,7 +175,7 @@ def _swapped(call: ConvCall) -> Tensor:
     _, h, weight, bias, residual, geometry = call
     other = other_layout(h)
     y = _conv(as_layout(h, other), as_layout(weight, other), bias, geometry)
-    return add_residual(residual, as_layout(y, conv_layout(h, weight)))
+    return add_residual(residual, in_layout(y, conv_layout(h, weight, geometry)))
 
 
 # ---- oneDNN's own entry: residual as a post-op, packed weights ------------------------------------------------------
@@ -165,8 +185,8 @@ def _fits_post_op(h: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
     """A residual that oneDNN adds on the way out: of the result's dtype and, like the result, channels-last."""
     if residual is None or residual.dtype != weight.dtype or residual.dim() not in CHANNELS_LAST:
         return False
-    layout = CHANNELS_LAST[residual.dim()]
-    return conv_layout(h, weight) is not None and residual.is_contiguous(memory_format=layout)
+    channels_last = (channels_last_format(h) or channels_last_format(weight)) is not None
+    return channels_last and not residual.is_contiguous() and is_settled(residual)
 
 
 def _why_not_post_op(call: ConvCall) -> str | None:
@@ -212,7 +232,7 @@ def _with_packed_weight(call: ConvCall) -> Tensor:
     if _fits_post_op(h, weight, residual):
         return _pointwise_binary(h, residual, prepared, bias, padding, stride, dilation, groups, *_ADD)
     y = _pointwise(h, prepared, bias, padding, stride, dilation, groups, "none", [], "")
-    return add_residual(residual, as_layout(y, conv_layout(h, weight)))
+    return add_residual(residual, in_layout(y, conv_layout(h, weight, geometry)))
 
 
 def _rule(call: ConvCall) -> str:

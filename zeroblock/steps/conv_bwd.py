@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._layout import as_layout, channels_last_format, conv_layout
+from .._layout import as_layout, channels_last_format, in_layout
 from ..backends.base import Backend, ConvGrads
 from ..plan.describe import describe_images, describe_weight
 from ..plan.mode import reduced_allowed
 from ..plan.planned import PlannedOp
-from .conv import LONG_CHAIN, other_layout, why_no_other_layout
+from .conv import LONG_CHAIN, conv_layout, other_layout, unit_geometry, why_no_other_layout
 
 
 class ConvGradsCall(NamedTuple):
@@ -89,12 +89,12 @@ def _why_not_swapped_grads(call: ConvGradsCall) -> str | None:
 
 def _swapped_grads(call: ConvGradsCall) -> ConvGrads:
     _, dy, h, weight, has_bias, padding, mask = call
-    other, back = other_layout(h), conv_layout(h, weight)
+    other, back = other_layout(h), conv_layout(h, weight, unit_geometry(padding))
     dh, dweight, dbias = conv_grads(
         as_layout(dy, other), as_layout(h, other), as_layout(weight, other), has_bias, padding, mask
     )
-    dh = None if dh is None else as_layout(dh, back)
-    return dh, None if dweight is None else as_layout(dweight, back), dbias
+    dh = None if dh is None else in_layout(dh, back)
+    return dh, None if dweight is None else in_layout(dweight, back), dbias
 
 
 CONV_BWD = PlannedOp(

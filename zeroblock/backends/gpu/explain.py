@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_conv_size, unit_geometry
+from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_geometry
 from ...steps.flag import DEVICE, NEVER
 from ...steps.linear import LinearGateCall
 from ..base import Backend, GroupNorm, MaybeTensor, Step
@@ -89,7 +89,7 @@ def _convolution(backend: Backend, a: ConvArguments, zero_skip: int, training: b
     yield CONV, (ConvCall(backend, h, weight, bias, residual, unit_geometry(padding)),)
     if not training:
         return
-    dy = empty_conv_output(h, weight, unit_conv_size(h, weight, padding), h.dtype)
+    dy = empty_conv_output(h, weight, unit_geometry(padding), h.dtype)
     has_bias = bias is not None
     yield CONV_DGRAD, (DgradCall(backend, dy, h, weight, flag, padding),)
     yield CONV_WGRAD, (WgradCall(backend, dy, h, weight, has_bias, padding, (True, has_bias)),)

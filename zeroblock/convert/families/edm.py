@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
+from ..._layout import in_layout, layout_after
 from ...blocks import resblock
 from ...blocks.decision import SKIPS, UNTESTED, bypassable, decide, op_policy
 from ...blocks.layers import Forwards, computes, parameters_of
@@ -102,6 +103,7 @@ class UNetBlock(Family):
         if not self._fits(block):
             return self.eager(block, x, emb)
         y = resblock.forward(self._layers(block, x.dtype), x, emb)
+        y = in_layout(y, layout_after(x, block.conv0.weight, block.conv1.weight))  # eager adds into conv1's result
         y = y if block.skip_scale == 1 else y * block.skip_scale
         if block.num_heads:
             y = self._attention(block, y)

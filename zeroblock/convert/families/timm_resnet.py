@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._autocast import autocast_dtype
+from ..._layout import in_layout, layout_after
 from ...blocks.decision import SKIPS, decide
 from ...blocks.layers import is_plain_conv
 from ...ops.residual_alone import residual_alone
@@ -70,7 +71,9 @@ class ResNetBlock(Family):
             shortcut = x if block.downsample is None else block.downsample(x)
             dtype = autocast_dtype(conv.weight) or conv.weight.dtype
             bias = None if norm.bias is None else norm.bias.to(dtype)
-            return act(residual_alone(shortcut, bias, None, 1, dtype, None))
+            y = residual_alone(shortcut, bias, None, 1, dtype, None)
+            # Eager adds into what the last norm returned.
+            return act(in_layout(y, layout_after(x, *(m.weight for m in layers if isinstance(m, nn.Conv2d)))))
         y = x
         for layer in layers:
             y = layer(y)
