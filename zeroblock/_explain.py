@@ -13,7 +13,6 @@ from torch import Tensor
 from . import functional, zero
 from .backends import available
 from .backends.base import Backend, Step
-from .backends.cuda import CUDA
 from .backends.select import select
 from .plan import describe
 from .plan.mode import training
@@ -129,7 +128,7 @@ def _gpu_backend(name: str) -> str:
     reason, backend = available.missing(name), available.gpu_backend(name)
     if backend is None or backend.missing is not None:
         return f"{reason}"
-    made = f"built for {CUDA.archs()}" if name == "cuda" else f"triton {sys.modules['triton'].__version__}"
+    made = f"built for {available.cuda().archs()}" if name == "cuda" else f"triton {sys.modules['triton'].__version__}"
     on_cpu = "on CPU tensors where forced" if backend.device == "cpu" else "for GPU tensors"
     return f"{made}, {reason if reason is not None else on_cpu}"
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ._explain import info
 from .convert import families
-from .doctor import doctor, random_target_loss
+from .doctor import doctor
+from .doctor.examine import random_target_loss
 from .doctor.text import render
 from .tools.progress import Progress
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import zeroblock as zb
 import zeroblock.testing
-from zeroblock.doctor import random_target_loss
+from zeroblock.doctor.examine import random_target_loss
 from zeroblock.testing import eager
 from zeroblock.tools import models
 

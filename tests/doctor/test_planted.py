@@ -1,7 +1,5 @@
 """Planted mistakes: what is dead, symmetric, or only not seen, and that a wrong prediction shows."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -103,14 +101,15 @@ def test_a_frozen_zero_tail_kills_its_body():
 
 def test_a_wrong_prediction_is_a_finding(monkeypatch):
     """The two are independent: a prediction that ignores the zeros disagrees with what is measured."""
-    package = sys.modules["zeroblock.doctor"]
-    real = package.predict
+    from zeroblock.doctor import examine
+
+    real = examine.predict
 
     def careless(tape, trainable):
         tape.leaves = dict.fromkeys(tape.leaves, True)
         return real(tape, trainable)
 
-    monkeypatch.setattr(package, "predict", careless)
+    monkeypatch.setattr(examine, "predict", careless)
     d = zb.doctor(*cases.fixup())
     assert len(d.mismatches) > 10 and len(d.findings) == len(d.mismatches)
     assert {p.predicted for p in d.mismatches} == {1}

@@ -12,7 +12,8 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock import cli
-from zeroblock.doctor import random_target_loss, text
+from zeroblock.doctor import text
+from zeroblock.doctor.examine import random_target_loss
 from zeroblock.tools import bench
 
 from ..support import HANG
