@@ -109,7 +109,7 @@ def test_of(op: str, policy: str, weight: Tensor) -> int:
     """How an op tests its weight at this call: not (NEVER), with the verdict on the host (HOST), or with a flag that
     kernels read (DEVICE). A device is read back under "sync" only."""
     if policy == "auto":
-        host = weight.device.type == "cpu" and kernels_run_on_host()
+        host = weight.is_cpu and kernels_run_on_host()
         return HOST if host or packed.is_frozen(weight) else DEVICE
     if policy == "never":
         return NEVER

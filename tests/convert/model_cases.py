@@ -127,7 +127,7 @@ def check(
         plain.eval()
         expected = case.skipped if case.inferred is None else case.inferred
     ours, report = accelerated(plain)
-    assert report.blocks and all(b.kind is Reason.PARTS for b in report.left_alone), report
+    assert report.blocks and all(b.kind in (Reason.PARTS, Reason.UNKNOWN) for b in report.left_alone), report
     exact = copy.deepcopy(plain).double()
     if run is infer:
         run(ours, drawn(case, 0, dtype))  # a ControlNet's first call runs, to be compared

@@ -140,7 +140,7 @@ class Eager(Reference):
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
         # The CPU has no backward kernel of its RMS norm.
-        if not _takes(x, weight, bias, shift, scale) or (rms and (x.device.type == "cpu" or not HAS_FUSED_RMS_NORM)):
+        if not _takes(x, weight, bias, shift, scale) or (rms and (x.is_cpu or not HAS_FUSED_RMS_NORM)):
             return super().layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, weight, bias, rms)
         dy, size = dy.to(x.dtype), x.shape[-1:]
         dscale = None

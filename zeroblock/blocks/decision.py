@@ -17,7 +17,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch.nn.modules import module as _nn_module
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from .. import zero
 from .layers import draws
@@ -102,22 +107,17 @@ def runs_eagerly() -> bool:
     return not torch.compiler.is_compiling() and not _len_torch_dispatch_stack() and not zero.transforms_active()
 
 
-def _has_global_hooks() -> bool:
-    """torch has its own function for it, but not in 2.7."""
-    module = _nn_module
-    return bool(
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-    )
-
-
 def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bool:
     """Whether these modules (with all of theirs) may be left uncalled: no hooks, no BatchNorm that would learn; with
     may_draw False, no random numbers drawn. Under torch.jit.trace they are called, so that it sees whose weights it
     records."""
-    if _has_global_hooks() or _get_tracing_state() is not None:
+    if (
+        _global_forward_hooks  # torch has a function for the four, but not in 2.7
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or _get_tracing_state() is not None
+    ):
         return False
     waiting = list(modules)
     for m in waiting:  # grows by the children of each

@@ -165,11 +165,18 @@ def is_group_norm(module: Any, swish: float = 0.0) -> bool:
     )
 
 
+_ONES = ((1, 1), (1, 1, 1), (1,))  # the usual one first
+
+
 def fits_fused(conv: Any) -> bool:
     """A convolution that the fused ops take: plain, stride 1, dilation 1, one group."""
-    if not is_plain_conv(conv) or isinstance(conv.padding, str):
-        return False
-    return conv.groups == 1 and max(conv.stride) == 1 and max(conv.dilation) == 1
+    return (
+        is_plain_conv(conv)
+        and not isinstance(conv.padding, str)
+        and conv.groups == 1
+        and conv.stride in _ONES
+        and conv.dilation in _ONES
+    )
 
 
 def conv_padding(conv: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

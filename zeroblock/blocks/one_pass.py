@@ -54,7 +54,7 @@ def copy_if_gates_are_zero(
     """Without gradients: a copy of x while the `gates` among the `chunks` vectors that `modulation`, a plain linear,
     gives are zero whatever its input, so that nothing need be computed, not even the modulation; counted as a skip of
     a branch for each. None: the branches are to be looked at one by one."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain_linear(modulation):
+    if torch.is_grad_enabled() or not is_plain_linear(modulation):
         return None
     weight, bias = modulation._parameters["weight"], modulation._parameters.get("bias")
     if not allowed(name, policy, weight) or weight.shape[0] % chunks:
@@ -93,7 +93,7 @@ def _rows_are_zero(parameters: tuple[Tensor, ...], chunks: int, gates: tuple[int
 
 
 def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Tensor, is_linear: bool) -> Any:
-    """The backend whose kernel takes these operands, None where there is none."""
+    """The backend whose kernel takes these operands, None where there is none. Asked only where a skip is `allowed`."""
     backend, dtype, fields = select("add_bias", residual), residual.dtype, layer.__dict__
     if (
         backend.residual_if_zero is None
@@ -105,7 +105,6 @@ def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Ten
         or "bias" in fields
         or (_packed.copies and any(t is not None and _packed.is_frozen(t) for t in (weight, bias)))
         or torch.is_autocast_enabled("cpu")
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace would record the undefined result
     ):
         return None
     dense = residual.is_contiguous() or (not is_linear and channels_last_format(residual) is not None)

@@ -142,7 +142,7 @@ def why_no_other_layout(h: Tensor) -> str | None:
 
 def _rounds_more(h: Tensor, weight: Tensor) -> bool:
     """A contiguous float32 h whose results would come from a channels-last kernel, against the user's precision."""
-    if h.device.type != "cpu" or h.dtype != torch.float32 or channels_last_format(h) is not None or reduced_allowed():
+    if not h.is_cpu or h.dtype != torch.float32 or channels_last_format(h) is not None or reduced_allowed():
         return False
     return math.prod(weight.shape[1:]) > _CHAIN and channels_last_format(weight) is None
 
@@ -171,7 +171,7 @@ def _fits_post_op(h: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
 
 def _why_not_post_op(call: ConvCall) -> str | None:
     h = call.h
-    if not (ONEDNN and _mkldnn_enabled()) or h.device.type != "cpu":
+    if not (ONEDNN and _mkldnn_enabled()) or not h.is_cpu:
         return "oneDNN is off or does not take this device"
     if h.dtype not in (torch.float32, torch.bfloat16) or (h.dtype is not torch.float32 and not _bf16_supported()):
         return f"oneDNN has no post-ops for {h.dtype} here"

@@ -82,7 +82,7 @@ def _why_not_swapped_grads(call: ConvGradsCall) -> str | None:
     """In float32 dh rounds more in channels-last, dweight in the other layout."""
     h, mask = call.h, call.mask
     worse = mask[0] if channels_last_format(h) is None else mask[1]
-    if worse and h.device.type == "cpu" and h.dtype == torch.float32 and not reduced_allowed():
+    if worse and h.is_cpu and h.dtype == torch.float32 and not reduced_allowed():
         return LONG_CHAIN
     return why_no_other_layout(h)
 

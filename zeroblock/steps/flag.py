@@ -24,7 +24,7 @@ def is_plain_tensor(t: object) -> bool:
 
 def may_test(t: Tensor) -> bool:
     """Only plain floating tensors with values are ever tested (rule 1 of zero.py)."""
-    return type(t) in PLAIN_TYPES and t.layout is torch.strided and t.dtype in FLOATING and t.device.type != "meta"
+    return type(t) in PLAIN_TYPES and t.layout is torch.strided and t.dtype in FLOATING and not t.is_meta
 
 
 def skipped(like: Tensor, what: int) -> Tensor:

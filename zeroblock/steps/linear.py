@@ -92,7 +92,7 @@ def _library(call: LinearCall) -> Tensor:
 
 def _why_not_onednn(call: LinearCall) -> str | None:
     x = call.x
-    if x.device.type != "cpu" or not (ONEDNN and _mkldnn_enabled()):
+    if not x.is_cpu or not (ONEDNN and _mkldnn_enabled()):
         return "oneDNN is off or does not take this device"
     if x.dtype != torch.float32:
         return "the library uses oneDNN itself"

@@ -50,7 +50,7 @@ def bounds(length: int, longest: int) -> list[tuple[int, int]]:
 
 def why_not_packed(weight: Tensor) -> str | None:
     """None when oneDNN can pack weights of this device and dtype, else the reason."""
-    if weight.device.type != "cpu":
+    if not weight.is_cpu:
         return f"the weight is on {weight.device.type}: only the CPU's library takes packed weights"
     if not ONEDNN:
         return "this build of torch has no oneDNN"
@@ -112,7 +112,7 @@ def _integers(memory: Any, size: int) -> memoryview[int]:
 def _sample(t: Tensor) -> memoryview[int] | None:
     """A view of elements of t, as integers, for as long as its storage lives; None where that is not to be had."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    if t.device.type != "cpu" or t.numel() == 0 or t.dim() == 0 or span != t.numel():
+    if not t.is_cpu or t.numel() == 0 or t.dim() == 0 or span != t.numel():
         return None
     size = t.element_size()
     readable = _memory(t.data_ptr(), t.numel() * size, 0x100)  # PyBUF_READ
@@ -139,7 +139,7 @@ class Copy:
         self.pieces: list[Tensor] = []
         self.decisions: dict[Hashable, bool] = {}
         self.owners = 0
-        if self.sample is None and parameter.device.type == "cpu":
+        if self.sample is None and parameter.is_cpu:
             self.keep_original()  # a weight with gaps in memory
 
     def keep_original(self) -> None:

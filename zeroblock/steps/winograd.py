@@ -71,7 +71,8 @@ def usable(backend: Backend, x: Tensor, weight: Tensor, padding: Sequence[int]) 
         and tuple(padding) in ((0, 0), (1, 1))
         and x.dtype == weight.dtype
         and (x.dtype is torch.float32 or is_half(x))
-        and x.device.type == weight.device.type == "cpu"
+        and x.is_cpu
+        and weight.is_cpu
         and x.shape[1] == weight.shape[1]
         and (weight.is_contiguous() or channels_last_format(weight) is not None)
         and weight.numel() > 0

@@ -86,7 +86,10 @@ class AnimateDiffTransformer3D(Family):
         return {"proj_out": zeroing_tensors(block.proj_out, block.proj_out.weight)}
 
     def example(self, block: Any, side: int) -> tuple:
-        return torch.randn(2 * side, block.proj_in.in_features, 3, 2), None, None, None, side
+        # Their positions are numbered as far as an adapter was made for.
+        positions = (m.pe.shape[1] for m in block.transformer_blocks.modules() if "pe" in m._buffers)
+        frames = min([side, *positions])
+        return torch.randn(2 * frames, block.proj_in.in_features, 3, 2), None, None, None, frames
 
     def forward(
         self,
