@@ -7,7 +7,7 @@ from torch import nn
 
 from zeroblock.testing import eager
 
-from . import oracles_edm, oracles_glide, oracles_tokens
+from . import oracles_compvis, oracles_edm, oracles_flux, oracles_gated, oracles_glide, oracles_tokens
 
 
 def diffusers_block(module, kind, *args, **options):
@@ -61,6 +61,15 @@ BLOCKS = {
     "FinalLayer": lambda: eager.FinalLayer(16, 1, 4),
     "PixArtBlock": lambda: oracles_tokens.PixArtBlock(24, 2),
     "T2IFinalLayer": lambda: oracles_tokens.T2IFinalLayer(24, 6),
+    "ResnetBlock": lambda: oracles_compvis.ResnetBlock(16, 24, 12),
+    "ResnetBlockDDPM": lambda: oracles_compvis.ResnetBlockDDPM(nn.SiLU(), 16, 24, 12),
+    "DoubleStreamBlock": oracles_flux.DoubleStreamBlock,
+    "SingleStreamBlock": oracles_flux.SingleStreamBlock,
+    "LastLayer": oracles_flux.LastLayer,
+    "AdaLNSelfAttn": oracles_gated.AdaLNSelfAttn,
+    "F5DiTBlock": oracles_gated.DiTBlock,
+    "MDTBlock": oracles_gated.MDTBlock,
+    "MARResBlock": oracles_gated.ResBlock,
     "FixupBlock": lambda: eager.FixupBasicBlock(8, 8),
     "RZTXEncoderLayer": lambda: oracles_tokens.RZTXEncoderLayer(16, 2, 32, 0.0),
     "ZeroLayer": lambda: eager.zero_module(nn.Linear(8, 8)),

@@ -20,8 +20,8 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed"
 # ---- residual blocks that no family knows ---------------------------------------------------------------------------
 
 
-class ResnetBlock(nn.Module):
-    """Of the first stages of latent diffusion: norm, swish, conv, twice; a layer around where the channels change."""
+class Convs(nn.Module):
+    """Norm, swish, conv, twice; a layer around where the channels change."""
 
     def __init__(self, channels, out_channels=None):
         super().__init__()
@@ -85,8 +85,8 @@ class Lerped(nn.Module):
 
 
 RESIDUAL = {
-    "norm, conv": lambda: ResnetBlock(8),
-    "another width": lambda: ResnetBlock(8, 16),
+    "norm, conv": lambda: Convs(8),
+    "another width": lambda: Convs(8, 16),
     "after a norm": Renormed,
     "gated": Gated,
     "weighted": Lerped,

@@ -215,7 +215,9 @@ def _search(model: nn.Module, known: list[Family]) -> tuple[list[_Found], list[L
                 blocks.add(block)
             elif verdict.obstacle.reason is Reason.NAMESAKE:
                 continue
-            obstacles.setdefault(block, verdict.obstacle)
+            # Families share names of classes: the one that has the block's structure knows more.
+            if block not in obstacles or obstacles[block].reason is Reason.NAMESAKE:
+                obstacles[block] = verdict.obstacle
     names = {f.block: f.family.name for f in found}
     for block in residual.blocks_beside(model, blocks, taken):
         parts = sorted({names[m] for m in block.modules() if m in names})

@@ -72,7 +72,9 @@ class ResnetBlock(Family):
 
     def example(self, block: Any, side: int) -> tuple:
         conv1, projection = getattr(block, self.names.conv1), getattr(block, self.names.projection, None)
-        x = torch.randn(2, conv1.in_channels, *[side + side % 2] * len(conv1.kernel_size))  # to be halved
+        if getattr(block, "down", False):
+            side += side % 2  # to be halved
+        x = torch.randn(2, conv1.in_channels, *[side] * len(conv1.kernel_size))
         _, *others = inspect.signature(type(block).forward).parameters.values()
         if projection is not None and len(others) > 1:
             return x, torch.randn(2, projection.in_features)

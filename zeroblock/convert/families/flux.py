@@ -7,6 +7,7 @@ call, or the block's `inner_attention`.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -37,8 +38,8 @@ class _Attending(Family):
         kind._zeroblock_home = self._home(kind._zeroblock.original)  # type: ignore[attr-defined]
 
     def _home(self, kind: type[nn.Module]) -> Any:
-        """The module that defines the method."""
-        return sys.modules.get(getattr(kind, self.entry(kind)).__module__)
+        """The module that defines the method, under its decorators."""
+        return sys.modules.get(inspect.unwrap(getattr(kind, self.entry(kind))).__module__)
 
     def _no_attention(self, block: nn.Module) -> Obstacle | None:
         wanted = "attention" if _inner(block) is None else "apply_rope"
@@ -196,7 +197,7 @@ class SingleStreamBlock(_Attending):
         return {"gate": gate_rows(block.modulation.lin, 3, 2), "linear2": zeroing_tensors(linear2, linear2.weight)}
 
     def example(self, block: Any, side: int) -> tuple:
-        D, T = _width(block), 3 + side**2
+        D, T = _width(block), side**2
         return torch.randn(2, T, D), torch.randn(2, D), self._rotary(block, T)
 
     def forward(self, block: Any, x: Tensor, vec: Tensor, pe: Tensor, *rest: Any, **named: Any) -> Tensor:
