@@ -18,6 +18,10 @@ from .base import MaybeTensor
 from .cuda_convs import CudaConvs, Kernels, flag_byte
 from .reference import Reference
 
+# Channels of a group, eight numbers of each of which lie in the shared memory of every GPU (99 KB at least):
+# kMostSlabChannels of csrc/cuda/group_norm_tile.cuh.
+MOST_GROUPED = 3072
+
 
 def _operand(v: MaybeTensor, x: Tensor) -> MaybeTensor:
     """A per-token operand comes in the dtype of x: its gradient has that of the activations."""
@@ -70,6 +74,13 @@ class Cuda(CudaConvs, Reference):
 
     # ---- norms --------------------------------------------------------------------------------------------------
 
+    def why_not_groups(self, x: Tensor, num_groups: int) -> str | None:
+        """Why the reference serves a group norm, else None."""
+        channels = x.shape[1] // num_groups
+        if channels <= MOST_GROUPED:
+            return None
+        return f"groups of {channels} channels are wider than the {MOST_GROUPED} that a block takes"
+
     def group_norm_silu(
         self,
         x: Tensor,
@@ -82,6 +93,8 @@ class Cuda(CudaConvs, Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.why_not_groups(x, num_groups) is not None:
+            return super().group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu)
         layout = channels_last_format(x)
         x, last, flag = as_layout(x, layout), layout is not None, flag_byte(flag)
         return self.kernels.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, last, flag)
@@ -100,6 +113,8 @@ class Cuda(CudaConvs, Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        if self.why_not_groups(x, num_groups) is not None:
+            return super().group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
         layout = channels_last_format(x)
         x, dy, last = as_layout(x, layout), as_layout(dy.to(x.dtype), layout), layout is not None
         dx, dweight, dbias, dscale, dshift = self.kernels.group_norm_silu_bwd(
@@ -118,7 +133,7 @@ class Cuda(CudaConvs, Reference):
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, Tensor]:
         shift, scale, x = _operand(shift, x), _operand(scale, x), x.contiguous()
-        _, y, mean, rstd = self.kernels.row_norm(x, None, None, shift, scale, weight, bias, eps, rms, None)
+        _, y, mean, rstd = self.kernels.row_norm(x, None, None, shift, scale, weight, bias, eps, rms)
         return y, None if rms else mean, rstd
 
     def layer_norm_modulate_bwd(
@@ -136,7 +151,7 @@ class Cuda(CudaConvs, Reference):
         x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
         operands = _operand(shift, x), _operand(scale, x), weight, bias
         dx, _, _, dshift, dscale, dweight, dbias = self.kernels.row_norm_bwd(
-            None, dy, x, mean, rstd, None, None, *operands, rms, None
+            None, dy, x, mean, rstd, None, None, *operands, rms
         )
         dshift = _shift_grad(dshift, dy, shift, scale)
         return dx, like(dshift, shift), like(dscale, scale), like(dweight, weight), like(dbias, bias)
@@ -148,7 +163,7 @@ class Cuda(CudaConvs, Reference):
         layout, single = channels_last_format(residual), is_single(gate)
         branch = tokens(branch.to(dtype), single, layout)
         residual_tokens = tokens(residual.to(dtype), single, layout)
-        y = self.kernels.gate_residual(residual_tokens, _operand(gate, branch), branch, None)
+        y = self.kernels.gate_residual(residual_tokens, _operand(gate, branch), branch)
         return untokens(y, residual.shape, layout)
 
     def gate_residual_bwd(
@@ -156,7 +171,7 @@ class Cuda(CudaConvs, Reference):
     ) -> tuple[MaybeTensor, MaybeTensor]:
         layout, single = channels_last_format(branch), is_single(gate)
         flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
-        dgate, dbranch = self.kernels.gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch, None)
+        dgate, dbranch = self.kernels.gate_residual_bwd(dy, _operand(gate, flat), flat, need_dgate, need_dbranch)
         return (
             gate_gradient(dgate, gate) if need_dgate else None,
             untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
@@ -167,7 +182,7 @@ class Cuda(CudaConvs, Reference):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         branch, residual = branch.contiguous(), residual.contiguous()
         operands = _gate_row(gate, branch), _operand(shift, branch), _operand(scale, branch)
-        return self.kernels.row_norm(residual, branch, *operands, None, None, eps, False, None)
+        return self.kernels.row_norm(residual, branch, *operands, None, None, eps, False)
 
     def gate_residual_layer_norm_modulate_bwd(
         self,
@@ -184,7 +199,7 @@ class Cuda(CudaConvs, Reference):
         dx_new, dy, branch = None if dx_new is None else dx_new.contiguous(), dy.contiguous(), branch.contiguous()
         operands = branch, _gate_row(gate, branch), _operand(shift, branch), _operand(scale, branch)
         dresidual, dbranch, dgate, dshift, dscale, _, _ = self.kernels.row_norm_bwd(
-            dx_new, dy, x_new, mean, rstd, *operands, None, None, False, None
+            dx_new, dy, x_new, mean, rstd, *operands, None, None, False
         )
         if is_single(gate):
             dgate = dgate.sum(dtype=torch.float32).view(1)

@@ -11,10 +11,12 @@ The fixed rule (each step's `rule`, a function of the shapes alone, and before i
 decides instead of a measurement
 - in calls that come through the dispatcher: torch.compile, export, tensor subclasses, dispatch modes;
 - under torch.use_deterministic_algorithms, and with ZEROBLOCK_PLAN=fixed (read once, at import);
-- during CUDA-graph capture where nothing was measured before, and while another thread is measuring;
+- while another thread is measuring;
 - under torch.distributed with more than one rank where no choice is stored or shared (`share.py` says why);
 - for work too small to be worth a measurement.
 A process keeps what its first call in a situation was decided by, also where a process group comes or goes later.
+While a CUDA graph is captured only a way runs that ran in this situation before: any other might have to be compiled
+and loaded, which a capture does not allow. Where none did, the graph gets the library's, with a warning.
 
 A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
 (`mode.measuring`): a branch that is zero at its first call will not stay so.
@@ -44,7 +46,7 @@ import torch.distributed as dist
 from . import store as _store
 from .describe import Explanation
 from .measure import choose, measure, place, time_call
-from .mode import FIXED, is_fixed, is_training, mode, reduced_allowed
+from .mode import FIXED, capturing, is_fixed, is_training, mode, reduced_allowed, warn_of_capture
 from .store import Entry, Store
 
 P = ParamSpec("P")
@@ -111,10 +113,6 @@ def adopt(choices: dict[str, str]) -> None:
 
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _takes_all(*args: object, **kwargs: object) -> None:
@@ -190,8 +188,10 @@ class PlannedOp(Generic[P, R]):
         if len(self.candidates) == 1:
             return self.library.run(*args, **kwargs)
         bits = mode.bits
-        if bits & FIXED or _deterministic():
+        if bits & FIXED:
             return self._fixed(*args, **kwargs).run(*args, **kwargs)
+        if _deterministic():
+            bits = ~bits  # a situation of its own
         key = self.signature(*args, **kwargs), bits, _threads(), _precision()
         run = self._memory.get(key)
         if run is None:
@@ -213,11 +213,13 @@ class PlannedOp(Generic[P, R]):
         return args[self.device_arg].device
 
     def _resolve(self, key: tuple, /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
-        fixed = self._fixed(*args, **kwargs)
         takers = self.takers(*args, **kwargs)
+        if capturing(self._device(args)):
+            if len(takers) > 1:
+                warn_of_capture(self.name)
+            return self.library.run
+        fixed = self._fixed(*args, **kwargs)
         choice, _ = self._decided(fixed.name, takers, *args, **kwargs)
-        if choice != fixed.name and _capturing(self._device(args)):
-            return fixed.run
         if choice is None:
             if not _lock.acquire(blocking=False):
                 return fixed.run
@@ -241,6 +243,8 @@ class PlannedOp(Generic[P, R]):
         self, fixed: str, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> tuple[str | None, str]:
         """The choice, None where the call has to measure, and why."""
+        if is_fixed() or _deterministic():
+            return fixed, "fixed rule: deterministic algorithms are asked for"
         if _policy == "fixed":
             return fixed, "fixed rule: ZEROBLOCK_PLAN=fixed"
         if len(takers) == 1:
@@ -289,11 +293,7 @@ class PlannedOp(Generic[P, R]):
         }
         entry = open_store().entries.get(SEPARATOR.join(self._situation(takers, *args, **kwargs)))
         times = {} if entry is None else {n: None if t is None else t * 1e3 for n, t in entry.times.items()}
-        choice: str | None = fixed.name
-        if is_fixed() or _deterministic():
-            why = "fixed rule: deterministic algorithms are asked for"
-        else:
-            choice, why = self._decided(fixed.name, takers, *args, **kwargs)
+        choice, why = self._decided(fixed.name, takers, *args, **kwargs)
         return Explanation(self.name, choice or fixed.name, why, times, not_taken)
 
 
