@@ -3,7 +3,7 @@
 math    fp32, rounded once. Every tensor is seen as [B, T, D]: a gate [D] is one sample of B * T tokens, a gate [1] one
         row of all elements.
 grid    (row blocks, column blocks, B); tiles are narrow and tall, so that a per-sample gate is read rarely. 3ns bytes.
-zero    flag != 0 (the branch is zero): y = residual + gate * bias, and branch is not read.
+zero    none, the kernel takes no flag.
 
 Backward: dbranch = dy * gate, dgate = sum of dy * branch over what shares a gate. 3ns bytes, 2ns without dgate, 4ns for
 a per-token gate.
@@ -24,7 +24,7 @@ from torch import Tensor
 from ._dtypes import long_name
 from ._launch import launch
 from ._reduce import sum_partials
-from ._rows import PER_SAMPLE, PER_TOKEN, PROGRAMS, cdiv, is_skipped, operand_rows, power_of_2, sample_row, token_rows
+from ._rows import PER_SAMPLE, PER_TOKEN, PROGRAMS, cdiv, operand_rows, power_of_2, sample_row, token_rows
 
 # A fourth kind of operand: one number for everything, whose gradient is the sum over the whole tile.
 SINGLE = 3
@@ -50,9 +50,7 @@ def _forward(
     residual,
     gate,
     branch,
-    bias,
     y,
-    flag,
     T,
     D,
     gate_b,
@@ -64,10 +62,7 @@ def _forward(
     b = tl.program_id(2).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)
     t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64), T, d, D, ROWS)
-    skipped = is_skipped(flag)
-    value = tl.load(branch + at, mask=mask & (not skipped), other=0.0).to(tl.float32)
-    if flag is not None and bias is not None:
-        value += tl.where(skipped, tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32), 0.0)[None, :]
+    value = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
     if GATE == 3:
         value *= tl.load(gate).to(tl.float32)
     else:
@@ -139,8 +134,6 @@ def forward(
     gate: Tensor,
     branch: Tensor,
     dtype: torch.dtype,
-    flag: Tensor | None = None,
-    bias: Tensor | None = None,
     per_thread: int = PER_THREAD[0],
 ) -> Tensor:
     """y in `dtype`, like residual; residual and branch dense in one order, the gate with dense rows."""
@@ -155,9 +148,7 @@ def forward(
         residual=residual,
         gate=gate,
         branch=branch,
-        bias=bias,
         y=y,
-        flag=flag,
         T=T,
         D=D,
         gate_b=gate_b,
@@ -218,9 +209,7 @@ def _compile(D: int, dtype: torch.dtype, kind: str) -> None:
     x = new(B, T, D)
     gate = {"sample": new(B, 6 * D)[:, :D], "token": x, "channel": new(D), "single": new(1)}[kind]
     for per_thread in PER_THREAD:
-        forward(x, gate, x, dtype, per_thread=per_thread)
-        if kind == "sample":
-            forward(x, gate, x, dtype, torch.empty(1, dtype=torch.int32, device="meta"), new(D), per_thread)
+        forward(x, gate, x, dtype, per_thread)
         for needs in ((True, True), (True, False), (False, True)):
             backward(x, gate, x, *needs, per_thread)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+_WITH_MEMORY = (Tensor, nn.Parameter)  # subclasses need not have any
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _ROW = 1024  # elements of a row of `tokens` under a single gate: rows are what threads share (guess)
 
@@ -128,6 +129,12 @@ def dense_view(t: Tensor) -> Tensor:
         return t
     order = sorted(range(t.dim()), key=t.stride, reverse=True)
     return t.permute(order).contiguous()
+
+
+def alignment(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which of the tensors start at 16 bytes: others GPU kernels move in narrower pieces, or by another code, which is
+    compiled when the first of them comes."""
+    return tuple([t is None or type(t) not in _WITH_MEMORY or t.data_ptr() % 16 == 0 for t in tensors])
 
 
 # ---- operands of the norms and gates --------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 
 from .backends.available import kernels_run_on_host
 from .backends.select import select
+from .plan.mode import capturing
 from .steps import packed
 from .steps.flag import DEVICE as DEVICE
 from .steps.flag import HOST as HOST
@@ -116,7 +116,7 @@ def test_of(op: str, policy: str, weight: Tensor) -> int:
         return NEVER
     if policy != "sync":
         raise ValueError(f"{op}: zero_skip must be one of {', '.join(POLICIES)}, got {policy!r}")
-    if weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(weight.device):
         raise RuntimeError(
             f'{op}: zero_skip="sync" reads a verdict back from the device, which CUDA-graph capture forbids'
         )

@@ -188,8 +188,9 @@ __global__ void __launch_bounds__(kThreads, 2) conv_residual_kernel(ConvResidual
   float* stage = shared + warp * kTileW * kRow;
   T* rounded = reinterpret_cast<T*>(shared + kStagedFloats<BN>);  // [kPixels, BN], for the statistics
   const int k = conv.first_k + warp_column + lane % kAcross * 8;
-  float bias[8];
-  if (k < p.K) load_operand<T>(p.bias, k, 0.0f, bias);
+  float bias[8];  // one by one: it may start anywhere, as the slice of a flat buffer of parameters does
+#pragma unroll
+  for (int e = 0; e < 8; e++) bias[e] = k < p.K ? operand_at<T>(p.bias, k + e, 0.0f) : 0.0f;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int row = conv.top + warp_row + i;

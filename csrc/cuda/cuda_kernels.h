@@ -5,8 +5,9 @@
 //   * small operands (affine parameters, modulation, gates) come in their own dtype, fp32 or that of x: no conversion
 //     kernel runs before the real one;
 //   * `zero`, when not null, points to one byte on the device, written by zero_flag: when it is 1 the branch is exactly
-//     zero. A forward kernel inside the branch then leaves at once (its output stays unwritten and is not to be read),
-//     the last one writes what is left of the branch; a backward kernel writes zero gradients.
+//     zero. A forward kernel inside the branch then leaves at once (its output stays unwritten and is not to be read,
+//     statistics for backward are zeros), the last one writes what is left of the branch; a backward kernel writes zero
+//     gradients.
 #pragma once
 
 #include "../zeroblock.h"
@@ -64,7 +65,6 @@ struct RowNorm {
   Grad dscale_token, dgate_token;              // [B, T, D], for operands given per token
   Grad dweight, dbias, dshift, dscale, dgate;  // [D], [D], [B, D] each; a per-token dshift is dy itself
   float* workspace;
-  const uint8_t* zero;
 };
 
 struct GateResidual {
@@ -79,7 +79,6 @@ struct GateResidual {
   void* dgate_token;  // [B, T, D]
   Grad dgate;         // [B, D], or [1] for a scalar gate
   float* workspace;
-  const uint8_t* zero;
 };
 
 constexpr int kConvMoments = 3;

@@ -1,8 +1,7 @@
 // gate_residual: y = residual + gate * branch; backward dbranch = gate dy, dgate = sum over T of dy branch.
 // residual, branch [B, T, D] dense; gate one number, or rows per sample or token. grid: one block per (sample, chunk of
 // rows, tile of columns); a thread keeps its columns and steps through rows. Bytes: each tensor once.
-// Reduction order of dgate: a thread's rows, threads, chunks, each in index order. Zero path: y = residual and branch
-// is not read; backward writes a zero dbranch, dgate as ever (the gate is zero).
+// Reduction order of dgate: a thread's rows, threads, chunks, each in index order. Zero path: none, no flag is read.
 #include <type_traits>
 
 #include "common.cuh"
@@ -49,18 +48,15 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads) gate_residual_fwd_kernel(GateResidual p, Tiles tiles) {
   const Place at(p, tiles);
   if (!at.active) return;
-  const bool zero = branch_is_zero(p.zero);
   float gate[V] = {};
-  if (!zero && !p.gate.per_token) load_gate<T>(p, at, 0, gate);
+  if (!p.gate.per_token) load_gate<T>(p, at, 0, gate);
   for (int64_t t = at.begin + at.first_row; t < at.end; t += tiles.ty) {
     const int64_t i = (at.b * p.T + t) * p.D + at.d;
     Pack<T, V> y = load_pack<V>(static_cast<const T*>(p.residual) + i);
-    if (!zero) {
-      const Pack<T, V> branch = load_pack<V>(static_cast<const T*>(p.branch) + i);
-      if (p.gate.per_token) load_gate<T>(p, at, t, gate);
+    const Pack<T, V> branch = load_pack<V>(static_cast<const T*>(p.branch) + i);
+    if (p.gate.per_token) load_gate<T>(p, at, t, gate);
 #pragma unroll
-      for (int k = 0; k < V; k++) y.v[k] = from_float<T>(y[k] + gate[k] * branch[k]);
-    }
+    for (int k = 0; k < V; k++) y.v[k] = from_float<T>(y[k] + gate[k] * branch[k]);
     store_pack<V>(static_cast<T*>(p.y) + i, y);
   }
 }
@@ -69,7 +65,7 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads) gate_residual_bwd_kernel(GateResidual p, Tiles tiles) {
   ZB_SHARED(float, part, [kThreads * V]);
   const Place at(p, tiles);
-  const bool zero = branch_is_zero(p.zero), summed = p.dgate.ptr != nullptr;
+  const bool summed = p.dgate.ptr != nullptr;
   float sums[V] = {};
   if (at.active) {
     float gate[V] = {};
@@ -81,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) gate_residual_bwd_kernel(GateResidua
         float dbranch[V];
         if (p.gate.per_token) load_gate<T>(p, at, t, gate);
 #pragma unroll
-        for (int k = 0; k < V; k++) dbranch[k] = zero ? 0.0f : gate[k] * dy[k];
+        for (int k = 0; k < V; k++) dbranch[k] = gate[k] * dy[k];
         store_floats<V>(static_cast<T*>(p.dbranch) + i, dbranch);
       }
       if (summed || p.dgate_token) {

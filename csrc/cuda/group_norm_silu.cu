@@ -3,7 +3,8 @@
 // x [N, C, S] or [N, S, C], dense. grid: one block per (sample, slab of groups, chunk of positions); see
 // group_norm_tile.cuh. Bytes: x once and y once on chip (in one block or a cluster), else x twice and y once.
 // Reduction order: per thread along its packs, then threads, channels, chunks, each in index order; the mean first,
-// then centred squares with the rounding of the mean taken out. Zero path: all blocks leave, nothing is written.
+// then centred squares with the rounding of the mean taken out. Zero path: mean and rstd are written as zeros, y is
+// not: a backward that cannot read the flag then multiplies its zero gradients with finite numbers.
 #include "group_norm_tile.cuh"
 
 namespace zeroblock::cuda {
@@ -16,10 +17,17 @@ struct Moments {
 
 template <class T, int V, bool kLast, Mode kMode>
 __global__ void __launch_bounds__(kGroupNormThreads, 2) group_norm_silu_fwd_kernel(GroupNormSilu p, Tiling t) {
-  if (branch_is_zero(p.zero) || (kMode == Mode::kCluster && !kKnowsClusters)) return;
+  if (kMode == Mode::kCluster && !kKnowsClusters) return;
   ZB_DYNAMIC_SHARED(float, shared);
   GroupNormShared s(shared, t);
   const Slab<T, V, kLast> slab(p, t);
+  if (branch_is_zero(p.zero)) {
+    if (kMode == Mode::kStats || slab.chunk_index > 0) return;
+    const int64_t first = slab.n * p.G + slab.slab * t.groups;
+#pragma unroll 1
+    for (int g = threadIdx.x; g < t.groups; g += kGroupNormThreads) p.mean[first + g] = p.rstd[first + g] = 0;
+    return;
+  }
   const T* x = static_cast<const T*>(p.x);
   T* tile = reinterpret_cast<T*>(s.tiles);
   const int cpg = static_cast<int>(p.C / p.G), lane = threadIdx.x % 32;

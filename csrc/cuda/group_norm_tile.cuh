@@ -190,8 +190,18 @@ inline int groups_per_slab(const GroupNormSilu& p, int V, int element, int bytes
   return static_cast<int>(p.G);
 }
 
-// The elements of a pack: 16 bytes where every row starts at a multiple of them, else one.
-inline bool has_whole_packs(const GroupNormSilu& p) { return (p.channels_last ? p.C : p.S) % pack_size(p.dtype) == 0; }
+// A slab's channels, of each of which eight floats lie in shared memory: 96 of the 99 KB that every GPU has for a
+// block. Wider groups are refused (cuda.py).
+constexpr int64_t kMostSlabChannels = 3072;
+constexpr int kSlabBytes = 256;  // of a position that a slab of two passes has, or more
+
+// The elements of a pack: 16 bytes where every row starts at a multiple of them and a slab of whole packs is not too
+// wide, else one.
+inline bool has_whole_packs(const GroupNormSilu& p) {
+  const int V = pack_size(p.dtype);
+  if (!p.channels_last) return p.S % V == 0;
+  return p.C % V == 0 && groups_per_slab(p, V, element_size(p.dtype), kSlabBytes) * (p.C / p.G) <= kMostSlabChannels;
+}
 inline int group_norm_vector(const GroupNormSilu& p) {
   const bool aligned = is_aligned(p.x) && is_aligned(p.y) && is_aligned(p.dy) && is_aligned(p.dx);
   return aligned && has_whole_packs(p) ? pack_size(p.dtype) : 1;
@@ -234,10 +244,10 @@ inline Tiling on_chip_tiling(const GroupNormSilu& p, int tensors, int V, int blo
 
 // Chunks for two passes: about kElementwiseBlocks blocks, each with 4096 elements or more, 8 for a thread.
 inline Tiling two_pass_tiling(const GroupNormSilu& p, int V) {
-  const Tiling whole = group_norm_tiling(p, V, p.S, 256);
+  const Tiling whole = group_norm_tiling(p, V, p.S, kSlabBytes);
   const int64_t least = ceil_div(4096, whole.channels), most = int64_t(1) << 24;
   const int64_t chunk = ceil_div(p.S, ceil_div(kElementwiseBlocks, p.N * whole.slabs));
-  return group_norm_tiling(p, V, ceil_div(chunk < least ? least : chunk > most ? most : chunk, V) * V, 256);
+  return group_norm_tiling(p, V, ceil_div(chunk < least ? least : chunk > most ? most : chunk, V) * V, kSlabBytes);
 }
 
 // At least as many chunks as either width of packs makes: what the workspace is sized for.

@@ -2,7 +2,7 @@
 // branch x is x_new = residual + gate * branch, rounded to the dtype of x before its statistics are taken.
 // x [B, T, D] dense. grid: one block per few rows, a team of warps per row (row_norm_tile.cuh). Bytes: each tensor
 // once. Reduction order: a thread's packs, lanes, warps; the mean first, then centred squares with the rounding of the
-// mean taken out. Zero path: without a branch all leave; with one, it is not read and x_new = residual.
+// mean taken out. Zero path: none, no flag is read.
 #include "row_norm_tile.cuh"
 
 namespace zeroblock::cuda {
@@ -13,8 +13,6 @@ constexpr int kPacks = 4;  // that a thread keeps in registers: no spills (pytho
 // The 1: without it ptxas aims at more blocks than fit in registers, and spills a few.
 template <class T, int V, bool kGate>
 __global__ void __launch_bounds__(32 * kMaxTeamWarps, 1) row_norm_fwd_kernel(RowNorm p, Teams teams) {
-  const bool zero = branch_is_zero(p.zero);
-  if (zero && !kGate) return;
   ZB_SHARED(float, part, [3 * kMaxTeamWarps]);
   const Team team(teams);
   const int64_t row = int64_t(blockIdx.x) * teams.per_block + team.index;
@@ -38,13 +36,11 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarps, 1) row_norm_fwd_kernel(Row
     T* x_new = static_cast<T*>(p.x_new) + row * p.D;
     auto add = [&](int64_t d) {
       Pack<T, V> x = load_pack<V>(source + d);
-      if (!zero) {
-        const Pack<T, V> h = load_pack<V>(branch + d);
-        float gate[V];
-        load_operand<T>(p.gate, b * p.gate.stride_b + t * p.gate.stride_t + d, 0.0f, gate);
+      const Pack<T, V> h = load_pack<V>(branch + d);
+      float gate[V];
+      load_operand<T>(p.gate, b * p.gate.stride_b + t * p.gate.stride_t + d, 0.0f, gate);
 #pragma unroll
-        for (int k = 0; k < V; k++) x.v[k] = from_float<T>(x[k] + gate[k] * h[k]);
-      }
+      for (int k = 0; k < V; k++) x.v[k] = from_float<T>(x[k] + gate[k] * h[k]);
       store_pack<V>(x_new + d, x);
       return x;
     };

@@ -4,7 +4,7 @@
 //   dshift = P, dscale = weight X + bias P, dweight = sum over samples of (1 + scale) X, dbias likewise of P.
 // grid: a block owns a sample's chunk of rows; each thread sums its columns in registers, teams are added in shared
 // memory, blocks by finishing kernels, all in index order. Bytes: each tensor once, and the partial sums.
-// Zero path: without a branch every gradient is zero; with one, dbranch is, and the rest is as ever (the gate is zero).
+// Zero path: none, no flag is read.
 #include "row_norm_tile.cuh"
 
 namespace zeroblock::cuda {
@@ -15,12 +15,12 @@ constexpr int kPacks = 2;  // that a thread keeps in registers: no spills (pytho
 // The workspace: partial sums [B, chunks, Q, D], then totals P, X [B, 2, D].
 __host__ __device__ inline int quantities(const RowNorm& p) { return p.branch ? 3 : 2; }
 
+// The 1: without it ptxas aims at more blocks than fit in registers, and spills a few.
 template <class T, int V, bool kGate>
-__global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(RowNorm p, Teams teams) {
+__global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd, 1) row_norm_bwd_kernel(RowNorm p, Teams teams) {
   constexpr int Q = kGate ? 3 : 2;
   ZB_SHARED(float, part, [4 * kMaxTeamWarpsBwd]);
   ZB_DYNAMIC_SHARED(float, columns);  // Q sums per column, where teams share a block
-  const bool zero = branch_is_zero(p.zero), all_zero = zero && !kGate;
   const Team team(teams);
   const int64_t b = blockIdx.x / teams.chunks, chunk = blockIdx.x % teams.chunks, begin = chunk * teams.chunk;
   const int64_t end = begin + teams.chunk < p.T ? begin + teams.chunk : p.T;
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(Row
 #pragma unroll
       for (int k = 0; k < V; k++) {
         const float xhat = (x_pack[k] - mean) * rstd, da = dy_pack[k] * (1.0f + scale[k]);
-        out[k] = all_zero ? 0.0f : rstd * (rounded_product(da, weight[k]) - g_mean - xhat * gx_mean);
-        const float summed = all_zero ? 0.0f : p.scale.per_token ? da : dy_pack[k];
+        out[k] = rstd * (rounded_product(da, weight[k]) - g_mean - xhat * gx_mean);
+        const float summed = p.scale.per_token ? da : dy_pack[k];
         add[0][k] = summed;
         add[1][k] = summed * xhat;
       }
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(Row
 #pragma unroll
         for (int k = 0; k < V; k++) {
           const float xhat = (x_pack[k] - mean) * rstd;
-          dscale[k] = all_zero ? 0.0f : dy_pack[k] * (xhat * weight[k] + bias[k]);
+          dscale[k] = dy_pack[k] * (xhat * weight[k] + bias[k]);
         }
         store_grads<T>(p.dscale_token, at, dscale);
       }
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd) row_norm_bwd_kernel(Row
         load_operand<T>(p.gate, b * p.gate.stride_b + t * p.gate.stride_t + d, 0.0f, gate);
 #pragma unroll
         for (int k = 0; k < V; k++) {
-          dbranch[k] = zero ? 0.0f : gate[k] * out[k];
+          dbranch[k] = gate[k] * out[k];
           add[2][k] = out[k] * h[k];
         }
         store_floats<V>(static_cast<T*>(p.dbranch) + at, dbranch);

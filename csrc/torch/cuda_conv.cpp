@@ -83,8 +83,9 @@ std::tuple<Tensor, Tensor> conv_residual(Tensor x, Tensor weight, MaybeTensor bi
     statistics = f32(x, {p.N, cuda::conv_residual_tiles(p), p.K, cuda::kConvMoments});
     p.partial = data<float>(statistics);
   }
-  for (const void* t : {p.x, p.weight, p.residual, p.bias.ptr}) {
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t) % 16 == 0, "conv_residual: tensors must start at 16 bytes");
+  for (const void* t : {p.x, p.weight, p.residual}) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t) % 16 == 0,
+                    "conv_residual: x, weight and residual must start at 16 bytes");
   }
   check_launch(mean ? "group_norm_silu_conv_residual" : "conv_residual", cuda::conv_residual_fwd(p, here.stream));
   return {y, statistics};

@@ -61,9 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy
 
 cuda::RowNorm row_norm_params(const Tensor& x, const MaybeTensor& branch, const MaybeTensor& gate,
                               const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& weight,
-                              const MaybeTensor& bias, bool rms, const MaybeTensor& zero, std::vector<Tensor>& copies) {
+                              const MaybeTensor& bias, bool rms, std::vector<Tensor>& copies) {
   auto p = token_params<cuda::RowNorm>(x, "x");
-  p.zero = zero_of(zero);
   p.rms = rms;
   p.x = x.const_data_ptr();
   const std::vector<int64_t> size = {p.B, p.T, p.D};
@@ -84,10 +83,10 @@ cuda::RowNorm row_norm_params(const Tensor& x, const MaybeTensor& branch, const 
 // (x_new, y, mean, rstd); x_new only with a branch, mean not for rms.
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm(Tensor x, MaybeTensor branch, MaybeTensor gate, MaybeTensor shift,
                                                     MaybeTensor scale, MaybeTensor weight, MaybeTensor bias, double eps,
-                                                    bool rms, MaybeTensor zero) {
+                                                    bool rms) {
   const Here here(x);
   std::vector<Tensor> copies;
-  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, zero, copies);
+  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, copies);
   Tensor x_new = branch ? dense_like(x) : absent(), y = dense_like(x);
   Tensor mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
   p.eps = static_cast<float>(eps);
@@ -106,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm(Tensor x, MaybeTensor branch
 // per-sample dshift beside a per-token scale; dgate is [B, D] also for a [D] gate.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
     MaybeTensor dx_new, Tensor dy, Tensor x, MaybeTensor mean, Tensor rstd, MaybeTensor branch, MaybeTensor gate,
-    MaybeTensor shift, MaybeTensor scale, MaybeTensor weight, MaybeTensor bias, bool rms, MaybeTensor zero) {
+    MaybeTensor shift, MaybeTensor scale, MaybeTensor weight, MaybeTensor bias, bool rms) {
   const Here here(x);
   std::vector<Tensor> copies;
-  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, zero, copies);
+  auto p = row_norm_params(x, branch, gate, shift, scale, weight, bias, rms, copies);
   check_like(dy, x, "dy");
   check_tokens(dy, "dy");
   if (dx_new) check_like(*dx_new, x, "dx_new"), check_tokens(*dx_new, "dx_new");
@@ -140,10 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_norm_bwd(
 
 // ---- gate_residual --------------------------------------------------------------------------------------------------
 
-cuda::GateResidual gate_params(const Tensor& branch, const Tensor& gate, const MaybeTensor& zero,
-                               std::vector<Tensor>& copies) {
+cuda::GateResidual gate_params(const Tensor& branch, const Tensor& gate, std::vector<Tensor>& copies) {
   auto p = token_params<cuda::GateResidual>(branch, "branch");
-  p.zero = zero_of(zero);
   p.branch = branch.const_data_ptr();
   const bool scalar = gate.dim() == 1 && gate.numel() == 1;
   p.gate = scalar ? as_operand(gate, branch, {1}, copies, "gate")
@@ -152,10 +149,10 @@ cuda::GateResidual gate_params(const Tensor& branch, const Tensor& gate, const M
   return p;
 }
 
-Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch, MaybeTensor zero) {
+Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch) {
   const Here here(branch);
   std::vector<Tensor> copies;
-  auto p = gate_params(branch, gate, zero, copies);
+  auto p = gate_params(branch, gate, copies);
   check_like(residual, branch, "residual");
   check_tokens(residual, "residual");
   Tensor y = dense_like(branch);
@@ -165,11 +162,11 @@ Tensor gate_residual(Tensor residual, Tensor gate, Tensor branch, MaybeTensor ze
   return y;
 }
 
-std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch,
-                                             MaybeTensor zero) {
+std::tuple<Tensor, Tensor> gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate,
+                                             bool need_dbranch) {
   const Here here(branch);
   std::vector<Tensor> copies;
-  auto p = gate_params(branch, gate, zero, copies);
+  auto p = gate_params(branch, gate, copies);
   check_like(dy, branch, "dy");
   check_tokens(dy, "dy");
   p.dy = dy.const_data_ptr();
@@ -199,15 +196,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ZB_NAMESPACE, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_row_norm_cuda(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, "
-      "Tensor? bias, float eps, bool rms, Tensor? zero) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias, float eps, bool rms) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_row_norm_bwd_cuda(Tensor? dx_new, Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? branch, "
-      "Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, bool rms, Tensor? zero) "
+      "Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, bool rms) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("_gate_residual_cuda(Tensor residual, Tensor gate, Tensor branch, Tensor? zero) -> Tensor");
+  m.def("_gate_residual_cuda(Tensor residual, Tensor gate, Tensor branch) -> Tensor");
   m.def(
-      "_gate_residual_bwd_cuda(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch, "
-      "Tensor? zero) -> (Tensor, Tensor)");
+      "_gate_residual_bwd_cuda(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ZB_NAMESPACE, ZB_KEY, m) {

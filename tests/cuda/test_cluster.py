@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zeroblock.backends.cuda import CUDA
+from zeroblock.backends.cuda import CUDA, MOST_GROUPED
 from zeroblock.testing import assert_bitwise_equal, poison_empty, use_backend
 from zeroblock.testing.cases import Case
 from zeroblock.testing.draw import Draw
@@ -19,7 +19,7 @@ SIZES = {"N": 2, "C": 8, "S": (25, 40)}
 
 
 def _case(**options):
-    sizes = {**SIZES, "film": True, "affine": True}
+    sizes = {**SIZES, "film": True, "affine": "both"}
     return Case("group_norm_silu", "cluster", sizes, {"num_groups": 2, **options}, ("dense", "nhwc"))
 
 
@@ -78,14 +78,48 @@ def test_a_gpu_without_clusters_or_without_room_for_them_takes_two_passes(layout
         assert_bitwise_equal(got, expected)
 
 
+# A block holds a group, a cluster does, two passes.
+ALL_MODES = {"block": (163 * 1024, 1), "cluster": (None, 8), "two passes": (None, 1)}
+
+
 @layouts
-def test_a_zero_branch_is_left_by_the_whole_cluster(layout):
-    x, *rest = _inputs(layout)
-    with emulated.emulated(), emulated.gpu(SHARED[layout], 8):
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_a_zero_branch_is_left_by_all_blocks(layout, mode):
+    """y is not written. The statistics are: a backward that reads no flag computes with them."""
+    (x, *rest), (shared, cluster) = _inputs(layout), ALL_MODES[mode]
+    with emulated.emulated(), emulated.gpu(shared or SHARED[layout], cluster):
         zero = CUDA.are_zero([torch.zeros(3)])
         y, mean, rstd, *gradients = _both(x * float("nan"), *rest, flag=zero)
-    assert y.isnan().all() and mean.isnan().all() and rstd.isnan().all()  # nothing was written
-    assert all(not g.any() for g in gradients)
+    assert y.isnan().all()
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in (mean, rstd, *gradients))
+
+
+@pytest.mark.parametrize("vector", (True, False), ids=("packs", "one by one"))
+@layouts
+def test_the_widest_groups_fit_the_smallest_gpu(layout, vector):
+    """99 KB for a block: sm_86, sm_89, sm_120. Of odd groups eight make whole packs, and are too wide a slab."""
+    channels = MOST_GROUPED if vector else MOST_GROUPED - 1
+    x = torch.empty(1, 8 * channels, 2, 4, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+    stat = torch.zeros(1, 8)
+    forward = lambda: CUDA.group_norm_silu(x, 8, None, None, 1e-5, None, None, True)  # noqa: E731
+    backward = lambda: CUDA.group_norm_silu_bwd(x, x, stat, stat, *[None] * 4, 8, True)  # noqa: E731
+    for call in (forward, backward):
+        with emulated.emulated(), emulated.gpu(99 * 1024, 1):
+            launches = emulated.recorded(call)
+        assert launches and max(shared for _, shared, _ in launches) <= 99 * 1024
+
+
+@layouts
+def test_wider_groups_are_refused_and_served_by_the_reference(layout):
+    x = Draw(torch.float32, layout).tensor(1, MOST_GROUPED + 1, 2, 3)
+    assert "groups of 3073 channels are wider than the 3072" in CUDA.why_not_groups(x, 1)
+    case = Case("group_norm_silu", "wide", {"N": 1, "C": MOST_GROUPED + 1, "S": (2, 3)}, {"num_groups": 1})
+    with emulated.emulated(), use_backend("cuda"):
+        before = emulated.launches()
+        assert_parity(case, torch.float32, layout)
+        assert emulated.launches() == before
+    assert CUDA.why_not_groups(x, MOST_GROUPED + 1) is None
 
 
 # Launches at shapes of U-Nets on GPUs with and without clusters: threads apart, (blocks of a cluster) of each.

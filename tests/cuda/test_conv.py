@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from zeroblock.backends.base import GroupNorm
 from zeroblock.backends.cuda import CUDA
-from zeroblock.backends.cuda_convs import conv_takes
+from zeroblock.backends.cuda_convs import MOST_NORMED, conv_takes
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget, poison_empty
 from zeroblock.testing.draw import Draw
 
@@ -43,7 +43,8 @@ def _inputs(shape, dtype, device, seed=0):
 
 
 def _eager(h, weight, bias, residual):
-    return residual + F.conv2d(h, weight, bias, padding=weight.shape[2] // 2)
+    y = F.conv2d(h, weight, bias, padding=weight.shape[2] // 2)
+    return y if residual is None else residual + y
 
 
 def _norm(x, groups, weight, bias, scale, shift):
@@ -119,12 +120,46 @@ def test_a_zero_branch_is_not_computed(cuda, shape, dtype):
     assert_bitwise_equal(y, CUDA.conv_and_statistics(x, weight, bias, residual)[0])
 
 
-def test_without_bias_and_residual(cuda):
-    x, weight, _, _ = _inputs(SHAPES["ragged"], torch.bfloat16, cuda)
-    y, _ = CUDA.conv_and_statistics(x, weight, None, None)
-    assert_error_budget(
-        y, F.conv2d(x, weight, padding=1), F.conv2d(x.double(), weight.double(), padding=1), "conv alone"
-    )
+@pytest.mark.parametrize("residual", (False, True), ids=("", "residual"))
+@pytest.mark.parametrize("bias", (False, True), ids=("", "bias"))
+def test_bias_and_residual_alone(cuda, bias, residual):
+    x, weight, b, r = _inputs(SHAPES["ragged"], torch.bfloat16, cuda)
+    inputs = x, weight, b if bias else None, r if residual else None
+    with poison_empty():
+        y, _ = CUDA.conv_and_statistics(*inputs)
+    exact = _eager(*(None if t is None else t.double() for t in inputs))
+    assert_error_budget(y, _eager(*inputs), exact, "y")
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=lambda d: str(d)[6:])
+def test_operands_may_start_anywhere(cuda, dtype):
+    """Slices of a flat buffer, as sharded and fused optimizers make them: none starts at 16 bytes."""
+
+    def slice_of_flat(t):
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype, device=cuda)[1:]
+        return flat.as_strided(t.shape, t.stride()).copy_(t)
+
+    x, weight, bias, residual = _inputs(SHAPES["ragged"], torch.bfloat16, cuda)
+    aligned = x, weight, bias.to(dtype), residual
+    moved = [slice_of_flat(t) for t in aligned]
+    assert all(t.data_ptr() % 16 for t in moved)
+    assert CUDA.why_not_own("conv_residual", moved[0], moved[1], None, moved[3], [1, 1]) is None
+    assert_bitwise_equal(CUDA.conv_and_statistics(*moved)[0], CUDA.conv_and_statistics(*aligned)[0])
+
+
+@pytest.mark.parametrize("kernel", (1, 3))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's shared memory is as large as it is")
+def test_the_widest_norm_in_front_fits_the_smallest_gpu(kernel, cuda):
+    """99 KB for a block: sm_86, sm_89, sm_120."""
+    x, weight, bias, residual = _inputs((1, MOST_NORMED, 128, 1, 1, kernel), torch.bfloat16, cuda)
+    stat, norm = torch.zeros(1, 32), GroupNorm(32, None, None, 1e-5, None, None, None, 0.0)
+    call = lambda: CUDA.norm_conv(x, stat, stat, norm, weight, bias, residual)  # noqa: E731
+    with emulated.gpu(99 * 1024, 1):
+        ((_, shared, _),) = emulated.recorded(call)
+    assert 80 * 1024 < shared <= 99 * 1024 or kernel == 3
+    assert CUDA.why_not_norm_conv(x) is None
+    wider = torch.empty(1, MOST_NORMED + 8, 1, 1, device=cuda)
+    assert "4104 channels are more than the 4096" in CUDA.why_not_norm_conv(wider)
 
 
 def test_the_same_bits_in_any_order_of_threads_and_blocks(cuda):

@@ -211,6 +211,14 @@ def test_gate_residual_layer_norm_modulate_with_mean_far_above_std(backend, devi
     assert_parity(Shifted(case.op, "mean-1000", case.sizes), torch.float32, device=device)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "D"), [(torch.float32, 1032), (torch.bfloat16, 2056), (torch.bfloat16, 301)], ids=lambda v: str(v)
+)
+def test_gate_residual_of_more_columns_than_a_tile(backend, device, dtype, D):
+    """256 threads of the CUDA kernel take 1024 fp32 numbers of a row, 2048 of half precision, or 256 of an odd row."""
+    assert_parity(Case("gate_residual", "wide", {"size": (2, 9, D), "gate": "bd"}), dtype, device=device)
+
+
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize(
     "layout",

@@ -1,11 +1,13 @@
 """Drawn shapes, layouts, dtypes and options for every op, judged against fp64 like the cases of test_parity.py."""
 
+import math
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zeroblock.testing import CPU_MISSING, use_backend
-from zeroblock.testing.cases import DTYPES, IMAGES, OPS, TOKENS, Case
+from zeroblock.testing.cases import AFFINE, DTYPES, IMAGES, OPS, TOKENS, Case
 from zeroblock.testing.parity import assert_parity
 
 yes_or_no = st.booleans()
@@ -13,7 +15,9 @@ batch = st.integers(1, 4)
 length = st.integers(1, 20)
 # In narrow rows and groups a norm magnifies the rounding of the few that happen to have a small variance, and which
 # implementation those hit is luck; test_unusual_input has the narrowest.
-width = st.integers(16, 150)
+NARROWEST = 16
+width = st.integers(NARROWEST, 150)
+affines = st.sampled_from(AFFINE)
 gates = st.sampled_from(("one", "d", "bd", "btd"))
 kinds = st.sampled_from(("bd", "btd", "mixed", "shift", "scale", "none"))
 epsilons = st.sampled_from((1e-6, 1e-5, 1e-3))
@@ -21,9 +25,9 @@ epsilons = st.sampled_from((1e-6, 1e-5, 1e-3))
 
 @st.composite
 def group_norm(draw, convolution):
-    per_group, groups = draw(st.integers(1, 9)), draw(st.integers(1, 8))
     S = tuple(draw(st.lists(st.integers(3, 12), min_size=1, max_size=3 if convolution else 2)))
-    sizes = {"N": draw(batch), "C": per_group * groups, "S": S, "affine": draw(yes_or_no), "film": draw(yes_or_no)}
+    per_group, groups = draw(st.integers(-(-NARROWEST // math.prod(S)), 9)), draw(st.integers(1, 8))
+    sizes = {"N": draw(batch), "C": per_group * groups, "S": S, "affine": draw(affines), "film": draw(yes_or_no)}
     options = {"num_groups": groups}
     if not convolution:
         return sizes, {**options, "eps": draw(epsilons), "activation": draw(st.sampled_from(("silu", None)))}
@@ -54,7 +58,7 @@ def tokens(draw):
 
 @st.composite
 def row_norm(draw):
-    return {**draw(tokens()), "kind": draw(kinds), "affine": draw(yes_or_no)}, {"eps": draw(epsilons)}
+    return {**draw(tokens()), "kind": draw(kinds), "affine": draw(affines)}, {"eps": draw(epsilons)}
 
 
 @st.composite

@@ -47,7 +47,7 @@ CASES = [
     _case(CONV, "broad", N=1, C=48, S=(12, 12), out=512),
     _case(CONV, "chunks", N=2, C=160, S=(40, 44), out=40),
     _case(FUSED, "film", {"num_groups": 32}, N=3, C=64, S=(15, 14), out=48, film=True),
-    _case(FUSED, "bare", {"num_groups": 5}, N=2, C=35, S=(12, 9), out=32, affine=False, bias=False, residual=False),
+    _case(FUSED, "bare", {"num_groups": 5}, N=2, C=35, S=(12, 9), out=32, affine="neither", bias=False, residual=False),
     _case(FUSED, "dropout", {"num_groups": 8, "dropout_p": 0.3}, N=2, C=32, S=(12, 10), out=40, keep=True),
     _case(FUSED, "unpadded", {"num_groups": 4, "padding": 0}, N=2, C=36, S=(12, 11), out=40, padding=0),
 ]

@@ -42,12 +42,12 @@ def planned_on_the_cpu() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def prefer(patch: pytest.MonkeyPatch, name: str) -> set[tuple[str, str]]:
-    """The rule of every step becomes: the first way that is or begins with `name`, else the library's. Returns what
-    is then run, as (step, way)."""
+def prefer(patch: pytest.MonkeyPatch, name: str, backward: str | None = None) -> set[tuple[str, str]]:
+    """The rule of every step becomes: the first way that is or begins with `name`, else the library's; of the steps of
+    a backward the one with `backward`, where that is given. Returns what is then run, as (step, way)."""
     ran: set[tuple[str, str]] = set()
 
-    def rule(step: PlannedOp):
+    def rule(step: PlannedOp, name: str):
         def way(*args):
             found = next((n for n in step.takers(*args) if n == name or n.startswith(name + " ")), "library")
             ran.add((step.name, found))
@@ -56,7 +56,8 @@ def prefer(patch: pytest.MonkeyPatch, name: str) -> set[tuple[str, str]]:
         return way
 
     for step in STEPS:
-        patch.setattr(step, "rule", rule(step))
+        of_backward = step.name.endswith(("bwd", "dgrad", "wgrad"))
+        patch.setattr(step, "rule", rule(step, backward if of_backward and backward is not None else name))
     return ran
 
 
@@ -79,6 +80,9 @@ class StandIn(FlaggedSteps, Eager):
 
     def why_not_folded(self, x, weight, residual, keep):
         return "not here"
+
+    def why_not_norm_conv(self, x):
+        return None
 
     def gemm_by_size(self, x, weight, rows):
         return "64x64x32" if x.dtype == torch.float32 else "64x64x64"

@@ -2,6 +2,7 @@
 holds instead (zero branches and `explain`: `test_gpu_zero.py`)."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_configurations_of_the_dtype_compete(op, dtype, backends):
     assert found == ({"128x64x32", "64x64x32"} if dtype == torch.float32 else half)
 
 
+def unaligned(t):
+    """The same values, from 4 bytes after a multiple of 16 on."""
+    flat = torch.empty(t.numel() + 1)[1:]
+    return flat.as_strided(t.shape, t.stride()).copy_(t)
+
+
+@ops
+def test_alignment_tells_calls_apart(op, backends):
+    """What was measured, and compiled, with tensors at 16 bytes says nothing of others."""
+    given, step = inputs(op), _plan.STEPS[TAKEN[op][0]]
+    ours = [name for name in given if not op.endswith("linear") or name not in ("weight", "bias")]
+    with _plan.use(timer=FakeTimer()):
+        getattr(zb, op)(**given, **OPTIONS[op])
+        for number, name in enumerate(ours, 2):
+            getattr(zb, op)(**{**given, name: unaligned(given[name])}, **OPTIONS[op])
+            assert len(step._memory) == number, name
+        entries = [key for key in _plan.open_store().entries if key.startswith(step.name)]
+        assert any("unaligned" in key for key in entries) and not all("unaligned" in key for key in entries)
+
+
 def test_situations_are_told_apart(backends):
     timer = FakeTimer()
     with _plan.use(timer=timer):
@@ -91,6 +112,7 @@ def test_situations_are_told_apart(backends):
         x = torch.randn(2, 7, 8)
         calls = [
             lambda: zb.layer_norm_modulate(x, None, None),
+            lambda: zb.layer_norm_modulate(unaligned(x), None, None),
             lambda: zb.layer_norm_modulate(x.bfloat16(), None, None),
             lambda: zb.layer_norm_modulate(x, x[:, 0], None),
             lambda: zb.layer_norm_modulate(x, x, None),
@@ -162,7 +184,7 @@ def test_the_key_names_the_gpu_and_where_its_kernels_come_from(monkeypatch):
 
 
 def _capture(patch):
-    patch.setattr(_plan, "_capturing", lambda device: True)
+    patch.setattr(_plan, "capturing", lambda device: True)
 
 
 @contextlib.contextmanager
@@ -175,13 +197,11 @@ def _deterministic():
 
 
 @ops
-@pytest.mark.parametrize("where", ("capture", "deterministic", "fixed", "dispatcher"))
-def test_a_rule_holds(op, where, backends, monkeypatch):
+@pytest.mark.parametrize("where", ("deterministic", "fixed", "dispatcher"))
+def test_a_rule_holds(op, where, backends):
     """Nothing is measured or remembered: Triton's own choice for memory-bound ops and linears, the library for 3x3."""
     with _plan.use("fixed" if where == "fixed" else "measure", timer=never), contextlib.ExitStack() as stack:
-        if where == "capture":
-            _capture(monkeypatch)
-        elif where == "deterministic":
+        if where == "deterministic":
             stack.enter_context(_deterministic())
         elif where == "dispatcher":
             stack.enter_context(mode.fixed_rule())
@@ -203,6 +223,44 @@ def test_what_was_measured_before_holds_in_capture(backends, monkeypatch):
         _capture(monkeypatch)
         run("conv_residual")
         assert len(backends["cuda"].flags) == seen + 1
+
+
+@ops
+@pytest.mark.parametrize("policy", ("measure", "fixed", "deterministic"))
+def test_nothing_runs_first_in_a_capture(op, policy, backends, monkeypatch):
+    """It might have to be compiled and loaded: the library's runs, and is not remembered."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_plan.use("fixed" if policy == "fixed" else "measure", timer=FakeTimer()))
+        if policy == "deterministic":
+            stack.enter_context(_deterministic())
+        with monkeypatch.context() as patch:
+            _capture(patch)
+            with pytest.warns(
+                UserWarning, match=f"{TAKEN[op][0]} is captured in a CUDA graph before a call like it ran"
+            ):
+                run(op, grad=True)
+        assert not any(b.calls or b.flags for b in backends.values()) and choices() == {}
+        run(op, grad=True)
+        _capture(monkeypatch)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="zeroblock")
+            run(op, grad=True)
+
+
+def test_the_stream_of_the_call_s_device_is_asked(monkeypatch):
+    """Not that of the current one: torch asks that."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def on(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    captured = [mode.capturing(torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")]
+    assert captured == [False, False, True] and current == [0]
 
 
 @TRITON

@@ -57,14 +57,17 @@ BY_NAME = {str(case): case for case in (*CASES, *POINTS)}
 WAYS: dict[str, tuple[str, ...]] = {"library": (*NORMS, *CONVS, *LINEARS)}
 if INTERPRETS:
     WAYS["triton"] = NORMS
-    WAYS["triton split"] = NORMS[:1]
+    WAYS["triton split"] = (NORMS[0], "group_norm_silu-film-prime")  # 143 pixels: a tile is cut
     WAYS["triton folded"] = CONVS[3:]
     # 3x3 only with the smallest tiles: tests/triton/test_gemm_kernels.py has them with all.
     WAYS |= {f"triton {config}": (CONVS[1], CONVS[3], *LINEARS) for config in _gpu_gemms.CONFIGS}
     WAYS |= {config: (*CONVS, *LINEARS) for config in ("triton 64x64x64", "triton 64x64x32")}
     WAYS |= {f"triton x{n}": NORMS[1:] if n == 16 else (*NORMS[1:3], NORMS[4]) for n in (8, 16, 32)}
 else:
-    WAYS |= {"cuda": (*NORMS, CONVS[0], CONVS[2], *map(str, POINTS)), "cuda fused": (CONVS[2], str(POINTS[1]))}
+    WAYS |= {
+        "cuda": (*NORMS, "conv_residual-3x3-no-bias", CONVS[0], CONVS[2], *map(str, POINTS)),
+        "cuda fused": (CONVS[2], str(POINTS[1])),
+    }
 
 
 def _dtypes(way: str, case) -> list[tuple[torch.dtype, str]]:

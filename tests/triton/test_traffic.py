@@ -122,7 +122,7 @@ def test_table_has_no_other_rows():
 def test_table_reaches_the_targets():
     ratios = {name: float(row["ratio"]) for name, row in traffic_cases.committed().items()}
     one_read = {name: ratio for name, ratio in ratios.items() if name.startswith(ONE_READ) and "split" not in name}
-    assert len(one_read) == 18 and set(one_read.values()) == {1.0}, one_read
+    assert len(one_read) == 20 and set(one_read.values()) == {1.0}, one_read
     fused = {name: ratios[name] for name in FUSED}
     assert max(fused.values()) <= 1.05, fused
     zero = {name: ratio for name, ratio in ratios.items() if name.endswith("-zero")}

@@ -202,6 +202,8 @@ for _D in (384, 1152):
     CASES[f"layer_norm_modulate_bwd-{_D}"] = _layer_norm(_D, "sample", False, True)
 CASES |= {
     "layer_norm_modulate-3072": _layer_norm(3072, "sample", False, False, T=64),
+    "layer_norm_modulate-384-ragged": _layer_norm(384, "sample", False, False, T=61),
+    "gate_residual_layer_norm_modulate-1152-ragged": _gate_norm(False, T=61),
     "layer_norm_modulate-1152-token": _layer_norm(1152, "token", False, False),
     "rms_norm_modulate-1152": _layer_norm(1152, "sample", True, False),
     "rms_norm_modulate_bwd-1152": _layer_norm(1152, "sample", True, True),

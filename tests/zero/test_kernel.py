@@ -38,6 +38,19 @@ def test_residual_if_zero_is_test_and_sum(dtype, flush):
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_zero_looks_at_every_chunk(dtype):
+    """From 1 MiB on the bytes are read in chunks of 256 KiB; the last one may have a single element, or lack one."""
+    mib = (1 << 20) // dtype.itemsize
+    for size in (mib, mib + 1, 2 * mib - 1):
+        t = torch.zeros(size, dtype=dtype)
+        assert P.is_zero(t)
+        for position in (0, mib // 4 - 1, mib // 4, mib - 1, size - 1):
+            t[position] = torch.finfo(dtype).smallest_normal / 4
+            assert not P.is_zero(t), (size, position)
+            t[position] = -0.0
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 7, 5, 3), (2, 64, 33, 31), (1, 130, 64, 64)], ids=str)

@@ -29,6 +29,10 @@ from .base import MaybeTensor
 from .cuda_convs import CudaConvs, Kernels, flag_byte
 from .reference import Reference
 
+# Channels of a group, eight numbers of each of which lie in the shared memory of every GPU (99 KB at least):
+# kMostSlabChannels of csrc/cuda/group_norm_tile.cuh.
+MOST_GROUPED = 3072
+
 
 def _gate(gate: Tensor, x: Tensor) -> Tensor:
     """A per-token gate comes in the dtype of x, which has come to the one that holds both."""
@@ -81,6 +85,13 @@ class Cuda(CudaConvs, Reference):
 
     # ---- norms --------------------------------------------------------------------------------------------------
 
+    def why_not_groups(self, x: Tensor, num_groups: int) -> str | None:
+        """Why the reference serves a group norm, else None."""
+        channels = x.shape[1] // num_groups
+        if channels <= MOST_GROUPED:
+            return None
+        return f"groups of {channels} channels are wider than the {MOST_GROUPED} that a block takes"
+
     def group_norm_silu(
         self,
         x: Tensor,
@@ -93,6 +104,8 @@ class Cuda(CudaConvs, Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.why_not_groups(x, num_groups) is not None:
+            return super().group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu)
         x, last = as_norm_input(x)
         flag = flag_byte(flag)
         return self.kernels.group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, last, flag)
@@ -111,6 +124,8 @@ class Cuda(CudaConvs, Reference):
         silu: bool,
         flag: MaybeTensor = None,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        if self.why_not_groups(x, num_groups) is not None:
+            return super().group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
         layout = pointwise_format(x)
         x, dy, last = as_layout(x, layout), as_layout(dy.to(x.dtype), layout), layout is not None
         dx, dweight, dbias, dscale, dshift = self.kernels.group_norm_silu_bwd(
@@ -129,7 +144,7 @@ class Cuda(CudaConvs, Reference):
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, Tensor]:
         x = x.contiguous()
-        _, y, mean, rstd = self.kernels.row_norm(x, None, None, shift, scale, weight, bias, eps, rms, None)
+        _, y, mean, rstd = self.kernels.row_norm(x, None, None, shift, scale, weight, bias, eps, rms)
         return y, None if rms else mean, rstd
 
     def layer_norm_modulate_bwd(
@@ -146,7 +161,7 @@ class Cuda(CudaConvs, Reference):
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
         x, dy = x.contiguous(), dy.to(x.dtype).contiguous()
         dx, _, _, dshift, dscale, dweight, dbias = self.kernels.row_norm_bwd(
-            None, dy, x, mean, rstd, None, None, shift, scale, weight, bias, rms, None
+            None, dy, x, mean, rstd, None, None, shift, scale, weight, bias, rms
         )
         dshift = _shift_grad(dshift, dy, shift, scale)
         return dx, like(dshift, shift), like(dscale, scale), like(dweight, weight), like(dbias, bias)
@@ -158,7 +173,7 @@ class Cuda(CudaConvs, Reference):
         layout, single = pointwise_format(residual), is_single(gate)
         branch = tokens(branch.to(dtype), single, layout)
         residual_tokens = tokens(residual.to(dtype), single, layout)
-        y = self.kernels.gate_residual(residual_tokens, _gate(gate, branch), branch, None)
+        y = self.kernels.gate_residual(residual_tokens, _gate(gate, branch), branch)
         return untokens(y, residual.shape, layout)
 
     def gate_residual_bwd(
@@ -166,7 +181,7 @@ class Cuda(CudaConvs, Reference):
     ) -> tuple[MaybeTensor, MaybeTensor]:
         layout, single = pointwise_format(branch), is_single(gate)
         flat, dy = tokens(branch.to(dy.dtype), single, layout), tokens(dy, single, layout)
-        dgate, dbranch = self.kernels.gate_residual_bwd(dy, _gate(gate, flat), flat, need_dgate, need_dbranch, None)
+        dgate, dbranch = self.kernels.gate_residual_bwd(dy, _gate(gate, flat), flat, need_dgate, need_dbranch)
         return (
             gate_gradient(dgate, gate) if need_dgate else None,
             untokens(dbranch, branch.shape, layout).to(branch.dtype) if need_dbranch else None,
@@ -177,7 +192,7 @@ class Cuda(CudaConvs, Reference):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         branch, residual = branch.contiguous(), residual.contiguous()
         operands = _gate_row(gate, branch), shift, scale, None, None
-        return self.kernels.row_norm(residual, branch, *operands, eps, False, None)
+        return self.kernels.row_norm(residual, branch, *operands, eps, False)
 
     def gate_residual_layer_norm_modulate_bwd(
         self,
@@ -194,7 +209,7 @@ class Cuda(CudaConvs, Reference):
         dx_new, dy, branch = None if dx_new is None else dx_new.contiguous(), dy.contiguous(), branch.contiguous()
         operands = branch, _gate_row(gate, branch), shift, scale
         dresidual, dbranch, dgate, dshift, dscale, _, _ = self.kernels.row_norm_bwd(
-            dx_new, dy, x_new, mean, rstd, *operands, None, None, False, None
+            dx_new, dy, x_new, mean, rstd, *operands, None, None, False
         )
         if is_single(gate):
             dgate = dgate.sum(dtype=torch.float32).view(1)

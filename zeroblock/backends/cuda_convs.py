@@ -45,6 +45,11 @@ def _nhwc(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
+# Channels whose tables of the norm, eight bytes each, lie beside the tiles in the shared memory of every GPU (99 KB at
+# least): tests/cuda/test_conv.py.
+MOST_NORMED = 4096
+
+
 def conv_takes(x: Tensor, weight: Tensor, padding: Sequence[int]) -> bool:
     """Whether the tensor-core convolution takes this call: half precision, 3x3 same or 1x1, channels by 8."""
     K, C, *size = weight.shape
@@ -107,6 +112,12 @@ class CudaConvs(FlaggedSteps):
     ) -> tuple[Tensor, Tensor]:
         """(residual + conv(h), partial statistics of it for `moments`), where `conv_takes`."""
         return self._conv(h, weight, bias, residual, (None,) * 6, statistics, flag)
+
+    def why_not_norm_conv(self, x: Tensor) -> str | None:
+        """Beside `why_not_own`."""
+        if x.shape[1] <= MOST_NORMED:
+            return None
+        return f"{x.shape[1]} channels are more than the {MOST_NORMED} whose norm a block keeps in shared memory"
 
     def norm_conv(
         self,

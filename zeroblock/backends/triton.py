@@ -171,7 +171,7 @@ class Triton(TritonGemms, Reference):
             return super().gate_residual(residual, gate, branch)
         layout = _gate_layout(gate, residual)
         residual, branch = as_layout(residual, layout), as_layout(branch, layout)
-        return _gate_residual.forward(residual, dense_rows(gate), branch, dtype, None, None, **tile)
+        return _gate_residual.forward(residual, dense_rows(gate), branch, dtype, **tile)
 
     def gate_residual_bwd(
         self, dy: Tensor, gate: Tensor, branch: Tensor, need_dgate: bool, need_dbranch: bool, **tile: int

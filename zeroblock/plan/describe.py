@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .._layout import alignment
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -55,6 +57,11 @@ def describe_rows(t: Tensor) -> str:
 
 def describe_weight(t: Tensor) -> str:
     return f"{list(t.shape)} {layout_name(t)}"
+
+
+def describe_alignment(*tensors: Tensor | None) -> str:
+    """What follows a description whose tensors do not all start at 16 bytes."""
+    return "" if all(alignment(*tensors)) else ", unaligned"
 
 
 def dtype_name(t: Tensor | torch.dtype) -> str:

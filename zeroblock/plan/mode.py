@@ -1,13 +1,15 @@
-"""What the calls of a thread are: under the fixed rule, of a training step, allowed reduced float32 precision.
+"""What the calls of a thread are: under the fixed rule, of a training step, allowed reduced float32 precision; and
+whether they go into a CUDA graph.
 
-One number holds all three: reading an attribute of a thread's own costs as much as testing a bit (every planned step
-reads it, benchmarks/overhead.py).
+One number holds the first three: reading an attribute of a thread's own costs as much as testing a bit (every planned
+step reads it, benchmarks/overhead.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -61,3 +63,19 @@ def is_fixed() -> bool:
 def reduced_allowed() -> bool:
     """Whether the user allowed reduced float32 precision."""
     return bool(mode.bits & REDUCED) or _precision() != "highest"
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether calls on this device go into a CUDA graph. torch asks the current device's stream, whichever that is."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def warn_of_capture(step: str) -> None:
+    warnings.warn(
+        f"zeroblock: {step} is captured in a CUDA graph before a call like it ran: the graph gets the library's "
+        "kernels. Run the model once, in the same mode, before the capture.",
+        stacklevel=5,
+    )

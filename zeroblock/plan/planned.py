@@ -11,10 +11,12 @@ The fixed rule (each step's `rule`, a function of the shapes alone, and before i
 decides instead of a measurement
 - in calls that come through the dispatcher: torch.compile, export, tensor subclasses, dispatch modes;
 - under torch.use_deterministic_algorithms, and with ZEROBLOCK_PLAN=fixed (read once, at import);
-- during CUDA-graph capture where nothing was measured before, and while another thread is measuring;
+- while another thread is measuring;
 - under torch.distributed with more than one rank where no choice is stored or shared (`share.py` says why);
 - for work too small to be worth a measurement.
 A process keeps what its first call in a situation was decided by, also where a process group comes or goes later.
+While a CUDA graph is captured only a way runs that ran in this situation before: any other might have to be compiled
+and loaded, which a capture does not allow. Where none did, the graph gets the library's, with a warning.
 
 A way that fails, while it is measured or later, gives way to the library's, with a warning; the library's own error is
 the caller's.
@@ -48,7 +50,7 @@ from . import store as _store
 from .candidate import Candidate, P, R, no, takes_all, the_library
 from .describe import Explanation
 from .measure import NOT_USED, CallersError, choose, measure, place, release, time_call
-from .mode import FIXED, is_fixed, is_training, mode, reduced_allowed
+from .mode import FIXED, capturing, is_fixed, is_training, mode, reduced_allowed, warn_of_capture
 from .store import Entry, Store
 
 SEPARATOR = " | "  # between the parts of a situation; none of them holds it
@@ -114,10 +116,6 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class PlannedOp(Generic[P, R]):
     """A step with several ways, called as step(*args); all ways take the same arguments and return the same.
 
@@ -165,9 +163,11 @@ class PlannedOp(Generic[P, R]):
             return self.library.run(*args, **kwargs)
         bits = mode.bits
         key: tuple | None = None
-        if bits & FIXED or _deterministic():
+        if bits & FIXED:
             run = self._fixed(*args, **kwargs).run
         else:
+            if _deterministic():
+                bits = ~bits  # a situation of its own
             key = self.signature(*args, **kwargs), bits, _threads(), _precision()
             found = self._memory.get(key)
             run = self._resolve(key, *args, **kwargs) if found is None else found
@@ -207,11 +207,13 @@ class PlannedOp(Generic[P, R]):
         return args[self.device_arg].device
 
     def _resolve(self, key: tuple, /, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
-        fixed = self._fixed(*args, **kwargs)
         takers = self.takers(*args, **kwargs)
+        if capturing(self._device(args)):
+            if len(takers) > 1:
+                warn_of_capture(self.name)
+            return self.library.run
+        fixed = self._fixed(*args, **kwargs)
         choice, _ = self._decided(fixed.name, takers, *args, **kwargs)
-        if choice != fixed.name and _capturing(self._device(args)):
-            return fixed.run
         if choice is None:
             if not _lock.acquire(blocking=False):
                 return fixed.run
@@ -235,6 +237,8 @@ class PlannedOp(Generic[P, R]):
         self, fixed: str, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> tuple[str | None, str]:
         """The choice, None where the call has to measure, and why."""
+        if is_fixed() or _deterministic():
+            return fixed, "fixed rule: deterministic algorithms are asked for"
         if _policy == "fixed":
             return fixed, "fixed rule: ZEROBLOCK_PLAN=fixed"
         if len(takers) == 1:
@@ -283,11 +287,7 @@ class PlannedOp(Generic[P, R]):
         }
         entry = open_store().entries.get(SEPARATOR.join(self._situation(takers, *args, **kwargs)))
         times = {} if entry is None else {n: None if t is None else t * 1e3 for n, t in entry.times.items()}
-        choice: str | None = fixed.name
-        if is_fixed() or _deterministic():
-            why = "fixed rule: deterministic algorithms are asked for"
-        else:
-            choice, why = self._decided(fixed.name, takers, *args, **kwargs)
+        choice, why = self._decided(fixed.name, takers, *args, **kwargs)
         return Explanation(self.name, choice or fixed.name, why, times, not_taken)
 
 

@@ -18,18 +18,20 @@ from .draw import Draw
 
 Inputs = dict[str, Tensor | None]
 Size = Sequence[int]
+AFFINE = ("both", "weight", "bias", "neither")  # which parameters a norm has
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def _norm_operands(draw: Draw, N: int, C: int, affine: bool, film: bool) -> list[Tensor | None]:
-    """[weight, bias, scale, shift]"""
-    weights = [draw.vector(C, 1.0), draw.vector(C)] if affine else [None, None]
-    return [*weights, *(draw.chunks(N, C, 2) if film else (None, None))]
+def _norm_operands(draw: Draw, N: int, C: int, affine: str, film: bool) -> list[Tensor | None]:
+    """[weight, bias, scale, shift]; affine: one of AFFINE"""
+    weight = draw.vector(C, 1.0) if affine in ("both", "weight") else None
+    bias = draw.vector(C) if affine in ("both", "bias") else None
+    return [weight, bias, *(draw.chunks(N, C, 2) if film else (None, None))]
 
 
 def _group_norm_silu(
-    draw: Draw, N: int, C: int, S: Size, affine: bool = True, film: bool = False, mean: float = 0.5, std: float = 2.0
+    draw: Draw, N: int, C: int, S: Size, affine: str = "both", film: bool = False, mean: float = 0.5, std: float = 2.0
 ) -> Inputs:
     weight, bias, scale, shift = _norm_operands(draw, N, C, affine, film)
     x = draw.tensor(N, C, *S, mean=mean, std=std)
@@ -54,7 +56,7 @@ def _group_norm_silu_conv_residual(
     K: int = 3,
     out: int = 8,
     padding: int = 1,
-    affine: bool = True,
+    affine: str = "both",
     film: bool = False,
     bias: bool = True,
     residual: bool = True,
@@ -87,7 +89,7 @@ def _layer_norm_modulate(
     T: int,
     D: int,
     kind: str = "bd",
-    affine: bool = False,
+    affine: str = "neither",
     mean: float = 0.5,
     std: float = 2.0,
 ) -> Inputs:
@@ -103,7 +105,7 @@ def _rms_norm_modulate(
     T: int,
     D: int,
     kind: str = "bd",
-    affine: bool = False,
+    affine: str = "neither",
     mean: float = 0.5,
     std: float = 2.0,
 ) -> Inputs:
@@ -225,9 +227,12 @@ def _cases() -> Iterable[Case]:
     norm = "group_norm_silu"
     yield _images(norm, "affine", groups(32), N=3, C=64, S=(5, 7))
     yield _images(norm, "film", groups(32), N=3, C=64, S=(16, 16), film=True)
-    yield _images(norm, "film-no-affine", groups(3), N=2, C=12, S=(3, 5, 4), affine=False, film=True)
+    yield _images(norm, "film-no-affine", groups(3), N=2, C=12, S=(3, 5, 4), affine="neither", film=True)
+    for affine in ("weight", "bias"):
+        yield _images(norm, f"film-{affine}-alone", groups(3), N=2, C=12, S=(5, 7), affine=affine, film=True)
+        yield Case("layer_norm_modulate", f"{affine}-alone", {"B": 2, "T": 9, "D": 40, "affine": affine})
     yield _images(norm, "film-prime", groups(7, activation=None), N=3, C=21, S=(13, 11), film=True)
-    yield _images(norm, "plain-1d", groups(4, activation=None, eps=1e-3), N=2, C=20, S=(37,), affine=False)
+    yield _images(norm, "plain-1d", groups(4, activation=None, eps=1e-3), N=2, C=20, S=(37,), affine="neither")
     yield _images(norm, "one-pixel", groups(8), N=4, C=64, S=(1, 1), film=True)
     yield _images(norm, "group-per-channel", groups(18), N=2, C=18, S=(9, 10))
     yield _images(norm, "one-group-1152", groups(1), N=2, C=1152, S=(3, 3), film=True)
@@ -240,13 +245,14 @@ def _cases() -> Iterable[Case]:
     yield _images(
         fused, "1x1-bare", groups(3, padding=0), N=2, C=9, S=(5, 7), K=1, padding=0, bias=False, residual=False
     )
-    yield _images(fused, "no-affine-1d", groups(4), N=2, C=16, S=(17,), affine=False)
+    yield _images(fused, "no-affine-1d", groups(4), N=2, C=16, S=(17,), affine="neither")
     yield _images(fused, "film-3d", groups(4), N=2, C=16, S=(4, 5, 3), film=True)
     yield Case(
         fused, "large", {"N": 2, "C": 32, "S": (32, 32), "out": 32, "film": True}, groups(32), IMAGES, large=True
     )
 
     yield _images("conv_residual", "3x3", N=3, C=16, S=(9, 7))
+    yield _images("conv_residual", "3x3-no-bias", N=2, C=8, S=(5, 6), bias=False)
     yield _images("conv_residual", "1x1-no-bias", {"padding": 0}, N=2, C=7, S=(5, 6), K=1, padding=0, bias=False)
     yield _images("conv_residual", "1d", N=2, C=16, S=(19,))
     yield _images("conv_residual", "3d-bare", N=2, C=8, S=(4, 5, 3), bias=False, residual=False)
@@ -254,13 +260,13 @@ def _cases() -> Iterable[Case]:
 
     for op in ("layer_norm_modulate", "rms_norm_modulate"):
         yield Case(op, "chunks", {"B": 3, "T": 17, "D": 48})
-        yield Case(op, "affine-prime", {"B": 3, "T": 11, "D": 37, "affine": True}, {"eps": 1e-3})
+        yield Case(op, "affine-prime", {"B": 3, "T": 11, "D": 37, "affine": "both"}, {"eps": 1e-3})
         yield Case(op, "per-token", {"B": 2, "T": 13, "D": 72, "kind": "btd"})
-        yield Case(op, "mixed", {"B": 2, "T": 6, "D": 33, "kind": "mixed", "affine": True})
+        yield Case(op, "mixed", {"B": 2, "T": 6, "D": 33, "kind": "mixed", "affine": "both"})
         yield Case(op, "scale-only", {"B": 2, "T": 5, "D": 1152, "kind": "scale"})
         yield Case(op, "shift-only", {"B": 4, "T": 1, "D": 19, "kind": "shift"})
-        yield Case(op, "no-modulation", {"B": 2, "T": 9, "D": 64, "kind": "none", "affine": True})
-        yield Case(op, "large", {"B": 3, "T": 257, "D": 384, "affine": True}, large=True)
+        yield Case(op, "no-modulation", {"B": 2, "T": 9, "D": 64, "kind": "none", "affine": "both"})
+        yield Case(op, "large", {"B": 3, "T": 257, "D": 384, "affine": "both"}, large=True)
 
     for gate in ("one", "d", "bd", "btd"):
         yield Case("gate_residual", gate, {"size": (3, 17, 37), "gate": gate})

@@ -226,7 +226,7 @@ inline void drive_gate_residual(DType dtype, GateKind kind, int64_t B, int64_t T
 
 struct ConvOptions {
   int kernel;
-  bool norm = false, statistics = true, zero = false;
+  bool norm = false, statistics = true, zero = false, bias = true;
 };
 
 inline void drive_conv_residual(DType dtype, ConvOptions o, int64_t N, int64_t H, int64_t W, int64_t C, int64_t K) {
@@ -242,7 +242,7 @@ inline void drive_conv_residual(DType dtype, ConvOptions o, int64_t N, int64_t H
     p.scale = call.operand(N * C, false, C), p.shift = call.operand(N * C, false, C);
   }
   p.weight = call.input(K * o.kernel * o.kernel * C);
-  p.bias = call.operand(K);
+  if (o.bias) p.bias = call.operand(K);
   p.residual = call.input(N * H * W * K);
   p.y = call.output(N * H * W * K);
   const uint8_t flag = o.zero;

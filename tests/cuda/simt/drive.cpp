@@ -53,7 +53,9 @@ void drive_row_norms(DType dtype) {
 }
 
 void drive_gate_residuals(DType dtype) {
-  drive_gate_residual(dtype, GateKind::kSample, 1, 340, 48);  // several chunks
+  drive_gate_residual(dtype, GateKind::kSample, 1, 340, 48);                                // several chunks
+  drive_gate_residual(dtype, GateKind::kSample, 1, 8, dtype == DType::kF32 ? 1032 : 2056);  // two tiles of columns
+  drive_gate_residual(dtype, GateKind::kSample, 1, 3, 301);
   drive_gate_residual(dtype, GateKind::kChannel, 2, 9, 37);
   drive_gate_residual(dtype, GateKind::kToken, 1, 9, 40);
   drive_gate_residual(dtype, GateKind::kScalar, 1, 1, 2600);
@@ -67,6 +69,7 @@ void drive_convolutions(DType dtype) {
     drive_conv_residual(dtype, {1, norm}, 1, 3, 5, 168, 128);  // wide tiles, more blocks of channels than stages
     drive_conv_residual(dtype, {3, norm, true, true}, 1, 3, 5, 8, 8);
   }
+  drive_conv_residual(dtype, {3, false, false, false, false}, 1, 3, 5, 8, 8);  // no bias
 }
 
 void drive(const std::string& op) {

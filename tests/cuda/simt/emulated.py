@@ -162,6 +162,7 @@ def _loaded() -> ctypes.CDLL:
     settings = ctypes.CDLL(path)
     settings.simt_seed.argtypes = [ctypes.c_uint64]
     settings.simt_gpu.argtypes = [ctypes.c_uint64] * 2
+    settings.simt_last_blocks.argtypes = [ctypes.c_uint64]
     for name in ("launches", "clusters", "records", "record_threads", "record_bytes", "record_cluster"):
         getattr(settings, f"simt_{name}").restype = ctypes.c_uint64
     for name in ("record_threads", "record_bytes", "record_cluster"):
@@ -191,6 +192,16 @@ def gpu(shared: int, cluster: int) -> Iterator[None]:
         yield
     finally:
         _loaded().simt_gpu(*GPUS["sm_80"])
+
+
+@contextlib.contextmanager
+def last_blocks(count: int) -> Iterator[None]:
+    """Of each launch in the block only the last so many blocks run: of a launch that is too large to run as a whole."""
+    _loaded().simt_last_blocks(count)
+    try:
+        yield
+    finally:
+        _loaded().simt_last_blocks(0)
 
 
 @contextlib.contextmanager

@@ -164,8 +164,9 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<voi
   m.tsan = __tsan_get_current_fiber();
   m.started = 0;
 #endif
-  std::vector<uint64_t> order(blocks / cluster);
-  for (uint64_t i = 0; i < order.size(); i++) order[i] = i * cluster;
+  const uint64_t left_out = m.last_blocks && m.last_blocks < blocks ? blocks - m.last_blocks : 0;
+  std::vector<uint64_t> order((blocks - left_out) / cluster);
+  for (uint64_t i = 0; i < order.size(); i++) order[i] = left_out + i * cluster;
   if (m.seed) std::shuffle(order.begin(), order.end(), m.random);
   for (uint64_t first : order) {
     run_cluster(first);

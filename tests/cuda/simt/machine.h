@@ -136,6 +136,7 @@ struct Machine {
   LaunchMode mode = LaunchMode::kRun;  // kRefuse: launches fail, as without resources; kRecord: they are only noted
   size_t shared_limit = 163 * 1024;    // of a block: the GPU that is played is an sm_80,
   unsigned cluster_limit = 1;          // which has no clusters
+  uint64_t last_blocks = 0;            // of a launch only so many run, the last ones; 0: all
   Stats stats;
   std::vector<LaunchRecord> records;
   // the launch

@@ -12,6 +12,9 @@ extern "C" void simt_gpu(uint64_t shared, uint64_t cluster) {
   simt::machine().cluster_limit = static_cast<unsigned>(cluster);
 }
 
+// Of a launch only the last so many blocks run; 0: all.
+extern "C" void simt_last_blocks(uint64_t blocks) { simt::machine().last_blocks = blocks; }
+
 // 0: launches run, 1: they fail, 2: they are only noted, 3: those of clusters fail.
 extern "C" void simt_mode(int mode) {
   simt::machine().mode = static_cast<simt::LaunchMode>(mode);

@@ -153,11 +153,12 @@ def table(targets=TARGETS, fresh: bool = False) -> list[dict[str, str]]:
 
 def launches(target: str) -> dict[str, tuple[int, int, int]]:
     """{kernel: (threads, bytes of dynamic shared memory, blocks of a cluster)} at shapes of U-Nets and DiTs in bf16."""
-    import emulated
     import torch
 
     from zeroblock.backends.base import GroupNorm
     from zeroblock.backends.cuda import CUDA
+
+    from . import emulated
 
     def t(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._layout import alignment
+from ...plan.describe import describe_alignment
 from ...plan.planned import PlannedOp
 from ...steps.conv_bwd import CONV_BWD, ConvGradsCall
 from .. import available
@@ -37,10 +39,12 @@ class DgradCall(NamedTuple):
         return ConvGradsCall(self.backend, self.dy, self.h, self.weight, False, self.padding, mask)
 
     def signature(self) -> tuple:
-        return self.flag is None, self.conv.signature(), library_settings(self.h)
+        aligned = alignment(self.dy, self.weight)
+        return self.flag is None, self.conv.signature(), library_settings(self.h), aligned
 
     def describe(self) -> str:
-        return f"{self.conv.describe()}, {describe_flag(self.flag is not None)}, {library_settings(self.h)}"
+        how = f"{describe_flag(self.flag is not None)}, {library_settings(self.h)}"
+        return f"{self.conv.describe()}, {how}{describe_alignment(self.dy, self.weight)}"
 
     def work(self) -> int:
         return 2 * self.dy.numel() * self.weight[0].numel()
@@ -97,10 +101,11 @@ class WgradCall(NamedTuple):
         return ConvGradsCall(backend, dy, h, weight, has_bias, padding, (False, *mask))
 
     def signature(self) -> tuple:
-        return self.conv.signature(), library_settings(self.h)
+        return self.conv.signature(), library_settings(self.h), alignment(self.dy, self.h)
 
     def describe(self) -> str:
-        return f"{self.conv.describe()}, bias {self.has_bias}, {library_settings(self.h)}"
+        how = f"bias {self.has_bias}, {library_settings(self.h)}"
+        return f"{self.conv.describe()}, {how}{describe_alignment(self.dy, self.h)}"
 
     def work(self) -> int:
         return 2 * self.dy.numel() * self.weight[0].numel() * bool(self.mask[0])

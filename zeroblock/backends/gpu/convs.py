@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...plan.describe import dtype_name
+from ..._layout import alignment
+from ...plan.describe import describe_alignment, dtype_name
 from ...plan.planned import PlannedOp
 from ...steps.conv import CONV, ConvCall, unit_conv_size, unit_geometry
 from ...steps.flag import DEVICE
@@ -43,11 +44,14 @@ class FlaggedConvCall(NamedTuple):
         return ConvCall(backend, h, weight, bias, residual, unit_geometry(padding))
 
     def signature(self) -> tuple:
-        return self.conv.signature(), self.zero_skip, library_settings(self.h)
+        aligned = alignment(self.h, self.weight, self.bias, self.residual)
+        return self.conv.signature(), self.zero_skip, library_settings(self.h), aligned
 
     def describe(self) -> str:
         flagged = describe_flag(self.zero_skip == DEVICE)
-        return f"{self.conv.describe()}, {flagged}, settings {library_settings(self.h)}"
+        settings = f"settings {library_settings(self.h)}"
+        aligned = describe_alignment(self.h, self.weight, self.bias, self.residual)
+        return f"{self.conv.describe()}, {flagged}, {settings}{aligned}"
 
     def work(self) -> int:
         return self.conv.work()
@@ -113,7 +117,8 @@ class FlaggedNormConvCall(NamedTuple):
     def signature(self) -> tuple:
         groups, weight, bias, _, scale, shift, keep, _ = self.norm
         absent = (weight is None, bias is None, scale is None, shift is None, keep is None)
-        return groups, absent, self.weight.dtype, self.conv.signature()
+        aligned = alignment(weight, bias, scale, shift, keep)
+        return groups, absent, self.weight.dtype, self.conv.signature(), aligned
 
     def describe(self) -> str:
         return f"{self.conv.describe()}, weight {dtype_name(self.weight)}, {describe_norm(self.norm)}"
@@ -182,7 +187,7 @@ def _cuda_fused(call: FlaggedNormConvCall) -> NormConvResult:
 def _why_not_cuda_fused(call: FlaggedNormConvCall) -> str | None:
     if call.norm.keep is not None:
         return "dropout lies between the norm and the convolution"
-    return call.conv.why_not(OwnGemm("cuda", None))
+    return call.conv.why_not(OwnGemm("cuda", None)) or available.cuda().why_not_norm_conv(call.x)
 
 
 NORM_CONV_RESIDUAL = PlannedOp(

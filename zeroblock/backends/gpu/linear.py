@@ -6,7 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
-from ...plan.describe import describe_operand, describe_rows, describe_weight, dtype_name
+from ..._layout import alignment
+from ...plan.describe import describe_alignment, describe_operand, describe_rows, describe_weight, dtype_name
 from ...plan.planned import PlannedOp
 from ...steps.flag import DEVICE
 from ...steps.linear import LinearGateCall, library_linear_gate
@@ -23,6 +24,7 @@ def _signature(call: LinearGateCall) -> tuple:
         residual if residual is None else (residual.stride(), residual.dtype),
         (activation, zero_skip, save_branch),
         library_settings(h),
+        alignment(h, weight, bias, gate, residual),
     )
 
 
@@ -38,7 +40,7 @@ def _describe(call: LinearGateCall) -> str:
     parts.append(f"{activation}")
     if save_branch:
         parts.append("branch kept")
-    return ", ".join([*parts, f"{library_settings(h)}"])
+    return ", ".join([*parts, f"{library_settings(h)}"]) + describe_alignment(h, weight, bias, gate, residual)
 
 
 def _work(call: LinearGateCall) -> int:

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
-from ...plan.describe import describe_images, describe_operand, describe_rows
+from ...plan.describe import describe_alignment, describe_images, describe_operand, describe_rows
 from ...plan.planned import PlannedOp
 from ...steps.flag import is_plain_tensor
 from .. import available
@@ -39,8 +39,10 @@ if INSTALLED:
 
 
 def signature(*args: Any, **_: Any) -> tuple:
-    """Of any arguments: layout, dtype and place of the tensors, the values of the rest."""
-    return tuple([(a.shape, a.stride(), a.dtype, a.device) if is_plain_tensor(a) else a for a in args])
+    """Of any arguments: layout, dtype, place and `alignment` of the tensors, the values of the rest."""
+    return tuple(
+        [(a.shape, a.stride(), a.dtype, a.device, a.data_ptr() % 16 == 0) if is_plain_tensor(a) else a for a in args]
+    )
 
 
 def _describe(names: list[str], device_arg: int, *args: Any) -> str:
@@ -53,7 +55,7 @@ def _describe(names: list[str], device_arg: int, *args: Any) -> str:
                 parts.append(f"{name} {describe_operand(a)}")
         elif a is not None and name != "eps":
             parts.append(f"{name}={a}")
-    return ", ".join(parts)
+    return ", ".join(parts) + describe_alignment(*(a for a in args if isinstance(a, Tensor)))
 
 
 def _bytes(device_arg: int, *args: Any) -> int:
@@ -62,6 +64,13 @@ def _bytes(device_arg: int, *args: Any) -> int:
 
 def _why_not(backend: str, name: str, device_arg: int, *args: Any) -> str | None:
     return available.why_not(backend, name, args[device_arg])
+
+
+def _why_not_cuda(name: str, device_arg: int, groups_arg: int | None, *args: Any) -> str | None:
+    reason = available.why_not("cuda", name, args[device_arg])
+    if reason is not None or groups_arg is None:
+        return reason
+    return CUDA.why_not_groups(args[device_arg], args[groups_arg])
 
 
 def _why_not_tile(name: str, device_arg: int, *args: Any) -> str | None:
@@ -76,12 +85,13 @@ def _step(
     library: Callable[P, R], triton: Callable[P, R], cuda: Callable[P, R] | None, *, device_arg: int = 0
 ) -> PlannedOp[P, R]:
     """The step named as the methods given: by the library, by Triton, by CUDA (None: it has no such kernel)."""
-    name = library.__name__
+    name, parameters = library.__name__, list(inspect.signature(library).parameters)
+    groups_arg = parameters.index("num_groups") if "num_groups" in parameters else None
     step: PlannedOp[P, R] = PlannedOp(
         name,
         library,
         signature=signature,
-        describe=partial(_describe, list(inspect.signature(library).parameters), device_arg),
+        describe=partial(_describe, parameters, device_arg),
         work=partial(_bytes, device_arg),
         rule=partial(_rule, ("triton", "cuda") if cuda is not None else ("triton",), name, device_arg),
         device_arg=device_arg,
@@ -89,7 +99,7 @@ def _step(
     )
     step.add("triton", triton, partial(_why_not, "triton", name, device_arg))
     if cuda is not None:
-        step.add("cuda", cuda, partial(_why_not, "cuda", name, device_arg))
+        step.add("cuda", cuda, partial(_why_not_cuda, name, device_arg, groups_arg))
     # Triton's kernel as a plan may ask for it beside the launcher's own choice.
     choose = cast("Callable[..., R]", triton)
     if name.startswith("group_norm") and INSTALLED:

@@ -1,0 +1,75 @@
+"""The launchers' constants made small: several steps of a program, several programs of a sample, tiles that are cut.
+Unchanged they do so from the sizes of training on, which no interpreter runs.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("ml_dtypes")
+
+from . import interpret  # noqa: E402
+
+interpret.install()
+
+from zeroblock.kernels import _group_tiles, _launch, gate_residual, group_norm_silu, layer_norm_modulate  # noqa: E402
+from zeroblock.plan import planned as _plan  # noqa: E402
+from zeroblock.testing import use_backend  # noqa: E402
+from zeroblock.testing.cases import Case  # noqa: E402
+from zeroblock.testing.parity import assert_parity  # noqa: E402
+
+from ..plan.gpu_cases import planned_on_the_cpu, prefer  # noqa: E402
+
+SMALL = {
+    layer_norm_modulate: {"PROGRAMS": 1, "FORWARD_STEPS": 4, "BACKWARD_PROGRAMS": 1, "BACKWARD_STEPS": 5},
+    gate_residual: {"PROGRAMS": 1, "STEPS": 4, "ELEMENTS": 1024},
+    _group_tiles: {"PROGRAMS": 1, "FLAT": 16, "FLAT_STEPS": 2},
+    group_norm_silu: {"COMBINE_ELEMENTS": 8},  # parts combined in several rounds
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for module, constants in SMALL.items():
+        for name, value in constants.items():
+            assert getattr(module, name) > value
+            monkeypatch.setattr(module, name, value)
+
+
+def steps_of(launches: list) -> dict[str, tuple[int, int]]:
+    """(steps of a program, programs of a sample) by kernel, of those whose programs take steps."""
+    return {x.kernel.__name__: (x.arguments["steps"], x.grid[0]) for x in launches if "steps" in x.arguments}
+
+
+SIZE = {"B": 2, "T": 45, "D": 200}  # forward 6 tiles of 8 rows, backward 12 of 4, of a gate 6 of 8: the last one is cut
+TOKENS = (
+    Case("layer_norm_modulate", "steps", {**SIZE, "affine": "both"}),
+    Case("layer_norm_modulate", "steps-per-token", {**SIZE, "kind": "btd", "affine": "both"}),
+    Case("rms_norm_modulate", "steps", {**SIZE, "affine": "weight"}),
+    *(Case("gate_residual", f"steps-{gate}", {"size": tuple(SIZE.values()), "gate": gate}) for gate in ("d", "bd")),
+    Case("gate_residual", "steps-btd", {"size": tuple(SIZE.values()), "gate": "btd"}),
+    *(Case("gate_residual_layer_norm_modulate", f"steps-{gate}", {**SIZE, "gate": gate}) for gate in ("bd", "btd")),
+)
+
+
+@pytest.mark.parametrize("case", TOKENS, ids=str)
+def test_programs_take_several_steps(case):
+    with use_backend("triton"), _launch.recording() as launches:
+        assert_parity(case, torch.float32)
+    found = steps_of(launches)
+    assert found["_backward"][0] > 1 and found["_backward"][1] > 1
+    assert case.op == "gate_residual" or found["_forward"] == (4, 2)
+
+
+@pytest.mark.parametrize("layout", ("dense", "nhwc"))
+def test_groups_that_are_split(layout):
+    """35 pixels in tiles of 16, or of one channels-last, two to a part: the last tile is cut, and alone."""
+    sizes = {"N": 2, "C": 12, "S": (7, 5), "film": True, "affine": "neither"}
+    case = Case("group_norm_silu", "split", sizes, {"num_groups": 3})
+    with planned_on_the_cpu() as patch, _plan.use("fixed"), _launch.recording() as launches:
+        ran = prefer(patch, "triton split")
+        assert_parity(case, torch.float32, layout)
+    assert {way for _, way in ran} == {"triton split"}
+    parts = 2 if layout == "dense" else 18
+    assert steps_of(launches) == {"_moments": (2, parts), "_sums": (2, parts)}
+    assert all(x.arguments["BLOCK"] < parts or parts == 2 for x in launches if x.kernel.__name__ == "_combine")
