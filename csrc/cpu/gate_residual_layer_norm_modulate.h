@@ -68,10 +68,6 @@ struct GatedRows {
   T* x_new;
   T* held;  // read only when kHold
   int64_t D;
-  ZB_INLINE float pivot(int64_t row) const {
-    const int n = D < 3 ? static_cast<int>(D) : 3;
-    return pivot_of(x_new, fmadd(load(gate, n), load(branch + row * D, n), load(residual + row * D, n)));
-  }
   template <class Lanes>
   ZB_INLINE auto operand(int64_t i, Lanes lanes) const {
     return load_step(gate + i, lanes);
@@ -147,15 +143,11 @@ void gate_residual_layer_norm_modulate_fwd_of(T* type, Gate*, Scale*, Shift*, co
       T* const x_new = static_cast<T*>(p.x_new) + row * D;
       T* const x = stream_x ? reinterpret_cast<T*>(held) : x_new;
       const OperandRow<Gate> g = gate.row(b, t);
-      const auto x_at = [&](int64_t i, auto lanes) ZB_BODY {
-        return fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes));
-      };
-      const float pivot = pivot_of(x, x_at(0, D < 3 ? static_cast<int>(D) : 3));
       const double sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
-        store(x + i, x_at(i, lanes), lanes);
-        return acc + above_pivot(x, load(x + i, lanes), pivot, lanes);  // as rounded
+        store(x + i, fmadd(g.at(i, lanes), load(branch + i, lanes), load(residual + i, lanes)), lanes);
+        return acc + load(x + i, lanes);  // as rounded
       });
-      const RowStats stats = row_stats(x, D, inverse, pivot + sum * inverse, false, p.eps);
+      const RowStats stats = summed_stats(x, D, inverse, sum, false, p.eps);
       p.mean[row] = stats.mean;
       p.rstd[row] = stats.rstd;
       modulate_row<false>(x, static_cast<T*>(p.y) + row * D, D, stats, Affine{}, scale.row(b, t), shift.row(b, t),

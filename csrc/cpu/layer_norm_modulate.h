@@ -15,24 +15,19 @@
 namespace zeroblock {
 namespace {
 
-// Mean and rstd of a row, given its exact mean (0 for rms) and 1 / D.
 template <class T>
-ZB_INLINE RowStats row_stats(const T* x, int64_t D, double inverse, double mean, bool rms, float eps) {
-  const float rounded = static_cast<float>(mean);
-  const Vec m = set1(rounded);
-  const double squares = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
-    const Vec d = keep_first(load(x + i, lanes) - m, lanes);
-    return fmadd(d, d, acc);
-  });
-  return {rounded, inverse_root(squares * inverse, mean - rounded, rms, eps)};
+ZB_INLINE double row_sum(const T* x, int64_t D) {
+  return sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY { return acc + load(x + i, lanes); });
 }
 
+// Mean and rstd of a row, given its sum (ignored for rms) and 1 / D.
 template <class T>
-ZB_INLINE double row_mean(const T* x, int64_t D, double inverse) {
-  const float pivot = pivot_of(x, load(x, D < 3 ? static_cast<int>(D) : 3));
-  const double sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes)
-                                        ZB_BODY { return acc + above_pivot(x, load(x + i, lanes), pivot, lanes); });
-  return pivot + sum * inverse;
+ZB_INLINE RowStats summed_stats(const T* x, int64_t D, double inverse, double sum, bool rms, float eps) {
+  const double mean = rms ? 0.0 : sum * inverse;
+  const float rounded = static_cast<float>(mean);
+  const double squares = squares_about(x, D, rounded) * inverse;
+  if (!rms && is_doubtful(x, mean, squares)) return careful_stats(x, D, eps);
+  return {rounded, inverse_root(squares, mean - rounded, rms, eps)};
 }
 
 // weight and bias of the channels; present only when kAffine.
@@ -115,7 +110,7 @@ void layer_norm_modulate_fwd_of(T* type, Scale*, Shift*, const LayerNormModulate
     for (int64_t t = t_begin; t < t_end; ++t) {
       const int64_t row = b * p.T + t;
       const T* const x = static_cast<const T*>(p.x) + row * D;
-      const RowStats stats = row_stats(x, D, inverse, p.rms ? 0.0 : row_mean(x, D, inverse), p.rms, p.eps);
+      const RowStats stats = summed_stats(x, D, inverse, p.rms ? 0.0 : row_sum(x, D), p.rms, p.eps);
       if (p.mean != nullptr) p.mean[row] = stats.mean;
       p.rstd[row] = stats.rstd;
       modulate_row<kAffine>(x, static_cast<T*>(p.y) + row * D, D, stats, affine, scale.row(b, t), shift.row(b, t),
@@ -217,13 +212,21 @@ ZB_INLINE void modulate_bwd_tile(RowTile<R> tile, const ModulateTile<kTokenScale
     if (a.sums.scaled_dy != nullptr) accumulate_step(a.sums.scaled_dy, i, sum_scaled, lanes);
     if (kTokenScale && a.sums.dy != nullptr) accumulate_step(a.sums.dy, i, sum_dy, lanes);
   };
-  for (int64_t begin = 0; begin < D; begin += kSummedColumns) {
-    const int64_t size = D - begin < kSummedColumns ? D - begin : kSummedColumns;
-    each_step(a.x, size, [&](int64_t i, auto lanes) ZB_BODY { walk(begin + i, lanes); });
+  const auto sum_rows = [&]() ZB_BODY {
     for (int r = 0; r < R; ++r) {
       row_g[r] += sum(sum_g[r]);
       row_gc[r] += sum(sum_gc[r]);
       sum_g[r] = sum_gc[r] = zero();
+    }
+  };
+  if (D <= kSummedColumns) {
+    each_step(a.x, D, walk);
+    sum_rows();
+  } else {
+    for (int64_t begin = 0; begin < D; begin += kSummedColumns) {
+      const int64_t size = D - begin < kSummedColumns ? D - begin : kSummedColumns;
+      each_step(a.x, size, [&](int64_t i, auto lanes) ZB_BODY { walk(begin + i, lanes); });
+      sum_rows();
     }
   }
   // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), xhat = c * rstd

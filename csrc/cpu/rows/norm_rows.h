@@ -44,9 +44,8 @@ struct Means {
   __m128 rounded = _mm_setzero_ps();
   __m256d missed = _mm256_setzero_pd();
 };
-ZB_INLINE Means means(__m128 sums, float pivot, double inverse) {
-  const __m256d mean = _mm256_add_pd(_mm256_set1_pd(static_cast<double>(pivot)),
-                                     _mm256_mul_pd(_mm256_cvtps_pd(sums), _mm256_set1_pd(inverse)));
+ZB_INLINE Means means(__m128 sums, double inverse) {
+  const __m256d mean = _mm256_mul_pd(_mm256_cvtps_pd(sums), _mm256_set1_pd(inverse));
   const __m128 rounded = _mm256_cvtpd_ps(mean);
   return {rounded, _mm256_sub_pd(mean, _mm256_cvtps_pd(rounded))};
 }
@@ -98,9 +97,9 @@ struct NormTiles {
   Vec4 sums, squares;
 
   template <bool kSum, bool kSquare, bool kOut, class Source, class Modulation>
-  ZB_INLINE void walk(const Source& source, int64_t first, float pivot, const T* second, __m128 second_mean,
-                      const T* third, __m128 third_mean, __m128 third_rstd, T* y, int64_t row,
-                      const Modulation& modulation, bool streamed) {
+  ZB_INLINE void walk(const Source& source, int64_t first, const T* second, __m128 second_mean, const T* third,
+                      __m128 third_mean, __m128 third_rstd, T* y, int64_t row, const Modulation& modulation,
+                      bool streamed) {
     Vec4 s = zero(), q = zero();
     const Vec4 mean2 = spread(second_mean), mean3 = spread(third_mean), rstd3 = spread(third_rstd);
     const int64_t stride = D;
@@ -112,7 +111,7 @@ struct NormTiles {
         Vec& square = q.v[r * kChains + chain];
         if (kSum) {
           const auto x = source.take(operand, first + r, i, lanes);
-          for (int k = 0; k < parts; ++k) sum = sum + above_pivot(y, part(x, k), pivot, lanes);
+          for (int k = 0; k < parts; ++k) sum = sum + part(x, k);
         }
         if (kSquare) {
           const auto x = load_step(second + r * stride + i, lanes);
@@ -166,42 +165,44 @@ ZB_INLINE void norm_rows(int64_t D, int64_t begin, int64_t end, Source& source, 
   const double inverse = 1.0 / static_cast<double>(D);
   Means mean2, mean3;
   __m128 rstd3 = none;
-  float next_pivot = begin < end && !rms ? source.pivot(begin) : 0.0f;
   for (int64_t row = begin; row < end + 2 * R; row += R) {  // of the first tile; the others are R and 2 R behind
     const bool has_first = row < end, has_second = row - R >= begin && row - R < end, has_third = row - 2 * R >= begin;
     const T* const x2 = has_second ? source.rows(row - R) : nullptr;
     const T* const x3 = has_third ? source.rows(row - 2 * R) : nullptr;
     T* const out = has_third ? y + (row - 2 * R) * D : nullptr;
-    const float pivot = next_pivot;
-    next_pivot = row + R < end && !rms ? source.pivot(row + R) : 0.0f;  // early: the walk need not wait for it
     Vec4 sums = zero(), squares = zero();
     if (has_first && has_second && has_third) {
-      tiles.template walk<true, true, true>(source, row, pivot, x2, mean2.rounded, x3, mean3.rounded, rstd3, out,
-                                            row - 2 * R, modulation, streamed);
+      tiles.template walk<true, true, true>(source, row, x2, mean2.rounded, x3, mean3.rounded, rstd3, out, row - 2 * R,
+                                            modulation, streamed);
       sums = tiles.sums, squares = tiles.squares;
     } else {
       if (has_first) {
-        tiles.template walk<true, false, false>(source, row, pivot, x2, none, x3, none, none, out, 0, modulation,
-                                                streamed);
+        tiles.template walk<true, false, false>(source, row, x2, none, x3, none, none, out, 0, modulation, streamed);
         sums = tiles.sums;
       }
       if (has_second) {
-        tiles.template walk<false, true, false>(source, row, pivot, x2, mean2.rounded, x3, none, none, out, 0,
-                                                modulation, streamed);
+        tiles.template walk<false, true, false>(source, row, x2, mean2.rounded, x3, none, none, out, 0, modulation,
+                                                streamed);
         squares = tiles.squares;
       }
       if (has_third) {
-        tiles.template walk<false, false, true>(source, row, pivot, x2, none, x3, mean3.rounded, rstd3, out,
-                                                row - 2 * R, modulation, streamed);
+        tiles.template walk<false, false, true>(source, row, x2, none, x3, mean3.rounded, rstd3, out, row - 2 * R,
+                                                modulation, streamed);
       }
     }
     mean3 = mean2;
     if (has_second) {
-      rstd3 = inverse_roots(row_sums<R>(squares), mean2.missed, rms, inverse, eps);
+      const __m128 sums_of_squares = row_sums<R>(squares);
+      rstd3 = inverse_roots(sums_of_squares, mean2.missed, rms, inverse, eps);
+      if (!rms && is_doubtful(y, static_cast<double>(_mm_cvtss_f32(mean2.rounded)),
+                              static_cast<double>(_mm_cvtss_f32(sums_of_squares)) * inverse)) {
+        const RowStats stats = careful_stats(x2, D, eps);  // a type with doubts has one row in a tile
+        mean3.rounded = _mm_set_ss(stats.mean), rstd3 = _mm_set_ss(stats.rstd);
+      }
       store_row_sums<R>(rstd + row - R, rstd3);
+      if (mean != nullptr) store_row_sums<R>(mean + row - R, mean3.rounded);
     }
-    mean2 = rms || !has_first ? Means{} : means(row_sums<R>(sums), pivot, inverse);
-    if (has_first && mean != nullptr) store_row_sums<R>(mean + row, mean2.rounded);
+    mean2 = rms || !has_first ? Means{} : means(row_sums<R>(sums), inverse);
   }
 }
 
@@ -223,7 +224,6 @@ template <class T>
 struct RowsAt {
   const T* x;
   int64_t D;
-  ZB_INLINE float pivot(int64_t row) const { return pivot_of(x, load(x + row * D, D < 3 ? static_cast<int>(D) : 3)); }
   template <class Lanes>
   ZB_INLINE int operand(int64_t, Lanes) const {
     return 0;

@@ -28,24 +28,32 @@ ZB_INLINE float inverse_root(double squares, double missed, bool rms, float eps)
   return static_cast<float>(1.0 / _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(sum))));
 }
 
-// The pivot of a row: one of its numbers, from which the others are summed. Equal numbers so have the mean that they
-// are, and where they are far from 0 the sum is not: it is the middle one of the first three, whose lanes `first` has
-// (0 where there are fewer), since a row may begin with its largest. Numbers of 16 bits are summed as they are
-// (sum_columns).
-ZB_INLINE float pivot_of(const float*, Vec first) {
-  const __m128 a = low_quarter(first), b = _mm_movehdup_ps(a), c = _mm_movehl_ps(a, a);
-  return _mm_cvtss_f32(_mm_max_ss(_mm_min_ss(a, b), _mm_min_ss(_mm_max_ss(a, b), c)));
+// The sum of the squares about a centre.
+template <class T>
+ZB_INLINE double squares_about(const T* x, int64_t D, float centre) {
+  const Vec c = set1(centre);
+  return sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
+    const Vec d = keep_first(load(x + i, lanes) - c, lanes);
+    return fmadd(d, d, acc);
+  });
 }
-ZB_INLINE float pivot_of(const void*, Vec) { return 0.0f; }
-// x less the pivot, in the units that multiply: those that add have the sum.
-template <class Lanes>
-ZB_INLINE Vec above_pivot(const float*, Vec x, float pivot, Lanes lanes) {
-  return keep_first(fmsub(x, set1(1.0f), set1(pivot)), lanes);
+
+// A mean square about the mean, with its rounding, so small beside the mean of fp32 that rounding may have made it, as
+// it does where all numbers are equal; sums of 16 bits do not round (sum_columns).
+ZB_INLINE bool is_doubtful(const float*, double mean, double squares) { return squares < mean * mean * 1e-6; }
+ZB_INLINE bool is_doubtful(const void*, double, double) { return false; }
+
+// The statistics of such a row: it is summed from one of its numbers, so that the mean of equal ones is that number.
+__attribute__((noinline)) inline RowStats careful_stats(const float* x, int64_t D, float eps) {
+  const double count = static_cast<double>(D);
+  const Vec pivot = set1(x[0]);
+  const double sum = sum_columns(
+      D, [&](Vec acc, int64_t i, auto lanes) { return acc + keep_first(load(x + i, lanes) - pivot, lanes); });
+  const double mean = static_cast<double>(x[0]) + sum / count;
+  const float rounded = static_cast<float>(mean);
+  return {rounded, inverse_root(squares_about(x, D, rounded) / count, mean - rounded, false, eps)};
 }
-template <class Lanes>
-ZB_INLINE Vec above_pivot(const void*, Vec x, float, Lanes) {
-  return x;
-}
+ZB_INLINE RowStats careful_stats(const void*, int64_t, float) { return {0.0f, 0.0f}; }
 
 // The row of an operand for one chunk, in the order of pairs: fp32 is copied into it, bf16 has it as it is loaded.
 class StagedOperand {

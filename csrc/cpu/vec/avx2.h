@@ -56,7 +56,6 @@ ZB_INLINE float sum(Vec a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-ZB_INLINE __m128 low_quarter(Vec a) { return _mm256_castps256_ps128(a.v); }
 ZB_INLINE Vec broadcast(__m128 a) { return {_mm256_broadcastss_ps(a)}; }
 
 struct Sum64 {

@@ -71,8 +71,7 @@ ZB_INLINE __m128 quarter_sums(Vec a) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-ZB_INLINE __m128 low_quarter(Vec a) { return _mm512_castps512_ps128(a.v); }  // its first four lanes
-ZB_INLINE Vec broadcast(__m128 a) { return {_mm512_broadcastss_ps(a)}; }     // of its lowest lane
+ZB_INLINE Vec broadcast(__m128 a) { return {_mm512_broadcastss_ps(a)}; }  // of its lowest lane
 
 // Lane sums in fp64 of products of fp32 numbers, which are exact there.
 struct Sum64 {
