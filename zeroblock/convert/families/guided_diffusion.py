@@ -202,10 +202,12 @@ class AttentionBlock(_Entered):
         return (
             is_group_norm(block.norm)
             and computes(block.attention, _ATTENTIONS)
-            and all(fits_fused(conv) and max(conv.kernel_size) == 1 and not any(conv.padding) for conv in convs)
+            and all(fits_fused(conv) and conv.kernel_size in _POINTS for conv in convs)
             and bypassable((block.norm, block.qkv, block.attention, block.proj_out))
         )
 
+
+_POINTS = ((1,), (1, 1), (1, 1, 1))
 
 # The forwards of the attentions that were proved.
 _ATTENTIONS: Forwards = {}
