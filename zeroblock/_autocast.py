@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 
+def is_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which raises for meta
+
+
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype autocast gives a convolution or linear with this weight now; None when it leaves it alone (fp64
     too)."""
-    device = weight.device.type
-    if device == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if weight.dtype == torch.float64 or not is_autocast(weight.device):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(weight.device.type)
 
 
 def autocast(weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

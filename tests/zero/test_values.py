@@ -211,12 +211,14 @@ def test_weight_subclass_is_dense():
     assert counters() == {}, "nobody judges it"
 
 
+@pytest.mark.parametrize("grad", (True, False), ids=("training", "inference"))
 @pytest.mark.parametrize("name", ["ResBlock", "DiTBlock", "ZeroConv2d", "ResidualBranch-conv"])
-def test_meta_weights_give_meta_results(name):
+def test_meta_weights_give_meta_results(name, grad):
     case = CASES[name]
     module = case.build(zb.nn).to("meta")
     inputs = tuple(t.detach().to("meta") for t in case.example())
-    assert module(*inputs).device.type == "meta"
+    with torch.set_grad_enabled(grad):
+        assert module(*inputs).device.type == "meta"
 
 
 class Doubled(nn.Conv2d):

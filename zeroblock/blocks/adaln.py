@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, reference
+from .._autocast import is_autocast
 from ..ops.register import left_to_compiler
 from ..reference import apply_activation
 from .decision import NOT_ALLOWED, RUN, SKIPS, Answer, decide, op_policy, runs_eagerly
@@ -124,7 +125,7 @@ def _before_last(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tenso
 def _is_plain_inference(policy: str, answers: list[Answer], x: Tensor) -> bool:
     """Everything runs, without gradients and autocast; nothing watches the dispatcher, and there is no flag on a device
     that the ops' kernels would have to read."""
-    if torch.is_grad_enabled() or not runs_eagerly() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_grad_enabled() or not runs_eagerly() or is_autocast(x.device):
         return False
     return policy == "never" or all(answer is RUN for answer in answers)
 
