@@ -84,7 +84,7 @@ def fresh_compiler():
 def _accelerated(build: Callable[[], Built]) -> tuple[nn.Module, nn.Module, tuple, dict[str, Any]]:
     theirs, args, kwargs = build()
     ours = copy.deepcopy(theirs)
-    assert not zb.accelerate(ours).left_alone
+    assert zb.accelerate(ours).blocks
     return ours, theirs, args, kwargs
 
 

@@ -216,7 +216,8 @@ def _search(model: nn.Module, known: list[Family]) -> tuple[list[_Found], list[L
             elif verdict.obstacle.reason is Reason.NAMESAKE:
                 continue
             # Families share names of classes: the one that has the block's structure knows more.
-            if block not in obstacles or obstacles[block].reason is Reason.NAMESAKE:
+            first = obstacles.setdefault(block, verdict.obstacle)
+            if first.reason is Reason.NAMESAKE and verdict.obstacle.reason is not Reason.NAMESAKE:
                 obstacles[block] = verdict.obstacle
     names = {f.block: f.family.name for f in found}
     for block in residual.blocks_beside(model, blocks, taken):
