@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 def in_float8():
-    block = diffusers.models.resnet.ResnetBlock2D(in_channels=16, groups=4, temb_channels=16)
+    block = importlib.import_module("diffusers.models.resnet").ResnetBlock2D(in_channels=16, groups=4, temb_channels=16)
     diffusers.hooks.apply_layerwise_casting(block, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     return block
 
