@@ -1,11 +1,11 @@
 """How an op is registered: schema, forward, fake and backward of `Op`, and the eager fast path past the dispatcher.
 
-Ops are opaque to torch.compile and export, but for those with a `definition`, which torch.compile traces instead for a
-CPU: norms and gates, which inductor fuses with what surrounds them. Schemas have fixed arity: an absent result is an
-empty tensor, and statistics come back beside the result because backward can save only inputs and outputs. Saved for
-backward: the inputs that the caller owns, x's statistics, and nothing of the size of an activation. A backward that
-runs with grad mode on (create_graph=True) recomputes its gradient through reference.py and is differentiable to any
-order.
+Ops are opaque to torch.compile and export, but for those with a `definition`, which torch.compile traces instead in
+training on a CPU: norms and gates, which inductor fuses with what surrounds them. Schemas have fixed arity: an absent
+result is an empty tensor, and statistics come back beside the result because backward can save only inputs and outputs.
+Saved for backward: the inputs that the caller owns, x's statistics, and nothing of the size of an activation. A
+backward that runs with grad mode on (create_graph=True) recomputes its gradient through reference.py and is
+differentiable to any order.
 
 The function of an op is called by its users and by the dispatcher alike. It begins with `route`: in plain eager mode,
 where nothing could see a difference, it runs at once; a registered Python op costs several microseconds a call, more
@@ -40,9 +40,10 @@ DoubleBackward = Callable[[Sequence[Any], Sequence[bool], Sequence[MaybeTensor],
 
 
 def left_to_compiler(x: Tensor) -> bool:
-    """Whether the call is traced by torch.compile for a CPU, and not to be exported: what holds no zero path is then
-    written as plain PyTorch. On a GPU the kernels are called."""
-    return is_dynamo_compiling() and x.is_cpu and not is_exporting()
+    """Whether torch.compile traces the call for training on a CPU, and not to export it: what holds no zero path is
+    then written as plain PyTorch. Elsewhere the kernels are called. Of the speed of torch.compile alone, a DiT of four
+    blocks (two threads) had 0.97 in training as plain PyTorch and 0.93 by kernels, in inference 0.93 and 0.95."""
+    return is_dynamo_compiling() and is_grad_enabled() and x.is_cpu and not is_exporting()
 
 
 def filled(results: Sequence[MaybeTensor], like: Tensor) -> tuple[Tensor, ...]:
