@@ -193,9 +193,8 @@ def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         if weight.numel() == 0:
             return "its weight is empty"
-        if select("linear_gate_residual", weight).uses_packed_linears:
-            return packed.why_not_packed(weight)
-        return "without zeroblock's own kernels no linear layer computes with packed weights"
+        taken = select("linear_gate_residual", weight).uses_packed_linears
+        return packed.why_not_packed(weight) or (None if taken else "no linear uses it without zeroblock's own kernels")
     if weight.dim() not in (4, 5):
         return "oneDNN packs convolutions in two and three dimensions"
     return "padding on one side only" if _geometry(module) is None else packed.why_not_packed(weight)

@@ -72,10 +72,10 @@ def _cases():
     for op in MODULATED:
         for name in ("shift", "scale"):
             for bad in (
-                lambda v: v[:-1],
+                lambda v: torch.cat([v, v]),
                 lambda v: v[:, :1],
                 lambda v: v[:, None].expand(-1, 2, -1),
-                lambda v: v[:-1, None],
+                lambda v: torch.cat([v, v])[:, None],
                 lambda v: v[0, :-1],
                 lambda v: v[0, 0],
                 lambda v: v[:, None, None],

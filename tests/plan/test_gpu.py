@@ -276,7 +276,7 @@ def test_compiled_calls_go_by_the_rule(backends):
     torch._dynamo.reset()
     given = inputs("gate_residual")
     function = torch.compile(lambda **t: zb.gate_residual(**t), fullgraph=True, backend="aot_eager")
-    with _plan.use(timer=never):
+    with _plan.use(timer=never), torch.no_grad():  # in training on a CPU, which stands for the GPU, the op is traced
         function(**given)
     assert backends["triton"].calls == ["gate_residual"]
 
