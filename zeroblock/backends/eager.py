@@ -100,8 +100,11 @@ class Eager(Reference):
         dshift = None if shift is None else dz.sum(spatial).view(shift.shape)
         g = dz if scale is None else dz * (1 + channel_view(scale, x.dim()))
         pixels, mask = x.numel() // (N * C), [True, weight is not None, bias is not None]
+        gamma = _to(weight, torch.float32)
+        if gamma is None and bias is not None:
+            gamma = mean.new_ones(C)  # without a weight torch before 2.14 gives no bias gradient
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            g.float(), dense.float(), mean, rstd, _to(weight, torch.float32), N, C, pixels, num_groups, mask
+            g.float(), dense.float(), mean, rstd, gamma, N, C, pixels, num_groups, mask
         )
         return in_format_of(x, dx.to(x.dtype)), _to(dweight, x.dtype), _to(dbias, x.dtype), dscale, dshift
 

@@ -46,6 +46,8 @@ def group_norm_silu(
     eps: float = 1e-5,
     activation: str | None = "silu",
 ) -> Tensor:
+    if weight is None and bias is not None:
+        weight = bias.new_ones(bias.shape)  # without it torch before 2.14 gives no bias gradient
     y = F.group_norm(x, num_groups, weight, bias, eps)
     y = y if scale is None else y * (1 + _channels(scale, x))
     y = y if shift is None else y + _channels(shift, x)
