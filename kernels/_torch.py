@@ -28,6 +28,9 @@ if VERSION < OLDEST:
 # What ops promise of strides: a compiler keeps those of the arguments. Until 2.7 only those of the traced example.
 STRIDES_TAG = torch.Tag.needs_exact_strides if VERSION >= (2, 8) else torch.Tag.needs_fixed_stride_order
 
+# Whether torch.compiler.is_exporting tells an export from a compilation; traced by 2.11 or older it is always true.
+TELLS_EXPORTS = VERSION >= (2, 13)
+
 # aten._fused_rms_norm came with 2.8.
 HAS_FUSED_RMS_NORM = VERSION >= (2, 8)
 

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from .._version import NAMESPACE
 from ..backends.base import MaybeTensor
-from ..kernels._torch import STRIDES_TAG
+from ..kernels._torch import STRIDES_TAG, TELLS_EXPORTS
 from ..plan.mode import REDUCED, TRAINING, fixed_rule, mode
 from .shapes import empty
 
@@ -43,7 +43,7 @@ def left_to_compiler(x: Tensor) -> bool:
     """Whether torch.compile traces the call for training on a CPU, and not to export it: what holds no zero path is
     then written as plain PyTorch. Elsewhere the kernels are called. Of the speed of torch.compile alone, a DiT of four
     blocks (two threads) had 0.97 in training as plain PyTorch and 0.93 by kernels, in inference 0.93 and 0.95."""
-    return is_dynamo_compiling() and is_grad_enabled() and x.is_cpu and not is_exporting()
+    return TELLS_EXPORTS and is_dynamo_compiling() and is_grad_enabled() and x.is_cpu and not is_exporting()
 
 
 def filled(results: Sequence[MaybeTensor], like: Tensor) -> tuple[Tensor, ...]:
