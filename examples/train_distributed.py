@@ -60,4 +60,5 @@ mean = loss.detach().clone()
 dist.all_reduce(mean)
 if rank == 0:
     print(f"{args.engine}, {ranks} rank{'s' * (ranks > 1)}: last loss, mean of the ranks: {mean.item() / ranks:.4f}")
+dist.barrier()  # a rank that leaves while another still talks to it can take it down
 dist.destroy_process_group()
