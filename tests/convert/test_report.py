@@ -96,7 +96,7 @@ def is_zero(block):
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(name, monkeypatch):
     """By the comparison with the untouched copy, where the proof is switched off."""
-    family = zb.convert.family.FAMILIES["ResBlock"]
+    family = zb.convert.known()["ResBlock"]
     monkeypatch.setattr(family, "forward", PLANTED[name](family.forward))
     monkeypatch.setattr(zb.convert.proof, "verdict", lambda *_: zb.convert.proof.Verdict(None))
     monkeypatch.setattr(zb.convert.family, "_classes", {})
