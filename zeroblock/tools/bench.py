@@ -53,7 +53,7 @@ class Comparison:
     report: str  # accelerate's
     times: dict[str, dict[str, Time]]  # by mode and way
     saved_bytes: dict[str, int]  # for backward, by way: of eager and accelerate
-    peak_bytes: dict[str, int]  # of a training step, by way
+    peak_bytes: dict[str, int]  # of a training step, gradients included, by way
     differences: dict[str, float]  # relative, of the loss and of all gradients together
     equal: bool  # no difference is larger than rounding explains
     left_out: dict[str, str]  # ways that did not run, and why
@@ -155,7 +155,7 @@ def compare(
             way: Time(timing.median(way) / 1e3, ratio.median, ratio.lo, ratio.hi) for way, ratio in ratios.items()
         }
         if mode == "training":
-            peak = {way: _peak_bytes(step, first.device) for way, step in steps.items()}
+            peak = {way: _peak_bytes(step, ways[way], first.device) for way, step in steps.items()}
     equal = all(d <= EQUAL.get(first.dtype, 1e-3) for d in differences.values())
     return Comparison(report, times, saved, peak, differences, equal, left_out)
 
@@ -171,8 +171,9 @@ def _step(mode: str, model: nn.Module, batch: Any, loss: Loss, device: torch.dev
         torch.cuda.synchronize(device)
 
 
-def _peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most that a step allocates beyond what there was before."""
+def _peak_bytes(step: Callable[[], object], model: nn.Module, device: torch.device) -> int:
+    """The most that a training step allocates beyond the model and the batch, gradients included."""
+    model.zero_grad()  # else the step begins with giving memory back
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
