@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,7 @@ class Rows(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """act(gate) * norm_b(branch)"""
+    """act(gate) * norm_b(branch), added to a residual: x_new"""
 
     branch: Tensor  # [B, T, D], dense
     gate: Rows
@@ -35,10 +36,11 @@ class Branch(NamedTuple):
     rms: bool
     weight: Tensor | None  # [D], of the branch's norm
     eps: float
+    dtype: torch.dtype  # of x_new
 
 
 class Norm(NamedTuple):
-    """norm(x) * weight + bias, then * (1 + scale) + shift"""
+    """norm(x) * weight + bias, then * (1 + scale) + shift: y"""
 
     rms: bool
     weight: Tensor | None  # [D]
@@ -46,6 +48,7 @@ class Norm(NamedTuple):
     shift: Rows
     scale: Rows
     eps: float
+    dtype: torch.dtype  # of y
 
 
 def kind_of(v: Rows, index: Tensor | None) -> int:
@@ -95,10 +98,11 @@ def of_tokens(p, row, b, t, k, stride_b, stride_t, d, mask, KIND: tl.constexpr):
 
 
 @triton.jit
-def index_of(index, b, t, T, K):
-    """The rows that tokens t of sample b take, int64; one out of range takes the nearest."""
-    k = tl.load(index + b * T + t, mask=t < T, other=0)
-    tl.device_assert((k >= 0) & (k < K), "index out of range")
+def index_of(index, b, t, T, K, CHECK: tl.constexpr):
+    """The rows that tokens t of sample b take, int64; one out of range takes the nearest, as does a token beyond T."""
+    k = tl.load(index + b * T + tl.minimum(t, T - 1))
+    if CHECK:
+        tl.device_assert((k >= 0) & (k < K), "index out of range")
     return tl.minimum(tl.maximum(k, 0), K - 1).to(tl.int64)
 
 

@@ -12,12 +12,13 @@ grid    row blocks of all samples; a program takes `steps` tiles of ROWS rows of
 order   a row is summed by one program: no partial sums.
 zero    none, the kernel takes no flag.
 
-An index out of range takes the nearest row: nothing outside is read. TRITON_DEBUG=1 makes it an assertion.
+An index out of range takes the nearest row: nothing outside is read. ZEROBLOCK_DEBUG=1 makes it an assertion.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -25,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._dtypes import long_name
-from ._launch import launch
+from ._launch import DEBUG, launch
 from ._modulation import (
     Branch,
     Norm,
@@ -49,7 +50,7 @@ def _forward(
     x_new, y, mean, rstd, branch_rstd, T, D, K, programs, steps, gate_b, gate_t, shift_b, shift_t, scale_b, scale_t,
     branch_eps, eps,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
-    TANH: tl.constexpr, RMS: tl.constexpr,
+    TANH: tl.constexpr, RMS: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64) // programs
     first = tl.program_id(0).to(tl.int64) % programs * steps
@@ -61,7 +62,7 @@ def _forward(
         t, mask, at = token_rows(b, first + step, T, d, D, ROWS)
         k = t
         if index is not None:
-            k = index_of(index, b, t, T, K)
+            k = index_of(index, b, t, T, K, CHECK)
         x = tl.load(residual + at, mask=mask, other=0.0)
         if branch is not None:
             h = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
@@ -69,8 +70,8 @@ def _forward(
                 row_rstd = tl.rsqrt(tl.sum(h * h, 1) / D + branch_eps)
                 tl.store(branch_rstd + b * T + t, row_rstd, mask=t < T)
                 h *= row_rstd[:, None]
-                if branch_weight is not None:
-                    h *= vector(branch_weight, d, D)
+            if branch_weight is not None:
+                h *= vector(branch_weight, d, D)
             if gate is not None or gate_table is not None:
                 h *= activated(of_tokens(gate, gate_row, b, t, k, gate_b, gate_t, d, mask, GATE), TANH)
             x = (x.to(tl.float32) + h).to(x_new.dtype.element_ty)
@@ -95,24 +96,21 @@ def forward(
     branch: Branch | None,
     norm: Norm | None,
     index: Tensor | None,
-    x_dtype: torch.dtype,
-    y_dtype: torch.dtype,
     per_thread: int = FORWARD_PER_THREAD[0],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(x_new, y, mean, rstd, branch_rstd), None where absent; a dense residual [B, T, D], a dense int32 index [B, T]."""
+    """(x_new, y, mean, rstd, branch_rstd), None where absent; residual [B, T, D] and an int32 index [B, T] are dense."""
     B, T, D = residual.shape
     rows, block, warps = tile(D, per_thread)
     steps = forward_steps(B, T, rows)
     programs = cdiv(T, rows * steps)
 
-    def new(*size: int, dtype: torch.dtype = torch.float32, wanted: bool) -> Tensor | None:
-        return residual.new_empty(size, dtype=dtype) if wanted else None
+    def statistic(wanted: bool) -> Tensor | None:
+        return residual.new_empty(B, T, dtype=torch.float32) if wanted else None
 
-    x_new = new(B, T, D, dtype=x_dtype, wanted=branch is not None)
-    y = new(B, T, D, dtype=y_dtype, wanted=norm is not None)
-    mean = new(B, T, wanted=norm is not None and not norm.rms)
-    rstd = new(B, T, wanted=norm is not None)
-    branch_rstd = new(B, T, wanted=branch is not None and branch.rms)
+    x_new = None if branch is None else residual.new_empty(B, T, D, dtype=branch.dtype)
+    y = None if norm is None else residual.new_empty(B, T, D, dtype=norm.dtype)
+    mean, rstd = statistic(norm is not None and not norm.rms), statistic(norm is not None)
+    branch_rstd = statistic(branch is not None and branch.rms)
     gate = Rows() if branch is None else branch.gate
     shift, scale = (Rows(), Rows()) if norm is None else (norm.shift, norm.scale)
     K = rows_of_a_sample(index, gate, shift, scale)
@@ -158,5 +156,44 @@ def forward(
         SCALE=kind_of(scale, index),
         TANH=branch is not None and branch.tanh,
         RMS=norm is not None and norm.rms,
+        CHECK=DEBUG,
     )
     return x_new, y, mean, rstd, branch_rstd
+
+
+def example(D: int, dtype: torch.dtype, rows: str, operands: torch.dtype) -> tuple[Branch, Norm, Tensor | None]:
+    """A call with everything given, on "meta": what COMPILE_CASES here and of backward start."""
+    B, T, K = 8, 256, 16
+    size = {"sample": (B, 6 * D), "token": (B, T, 6 * D), "indexed": (B, K, 6 * D)}[rows]
+
+    def new(*size: int, of: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    v = Rows(new(*size, of=operands)[..., :D], new(D, of=operands))
+    x, weight = new(B, T, D, of=dtype), new(D, of=dtype)
+    branch = Branch(x, v, True, True, weight, 1e-6, dtype)
+    norm = Norm(False, weight, weight, v, v, 1e-6, dtype)
+    return branch, norm, new(B, T, of=torch.int32) if rows == "indexed" else None
+
+
+def _compile(*case: Any) -> None:
+    branch, norm, index = example(*case)
+    for per_thread in per_thread_choices(case[0], FORWARD_PER_THREAD):
+        forward(branch.branch, branch, norm, index, per_thread)
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+COMPILED = (
+    *((D, HALF, rows, FULL) for D in (1536, 3072, 5120) for rows in ("sample", "token", "indexed")),
+    (1152, torch.float16, "sample", torch.float16),
+    (3072, FULL, "token", FULL),
+    (37, HALF, "indexed", FULL),
+)
+
+
+def case_name(op: str, D: int, dtype: torch.dtype, rows: str, operands: torch.dtype) -> str:
+    mixed = "" if operands == dtype else f"-{long_name(operands)}"
+    return f"{op}-{D}-{long_name(dtype)}-{rows}{mixed}{'-unaligned' if D % 8 else ''}"
+
+
+COMPILE_CASES = {case_name("residual_norm_modulate", *case): partial(_compile, *case) for case in COMPILED}
