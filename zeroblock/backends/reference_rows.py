@@ -85,7 +85,8 @@ def _branch_backward(
     hhat = h if rstd is None else h * rstd[..., None]
     normed = hhat if branch.weight is None else hhat * branch.weight.to(wide)
     gate = operand_rows(*branch.gate, index, wide)
-    dnormed, dgate = d, (None, None)
+    dnormed = d
+    dgate: tuple[MaybeTensor, MaybeTensor] = (None, None)
     if gate is not None:
         factor = gate.tanh() if branch.tanh else gate
         dfactor = d * normed

@@ -26,7 +26,7 @@ _OPERANDS = (
     "float branch_eps, int norm, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? shift_table, Tensor? scale, "
     "Tensor? scale_table, Tensor? index, float eps, ScalarType x_dtype, ScalarType y_dtype"
 )
-_AT = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13)  # of the operands: those that have a gradient, in the order of Needed
+_AT = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13)  # where `differentiable` stands among the operands
 
 
 def _saved(inputs: Sequence[Any], outputs: Sequence[MaybeTensor]) -> tuple[MaybeTensor, ...]:
@@ -65,13 +65,14 @@ class Operands(NamedTuple):
     shift_table: MaybeTensor
     scale: MaybeTensor
     scale_table: MaybeTensor
-    index: MaybeTensor
+    index: MaybeTensor  # type: ignore[assignment]
     eps: float
     x_dtype: torch.dtype
     y_dtype: torch.dtype
 
-    def tensors(self) -> tuple[MaybeTensor, ...]:
-        return *(self[i] for i in _AT), self.index  # type: ignore[misc]
+    def differentiable(self) -> tuple[MaybeTensor, ...]:
+        branch = (self.branch, self.gate, self.gate_table, self.branch_weight)
+        return *branch, self.weight, self.bias, self.shift, self.shift_table, self.scale, self.scale_table
 
     def parts(self) -> tuple[Branch | None, Norm | None]:
         branch = norm = None
@@ -89,7 +90,7 @@ class Operands(NamedTuple):
 def residual_norm_modulate(residual: Tensor, *operands: Any, direct: bool = False) -> tuple[MaybeTensor, ...]:
     """(x_new, y, mean, rstd, branch_rstd)"""
     given = Operands(*operands)
-    if not direct and (route := FORWARD.route(residual, *given.tensors())):
+    if not direct and (route := FORWARD.route(residual, *given.differentiable(), given.index)):
         return route(residual, *operands)
     x_new, y, stats = select("residual_norm_modulate", residual).residual_norm_modulate(
         residual, *given.parts(), given.index
@@ -128,7 +129,7 @@ def residual_norm_modulate_bwd(
     scale_table)."""
     given, (residual_dtype, needed) = Operands(*operands[:-2]), operands[-2:]
     tensors = (dx_new, dy, x, mean, rstd, branch_rstd)
-    if not direct and (route := BACKWARD.route(*tensors, *given.tensors())):
+    if not direct and (route := BACKWARD.route(*tensors, *given.differentiable(), given.index)):
         return route(*tensors, *operands)
     first = given.branch if given.branch is not None else x
     assert first is not None
@@ -150,38 +151,51 @@ def _fake_bwd(*args: Any) -> tuple[Tensor, ...]:
     like = next(t for t in args if isinstance(t, Tensor))
     first = given.branch if given.branch is not None else args[2]
     residual = first.new_empty(first.shape, dtype=residual_dtype) if needed[0] else None
-    return shapes.grads_where(needed, residual, *given.tensors()[:-1], like=like)
+    return shapes.grads_where(needed, residual, *given.differentiable(), like=like)
+
+
+def _added(branch: Tensor, gate: MaybeTensor, table: MaybeTensor, weight: MaybeTensor, given: Operands) -> Tensor:
+    return gated_branch(branch, gate, table, given.index, given.tanh, given.branch_rms, weight, given.branch_eps)
+
+
+def _norm(x: Tensor, *modulation: Any) -> Tensor:
+    weight, bias, shift, shift_table, scale, scale_table, given = modulation
+    rows = (shift, shift_table, scale, scale_table, given.index)
+    return norm_modulate(x, given.norm == RMS, weight, bias, *rows, given.eps, given.y_dtype)
 
 
 @FORWARD.definition
-def _reference(residual: Tensor, *operands: Any) -> tuple[MaybeTensor, MaybeTensor]:
+def definition(residual: Tensor, *operands: Any) -> tuple[MaybeTensor, MaybeTensor]:
+    """(x_new, y) in plain PyTorch."""
     given = Operands(*operands)
     x, x_new = residual, None
     if given.branch is not None:
-        added = gated_branch(*given[:3], given.index, *given[3:7])
+        added = _added(given.branch, given.gate, given.gate_table, given.branch_weight, given)
         x = x_new = (residual.to(added.dtype) + added).to(given.x_dtype)
-    return x_new, _norm(x, *given[8:14], given) if given.norm != NO_NORM else None
-
-
-def _norm(x: Tensor, *args: Any) -> Tensor:
-    *modulation, given = args
-    return norm_modulate(x, given.norm == RMS, *modulation, given.index, given.eps, given.y_dtype)
+    return x_new, _norm(x, *given.differentiable()[4:], given) if given.norm != NO_NORM else None
 
 
 def _double_backward(
     inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[MaybeTensor], extra: Sequence[MaybeTensor]
 ) -> Grads:
     """x, a saved output where there is a branch, carries the graph of residual, gate and branch."""
-    given = Operands(*inputs[1:])
-    (dx, dy), results = grads, list[MaybeTensor]([None] * len(inputs))
+    given, (dx, dy) = Operands(*inputs[1:]), grads
+    tensors = given.differentiable()
+    of_branch: list[MaybeTensor] = [None] * 4
+    of_norm: list[MaybeTensor] = [None] * 6
     if dy is not None:
-        found = _grads(_norm, (extra[0], *given[8:14], given), dy)
-        results[9:15] = found[1:7]
-        dx = found[0] if dx is None else dx if found[0] is None else dx + found[0]
-    results[0] = dx
+        through, *of_norm = _grads(_norm, (extra[0], *tensors[4:], given), dy)[:7]
+        dx = through if dx is None else dx if through is None else dx + through
     if given.branch is not None and dx is not None:
-        found = _grads(gated_branch, (*given[:3], given.index, *given[3:7]), dx.to(compute_dtype(given.branch)))
-        results[1:4], results[6] = found[:3], found[6]
+        of_branch = _grads(_added, (*tensors[:4], given), dx.to(compute_dtype(given.branch)))[:4]
+    return _in_place((dx, *of_branch, *of_norm))
+
+
+def _in_place(grads: Sequence[MaybeTensor]) -> list[MaybeTensor]:
+    """The gradients of residual and the operands that have one, as those of all inputs."""
+    results: list[MaybeTensor] = [None] * (1 + len(Operands._fields))
+    for i, grad in zip((0, *(1 + i for i in _AT)), grads, strict=True):
+        results[i] = grad
     return results
 
 
@@ -196,9 +210,4 @@ def _backward(
 ) -> Grads:
     given, residual_dtype = Operands(*inputs[1:]), inputs[0]
     wanted = Needed(needed[0], *(needed[1 + i] for i in _AT))
-    grads = residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(wanted))
-    results = [None] * len(inputs)
-    results[0] = grads[0]
-    for i, grad in zip(_AT, grads[1:], strict=True):
-        results[1 + i] = grad
-    return results
+    return _in_place(residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(wanted)))
