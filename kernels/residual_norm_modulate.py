@@ -98,7 +98,7 @@ def forward(
     index: Tensor | None,
     per_thread: int = FORWARD_PER_THREAD[0],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(x_new, y, mean, rstd, branch_rstd), None where absent; residual [B, T, D] and an int32 index [B, T] are dense."""
+    """(x_new, y, mean, rstd, branch_rstd), None where absent; residual [B, T, D] and int32 index [B, T] are dense."""
     B, T, D = residual.shape
     rows, block, warps = tile(D, per_thread)
     steps = forward_steps(B, T, rows)

@@ -52,7 +52,7 @@ from ._modulation import (
     strides,
     vector,
 )
-from ._rows import cdiv, row_norm_grad, saved_xhat, token_rows
+from ._rows import cdiv, row_norm_grad, token_rows
 from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, per_thread_choices, tile
 from .residual_norm_modulate import COMPILED, case_name, example
 from .residual_norm_modulate_sums import Grads, Want, Wants, finish, in_order, partial_sums
@@ -84,11 +84,6 @@ def _backward(
     b = tl.program_id(0).to(tl.int64) // programs
     chunk = tl.program_id(0).to(tl.int64) % programs
     d = tl.arange(0, BLOCK_D)
-    # Long rows leave no registers to keep the sample's gate and scale in: every row reads them again.
-    LONG: tl.constexpr = BLOCK_D > 4096  # MAX_TUNED_D
-    if not LONG:
-        gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
-        scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
     sum_dy = tl.zeros([BLOCK_D], tl.float32)
     sum_uxhat = tl.zeros([BLOCK_D], tl.float32)
     sum_u = tl.zeros([BLOCK_D], tl.float32)
@@ -99,26 +94,32 @@ def _backward(
     current = tl.full([], -1, tl.int64)  # the row whose tokens are being summed
     for step in range(steps):
         t, mask, at = token_rows(b, chunk * steps + step, T, d, D, ROWS)
-        k = t
+        row, k = b * T + tl.minimum(t, T - 1), t
         if index is not None:  # ROWS is 1
-            t = tl.load(order + b * T + tl.minimum(t, T - 1))
-            at = (b * T + t)[:, None] * D + d[None, :]
+            t = tl.load(order + row)
+            row = b * T + t
+            at = row[:, None] * D + d[None, :]
             k = index_of(index, b, t, T, K, False)
-            row = tl.max(k, 0)
-            ends = (row != current) & (current >= 0)
+            taken = tl.max(k, 0)
+            ends = (taken != current) & (current >= 0)
             sum_dy = _flushed(part_dy, sum_dy, slot + current, d, D, ends)
             sum_uxhat = _flushed(part_uxhat, sum_uxhat, slot + current, d, D, ends)
             sum_u = _flushed(part_u, sum_u, slot + current, d, D, ends)
             sum_dscale = _flushed(part_dscale, sum_dscale, slot + current, d, D, ends)
             sum_branch = _flushed(part_branch, sum_branch, slot + current, d, D, ends)
             sum_dgate = _flushed(part_dgate, sum_dgate, slot + current, d, D, ends)
-            current = row
-        if LONG:
-            gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
-            scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
+            current = taken
+        # Read again for every row, from cache: no registers are left to keep them in.
+        gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
+        scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
         if dy is not None:
             g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-            xhat, row_rstd = saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS)
+            row_rstd = tl.load(rstd + row)
+            xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            if RMS:
+                xhat *= row_rstd[:, None]
+            else:
+                xhat = tl.where(mask, (xhat - tl.load(mean + row)[:, None]) * row_rstd[:, None], 0.0)
             if dshift is not None:
                 tl.store(dshift + at, g, mask=mask)
             if part_dy is not None:
@@ -149,14 +150,13 @@ def _backward(
                 dx += tl.load(dx_new + at, mask=mask, other=0.0).to(tl.float32)
         else:
             dx = tl.load(dx_new + at, mask=mask, other=0.0).to(tl.float32)
-        dx = tl.where(mask, dx, 0.0)
         if dresidual is not None:
             tl.store(dresidual + at, dx, mask=mask)
         if branch is not None:
             h = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
             if branch_rstd is not None:
-                h_rstd = tl.load(branch_rstd + b * T + t, mask=t < T, other=0.0)
-                h = tl.where(mask, h * h_rstd[:, None], 0.0)
+                h_rstd = tl.load(branch_rstd + row)
+                h *= h_rstd[:, None]
             v = dx
             if gate is not None or gate_table is not None:
                 z = activated(of_tokens(gate, gate_row, b, t, k, gate_b, gate_t, d, mask, GATE), TANH)
