@@ -18,7 +18,8 @@ math    With u = dy, or da = dy * (1 + scale) where the scale is per token, and 
 
         Tables, affine parts and rows of all tokens add up the groups in fp32, before anything is narrowed.
 grid    chunks of all samples; a program takes `steps` tiles of ROWS rows. Reads dx_new, dy, x_new and branch, writes
-        dresidual and dbranch: 6ns bytes, 3ns without a branch.
+        dresidual and dbranch: 6ns bytes, 3ns without a branch. Where registers are too few for so many sums of so long
+        rows, two passes, the norm's and the branch's, with what goes between them in fp32: 8n bytes more.
 order   a program adds its rows in order into one partial sum per column, [B, P, D] in fp32; `finish` adds the P of a
         group, `sum_partials` the groups. No atomics. 8D bytes per program and sum.
         Indexed: tokens are taken in the order of a stable sort of the index, one at a time. Where the row changes from
@@ -55,7 +56,7 @@ from ._modulation import (
 from ._rows import cdiv, row_norm_grad, token_rows
 from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, per_thread_choices, tile
 from .residual_norm_modulate import COMPILED, case_name, example
-from .residual_norm_modulate_sums import Grads, Want, Wants, finish, in_order, partial_sums
+from .residual_norm_modulate_sums import Grads, Want, Wants, finish, in_order, needed_sums
 
 # Programs aimed for, enough to fill a GPU (guess), and rows of a program at most: where tokens are many, partial sums
 # are 3 % of the bytes or less (python -m tests.triton.traffic_cases).
@@ -109,9 +110,7 @@ def _backward(
             sum_branch = _flushed(part_branch, sum_branch, slot + current, d, D, ends)
             sum_dgate = _flushed(part_dgate, sum_dgate, slot + current, d, D, ends)
             current = taken
-        # Read again for every row, from cache: no registers are left to keep them in.
-        gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
-        scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
+        # What rows share is read again for every row, from cache: no registers are left to keep it in.
         if dy is not None:
             g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
             row_rstd = tl.load(rstd + row)
@@ -125,6 +124,7 @@ def _backward(
             if part_dy is not None:
                 sum_dy += tl.sum(g, 0)
             u = g
+            scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
             g *= 1.0 + of_tokens(scale, scale_row, b, t, k, scale_b, scale_t, d, mask, SCALE)
             if SCALE == 2:
                 if dscale is not None or part_dscale is not None:
@@ -159,6 +159,7 @@ def _backward(
                 h *= h_rstd[:, None]
             v = dx
             if gate is not None or gate_table is not None:
+                gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
                 z = activated(of_tokens(gate, gate_row, b, t, k, gate_b, gate_t, d, mask, GATE), TANH)
                 v *= z
             if GATE == 2:
@@ -198,6 +199,16 @@ def backward_steps(B: int, T: int, rows: int) -> int:
     return max(1, min(wanted // rows, cdiv(T, rows)))
 
 
+def _holds(sums: dict[str, bool], branch: Branch, dtype: torch.dtype, index: Tensor | None) -> bool:
+    """Whether a program has the registers for the gradients of norm and branch at once, so many sums among them
+    (spills: python -m tests.triton.static)."""
+    count, half = sum(sums.values()), dtype != torch.float32
+    if branch.branch.shape[-1] <= MAX_TUNED_D:
+        return count <= (4 if half else 3)
+    per_token = sums["part_dscale"] or sums["part_dgate"]
+    return half and count <= 3 and not (branch.rms or per_token or index is not None)
+
+
 def backward(
     dx_new: Tensor | None,
     dy: Tensor | None,
@@ -224,15 +235,6 @@ def backward(
     K = rows_of_a_sample(index, gate, shift, scale)
     index = None if K is None else index
     GATE, SHIFT, SCALE = (kind_of(v, index) for v in (gate, shift, scale))
-    if D > MAX_TUNED_D:  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
-        per_thread = max(BACKWARD_PER_THREAD)
-    rows, block, warps = tile(D, per_thread)
-    if index is not None:
-        rows, warps = 1, max(1, block // (32 * per_thread))
-    steps = backward_steps(B, T, rows)
-    programs = cdiv(T, rows * steps)
-    slots = programs if K is None else programs + K - 1
-
     need = Grads(*needed)
     wants = Wants(
         gate=Want.of(gate, GATE, need.gate, need.gate_table),
@@ -242,7 +244,24 @@ def backward(
         weight=bool(need.weight) and weight is not None,
         bias=bool(need.bias) and bias is not None,
     )
-    parts = partial_sums(wants, SCALE, GATE, bias is not None, like_x, slots)
+    sums = needed_sums(wants, GATE, SCALE, bias is not None)
+    if branch is not None and norm is not None and not _holds(sums, branch, like_x.dtype, index):
+        first = [True, *[False] * 4, *needed[5:]]
+        norms = backward(dx_new, dy, x, mean, rstd, None, None, norm, index, torch.float32, first, per_thread)
+        dx = norms.residual
+        branches = backward(dx, None, None, None, None, branch_rstd, branch, None, index, dtype, needed, per_thread)
+        return Grads(*branches[:5], *norms[5:])
+    if D > MAX_TUNED_D:  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
+        per_thread = max(BACKWARD_PER_THREAD)
+    rows, block, warps = tile(D, per_thread)
+    if index is not None:
+        rows, warps = 1, max(1, block // (32 * per_thread))
+    steps = backward_steps(B, T, rows)
+    programs = cdiv(T, rows * steps)
+    slots = programs if K is None else programs + K - 1
+
+    size = B, slots, D
+    parts = {name: like_x.new_empty(size, dtype=torch.float32) if wanted else None for name, wanted in sums.items()}
     dresidual = like_x.new_empty(like_x.shape, dtype=dtype) if need.residual else None
     dbranch = torch.empty_like(branch.branch) if branch is not None and need.branch else None
     dgate, dshift, dscale = (

@@ -75,13 +75,11 @@ class Wants(NamedTuple):
     bias: bool
 
 
-def partial_sums(
-    wants: Wants, scale: int, gate: int, has_bias: bool, like: Tensor, slots: int
-) -> dict[str, Tensor | None]:
-    """Room for the sums that the wanted gradients take, [B, slots, D] each; scale, gate: the kinds of the operands."""
+def needed_sums(wants: Wants, gate: int, scale: int, has_bias: bool) -> dict[str, bool]:
+    """Which sums the wanted gradients take; gate, scale: the kinds of these operands."""
     per_token, gate_per_token = scale == PER_TOKEN, gate == PER_TOKEN
     dscale = wants.scale.summed and not per_token
-    needed = {
+    return {
         "part_dy": wants.shift.summed or (not per_token and (wants.bias or (dscale and has_bias))),
         "part_uxhat": wants.weight or dscale,
         "part_u": wants.bias and per_token,
@@ -89,8 +87,6 @@ def partial_sums(
         "part_branch": wants.branch_weight or (wants.gate.summed and not gate_per_token),
         "part_dgate": wants.gate.table and gate_per_token,
     }
-    size = like.shape[0], slots, like.shape[2]
-    return {name: like.new_empty(size, dtype=torch.float32) if v else None for name, v in needed.items()}
 
 
 def in_order(index: Tensor, K: int) -> tuple[Tensor, Tensor]:
