@@ -251,7 +251,7 @@ def backward(
         dx = norms.residual
         branches = backward(dx, None, None, None, None, branch_rstd, branch, None, index, dtype, needed, per_thread)
         return Grads(*branches[:5], *norms[5:])
-    if D > MAX_TUNED_D:  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
+    if D > MAX_TUNED_D and branch is not None and norm is not None:  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
         per_thread = max(BACKWARD_PER_THREAD)
     rows, block, warps = tile(D, per_thread)
     if index is not None:
