@@ -89,7 +89,7 @@ def rows(op: str, arg: str, v: Tensor, size: Sequence[int]) -> None:
     if fits and len(shape) > 1:
         fits = shape[0] in (1, B) and (len(shape) == 2 or shape[1] == T or (shape[1] > 0 and T % shape[1] == 0))
     if not fits:
-        forms = f"[D] = [{D}], [B, D] = {[B, D]} or [B, F, D] where F divides T = {T}"
+        forms = f"[D] = [{D}], [B, D] = {[B, D]}, [B, T, D] = {[B, T, D]} or [B, F, D] where F divides T"
         raise fail(op, arg, f"have shape {forms}", list(v.shape))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import compute_dtype, row_moments
-from ..reference_rows import gated_branch, norm_modulate, operand_rows, rms_rstd
+from ..reference_rows import flat_index, gated_branch, norm_modulate, operand_rows, rms_rstd
 from .base import MaybeTensor
 from .residual_norm import Branch, Norm, ResidualNorm, ResidualNormGrads, Rows, Stats
 
@@ -96,7 +96,7 @@ def _branch_backward(
     if rstd is not None:
         dh = rstd[..., None] * (dh - hhat * (dh * hhat).mean(-1, keepdim=True))
     return grads._replace(
-        branch=dh.to(branch.branch.dtype).contiguous(),
+        branch=dh.to(branch.branch.dtype, copy=dh is d).contiguous(),
         gate=dgate[0],
         gate_table=dgate[1],
         branch_weight=_sum(dnormed * hhat, branch.weight),
@@ -118,8 +118,8 @@ def _sums(grad: Tensor, operand: Rows, index: MaybeTensor) -> tuple[MaybeTensor,
     elif index is None:
         total = grad
     else:
-        samples = torch.arange(rows.shape[0], device=rows.device)[:, None]
-        total = grad.new_zeros(rows.shape).index_put_((samples, index.long()), grad, accumulate=True)
+        B, K = rows.shape[:2]
+        total = torch.ops.aten.embedding_dense_backward(grad, flat_index(index, K), B * K, -1, False).view(rows.shape)
     drows = total.to(rows.dtype, copy=total is grad).contiguous()
     return drows, _sum(grad, table)
 
