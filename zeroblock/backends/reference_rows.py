@@ -43,7 +43,7 @@ def backward(
         assert x is not None and stats.rstd is not None
         grads, d = _norm_backward(dx_new, dy, x, stats, norm, index)
     elif norm is not None:
-        grads = _no_gradient(norm)
+        grads = no_gradient(norm)
     assert d is not None
     if branch is not None:
         grads = _branch_backward(grads, d, stats, branch, index)
@@ -124,7 +124,7 @@ def _sums(grad: Tensor, operand: Rows, index: MaybeTensor) -> tuple[MaybeTensor,
     return drows, _sum(grad, table)
 
 
-def _no_gradient(norm: Norm) -> ResidualNormGrads:
+def no_gradient(norm: Norm) -> ResidualNormGrads:
     """Where none reaches y."""
 
     def zeros(t: MaybeTensor) -> MaybeTensor:
