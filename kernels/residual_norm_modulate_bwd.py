@@ -75,13 +75,50 @@ def _flushed(part, total, slot, d, D, ends):
 
 @triton.jit
 def _backward(
-    dx_new, dy, x, mean, rstd, branch_rstd, branch, gate, gate_table, branch_weight, weight, bias, scale, scale_table,
-    index, order, dresidual, dbranch, dgate, dshift, dscale,
-    part_dy, part_uxhat, part_u, part_dscale, part_branch, part_dgate,
-    T, D, K, programs, steps, slots, gate_b, gate_t, scale_b, scale_t,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GATE: tl.constexpr, SCALE: tl.constexpr, TANH: tl.constexpr,
+    dx_new,
+    dy,
+    x,
+    mean,
+    rstd,
+    branch_rstd,
+    branch,
+    gate,
+    gate_table,
+    branch_weight,
+    weight,
+    bias,
+    scale,
+    scale_table,
+    index,
+    order,
+    dresidual,
+    dbranch,
+    dgate,
+    dshift,
+    dscale,
+    part_dy,
+    part_uxhat,
+    part_u,
+    part_dscale,
+    part_branch,
+    part_dgate,
+    T,
+    D,
+    K,
+    programs,
+    steps,
+    slots,
+    gate_b,
+    gate_t,
+    scale_b,
+    scale_t,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GATE: tl.constexpr,
+    SCALE: tl.constexpr,
+    TANH: tl.constexpr,
     RMS: tl.constexpr,
-):  # fmt: skip
+):
     b = tl.program_id(0).to(tl.int64) // programs
     chunk = tl.program_id(0).to(tl.int64) % programs
     d = tl.arange(0, BLOCK_D)
@@ -251,7 +288,9 @@ def backward(
         dx = norms.residual
         branches = backward(dx, None, None, None, None, branch_rstd, branch, None, index, dtype, needed, per_thread)
         return Grads(*branches[:5], *norms[5:])
-    if D > MAX_TUNED_D and branch is not None and norm is not None:  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
+    if (
+        D > MAX_TUNED_D and branch is not None and norm is not None
+    ):  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
         per_thread = max(BACKWARD_PER_THREAD)
     rows, block, warps = tile(D, per_thread)
     if index is not None:
