@@ -39,11 +39,9 @@ def backward(
     d * norm_b(branch) through act to gate."""
     grads = ResidualNormGrads()
     d = dx_new
-    if norm is not None and dy is not None:
-        assert x is not None and stats.rstd is not None
+    if norm is not None:
+        assert dy is not None and x is not None
         grads, d = _norm_backward(dx_new, dy, x, stats, norm, index)
-    elif norm is not None:
-        grads = no_gradient(norm)
     assert d is not None
     if branch is not None:
         grads = _branch_backward(grads, d, stats, branch, index)
@@ -122,19 +120,3 @@ def _sums(grad: Tensor, operand: Rows, index: MaybeTensor) -> tuple[MaybeTensor,
         total = torch.ops.aten.embedding_dense_backward(grad, flat_index(index, K), B * K, -1, False).view(rows.shape)
     drows = total.to(rows.dtype, copy=total is grad).contiguous()
     return drows, _sum(grad, table)
-
-
-def no_gradient(norm: Norm) -> ResidualNormGrads:
-    """Where none reaches y."""
-
-    def zeros(t: MaybeTensor) -> MaybeTensor:
-        return None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-
-    return ResidualNormGrads(
-        weight=zeros(norm.weight),
-        bias=zeros(norm.bias),
-        shift=zeros(norm.shift.rows),
-        shift_table=zeros(norm.shift.table),
-        scale=zeros(norm.scale.rows),
-        scale_table=zeros(norm.scale.table),
-    )

@@ -11,7 +11,6 @@ from ..kernels import residual_norm_modulate as _forward
 from ..kernels import residual_norm_modulate_bwd as _backward
 from .base import MaybeTensor
 from .reference import Reference
-from .reference_rows import no_gradient
 from .residual_norm import Branch, Needed, Norm, ResidualNorm, ResidualNormGrads, Rows, Stats
 
 
@@ -68,7 +67,5 @@ class TritonRows(Reference):
         if residual_dtype == torch.float64 or not _takes(x, branch, norm, index):
             return super().residual_norm_modulate_bwd(dx_new, dy, x, stats, branch, norm, index, residual_dtype, needed)
         dx_new, dy, x = (None if t is None else t.contiguous() for t in (dx_new, dy, x))
-        parts = _parts(branch, None if dy is None else norm)
-        grads = _backward.backward(dx_new, dy, x, *stats, *parts, index, residual_dtype, needed, **tile)
-        without = no_gradient(norm) if dy is None and norm is not None else ResidualNormGrads()
-        return ResidualNormGrads(*(b if a is None else a for a, b in zip(grads, without, strict=True)))
+        grads = _backward.backward(dx_new, dy, x, *stats, *_parts(branch, norm), index, residual_dtype, needed, **tile)
+        return ResidualNormGrads(*grads)

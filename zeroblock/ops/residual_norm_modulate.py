@@ -131,18 +131,27 @@ def residual_norm_modulate_bwd(
     tensors = (dx_new, dy, x, mean, rstd, branch_rstd)
     if not direct and (route := BACKWARD.route(*tensors, *given.differentiable(), given.index)):
         return route(*tensors, *operands)
-    first = given.branch if given.branch is not None else x
-    assert first is not None
+    branch, norm = given.parts()
+    if dy is None:
+        norm = None
     stats = Stats(
-        mean if given.norm == LAYER else None,
-        rstd if given.norm != NO_NORM else None,
+        mean if norm is not None and not norm.rms else None,
+        rstd if norm is not None else None,
         branch_rstd if given.branch_rms else None,
     )
-    x = x if given.norm != NO_NORM else None
+    x = x if norm is not None else None
+    first = given.branch if given.branch is not None else x
+    assert first is not None
     grads = select("residual_norm_modulate_bwd", first).residual_norm_modulate_bwd(
-        dx_new, dy, x, stats, *given.parts(), given.index, residual_dtype, Needed(*needed)
+        dx_new, dy, x, stats, branch, norm, given.index, residual_dtype, Needed(*needed)
     )
+    if dy is None:
+        grads = ResidualNormGrads(*grads[:5], *(_zeros(t) for t in given.differentiable()[4:]))
     return ResidualNormGrads(*(g if n else None for g, n in zip(grads, needed, strict=True)))
+
+
+def _zeros(t: MaybeTensor) -> MaybeTensor:
+    return None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
 
 
 @BACKWARD.fake
