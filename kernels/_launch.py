@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ from ._dtypes import NAMES
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
+# Whether kernels check what they are given (an index out of range, an overflow), and stop the program.
+DEBUG = os.environ.get("ZEROBLOCK_DEBUG") == "1"
 WARP = 32  # threads of the warps that launches are counted in, NVIDIA's
 
 
@@ -97,7 +100,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages
     """kernel[grid](**arguments) on the device of its tensors, num_warps of 32 threads; an empty grid starts nothing."""
     if 0 in grid:
         return
-    start = Launch(kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages} | ({"debug": True} if DEBUG else {})
+    start = Launch(kernel, grid, arguments, options)
     if _recorders:
         launches, run = _recorders[-1]
         launches.append(start)

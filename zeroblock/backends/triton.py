@@ -25,6 +25,7 @@ from ..reference import promoted
 from .base import MaybeTensor
 from .reference import Reference
 from .triton_gemms import TritonGemms
+from .triton_rows import TritonRows
 
 # The second and third dimension of a grid go to 65535: samples, and blocks of 4096 elements under a single gate.
 _MOST_SAMPLES, _MOST_GATED = 65535, 65535 * 4096
@@ -38,12 +39,14 @@ PER_THREAD: dict[str, tuple[int, ...]] = {
     "gate_residual_bwd": _gate_residual.PER_THREAD,
     "gate_residual_layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
     "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
+    "residual_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
+    "residual_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
 }
 
 
 def why_not_tile(op: str, x: Tensor) -> str | None:
     """Why a call of a norm or gate has one choice of `per_thread`, else None."""
-    return _layer_norm.why_not_tile(x.shape[-1]) if "layer_norm" in op else None
+    return _layer_norm.why_not_tile(x.shape[-1]) if "norm_modulate" in op else None
 
 
 def _per_token_shift_grad(dy: Tensor, shift: Tensor, dshift: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def _gate_grad(dgate: Tensor, gate: Tensor) -> Tensor:
     return (dgate.sum(0) if gate.numel() > 1 else dgate.sum()).to(gate.dtype).view(gate.shape)
 
 
-class Triton(TritonGemms, Reference):
+class Triton(TritonGemms, TritonRows, Reference):
     """An op without a kernel here runs the reference's."""
 
     name = "triton"
@@ -80,15 +83,19 @@ class Triton(TritonGemms, Reference):
     def why_not(self, op: str, x: Tensor) -> str | None:
         if op == "is_zero":
             return None
+        if op.startswith("residual_norm"):
+            return self._why_not_rows(x)
         if x.shape[0] > _MOST_SAMPLES and x.dim() > 1:
             return f"{x.shape[0]} samples are more than the {_MOST_SAMPLES} of a grid"
         if op.startswith("gate_residual") and x.numel() > _MOST_GATED:
             return f"{x.numel()} elements are more than the {_MOST_GATED} of a grid"
-        if "layer_norm" in op or "rms_norm" in op:
-            D = x.shape[-1]
-            if D > _layer_norm.MAX_D:
-                return f"rows of {D} elements are longer than the {_layer_norm.MAX_D} that a program holds"
-        return None
+        return self._why_not_rows(x) if "layer_norm" in op or "rms_norm" in op else None
+
+    def _why_not_rows(self, x: Tensor) -> str | None:
+        D = x.shape[-1]
+        if D <= _layer_norm.MAX_D:
+            return None
+        return f"rows of {D} elements are longer than the {_layer_norm.MAX_D} that a program holds"
 
     # ---- norms --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from .. import available
 from ..base import Backend, ConvGrads, GroupNorm, MaybeTensor, Step
 from ..eager import EAGER
 from ..reference import Reference
+from ..residual_norm import Branch, Needed, Norm, ResidualNormGrads, Stats
 from . import norms_gates
 from .conv_grads import CONV_DGRAD, CONV_WGRAD, DgradCall, WgradCall
 from .convs import CONV_RESIDUAL, NORM_CONV_RESIDUAL, FlaggedConvCall, FlaggedNormConvCall
@@ -48,6 +50,7 @@ class Gpu(Reference):
     gate_residual_bwd = norms_gates.GATE_RESIDUAL_BWD
     gate_residual_layer_norm_modulate = norms_gates.GATE_RESIDUAL_LAYER_NORM_MODULATE
     gate_residual_layer_norm_modulate_bwd = norms_gates.GATE_RESIDUAL_LAYER_NORM_MODULATE_BWD
+    residual_norm_modulate = norms_gates.RESIDUAL_NORM_MODULATE
     activation = norms_gates.ACTIVATION
     activation_bwd = norms_gates.ACTIVATION_BWD
 
@@ -57,6 +60,24 @@ class Gpu(Reference):
     def why_no_zero_path(self, op: str, arguments: dict[str, Any], plans: Sequence[Explanation]) -> str | None:
         """A step whose choice is the library's has none under "auto"."""
         return f"the plan: {plans[0].why}" if plans[0].choice == "library" else None
+
+    def residual_norm_modulate_bwd(
+        self,
+        dx_new: MaybeTensor,
+        dy: MaybeTensor,
+        x: MaybeTensor,
+        stats: Stats,
+        branch: Branch | None,
+        norm: Norm | None,
+        index: MaybeTensor,
+        residual_dtype: torch.dtype,
+        needed: Needed,
+    ) -> ResidualNormGrads:
+        like = x if branch is None else branch.branch
+        assert like is not None
+        return norms_gates.RESIDUAL_NORM_MODULATE_BWD(
+            like, dx_new, dy, x, stats, branch, norm, index, residual_dtype, needed
+        )
 
     def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
         return _first("add_bias", x).add_bias(x, bias, dim)

@@ -10,18 +10,20 @@ library. "triton x16" is Triton's kernel with 16 numbers of a tile per thread, i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from ...plan.describe import describe_alignment, describe_images, describe_operand, describe_rows
 from ...plan.planned import PlannedOp
 from ...steps.flag import is_plain_tensor
 from .. import available
-from ..base import Backend
+from ..base import Backend, MaybeTensor
 from ..eager import EAGER
+from ..residual_norm import Branch, Needed, Norm, ResidualNormGrads, Stats
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,21 +43,37 @@ if INSTALLED:
 def signature(*args: Any, **_: Any) -> tuple:
     """Of any arguments: layout, dtype, place and `alignment` of the tensors, the values of the rest."""
     return tuple(
-        [(a.shape, a.stride(), a.dtype, a.device, a.data_ptr() % 16 == 0) if is_plain_tensor(a) else a for a in args]
+        [
+            (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() % 16 == 0)
+            if is_plain_tensor(a)
+            else signature(*a)
+            if isinstance(a, tuple)
+            else a
+            for a in args
+        ]
     )
+
+
+def _named(names: Iterable[str], args: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Arguments by name; those that travel as a named tuple one by one."""
+    for name, a in zip(names, args, strict=False):  # a flag may be left out
+        if isinstance(a, tuple):
+            yield from _named([f"{name}.{field}" for field in getattr(a, "_fields", "")], a)
+        else:
+            yield name, a
 
 
 def _describe(names: list[str], device_arg: int, *args: Any) -> str:
     """The first tensor in buckets; of the others what distinguishes kernels."""
-    x = args[device_arg]
-    parts = [describe_images(x) if x.dim() > 3 else describe_rows(x)]
-    for i, (name, a) in enumerate(zip(names, args, strict=False)):  # a flag may be left out
+    x, first = args[device_arg], names[device_arg]
+    parts, given = [describe_images(x) if x.dim() > 3 else describe_rows(x)], list(_named(names, args))
+    for name, a in given:
         if isinstance(a, Tensor):
-            if i != device_arg:
+            if name != first:
                 parts.append(f"{name} {describe_operand(a)}")
-        elif a is not None and name != "eps":
+        elif a is not None and not name.endswith("eps"):
             parts.append(f"{name}={a}")
-    return ", ".join(parts) + describe_alignment(*(a for a in args if isinstance(a, Tensor)))
+    return ", ".join(parts) + describe_alignment(*(a for _, a in given if isinstance(a, Tensor)))
 
 
 def _bytes(device_arg: int, *args: Any) -> int:
@@ -134,5 +152,32 @@ GATE_RESIDUAL_LAYER_NORM_MODULATE_BWD = _step(
     CUDA.gate_residual_layer_norm_modulate_bwd,
     device_arg=1,
 )
+
+
+def _rows_backward(backend: Backend) -> Callable[..., ResidualNormGrads]:
+    """Its backward behind a tensor that is always there."""
+
+    def residual_norm_modulate_bwd(
+        like: Tensor,
+        dx_new: MaybeTensor,
+        dy: MaybeTensor,
+        x: MaybeTensor,
+        stats: Stats,
+        branch: Branch | None,
+        norm: Norm | None,
+        index: MaybeTensor,
+        residual_dtype: torch.dtype,
+        needed: Needed,
+        **tile: int,
+    ) -> ResidualNormGrads:
+        return backend.residual_norm_modulate_bwd(
+            dx_new, dy, x, stats, branch, norm, index, residual_dtype, needed, **tile
+        )
+
+    return residual_norm_modulate_bwd
+
+
+RESIDUAL_NORM_MODULATE = _step(EAGER.residual_norm_modulate, TRITON.residual_norm_modulate, None)
+RESIDUAL_NORM_MODULATE_BWD = _step(_rows_backward(EAGER), _rows_backward(TRITON), None)
 ACTIVATION = _step(EAGER.activation, TRITON.activation, None)
 ACTIVATION_BWD = _step(EAGER.activation_bwd, TRITON.activation_bwd, None, device_arg=1)

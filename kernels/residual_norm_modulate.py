@@ -1,0 +1,232 @@
+"""residual_norm_modulate: the end of one gated branch and the norm of the next, every part of it optional.
+
+math    x_new = residual + act(gate) * norm_b(branch), y = norm(x_new) * (1 + scale) + shift. act is tanh or nothing,
+        norm_b is RMSNorm with or without a weight, or nothing; norm is LayerNorm or RMSNorm with or without an affine
+        part, or absent (then there is no y). Without a branch x_new is the residual, which is not written again.
+        gate, shift and scale are a row per sample, per token or named by an index, plus a table (`_modulation.py`).
+        fp32; x_new is rounded to its dtype before it is normalised, since that is what backward will read. Saved: mean,
+        rstd and the branch's rstd, [B, T] each.
+grid    row blocks of all samples; a program takes `steps` tiles of ROWS rows of one sample, as in layer_norm_modulate.
+        Reads residual and branch, writes x_new and y: 4ns bytes, 1ns for every operand per token. Indexed rows are read
+        from cache.
+order   a row is summed by one program: no partial sums.
+zero    none, the kernel takes no flag.
+
+An index out of range takes the nearest row: nothing outside is read. ZEROBLOCK_DEBUG=1 makes it an assertion.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._dtypes import long_name
+from ._launch import DEBUG, launch
+from ._modulation import (
+    Branch,
+    Norm,
+    Rows,
+    activated,
+    index_of,
+    kind_of,
+    of_tokens,
+    rows_of_a_sample,
+    shared_row,
+    strides,
+    vector,
+)
+from ._rows import cdiv, row_statistics, token_rows
+from .layer_norm_modulate import FORWARD_PER_THREAD, forward_steps, per_thread_choices, tile
+
+
+@triton.jit
+def _forward(
+    residual,
+    branch,
+    gate,
+    gate_table,
+    branch_weight,
+    weight,
+    bias,
+    shift,
+    shift_table,
+    scale,
+    scale_table,
+    index,
+    x_new,
+    y,
+    mean,
+    rstd,
+    branch_rstd,
+    T,
+    D,
+    K,
+    programs,
+    steps,
+    gate_b,
+    gate_t,
+    shift_b,
+    shift_t,
+    scale_b,
+    scale_t,
+    branch_eps,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GATE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
+    TANH: tl.constexpr,
+    RMS: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64) // programs
+    first = tl.program_id(0).to(tl.int64) % programs * steps
+    d = tl.arange(0, BLOCK_D)
+    gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
+    shift_row = shared_row(shift, shift_table, b, shift_b, d, D, SHIFT)
+    scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
+    for step in range(steps):
+        t, mask, at = token_rows(b, first + step, T, d, D, ROWS)
+        k = t
+        if index is not None:
+            k = index_of(index, b, t, T, K, CHECK)
+        x = tl.load(residual + at, mask=mask, other=0.0)
+        if branch is not None:
+            h = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+            if branch_rstd is not None:
+                row_rstd = tl.rsqrt(tl.sum(h * h, 1) / D + branch_eps)
+                tl.store(branch_rstd + b * T + t, row_rstd, mask=t < T)
+                h *= row_rstd[:, None]
+            if branch_weight is not None:
+                h *= vector(branch_weight, d, D)
+            if gate is not None or gate_table is not None:
+                h *= activated(of_tokens(gate, gate_row, b, t, k, gate_b, gate_t, d, mask, GATE), TANH)
+            x = (x.to(tl.float32) + h).to(x_new.dtype.element_ty)
+            tl.store(x_new + at, x, mask=mask)
+        if y is not None:
+            exact: tl.constexpr = x.dtype != tl.float32
+            row_mean, row_rstd, value = row_statistics(x.to(tl.float32), mask, D, eps, RMS, exact)
+            if weight is not None:
+                value *= vector(weight, d, D)
+            if bias is not None:
+                value += vector(bias, d, D)
+            value *= 1.0 + of_tokens(scale, scale_row, b, t, k, scale_b, scale_t, d, mask, SCALE)
+            value += of_tokens(shift, shift_row, b, t, k, shift_b, shift_t, d, mask, SHIFT)
+            tl.store(y + at, value, mask=mask)
+            if not RMS:
+                tl.store(mean + b * T + t, row_mean, mask=t < T)
+            tl.store(rstd + b * T + t, row_rstd, mask=t < T)
+
+
+def forward(
+    residual: Tensor,
+    branch: Branch | None,
+    norm: Norm | None,
+    index: Tensor | None,
+    per_thread: int = FORWARD_PER_THREAD[0],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(x_new, y, mean, rstd, branch_rstd), None where absent; residual [B, T, D] and int32 index [B, T] are dense."""
+    B, T, D = residual.shape
+    rows, block, warps = tile(D, per_thread)
+    steps = forward_steps(B, T, rows)
+    programs = cdiv(T, rows * steps)
+
+    def statistic(wanted: bool) -> Tensor | None:
+        return residual.new_empty(B, T, dtype=torch.float32) if wanted else None
+
+    x_new = None if branch is None else residual.new_empty(B, T, D, dtype=branch.dtype)
+    y = None if norm is None else residual.new_empty(B, T, D, dtype=norm.dtype)
+    mean, rstd = statistic(norm is not None and not norm.rms), statistic(norm is not None)
+    branch_rstd = statistic(branch is not None and branch.rms)
+    gate = Rows() if branch is None else branch.gate
+    shift, scale = (Rows(), Rows()) if norm is None else (norm.shift, norm.scale)
+    K = rows_of_a_sample(index, gate, shift, scale)
+    (gate_b, gate_t), (shift_b, shift_t), (scale_b, scale_t) = (strides(v) for v in (gate, shift, scale))
+    launch(
+        _forward,
+        (B * programs,),
+        num_warps=warps,
+        residual=residual,
+        branch=None if branch is None else branch.branch,
+        gate=gate.rows,
+        gate_table=gate.table,
+        branch_weight=None if branch is None else branch.weight,
+        weight=None if norm is None else norm.weight,
+        bias=None if norm is None else norm.bias,
+        shift=shift.rows,
+        shift_table=shift.table,
+        scale=scale.rows,
+        scale_table=scale.table,
+        index=None if K is None else index,
+        x_new=x_new,
+        y=y,
+        mean=mean,
+        rstd=rstd,
+        branch_rstd=branch_rstd,
+        T=T,
+        D=D,
+        K=K,
+        programs=programs,
+        steps=steps,
+        gate_b=gate_b,
+        gate_t=gate_t,
+        shift_b=shift_b,
+        shift_t=shift_t,
+        scale_b=scale_b,
+        scale_t=scale_t,
+        branch_eps=0.0 if branch is None else branch.eps,
+        eps=0.0 if norm is None else norm.eps,
+        ROWS=rows,
+        BLOCK_D=block,
+        GATE=kind_of(gate, index),
+        SHIFT=kind_of(shift, index),
+        SCALE=kind_of(scale, index),
+        TANH=branch is not None and branch.tanh,
+        RMS=norm is not None and norm.rms,
+        CHECK=DEBUG,
+    )
+    return x_new, y, mean, rstd, branch_rstd
+
+
+def example(D: int, dtype: torch.dtype, rows: str, operands: torch.dtype) -> tuple[Branch, Norm, Tensor | None]:
+    """A call with everything given, on "meta": what COMPILE_CASES here and of backward start."""
+    B, T, K = 8, 256, 16
+    size = {"sample": (B, 6 * D), "token": (B, T, 6 * D), "indexed": (B, K, 6 * D)}[rows]
+
+    def new(*size: int, of: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    v = Rows(new(*size, of=operands)[..., :D], new(D, of=operands))
+    x, weight = new(B, T, D, of=dtype), new(D, of=dtype)
+    branch = Branch(x, v, True, True, weight, 1e-6, dtype)
+    norm = Norm(False, weight, weight, v, v, 1e-6, dtype)
+    return branch, norm, new(B, T, of=torch.int32) if rows == "indexed" else None
+
+
+def _compile(*case: Any) -> None:
+    branch, norm, index = example(*case)
+    for per_thread in per_thread_choices(case[0], FORWARD_PER_THREAD):
+        forward(branch.branch, branch, norm, index, per_thread)
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+COMPILED = (
+    *((D, HALF, rows, FULL) for D in (1536, 3072, 5120) for rows in ("sample", "token", "indexed")),
+    (1152, torch.float16, "sample", torch.float16),
+    (3072, FULL, "token", FULL),
+    (37, HALF, "indexed", FULL),
+)
+
+
+def case_name(op: str, D: int, dtype: torch.dtype, rows: str, operands: torch.dtype) -> str:
+    mixed = "" if operands == dtype else f"-{long_name(operands)}"
+    return f"{op}-{D}-{long_name(dtype)}-{rows}{mixed}{'-unaligned' if D % 8 else ''}"
+
+
+COMPILE_CASES = {case_name("residual_norm_modulate", *case): partial(_compile, *case) for case in COMPILED}
