@@ -119,10 +119,23 @@ def group_norm_silu(
     return apply_activation(z, activation).to(x.dtype)
 
 
+def padded(h: Tensor, padding: Sequence[int]) -> Tensor:
+    """h with `padding` in the long form of `_checks.convolution`: (in front, behind, 1: repeats the edge, 0: zeros) of
+    each dimension, one after the other."""
+    sides = list(zip(padding[::3], padding[1::3], padding[2::3], strict=True))
+    for mode, repeated in (("replicate", 1), ("constant", 0)):
+        widths = [n for front, back, r in reversed(sides) for n in ((front, back) if r == repeated else (0, 0))]
+        if any(widths):
+            h = F.pad(h, widths, mode=mode)
+    return h
+
+
 def conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
-    """Stride-1 convolution in as many dimensions as the weight has."""
+    """Stride-1 convolution in as many dimensions as the weight has; padding in either form of `_checks.convolution`."""
     dims = weight.dim() - 2
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
+    if len(pad) != dims:
+        h, pad = padded(h, pad), [0] * dims
     ones = [1] * dims
     return torch.convolution(h, weight, bias, ones, pad, ones, False, [0] * dims, 1)
 

@@ -13,6 +13,8 @@ from ..steps.conv import CONV, ConvCall, unit_geometry
 from ..steps.conv_bwd import CONV_BWD, ConvGradsCall
 from ..steps.flag import EXECUTED, skipped
 from ..steps.linear import LinearGateCall, library_linear_gate
+from ..steps.padded import calls as padded_calls
+from ..steps.padded import is_padded
 from ..steps.norm_conv import NORM_CONV, NORM_CONV_BWD, NormConvCall, NormConvGradsCall, norm_grads
 from .base import Backend, ConvGrads, GroupNorm, MaybeTensor, Step
 
@@ -35,7 +37,7 @@ class ConvArguments(NamedTuple):
             names = "num_groups", "norm_weight", "norm_bias", "eps", "scale", "shift", "keep", "dropout_p"
             norm = GroupNorm(*(a[name] for name in names))
         weight, bias, residual = a["weight"], a["bias"], a["residual"]
-        padding = _checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"])
+        padding = _checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"], a.get("padding_mode", "zeros"))
         return cls(x, with_dtype(x, weight.dtype), norm, weight, bias, residual, tuple(padding))
 
 
@@ -51,6 +53,10 @@ class DenseSteps(Backend):
         if op not in ("conv_residual", "group_norm_silu_conv_residual"):
             return
         a = ConvArguments.of(op, arguments)
+        if is_padded(a.padding, a.weight):
+            for part in padded_calls(a.h, a.weight, a.padding):
+                yield CONV, (ConvCall(self, part.h, part.weight, a.bias, None, unit_geometry(part.padding)),)
+            return
         geometry = unit_geometry(a.padding)
         if a.norm is not None:
             yield NORM_CONV, (NormConvCall(self, a.x, a.norm, a.weight, a.bias, a.residual, geometry),)

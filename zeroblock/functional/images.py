@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import _checks, ops, zero
 from .. import reference as ref
 from .._autocast import autocast
 from .operands import needs_fp64
+
+Padding = int | Sequence[int | Sequence[int]]
 
 
 def group_norm_silu(
@@ -67,7 +71,8 @@ def group_norm_silu_conv_residual(
     eps: float = 1e-5,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    padding: int | Sequence[int] = 1,
+    padding: Padding = 1,
+    padding_mode: str | Sequence[str] = "zeros",
     dropout_p: float = 0.0,
     training: bool = False,
     zero_skip: str = "auto",
@@ -84,7 +89,8 @@ def group_norm_silu_conv_residual(
         residual: [N, Cout, *S'] or None (0).
         eps: >= 0, the norm's.
         scale, shift: [N, C] (FiLM) or None.
-        padding: on both sides, one number or one per dimension.
+        padding: one number or one per dimension: of zeros on both sides, or a pair (front, back).
+        padding_mode: "zeros" or "replicate" (repeats the edge), or one per dimension. ((2, 0), 1, 1) is causal in time.
         dropout_p, training: as of F.dropout.
         zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
         keep: bool, like x: dropout's mask, if it was drawn before.
@@ -102,7 +108,7 @@ def group_norm_silu_conv_residual(
     _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
     _checks.eps_value(op, eps)
     _checks.probability(op, dropout_p)
-    pad = _checks.convolution(op, x.shape[1], x, weight, bias, residual, padding)
+    pad = _checks.convolution(op, x.shape[1], x, weight, bias, residual, padding, padding_mode)
     weight, bias = autocast(weight, bias)
     _checks.same_dtype(op, weight=weight, bias=bias)
     if keep is None:
@@ -127,7 +133,9 @@ def conv_residual(
     bias: Tensor | None,
     residual: Tensor | None,
     *,
-    padding: int | Sequence[int] = 1,
+    padding: Padding = 1,
+    padding_mode: str | Sequence[str] = "zeros",
+    conv_cache: Tensor | None = None,
     zero_skip: str = "auto",
 ) -> Tensor:
     """y = residual + conv(h), stride 1; without the convolution while `weight` is exactly zero.
@@ -137,10 +145,15 @@ def conv_residual(
         weight: [Cout, Cin, *K]; h, weight and bias have one dtype.
         bias: [Cout] or None.
         residual: [N, Cout, *S'] or None (0).
-        padding: on both sides, one number or one per dimension.
+        padding: one number or one per dimension: of zeros on both sides, or a pair (front, back).
+        padding_mode: "zeros" or "replicate" (repeats the edge), or one per dimension. ((2, 0), 1, 1) is causal in time.
+        conv_cache: [N, Cin, F, *S[1:]] or None: the F frames that came before h, for video that comes in pieces. They
+            take the place of F frames of the padding in front. h[:, :, -F:] is the next piece's, of at least F frames.
         zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
 
     Returns y in the promoted dtype of residual and weight, in eager's memory format. Saved for backward: h, weight.
+    Padding copies h where it is not zeros of one width on both sides, but not in the first of three dimensions: frames
+    at its edges are convolved with the taps that reach any. A conv_cache and h are copied into one tensor.
     Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
     Source: `zero_module` convolutions of openai/guided-diffusion and lllyasviel/ControlNet.
     """
@@ -148,9 +161,23 @@ def conv_residual(
     _checks.floating(op, 2, h=h, weight=weight, bias=bias, residual=residual)
     if h.dim() < 3:
         raise _checks.fail(op, "h", "have shape [N, Cin, *S]", list(h.shape))
-    pad = _checks.convolution(op, h.shape[1], h, weight, bias, residual, padding)
+    if conv_cache is not None:
+        h, padding = _with_cache(op, h, conv_cache, padding, weight.dim() - 2)
+    pad = _checks.convolution(op, h.shape[1], h, weight, bias, residual, padding, padding_mode)
     weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
     return ops.conv_residual(h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight))[0]
+
+
+def _with_cache(op: str, h: Tensor, cache: Tensor, padding: Any, dims: int) -> tuple[Tensor, Any]:
+    """The cached frames and h in one tensor, and the padding that is left."""
+    _checks.floating(op, 2, h=h, conv_cache=cache)
+    size = (*h.shape[:2], cache.shape[2] if cache.dim() == h.dim() else 0, *h.shape[3:])
+    _checks.shapes(op, size, "[N, Cin, F, *S[1:]]", conv_cache=cache)
+    time, *space = [padding] * dims if isinstance(padding, int) else padding
+    front, back = (time, time) if isinstance(time, int) else time
+    if size[2] > front:
+        raise _checks.fail(op, "conv_cache", f"have at most as many frames as the padding in front, {front}", size[2])
+    return torch.cat([cache.to(h.dtype), h], 2), ((front - size[2], back), *space)
