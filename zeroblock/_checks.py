@@ -74,6 +74,13 @@ def images(
     shapes(op, (N, C), "[N, C]", scale=scale, shift=shift)
 
 
+def channel_vector(v: Tensor | None) -> Tensor | None:
+    """[C] of a parameter [C, 1, 1] or [C, 1, 1, 1], which broadcasts against [C, *S]; any other shape as it is."""
+    if v is None or v.dim() <= 1 or v.shape[1:].numel() != 1:
+        return v
+    return v.reshape(v.shape[0])
+
+
 def tokens(op: str, arg: str, t: Tensor) -> None:
     if t.dim() != 3:
         raise fail(op, arg, "have shape [B, T, D]", list(t.shape))

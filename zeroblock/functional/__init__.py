@@ -5,7 +5,7 @@ norm parameters and residuals stay as they are; statistics are fp32. The result 
 Under torch.func transforms and forward-mode AD every function is its definition in reference.py.
 """
 
-from .images import conv_residual, group_norm_silu, group_norm_silu_conv_residual
+from .images import channel_rms_norm_silu, conv_residual, group_norm_silu, group_norm_silu_conv_residual
 from .tokens import (
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -17,6 +17,7 @@ from .tokens import (
 from .zeros import is_zero
 
 __all__ = [
+    "channel_rms_norm_silu",
     "conv_residual",
     "gate_residual",
     "gate_residual_layer_norm_modulate",

@@ -59,6 +59,53 @@ def group_norm_silu(
     return ops.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
 
 
+def channel_rms_norm_silu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-12,
+    eps_mode: str = "max",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """y = act((F.normalize(x, dim=1) * sqrt(C) * weight + bias) * (1 + scale) + shift), one pass, in float32.
+
+    Args:
+        x: [N, C, *S], contiguous or channels-last (other layouts are copied); float32, bfloat16, float16
+            (float64 by the reference).
+        weight, bias: [C], [C, 1, 1] or the like, any floating dtype, or None.
+        eps: >= 0.
+        eps_mode: "max", the divisor is max(norm, eps) as in F.normalize; or "inside", x / sqrt(mean(x^2) + eps).
+        scale, shift: [N, C] (FiLM), any strides and floating dtype, or None.
+        activation: "silu" or None.
+
+    Returns y like x. Saved for backward: x, and one number per pixel.
+    Raises TypeError (kind, dtype), ValueError (shape, eps, mode, activation, device).
+    Source: the RMS norms of the autoencoders of Wan 2.1, Qwen-Image and HunyuanVideo 1.5 ("max") and LTX ("inside").
+
+    >>> y = channel_rms_norm_silu(torch.randn(1, 96, 5, 8, 8), torch.ones(96, 1, 1, 1))
+    """
+    op = "channel_rms_norm_silu"
+    mixed = _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    weight, bias = _checks.channel_vector(weight), _checks.channel_vector(bias)
+    _checks.images(op, x, 1, scale, shift, weight=weight, bias=bias)
+    _checks.eps_value(op, eps)
+    _checks.choice(op, "eps_mode", eps_mode, ("max", "inside"))
+    _checks.choice(op, "activation", activation, ("silu", None))
+    if mixed and needs_fp64(x, weight, bias, scale, shift):
+        wide = channel_rms_norm_silu(
+            x.double(), weight, bias, eps=eps, eps_mode=eps_mode, scale=scale, shift=shift, activation=activation
+        )
+        return wide.to(x.dtype)
+    if zero.transforms_active():
+        return ref.channel_rms_norm_silu(
+            x, weight, bias, eps=eps, eps_mode=eps_mode, scale=scale, shift=shift, activation=activation
+        )
+    return ops.channel_rms_norm_silu(x, weight, bias, eps, eps_mode == "inside", scale, shift, activation == "silu")[0]
+
+
 def group_norm_silu_conv_residual(
     x: Tensor,
     num_groups: int,

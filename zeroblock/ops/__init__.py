@@ -4,6 +4,7 @@
 """
 
 from ..steps import winograd as _winograd  # noqa: F401  (adds its ways to the planned convolutions)
+from .channel_rms_norm_silu import channel_rms_norm_silu, channel_rms_norm_silu_bwd
 from .conv_residual import conv_residual, conv_residual_bwd
 from .gate_residual import gate_residual, gate_residual_bwd
 from .gate_residual_layer_norm_modulate import gate_residual_layer_norm_modulate, gate_residual_layer_norm_modulate_bwd
@@ -16,6 +17,8 @@ from .linear_gate_residual import linear_gate_residual, linear_gate_residual_bwd
 from .rms_norm_modulate import rms_norm_modulate, rms_norm_modulate_bwd
 
 __all__ = [
+    "channel_rms_norm_silu",
+    "channel_rms_norm_silu_bwd",
     "conv_residual",
     "conv_residual_bwd",
     "gate_residual",

@@ -13,74 +13,12 @@ from torch import Tensor
 
 from .. import functional
 from .._dtypes import KERNELS as DTYPES  # noqa: F401  (of the cases)
-from . import eager_ops
-from .draw import Draw
+from . import eager_ops, images
+from .draw import Draw, Inputs, Size, norm_operands
 
-Inputs = dict[str, Tensor | None]
-Size = Sequence[int]
 AFFINE = ("both", "weight", "bias", "neither")  # which parameters a norm has
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
-
-
-def _norm_operands(draw: Draw, N: int, C: int, affine: str, film: bool) -> list[Tensor | None]:
-    """[weight, bias, scale, shift]; affine: one of AFFINE"""
-    weight = draw.vector(C, 1.0) if affine in ("both", "weight") else None
-    bias = draw.vector(C) if affine in ("both", "bias") else None
-    return [weight, bias, *(draw.chunks(N, C, 2) if film else (None, None))]
-
-
-def _group_norm_silu(
-    draw: Draw, N: int, C: int, S: Size, affine: str = "both", film: bool = False, mean: float = 0.5, std: float = 2.0
-) -> Inputs:
-    weight, bias, scale, shift = _norm_operands(draw, N, C, affine, film)
-    x = draw.tensor(N, C, *S, mean=mean, std=std)
-    return {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-
-
-def _tail(draw: Draw, N: int, C: int, S: Size, K: int, out: int, padding: int, bias: bool, residual: bool) -> Inputs:
-    """weight, bias and residual of a convolution with a kernel K wide in every dimension."""
-    size = [n + 2 * padding - K + 1 for n in S]
-    return {
-        "weight": draw.normal(out, C, *[K] * len(S), std=(C * K ** len(S)) ** -0.5),
-        "bias": draw.vector(out) if bias else None,
-        "residual": draw.tensor(N, out, *size) if residual else None,
-    }
-
-
-def _group_norm_silu_conv_residual(
-    draw: Draw,
-    N: int,
-    C: int,
-    S: Size,
-    K: int = 3,
-    out: int = 8,
-    padding: int = 1,
-    affine: str = "both",
-    film: bool = False,
-    bias: bool = True,
-    residual: bool = True,
-    keep: bool = False,
-) -> Inputs:
-    norm_weight, norm_bias, scale, shift = _norm_operands(draw, N, C, affine, film)
-    x = draw.tensor(N, C, *S, mean=0.5, std=2.0)
-    norm = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
-    mask = draw.normal(N, C, *S) > -0.5 if keep else None
-    return {**norm, **_tail(draw, N, C, S, K, out, padding, bias, residual), "keep": mask}
-
-
-def _conv_residual(
-    draw: Draw,
-    N: int,
-    C: int,
-    S: Size,
-    K: int = 3,
-    out: int = 8,
-    padding: int = 1,
-    bias: bool = True,
-    residual: bool = True,
-) -> Inputs:
-    return {"h": draw.tensor(N, C, *S), **_tail(draw, N, C, S, K, out, padding, bias, residual)}
 
 
 def _layer_norm_modulate(
@@ -94,7 +32,7 @@ def _layer_norm_modulate(
     std: float = 2.0,
 ) -> Inputs:
     shift, scale = draw.modulation(kind, B, T, D)
-    weight, bias, _, _ = _norm_operands(draw, B, D, affine, False)
+    weight, bias, _, _ = norm_operands(draw, B, D, affine, False)
     x = draw.tokens(B, T, D, mean=mean, std=std)
     return {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
 
@@ -159,13 +97,16 @@ class Op(NamedTuple):
 
 
 _OPS = {
-    "group_norm_silu": Op(_group_norm_silu, functional.group_norm_silu, eager_ops.group_norm_silu),
+    "group_norm_silu": Op(images.group_norm_silu, functional.group_norm_silu, eager_ops.group_norm_silu),
+    "channel_rms_norm_silu": Op(
+        images.channel_rms_norm_silu, functional.channel_rms_norm_silu, eager_ops.channel_rms_norm_silu
+    ),
     "group_norm_silu_conv_residual": Op(
-        _group_norm_silu_conv_residual,
+        images.group_norm_silu_conv_residual,
         functional.group_norm_silu_conv_residual,
         eager_ops.group_norm_silu_conv_residual,
     ),
-    "conv_residual": Op(_conv_residual, functional.conv_residual, eager_ops.conv_residual),
+    "conv_residual": Op(images.conv_residual, functional.conv_residual, eager_ops.conv_residual),
     "layer_norm_modulate": Op(_layer_norm_modulate, functional.layer_norm_modulate, eager_ops.layer_norm_modulate),
     "rms_norm_modulate": Op(_rms_norm_modulate, functional.rms_norm_modulate, eager_ops.rms_norm_modulate),
     "gate_residual": Op(_gate_residual, functional.gate_residual, eager_ops.gate_residual),
@@ -237,6 +178,16 @@ def _cases() -> Iterable[Case]:
     yield _images(norm, "group-per-channel", groups(18), N=2, C=18, S=(9, 10))
     yield _images(norm, "one-group-1152", groups(1), N=2, C=1152, S=(3, 3), film=True)
     yield Case(norm, "large", {"N": 2, "C": 96, "S": (40, 44), "film": True}, groups(32), IMAGES, large=True)
+
+    channels, inside = "channel_rms_norm_silu", {"eps_mode": "inside", "eps": 1e-6}
+    yield _images(channels, "affine", N=2, C=24, S=(5, 7))
+    yield _images(channels, "weight-3d", N=2, C=48, S=(3, 5, 4), affine="weight")
+    yield _images(channels, "film-inside", inside, N=3, C=20, S=(2, 3, 11), affine="neither", film=True)
+    yield _images(channels, "film-prime", {"activation": None}, N=2, C=37, S=(13, 11), film=True)
+    yield _images(channels, "bias-1d", {"eps": 0.5}, N=2, C=16, S=(37,), affine="bias")
+    yield _images(channels, "one-pixel", N=4, C=64, S=(1, 1), film=True)
+    yield _images(channels, "one-channel", {"eps": 1.51}, N=2, C=1, S=(9, 6))
+    yield Case(channels, "large", {"N": 2, "C": 96, "S": (3, 24, 26), "film": True}, {}, IMAGES, large=True)
 
     fused = "group_norm_silu_conv_residual"
     dropped = groups(4, dropout_p=0.3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -49,6 +50,28 @@ def group_norm_silu(
     if weight is None and bias is not None:
         weight = bias.new_ones(bias.shape)  # without it torch before 2.14 gives no bias gradient
     y = F.group_norm(x, num_groups, weight, bias, eps)
+    y = y if scale is None else y * (1 + _channels(scale, x))
+    y = y if shift is None else y + _channels(shift, x)
+    return y if activation is None else F.silu(y)
+
+
+def channel_rms_norm_silu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-12,
+    eps_mode: str = "max",
+    activation: str | None = "silu",
+) -> Tensor:
+    if eps_mode == "max":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.normalize(wide, dim=1, eps=eps).to(x.dtype) * x.shape[1] ** 0.5
+    else:
+        y = x / torch.sqrt(torch.mean(x**2, dim=1, keepdim=True) + eps)
+    y = y if weight is None else y * _channels(weight.reshape(1, -1), x)
+    y = y if bias is None else y + _channels(bias.reshape(1, -1), x)
     y = y if scale is None else y * (1 + _channels(scale, x))
     y = y if shift is None else y + _channels(shift, x)
     return y if activation is None else F.silu(y)
