@@ -3,7 +3,7 @@
 `ops.layer_norm_modulate` and the like are functions (the files of the same names hold them).
 """
 
-from ..steps import winograd as _winograd  # noqa: F401  (adds its ways to the planned convolutions)
+from ..steps import taps as _taps  # noqa: F401  (with `winograd`: adds its ways to the planned convolutions)
 from .channel_rms_norm_silu import channel_rms_norm_silu, channel_rms_norm_silu_bwd
 from .conv_residual import conv_residual, conv_residual_bwd
 from .gate_residual import gate_residual, gate_residual_bwd
