@@ -141,10 +141,10 @@ def convolution(
     pairs = False
     for p in pad:
         if not isinstance(p, (int, torch.SymInt)):
-            if not isinstance(p, (list, tuple)) or len(p) != 2 or not all(isinstance(n, (int, torch.SymInt)) for n in p):
+            pairs = isinstance(p, (list, tuple)) and [isinstance(n, (int, torch.SymInt)) for n in p] == [True, True]
+            if not pairs:
                 raise _not_padding(op, dims, padding)
-            pairs = True
-    if len(pad) != dims or min(min(p) if pairs and isinstance(p, (list, tuple)) else p for p in pad) < 0:
+    if len(pad) != dims or (min(map(_least, pad)) if pairs else min(pad)) < 0:
         raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
     size = list(h.shape[2:])
     plain = not pairs and padding_mode == "zeros"
@@ -162,6 +162,10 @@ def convolution(
     return sides
 
 
+def _least(p: Any) -> Any:
+    return min(p) if isinstance(p, (list, tuple)) else p
+
+
 def _not_padding(op: str, dims: int, padding: Any) -> TypeError:
     return TypeError(f"{op}: padding must be an int or {dims} of them, or of pairs (front, back), got {padding!r}")
 
@@ -173,8 +177,8 @@ def _sides(op: str, dims: int, pad: list[Any], padding_mode: Any) -> list[int]:
         raise fail(op, "padding_mode", f"be 'zeros' or 'replicate', or {dims} of them", repr(padding_mode))
     for mode in modes:
         choice(op, "padding_mode", mode, ("zeros", "replicate"))
-    pairs = [p if isinstance(p, (list, tuple)) else (p, p) for p in pad]
-    return [n for (front, back), mode in zip(pairs, modes, strict=True) for n in (front, back, int(mode == "replicate"))]
+    sides = [tuple(p) if isinstance(p, (list, tuple)) else (p, p) for p in pad]
+    return [n for side, mode in zip(sides, modes, strict=True) for n in (*side, int(mode == "replicate"))]
 
 
 def linear(op: str, features: int, weight: Tensor, bias: Tensor | None) -> None:

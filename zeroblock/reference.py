@@ -163,23 +163,19 @@ def activated_affine(
 
 
 def padded(h: Tensor, padding: Sequence[int]) -> Tensor:
-    """h with `padding` in the long form of `_checks.convolution`: (in front, behind, 1: repeats the edge, 0: zeros) of
-    each dimension, one after the other."""
-    sides = list(zip(padding[::3], padding[1::3], padding[2::3], strict=True))
-    for mode, repeated in (("replicate", 1), ("constant", 0)):
-        widths = [n for front, back, r in reversed(sides) for n in ((front, back) if r == repeated else (0, 0))]
-        if any(widths):
-            h = F.pad(h, widths, mode=mode)
+    """h with `padding` in the long form of `_checks.convolution`."""
+    first = range(len(padding) - 3, -1, -3)  # of each dimension's three, the last dimension first
+    for repeated, mode in enumerate(("constant", "replicate")):
+        widths = [n if padding[i + 2] == repeated else 0 for i in first for n in padding[i : i + 2]]
+        h = F.pad(h, widths, mode=mode) if any(widths) else h
     return h
 
 
 def conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
     """Stride-1 convolution in as many dimensions as the weight has; padding in either form of `_checks.convolution`."""
-    dims = weight.dim() - 2
+    dims, ones = weight.dim() - 2, [1] * (weight.dim() - 2)
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
-    if len(pad) != dims:
-        h, pad = padded(h, pad), [0] * dims
-    ones = [1] * dims
+    h, pad = (h, pad) if len(pad) == dims else (padded(h, pad), [0] * dims)
     return torch.convolution(h, weight, bias, ones, pad, ones, False, [0] * dims, 1)
 
 

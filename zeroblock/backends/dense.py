@@ -13,9 +13,9 @@ from ..steps.conv import CONV, ConvCall, unit_geometry
 from ..steps.conv_bwd import CONV_BWD, ConvGradsCall
 from ..steps.flag import EXECUTED, skipped
 from ..steps.linear import LinearGateCall, library_linear_gate
+from ..steps.norm_conv import NORM_CONV, NORM_CONV_BWD, NormConvCall, NormConvGradsCall, norm_grads
 from ..steps.padded import calls as padded_calls
 from ..steps.padded import is_padded
-from ..steps.norm_conv import NORM_CONV, NORM_CONV_BWD, NormConvCall, NormConvGradsCall, norm_grads
 from .base import Backend, ConvGrads, GroupNorm, MaybeTensor, Step
 
 
@@ -37,7 +37,8 @@ class ConvArguments(NamedTuple):
             names = "num_groups", "norm_weight", "norm_bias", "eps", "scale", "shift", "keep", "dropout_p"
             norm = GroupNorm(*(a[name] for name in names))
         weight, bias, residual = a["weight"], a["bias"], a["residual"]
-        padding = _checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"], a.get("padding_mode", "zeros"))
+        how = a["padding"], a["padding_mode"]
+        padding = _checks.convolution(op, x.shape[1], x, weight, bias, residual, *how)
         return cls(x, with_dtype(x, weight.dtype), norm, weight, bias, residual, tuple(padding))
 
 

@@ -75,7 +75,7 @@ def _recorded(tensors: tuple[Tensor | None, ...]) -> bool:
 
 class _Plan(NamedTuple):
     activate: Activate
-    count: int  # of the activations
+    operands: int  # of the activations
     parameters: Sequence[Owned]
     conv: Conv
     p: float
@@ -95,7 +95,7 @@ class _Activated(torch.autograd.Function):
         ctx.autocast = torch.get_autocast_dtype(x.device.type) if is_autocast(x.device) else None
         ctx.residual_dtype = None if residual is None else residual.dtype
         with training():
-            h = plan.activate(*read[: plan.count])
+            h = plan.activate(*read[: plan.operands])
             keep = draw_keep(h, plan.p, True)
             w, b, h = autocast(weight, bias, dropout_keep(h, keep, plan.p))
             pad = convolution("conv_residual", h.shape[1], h, w, b, residual, conv.padding, conv.padding_mode)
@@ -111,14 +111,12 @@ class _Activated(torch.autograd.Function):
         if needs[0]:
             dresidual = dy.to(ctx.residual_dtype)
         weight, bias, keep, skipped, *read = ctx.saved_tensors
-        activations, parameters = read[: plan.count], [p for _, _, p in plan.parameters]
+        activations, parameters = read[: plan.operands], [p for _, _, p in plan.parameters]
         autocast_then = torch.autocast(dy.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None)
         again = torch.is_grad_enabled()  # create_graph: the gradients have a graph of their own
         with as_in_forward(plan.parameters), autocast_then, allow_reduced(ctx.reduced), training():
             if not again:
-                activations = [
-                    t.detach().requires_grad_(need) for t, need in zip(activations, needs[3:], strict=False)
-                ]
+                activations = [t.detach().requires_grad_(need) for t, need in zip(activations, needs[3:], strict=False)]
             with torch.enable_grad():
                 h = dropout_keep(plan.activate(*activations), keep, plan.p)
             inputs = [t for t, need in zip((*activations, *parameters), needs[3:], strict=True) if need]
@@ -132,8 +130,11 @@ class _Activated(torch.autograd.Function):
                 dh, *grads = ops.conv_residual_bwd(
                     dy, operand, w, skipped, ctx.test, ctx.padding, bias is not None, mask
                 )
+                assert dh is not None or not inputs
                 tail = [g.to(t.dtype) for g, t in zip(grads, (weight, bias), strict=True) if g is not None]
-                upstream = torch.autograd.grad(h, inputs, dh.to(h.dtype), allow_unused=True) if inputs else ()
+                upstream: tuple[Any, ...] = ()
+                if dh is not None:
+                    upstream = torch.autograd.grad(h, inputs, dh.to(h.dtype), allow_unused=True)
                 found = iter((*tail, *upstream))
         return None, dresidual, *(next(found) if need else None for need in needs[1:])
 

@@ -117,9 +117,7 @@ def channel_rms(norm: Any, eps: float = 1e-12, eps_mode: str = "max") -> Activat
     def activate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         gamma, bias = getattr(norm, "gamma", None), getattr(norm, "bias", None)
         bias = bias if isinstance(bias, Tensor) else None
-        return functional.channel_rms_norm_silu(
-            x, gamma, bias, eps=eps, eps_mode=eps_mode, scale=scale, shift=shift
-        )
+        return functional.channel_rms_norm_silu(x, gamma, bias, eps=eps, eps_mode=eps_mode, scale=scale, shift=shift)
 
     return activate
 

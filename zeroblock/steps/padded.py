@@ -109,7 +109,8 @@ def _add_kernel_grad(dweight: Tensor, grad: Tensor, taps: slice, repeated: int) 
 
 
 class Split(NamedTuple):
-    """How a call is carried out: the parts, longest first, whether the edges in time are repeated, the padding left to the library, and what is padded by a copy before."""
+    """How a call is carried out: the parts, longest first, whether the edges in time are repeated, the padding left to
+    the library, and what is padded by a copy before."""
 
     parts: list[Part]
     repeated: int
@@ -126,7 +127,8 @@ class Split(NamedTuple):
         if len(copied) < 3 or not 0 < max(time[:2]) < taps:
             return cls([ALL], 0, tuple(left), copied)
         copied[0] = (0, 0, 0)
-        parts = sorted(_parts(h.shape[2], taps, time), key=lambda p: p.inputs.start - p.inputs.stop)  # the longest first
+        parts = list(_parts(h.shape[2], taps, time))
+        parts.sort(key=lambda p: p.inputs.start - p.inputs.stop)  # the longest first
         return cls(parts, time[2], tuple(left), copied)
 
 

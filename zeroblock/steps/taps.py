@@ -80,9 +80,10 @@ def _conv_grads(call: ConvGradsCall) -> ConvGrads:
 def _why_not(backend: Backend, h: Tensor, weight: Tensor, padding: tuple[int, ...] | None) -> str | None:
     if weight.dim() != 5 or h.dtype != torch.float32 or padding is None:
         return "kernels K x 3 x 3 of stride 1 in float32 on the CPU only"
-    if weight.shape[2] > 1 and not (padding[0] < weight.shape[2] and h.shape[2] > abs(weight.shape[2] - 1 - 2 * padding[0])):
+    if 0 < 2 * padding[0] != weight.shape[2] - 1:
         return "no tap reaches every frame"
-    return None if winograd.usable(backend, *_images(h, weight), padding[1:]) else "its frames are not a case for Winograd"
+    usable = winograd.usable(backend, *_images(h, weight), padding[1:])
+    return None if usable else "its frames are no case for Winograd's kernels"
 
 
 def _images(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,17 +100,18 @@ def _why_not_grads(call: ConvGradsCall) -> str | None:
 
 
 def _rule(backend: Backend, h: Tensor, weight: Tensor, padding: tuple[int, ...] | None) -> bool:
-    return _why_not(backend, h, weight, padding) is None and padding is not None and bool(
-        winograd.choose(backend, *_images(h, weight), padding[1:])
-    )
+    if padding is None or _why_not(backend, h, weight, padding) is not None:
+        return False
+    return winograd.choose(backend, *_images(h, weight), padding[1:]) != 0
 
 
-CONV.add(
-    "sum over time",
-    _conv,
-    _why_not_conv,
-    rule=lambda call: _rule(call.backend, call.h, call.weight, winograd.plain_padding(call.geometry)),
-)
-CONV_BWD.add(
-    "sum over time", _conv_grads, _why_not_grads, rule=lambda call: _rule(call.backend, call.h, call.weight, call.padding)
-)
+def _rule_conv(call: ConvCall) -> bool:
+    return _rule(call.backend, call.h, call.weight, winograd.plain_padding(call.geometry))
+
+
+def _rule_grads(call: ConvGradsCall) -> bool:
+    return _rule(call.backend, call.h, call.weight, call.padding)
+
+
+CONV.add("sum over time", _conv, _why_not_conv, rule=_rule_conv)
+CONV_BWD.add("sum over time", _conv_grads, _why_not_grads, rule=_rule_grads)

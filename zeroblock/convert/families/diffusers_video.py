@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class HunyuanVideo15ResnetBlock(VideoResnet):
     """
 
     name = "HunyuanVideo15ResnetBlock"
-    classes = ("HunyuanVideo15ResnetBlock", "HunyuanImageRefinerResnetBlock")
+    classes: ClassVar[tuple[str, ...]] = ("HunyuanVideo15ResnetBlock", "HunyuanImageRefinerResnetBlock")
 
     def norm(self, block: Any, norm: Any) -> Activate | None:
         return layers.channel_rms(norm)
@@ -121,7 +121,7 @@ class LTXVideoResnetBlock3d(VideoResnet):
     """y = shortcut(norm3 x) + conv2(dropout(silu(rms2(conv1(silu(rms1 x)))))), optionally rms * (1 + scale) + shift
 
     RMS norms over channels; the first frame repeated, or first and last. Source: diffusers LTXVideoResnetBlock3d,
-    LTX2VideoResnetBlock3d; those that inject noise are left alone, convolutions that pad by reflection called as they are.
+    LTX2VideoResnetBlock3d; those that inject noise are left alone; convolutions that pad by reflection are called.
     Use: zb.accelerate(vae), before torch.compile.
     Inference while conv2 is zero: nothing but shortcut and bias is computed.
     Training forward while zero: conv2 is not executed.

@@ -12,11 +12,12 @@ from ... import functional
 from ...blocks import video
 from ...blocks.activated import Activate, Conv
 from ...blocks.decision import bypassable
-from ...blocks.layers import DROPOUTS, SILUS, Forwards, computes, fits_fused, is_group_norm, is_plain_conv, is_unit_conv
+from ...blocks.layers import DROPOUTS, SILUS, Forwards, computes, fits_fused, is_group_norm, is_unit_conv
 from ..family import Family, lacks
 from ..report import Obstacle, Reason
 
 _NOT_PLAIN = Obstacle(Reason.LAYERS, "its norms, convolutions or dropout are not those that zeroblock's ops compute")
+_FIRST_FRAME = ("replicate", "zeros", "zeros")
 _MODES = {"replicate": "replicate", "constant": "zeros", "zeros": "zeros"}
 
 # Which forwards are known; filled by proofs.
@@ -51,9 +52,7 @@ def pixel_norm(norm: Any) -> Activate | None:
         return None
 
     def activate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        return functional.channel_rms_norm_silu(
-            x, weight, eps=norm.eps, eps_mode="inside", scale=scale, shift=shift
-        )
+        return functional.channel_rms_norm_silu(x, weight, eps=norm.eps, eps_mode="inside", scale=scale, shift=shift)
 
     return activate
 
@@ -122,14 +121,16 @@ def ltx(conv: Any, causal: bool) -> Conv | None:
     if not (computes(conv, _LTX) and fits_fused(inner)):
         return None
     reach = conv.kernel_size[0] - 1
-    return Conv(inner, ((reach, 0) if causal else (reach // 2,) * 2, *inner.padding[1:]), ("replicate", "zeros", "zeros"))
+    time = (reach, 0) if causal else (reach // 2, reach // 2)
+    return Conv(inner, (time, *inner.padding[1:]), _FIRST_FRAME)
 
 
 def easyanimate(conv: Any) -> Conv | None:
     """The first frame repeated; the frames it keeps are the caller's."""
-    if not (computes(conv, _EASYANIMATE) and is_unit_conv(conv) and conv.padding_mode == "zeros" and conv.t_stride == 1):
+    plain = is_unit_conv(conv) and conv.padding_mode == "zeros" and conv.t_stride == 1
+    if not (plain and computes(conv, _EASYANIMATE)):
         return None
-    return Conv(conv, ((conv.temporal_padding, 0), *conv.padding[1:]), ("replicate", "zeros", "zeros"))
+    return Conv(conv, ((conv.temporal_padding, 0), *conv.padding[1:]), _FIRST_FRAME)
 
 
 def cosmos(pair: Any) -> tuple[Conv, ...] | None:
@@ -137,10 +138,9 @@ def cosmos(pair: Any) -> tuple[Conv, ...] | None:
     convs = pair.conv_s, pair.conv_t
     if not computes(pair, _COSMOS_PAIRS) or not all(computes(c, _COSMOS) and is_unit_conv(c) for c in convs):
         return None
-    modes = ("replicate", "zeros", "zeros")
     if any(c.pad_mode != "constant" for c in convs):
         return None
-    return tuple(Conv(c, ((c.temporal_pad, 0), *_sides(c.spatial_pad)), modes) for c in convs)
+    return tuple(Conv(c, ((c.temporal_pad, 0), *_sides(c.spatial_pad)), _FIRST_FRAME) for c in convs)
 
 
 # ---- the family of a block that holds them --------------------------------------------------------------------------
