@@ -118,6 +118,18 @@ def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
     return residual + branch
 
 
+def in_layout_with(residual: Tensor | None, branch: Tensor, layout: torch.memory_format | None) -> Tensor:
+    """`add_residual` of a branch that is to be in `layout` and is not yet: in one pass where the sum is so too."""
+    if residual is None:
+        return in_layout(branch, layout)
+    strides = _strides(branch.shape, layout)
+    if residual.dtype != branch.dtype or residual.stride() != strides:
+        return add_residual(residual, in_layout(branch, layout))
+    return torch.add(
+        residual, branch, out=torch.empty_strided(branch.shape, strides, dtype=branch.dtype, device=branch.device)
+    )
+
+
 def _is_embedding(strides: tuple[int, ...]) -> bool:
     """Strides of [N, C] expanded to images, which leave the memory format of a sum to the other operand."""
     return len(strides) > 2 and not any(strides[2:]) and (strides[0] == 0 or strides[0] >= strides[1])

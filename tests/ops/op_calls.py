@@ -86,10 +86,15 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             (x, zero(6, 8, 3, 3), None, None, [1, 1], HOST),
             (n(2, 8, 7), n(6, 8, 3), n(6), n(2, 6, 7), [1], HOST),
             (n(1, 4, 3, 3, 3), n(2, 4, 3, 3, 3), n(2), n(1, 2, 3, 3, 3), [1, 1, 1], HOST),
+            (n(2, 4, 4, 3, 3), n(2, 4, 3, 3, 3), n(2), n(2, 2, 4, 3, 3), [2, 0, 1, 1, 1, 0, 1, 1, 0], HOST),
+            (n(2, 4, 1, 3, 3), n(2, 4, 3, 3, 3), n(2), None, [2, 0, 0, 1, 1, 1, 1, 1, 1], HOST),
+            (n(2, 4, 4, 3, 3), zero(2, 4, 3, 3, 3), n(2), n(2, 2, 4, 3, 3), [2, 0, 0, 1, 1, 0, 1, 1, 0], HOST),
+            (x, n(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [2, 0, 1, 0, 2, 0], HOST),
         ],
         "group_norm_silu_conv_residual": [
             fused(n(6, 8, 3, 3)),
             fused(zero(6, 8, 3, 3)),
+            (*fused(n(6, 8, 3, 3))[:-2], [1, 1, 1, 2, 0, 0], HOST),
             (x, 2, None, None, 1e-5, None, None, None, 0.0, n(6, 8, 1, 1), None, None, [0, 0], NEVER),
         ],
         "layer_norm_modulate_linear": [

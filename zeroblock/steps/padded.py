@@ -225,6 +225,7 @@ def conv_grads(
     split = Split.of(h, weight, padding)
     padded = _padded(h, split.copied) if mask[0] or mask[1] else h
     dpadded = dweight = None
+    layout = layout_of(h, weight, padding) or torch.contiguous_format
     for part in split.parts if mask[0] or mask[1] else ():
         call = Call.of(part, padded, weight, split)
         wanted = [bool(mask[0]), bool(mask[1]), False]
@@ -236,12 +237,12 @@ def conv_grads(
                 dpadded[:, :, part.inputs] += call.frames(dx)
         if dw is not None:
             if dweight is None:
-                dweight = dw if dw.shape == weight.shape else torch.zeros_like(weight)
+                dweight = dw if dw.shape == weight.shape else torch.zeros_like(weight, memory_format=layout)
             if dweight is not dw:
                 _add_kernel_grad(dweight, call.frames(dw), part.taps, split.repeated)
     dh = None
     if dpadded is not None:
-        dh = in_layout(_unpad(dpadded, h, split.copied), layout_of(h, weight, padding))
+        dh = in_layout(_unpad(dpadded, h, split.copied), None if layout is torch.contiguous_format else layout)
     return dh, dweight, dy.sum([0, *range(2, dy.dim())]) if mask[2] and has_bias else None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._layout import in_layout
+from .._layout import in_layout, in_layout_with
 from ..backends.base import Backend, ConvGrads
 from . import winograd
 from .conv import CONV, ConvCall, conv_layout, unit_geometry
@@ -51,8 +51,7 @@ def _conv(call: ConvCall) -> Tensor:
             y = step
         else:
             y[outputs] = step
-    y = y.permute(1, 2, 0, 3, 4)
-    return in_layout(y if residual is None else residual + y, layout)
+    return in_layout_with(residual, y.permute(1, 2, 0, 3, 4), layout)
 
 
 def _conv_grads(call: ConvGradsCall) -> ConvGrads:
@@ -61,7 +60,7 @@ def _conv_grads(call: ConvGradsCall) -> ConvGrads:
     last = layout is not None
     frames, grads = _frames(h, last), _frames(dy, last)
     dh = frames.new_zeros(0) if not mask[0] else torch.zeros_like(frames)
-    dweight = torch.zeros_like(weight)
+    dweight = torch.zeros_like(weight, memory_format=layout or torch.contiguous_format)
     for k, outputs, inputs in _taps(h.shape[2], weight.shape[2], padding[0]):
         x, w = frames[inputs], weight[:, :, k].contiguous()
         step = grads[outputs].flatten(0, 1), x.flatten(0, 1), w, False, tuple(padding[1:]), (mask[0], mask[1], False)

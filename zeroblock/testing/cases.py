@@ -198,6 +198,8 @@ def _cases() -> Iterable[Case]:
     )
     yield _images(fused, "no-affine-1d", groups(4), N=2, C=16, S=(17,), affine="neither")
     yield _images(fused, "film-3d", groups(4), N=2, C=16, S=(4, 5, 3), film=True)
+    first_frame = {"padding": ((2, 0), 1, 1), "padding_mode": ("replicate", "zeros", "zeros")}
+    yield _images(fused, "first-frame", groups(4, **first_frame), N=2, C=16, S=(4, 5, 3), film=True)
     yield Case(
         fused, "large", {"N": 2, "C": 32, "S": (32, 32), "out": 32, "film": True}, groups(32), IMAGES, large=True
     )
@@ -207,6 +209,12 @@ def _cases() -> Iterable[Case]:
     yield _images("conv_residual", "1x1-no-bias", {"padding": 0}, N=2, C=7, S=(5, 6), K=1, padding=0, bias=False)
     yield _images("conv_residual", "1d", N=2, C=16, S=(19,))
     yield _images("conv_residual", "3d-bare", N=2, C=8, S=(4, 5, 3), bias=False, residual=False)
+    causal = {"padding": ((2, 0), (1, 1), 1)}
+    yield _images("conv_residual", "causal", causal, N=2, C=8, S=(4, 5, 3))
+    yield _images("conv_residual", "causal-repeated", {**causal, "padding_mode": "replicate"}, N=1, C=8, S=(2, 5, 6))
+    yield _images("conv_residual", "one-frame", {**causal, **first_frame}, N=2, C=8, S=(1, 5, 3), bias=False)
+    yield _images("conv_residual", "repeated", {"padding_mode": "replicate"}, N=2, C=8, S=(6, 5), residual=False)
+    yield _images("conv_residual", "one-side", {"padding": ((2, 0),)}, N=2, C=8, S=(9,))
     yield Case("conv_residual", "large", {"N": 2, "C": 32, "S": (32, 32), "out": 32}, {}, IMAGES, large=True)
 
     for op in ("layer_norm_modulate", "rms_norm_modulate"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,28 @@ def channel_rms_norm_silu(
     return y if activation is None else F.silu(y)
 
 
-def conv_residual(h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: int = 1) -> Tensor:
+def _padded(h: Tensor, padding: Any, padding_mode: Any) -> tuple[Tensor, Any]:
+    """h, padded dimension by dimension where a convolution cannot, and the padding that is left to it."""
+    dims = h.dim() - 2
+    if isinstance(padding, int) and padding_mode == "zeros":
+        return h, padding
+    sides = [(p, p) if isinstance(p, int) else p for p in ([padding] * dims if isinstance(padding, int) else padding)]
+    modes = [padding_mode] * dims if isinstance(padding_mode, str) else padding_mode
+    for i, (side, mode) in enumerate(zip(sides, modes, strict=True)):
+        widths = [0, 0] * (dims - 1 - i) + [*side] + [0, 0] * i
+        h = F.pad(h, widths, mode={"zeros": "constant"}.get(mode, mode)) if any(side) else h
+    return h, 0
+
+
+def conv_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: Any = 1,
+    padding_mode: Any = "zeros",
+) -> Tensor:
+    h, padding = _padded(h, padding, padding_mode)
     y = CONVS[h.dim() - 2](h, weight, bias, padding=padding)
     return y if residual is None else residual + y
 
@@ -93,12 +115,13 @@ def group_norm_silu_conv_residual(
     scale: Tensor | None,
     shift: Tensor | None,
     keep: Tensor | None,
-    padding: int = 1,
+    padding: Any = 1,
     dropout_p: float = 0.0,
+    padding_mode: Any = "zeros",
 ) -> Tensor:
     h = group_norm_silu(x, num_groups, norm_weight, norm_bias, scale, shift)
     h = h if keep is None else h * (keep.to(h.dtype) / (1 - dropout_p))
-    return conv_residual(h, weight, bias, residual, padding)
+    return conv_residual(h, weight, bias, residual, padding, padding_mode)
 
 
 def layer_norm_modulate(
