@@ -42,6 +42,14 @@ class ConvArguments(NamedTuple):
         return cls(x, with_dtype(x, weight.dtype), norm, weight, bias, residual, tuple(padding))
 
 
+def why_no_flag(op: str, arguments: dict[str, Any]) -> str | None:
+    """Why no kernel of these arguments reads a flag, whatever the backend; None: the backend knows."""
+    if op not in ("conv_residual", "group_norm_silu_conv_residual"):
+        return None
+    a = ConvArguments.of(op, arguments)
+    return "its padding takes several convolutions" if is_padded(a.padding, a.weight) else None
+
+
 def with_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Stands for x in another dtype: same shape and layout, no values."""
     return x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)

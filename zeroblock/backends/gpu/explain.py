@@ -14,6 +14,8 @@ from torch import Tensor
 from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_geometry
 from ...steps.flag import DEVICE, NEVER
 from ...steps.linear import LinearGateCall
+from ...steps.padded import calls as padded_calls
+from ...steps.padded import is_padded
 from ..base import Backend, GroupNorm, MaybeTensor, Step
 from ..dense import ConvArguments
 from . import norms_gates as steps
@@ -78,6 +80,10 @@ def _row_norm(backend: Backend, op: str, a: dict[str, Any], training: bool) -> I
 def _convolution(backend: Backend, a: ConvArguments, zero_skip: int, training: bool) -> Iterator[Step]:
     x, h, norm, weight, bias, residual, padding = a
     flag = h.new_empty(1, dtype=torch.int32) if zero_skip == DEVICE else None
+    if is_padded(padding, weight):
+        for part in padded_calls(h, weight, padding):
+            yield CONV_RESIDUAL, (FlaggedConvCall(backend, part.h, part.weight, bias, None, part.padding, NEVER),)
+        return
     if norm is None:
         yield CONV_RESIDUAL, (FlaggedConvCall(backend, h, weight, bias, residual, padding, zero_skip),)
     else:
