@@ -2,7 +2,7 @@
 // compiler's flags choose the vectors of vec/vec.h, ZB_TABLE and ZB_ISA_NAME name the result.
 #include "activation.h"
 #include "add_bias.h"
-#include "channel_rms_norm_silu.h"
+#include "channel_rms_norm_silu_bwd.h"
 #include "gate_residual.h"
 #include "gate_residual_layer_norm_modulate.h"
 #include "group_norm_silu_bwd.h"
