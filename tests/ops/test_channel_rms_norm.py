@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 import zeroblock as zb
 from zeroblock.testing import assert_error_budget
+from zeroblock.testing.cases import Case
 from zeroblock.testing.draw import Draw
+from zeroblock.testing.parity import assert_parity
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -93,3 +95,11 @@ def test_infinity_and_nan_show_where_eager_shows_them(backend, device, value):
         x = x.contiguous(memory_format=layout)
         got, eager = zb.channel_rms_norm_silu(x), _wan(x, 1.0, 1e-12)
         assert torch.equal(got.isfinite(), eager.isfinite())
+
+
+@pytest.mark.parametrize("layout", ("dense", "nhwc"))
+@pytest.mark.parametrize(("C", "S"), ((1500, (3, 7)), (5, (40, 41)), (700, (9, 9))))
+def test_wide_pixels_and_many_tiles(backend, device, C, S, layout):
+    """1500 channels are more than the CPU's tiles keep; 1640 pixels are several of its tiles."""
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_parity(Case("channel_rms_norm_silu", "tiles", {"N": 1, "C": C, "S": S}), dtype, layout, device)

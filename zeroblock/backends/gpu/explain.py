@@ -30,6 +30,13 @@ def steps_of(backend: Backend, op: str, a: dict[str, Any], training: bool) -> It
         norm = GroupNorm(a["num_groups"], a["weight"], a["bias"], a["eps"], a["scale"], a["shift"], None, 0.0)
         for backward in (False, True) if training else (False,):
             yield _group_norm(a["x"], norm, a["activation"] == "silu", backward)
+    elif op == "channel_rms_norm_silu":
+        x, weight, bias, scale, shift = (a[name] for name in ("x", "weight", "bias", "scale", "shift"))
+        silu, inside = a["activation"] == "silu", a["eps_mode"] == "inside"
+        yield steps.CHANNEL_RMS_NORM_SILU, (x, weight, bias, a["eps"], inside, scale, shift, silu)
+        if training:
+            rstd = _statistics(x, x.shape[0], *x.shape[2:])
+            yield steps.CHANNEL_RMS_NORM_SILU_BWD, (x, x, rstd, weight, bias, scale, shift, silu)
     elif op in ("layer_norm_modulate", "rms_norm_modulate", "layer_norm_modulate_linear"):
         yield from _row_norm(backend, op, a, training)
     elif op == "gate_residual":
