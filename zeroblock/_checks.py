@@ -81,6 +81,11 @@ def channel_vector(v: Tensor | None) -> Tensor | None:
     return v.reshape(v.shape[0])
 
 
+def video(op: str, x: Tensor) -> None:
+    if x.dim() != 5:
+        raise fail(op, "x", "have shape [N, C, T, H, W] with per_frame", list(x.shape))
+
+
 def tokens(op: str, arg: str, t: Tensor) -> None:
     if t.dim() != 3:
         raise fail(op, arg, "have shape [B, T, D]", list(t.shape))

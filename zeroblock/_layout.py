@@ -107,6 +107,23 @@ def empty_like_dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format if layout is None else layout)
 
 
+def as_frames(x: Tensor) -> Tensor:
+    """The frames of [N, C, T, H, W], [N * T, C, H, W]: a view where x is channels-last."""
+    return x.movedim(2, 1).flatten(0, 1)
+
+
+def of_each_frame(v: Tensor | None, frames: int) -> Tensor | None:
+    """[N, C] for each of the frames, [N * frames, C]."""
+    return v if v is None else v[:, None].expand(-1, frames, -1).flatten(0, 1)
+
+
+def of_frames(y: Tensor, x: Tensor) -> Tensor:
+    """A result for the frames of x as one of x, in its format."""
+    y, layout = y.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2), pointwise_format(x)
+    # The view has the strides of its size, also of dimensions of one element.
+    return y.contiguous().view(x.shape) if layout is None else in_layout(y, layout)
+
+
 def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
     """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
     if residual is None:

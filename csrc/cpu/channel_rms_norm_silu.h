@@ -16,7 +16,7 @@ namespace zeroblock {
 namespace {
 
 constexpr int64_t kSummedChannels = 32;            // squares added to one fp32 sum before it is added to the pixel's
-constexpr int64_t kTileBytes = int64_t{96} << 10;  // a dense tile: with its runs in memory well within L2
+constexpr int64_t kTileBytes = int64_t{192} << 10;  // a dense tile: most of an L2 (measured: benchmarks/run.py)
 constexpr int64_t kMaxPixels = 512, kMinPixels = 16;
 constexpr int64_t kKeptRow = 1024;  // channels of four rows of dz in 16 KB
 
@@ -130,6 +130,15 @@ inline int64_t pixels_of_tile(int64_t C, int64_t bytes) {
   return larger(kMinPixels, smaller(kMaxPixels, fit / step * step));
 }
 
+// Hardware does not see a run coming: it is in another page than the one before.
+constexpr int64_t kRunsAhead = 4;
+template <class T>
+ZB_INLINE void prefetch_run(const T* run, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; i += 64 / static_cast<int64_t>(sizeof(T))) {
+    _mm_prefetch(reinterpret_cast<const char*>(run + i), _MM_HINT_T0);
+  }
+}
+
 template <bool kKeep, bool kSilu, class T>
 ZB_LOOPS void norm_tile_of_pixels(const T* x, T* y, float* rstd, int64_t pixels, int64_t C, int64_t S,
                                   PixelAffine affine, PixelScale scale, bool streamed) {
@@ -140,6 +149,7 @@ ZB_LOOPS void norm_tile_of_pixels(const T* x, T* y, float* rstd, int64_t pixels,
   for (int64_t begin = 0; begin < C; begin += kSummedChannels) {
     fill(part, pixels, 0.0f);
     for (int64_t c = begin; c < smaller(begin + kSummedChannels, C); ++c) {
+      prefetch_run(x + smaller(c + kRunsAhead, C - 1) * S, pixels);
       if (kKeep) std::memcpy(kept + c * pixels, x + c * S, static_cast<size_t>(pixels) * sizeof(T));
       const T* const v = channel(c);
       for_lanes_by_4(pixels, [&](int64_t i, auto lanes) ZB_BODY {

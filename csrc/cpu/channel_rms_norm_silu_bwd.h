@@ -93,6 +93,9 @@ ZB_LOOPS void norm_tile_of_pixels_bwd(const T* x, const T* dy, T* dx, const floa
   for (int64_t c = 0; c < C; ++c) {
     const Vec a = set1(affine.a[c]), b = set1(affine.b[c]);
     Vec sum_dz = zero(), sum_dz_xhat = zero();
+    const int64_t ahead = smaller(c + kRunsAhead, C - 1) * S;
+    prefetch_run(x + ahead, pixels);
+    prefetch_run(dy + ahead, pixels);
     if (kKeep) std::memcpy(kept_x + c * pixels, x + c * S, static_cast<size_t>(pixels) * sizeof(T));
     for_lanes_by_4(pixels, [&](int64_t i, auto lanes) ZB_BODY {
       const auto v = kKeep ? load(kept_x + c * pixels + i, lanes) : load(x + c * S + i, lanes);

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks, ops, zero
 from .. import reference as ref
 from .._autocast import autocast
+from .._layout import as_frames, of_each_frame, of_frames
 from .operands import needs_fp64
 
 Padding = int | Sequence[int | Sequence[int]]
@@ -26,6 +27,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str | None = "silu",
+    per_frame: bool = False,
 ) -> Tensor:
     """y = act(group_norm(x) * (1 + scale) + shift), one pass, statistics in float32.
 
@@ -37,8 +39,10 @@ def group_norm_silu(
         eps: >= 0, added to the variance.
         scale, shift: [N, C] (FiLM), any strides and floating dtype, or None.
         activation: "silu" or None.
+        per_frame: statistics of each frame of [N, C, T, H, W], over H and W: a view of a channels-last x; a contiguous
+            one is copied, and the result copied back.
 
-    Returns y like x. Saved for backward: x, mean, rstd.
+    Returns y like x. Saved for backward: x (or that copy), mean, rstd.
     Raises TypeError (kind, dtype), ValueError (shape, eps, group count, activation, device).
     Source: Wu & He 2018; FiLM as in openai/guided-diffusion `ResBlock`.
 
@@ -49,6 +53,12 @@ def group_norm_silu(
     _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
     _checks.eps_value(op, eps)
     _checks.choice(op, "activation", activation, ("silu", None))
+    if per_frame:
+        _checks.video(op, x)
+        frames, T = as_frames(x), x.shape[2]
+        scale, shift = of_each_frame(scale, T), of_each_frame(shift, T)
+        y = group_norm_silu(frames, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
+        return of_frames(y, x)
     if mixed and needs_fp64(x, weight, bias, scale, shift):
         wide = group_norm_silu(
             x.double(), num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation

@@ -47,10 +47,17 @@ def group_norm_silu(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str | None = "silu",
+    per_frame: bool = False,
 ) -> Tensor:
     if weight is None and bias is not None:
         weight = bias.new_ones(bias.shape)  # without it torch before 2.14 gives no bias gradient
-    y = F.group_norm(x, num_groups, weight, bias, eps)
+    frames = x.transpose(1, 2).flatten(0, 1) if per_frame else x
+    y = F.group_norm(frames, num_groups, weight, bias, eps)
+    if per_frame:
+        last = torch.channels_last_3d
+        is_last = x.is_contiguous(memory_format=last) and not x.is_contiguous()
+        y = y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
+        y = y.contiguous(memory_format=last if is_last else torch.contiguous_format)
     y = y if scale is None else y * (1 + _channels(scale, x))
     y = y if shift is None else y + _channels(shift, x)
     return y if activation is None else F.silu(y)

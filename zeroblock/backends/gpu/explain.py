@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._layout import as_frames, of_each_frame
 from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_geometry
 from ...steps.flag import DEVICE, NEVER
 from ...steps.linear import LinearGateCall
@@ -27,9 +28,12 @@ from .linear import LINEAR_GATE_RESIDUAL
 def steps_of(backend: Backend, op: str, a: dict[str, Any], training: bool) -> Iterator[Step]:
     """The op's own step first."""
     if op == "group_norm_silu":
-        norm = GroupNorm(a["num_groups"], a["weight"], a["bias"], a["eps"], a["scale"], a["shift"], None, 0.0)
+        x, scale, shift = a["x"], a["scale"], a["shift"]
+        if a["per_frame"]:
+            x, scale, shift = as_frames(x), of_each_frame(scale, x.shape[2]), of_each_frame(shift, x.shape[2])
+        norm = GroupNorm(a["num_groups"], a["weight"], a["bias"], a["eps"], scale, shift, None, 0.0)
         for backward in (False, True) if training else (False,):
-            yield _group_norm(a["x"], norm, a["activation"] == "silu", backward)
+            yield _group_norm(x, norm, a["activation"] == "silu", backward)
     elif op == "channel_rms_norm_silu":
         x, weight, bias, scale, shift = (a[name] for name in ("x", "weight", "bias", "scale", "shift"))
         silu, inside = a["activation"] == "silu", a["eps_mode"] == "inside"
