@@ -53,6 +53,12 @@ struct GroupNormSilu {
   float* workspace;  // as many floats as the matching *_workspace function says
 };
 
+// The same with statistics over the C channels of each pixel, and no mean: G is 1, mean null, rstd [N, S] is 1 /
+// sqrt(mean(x^2) + eps) where eps_inside, else sqrt(C) / max(norm, eps), negative where eps is no less.
+struct ChannelRmsNormSilu : GroupNormSilu {
+  bool eps_inside;
+};
+
 // A modulation operand seen as [B, T, D], last dimension contiguous. per_token == false: one row per sample, stride_b
 // apart (0: one row for all). per_token == true: rows stride_b / stride_t apart.
 struct Rows {
@@ -234,6 +240,10 @@ struct CpuKernels {
   void (*group_norm_silu_bwd)(const GroupNormSilu&, ParallelFor);
   int64_t (*group_norm_silu_fwd_workspace)(const GroupNormSilu&);
   int64_t (*group_norm_silu_bwd_workspace)(const GroupNormSilu&);
+  void (*channel_rms_norm_silu_fwd)(const ChannelRmsNormSilu&, ParallelFor);
+  void (*channel_rms_norm_silu_bwd)(const ChannelRmsNormSilu&, ParallelFor);
+  int64_t (*channel_rms_norm_silu_fwd_workspace)(const ChannelRmsNormSilu&);
+  int64_t (*channel_rms_norm_silu_bwd_workspace)(const ChannelRmsNormSilu&);
   void (*layer_norm_modulate_fwd)(const LayerNormModulate&, ParallelFor);
   void (*layer_norm_modulate_bwd)(const LayerNormModulate&, ParallelFor);
   int64_t (*layer_norm_modulate_bwd_workspace)(const LayerNormModulate&);

@@ -12,7 +12,8 @@ grid    one read, for groups of up to 40960 16-bit or 20480 fp32 values: `_one_r
         keeps x and dy of its groups in registers. 3ns bytes.
         split, for larger groups: `_sums`, (pixel parts, channel blocks, N), partial sums [N, parts, C]; `_combine`,
         (G, N); `_apply`, (pixel blocks, channel blocks, N), reads x and dy again. 5ns bytes.
-        `_parameters`, (channel blocks), ends both.
+        `_reduce.parameter_gradients` ends both: dweight, dbias, dscale and dshift follow from the two sums and from
+        the operands alone.
 order   tiles of a channel, parts and samples first to last. No atomics.
 zero    flag != 0 (the branch is zero): every gradient is 0, x and dy are not read.
 """
@@ -33,7 +34,6 @@ from ._group_tiles import (
     along_channels,
     as_words,
     by_group,
-    channel_row,
     flat,
     flat_lanes,
     group_lanes,
@@ -48,14 +48,13 @@ from ._group_tiles import (
     values_per_word,
 )
 from ._launch import launch
-from ._rows import cdiv, is_skipped, power_of_2, silu_grad
+from ._reduce import parameter_gradients
+from ._rows import is_skipped, power_of_2, silu_grad
 from .group_norm_silu import combine_parts, compile_cases, norm_operands, sample_stride
 
 # (most words of x in a program, num_warps): x and dy take 164 of the 256 KB of registers
 # (spills: python -m tests.triton.static).
 ONE_READ = ((2048, 4), (20480, 8))
-# Channels and warps of a program of `_parameters`: one per thread (registers: python -m tests.triton.static).
-COLUMNS, COLUMN_WARPS = 64, 2
 
 
 @triton.jit
@@ -262,39 +261,6 @@ def _apply(
     tl.store(dx + at, g * r, mask=mask)
 
 
-@triton.jit
-def _parameters(
-    sum_dz, sum_dz_xhat, weight, bias, scale, dweight, dbias, dscale, dshift, N, C, scale_n, BLOCK: tl.constexpr
-):  # fmt: skip
-    """From the sums: dscale and dshift of every sample, dweight and dbias added over the samples in their order."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = channel < C
-    w = channel_row(weight, channel, valid, 1.0)
-    b = channel_row(bias, channel, valid, 0.0)
-    total_w = tl.zeros_like(w)
-    total_b = tl.zeros_like(w)
-    for sample in range(N):
-        n = tl.cast(sample, tl.int64)
-        lane_dz = tl.load(sum_dz + n * C + channel, mask=valid, other=0.0)
-        lane_dz_xhat = tl.load(sum_dz_xhat + n * C + channel, mask=valid, other=0.0)
-        gain = tl.where(valid, 1.0, 0.0)
-        if scale is not None:
-            gain += channel_row(scale + n * scale_n, channel, valid, 0.0)
-            tl.store(dscale + n * C + channel, w * lane_dz_xhat + b * lane_dz, mask=valid)
-        if dshift is not None:
-            tl.store(dshift + n * C + channel, lane_dz, mask=valid)
-        total_w += gain * lane_dz_xhat
-        total_b += gain * lane_dz
-    if weight is not None:
-        tl.store(dweight + channel, total_w, mask=valid)
-    if bias is not None:
-        tl.store(dbias + channel, total_b, mask=valid)
-
-
-def _like(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.new_empty(v.shape)
-
-
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -362,26 +328,7 @@ def backward(
         )
         grid = tiles.pixel_blocks, tiles.channel_blocks, N
         launch(_apply, grid, **operands, **means, dx=dx, **tiles.options)
-    dweight, dbias, dscale, dshift = (_like(v) for v in (weight, bias, scale, shift))
-    if any(v is not None for v in (weight, bias, scale, shift)):
-        launch(
-            _parameters,
-            (cdiv(C, COLUMNS),),
-            num_warps=COLUMN_WARPS,
-            **sums,
-            weight=weight,
-            bias=bias,
-            scale=scale,
-            dweight=dweight,
-            dbias=dbias,
-            dscale=dscale,
-            dshift=dshift,
-            N=N,
-            C=C,
-            scale_n=sample_stride(scale),
-            BLOCK=COLUMNS,
-        )
-    return dx, dweight, dbias, dscale, dshift
+    return dx, *parameter_gradients(sums["sum_dz"], sums["sum_dz_xhat"], weight, bias, scale, shift)
 
 
 def _compile(C: int, side: int, dtype: torch.dtype, last: bool, split: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zeroblock as zb
-from zeroblock.testing import assert_error_budget, eager
+from zeroblock.testing import assert_error_budget, eager, eager_video
 
 Results = dict[str, Tensor]
 
@@ -36,6 +36,7 @@ EAGER = SimpleNamespace(
     ZeroConv2d=_eager_zero_layer(nn.Conv2d),
     ZeroConv3d=_eager_zero_layer(nn.Conv3d),
     ZeroLinear=_eager_zero_layer(nn.Linear),
+    **{n: getattr(eager_video, n) for n in ("CausalConv3d", "ChannelRMSNorm", "VideoResBlock")},
 )
 
 

@@ -21,6 +21,7 @@ from ._version import __version__ as __version__
 from .convert import accelerate, register_family, restore
 from .doctor import doctor
 from .functional import (
+    channel_rms_norm_silu,
     conv_residual,
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -38,6 +39,7 @@ from .plan.share import share_plans
 __all__ = [
     "accelerate",
     "FreezeReport",
+    "channel_rms_norm_silu",
     "conv_residual",
     "doctor",
     "explain",

@@ -74,6 +74,18 @@ def images(
     shapes(op, (N, C), "[N, C]", scale=scale, shift=shift)
 
 
+def channel_vector(v: Tensor | None) -> Tensor | None:
+    """[C] of a parameter [C, 1, 1] or [C, 1, 1, 1], which broadcasts against [C, *S]; any other shape as it is."""
+    if v is None or v.dim() <= 1 or v.shape[1:].numel() != 1:
+        return v
+    return v.reshape(v.shape[0])
+
+
+def video(op: str, x: Tensor) -> None:
+    if x.dim() != 5:
+        raise fail(op, "x", "have shape [N, C, T, H, W] with per_frame", list(x.shape))
+
+
 def tokens(op: str, arg: str, t: Tensor) -> None:
     if t.dim() != 3:
         raise fail(op, arg, "have shape [B, T, D]", list(t.shape))
@@ -131,9 +143,17 @@ def same_shape(op: str, arg: str, t: Tensor, other: str, size: tuple) -> None:
 
 
 def convolution(
-    op: str, channels: int, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: Any
+    op: str,
+    channels: int,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: Any,
+    padding_mode: Any = "zeros",
 ) -> list[int]:
-    """Checks a stride-1 convolution of [N, C, *S] and its residual; returns the padding per dimension."""
+    """Checks a stride-1 convolution of [N, C, *S] and its residual; returns the padding as ops take it: a number for
+    each dimension, zeros on both sides; where it is something else three: in front, behind, 1 for repeated edges."""
     dims = weight.dim() - 2
     if not 1 <= dims <= 3 or h.dim() != weight.dim():
         raise fail(
@@ -143,21 +163,49 @@ def convolution(
         raise fail(op, "weight", f"take {channels} input channels (groups are not supported)", list(weight.shape))
     shapes(op, (weight.shape[0],), "[Cout]", bias=bias)
     if not isinstance(padding, (int, list, tuple)):
-        raise TypeError(f"{op}: padding must be an int or {dims} of them, got {padding!r}")
+        raise _not_padding(op, dims, padding)
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
+    pairs = False
     for p in pad:
         if not isinstance(p, (int, torch.SymInt)):
-            raise TypeError(f"{op}: padding must be an int or {dims} of them, got {padding!r}")
-    if len(pad) != dims or min(pad) < 0:
+            pairs = isinstance(p, (list, tuple)) and [isinstance(n, (int, torch.SymInt)) for n in p] == [True, True]
+            if not pairs:
+                raise _not_padding(op, dims, padding)
+    if len(pad) != dims or (min(map(_least, pad)) if pairs else min(pad)) < 0:
         raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
     size = list(h.shape[2:])
-    for i, p in enumerate(pad):
-        size[i] += 2 * p - weight.shape[2 + i] + 1
+    plain = not pairs and padding_mode == "zeros"
+    sides = pad if plain else _sides(op, dims, pad, padding_mode)
+    for i in range(dims):
+        size[i] += (2 * sides[i] if plain else sides[3 * i] + sides[3 * i + 1]) - weight.shape[2 + i] + 1
         if size[i] <= 0:
             raise fail(op, "weight", f"fit into the padded input {list(h.shape)}", list(weight.shape))
     if residual is not None:
         same_shape(op, "residual", residual, "the convolution's output", (h.shape[0], weight.shape[0], *size))
-    return pad
+    if not plain and all(a == b and not (repeated and a) for a, b, repeated in zip(*[iter(sides)] * 3, strict=True)):
+        return sides[::3]
+    if not plain and not all(h.shape[2:]):
+        raise fail(op, "h", "have at least one element in each dimension that is padded", list(h.shape))
+    return sides
+
+
+def _least(p: Any) -> Any:
+    return min(p) if isinstance(p, (list, tuple)) else p
+
+
+def _not_padding(op: str, dims: int, padding: Any) -> TypeError:
+    return TypeError(f"{op}: padding must be an int or {dims} of them, or of pairs (front, back), got {padding!r}")
+
+
+def _sides(op: str, dims: int, pad: list[Any], padding_mode: Any) -> list[int]:
+    """(in front, behind, 1 where the edge is repeated) of each dimension, one after the other."""
+    modes = [padding_mode] * dims if isinstance(padding_mode, str) else padding_mode
+    if not isinstance(modes, (list, tuple)) or len(modes) != dims:
+        raise fail(op, "padding_mode", f"be 'zeros' or 'replicate', or {dims} of them", repr(padding_mode))
+    for mode in modes:
+        choice(op, "padding_mode", mode, ("zeros", "replicate"))
+    sides = [tuple(p) if isinstance(p, (list, tuple)) else (p, p) for p in pad]
+    return [n for side, mode in zip(sides, modes, strict=True) for n in (*side, int(mode == "replicate"))]
 
 
 def linear(op: str, features: int, weight: Tensor, bias: Tensor | None) -> None:

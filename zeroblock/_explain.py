@@ -14,6 +14,7 @@ from . import functional, zero
 from ._version import NAMESPACE
 from .backends import available
 from .backends.base import Backend, Step
+from .backends.dense import why_no_flag
 from .backends.select import select
 from .plan import describe
 from .plan.mode import training
@@ -115,7 +116,7 @@ def _zero_path(
     if policy == "never":
         return 'off (zero_skip="never")'
     if zero.test_of(op, policy, weight) == zero.DEVICE:
-        library = backend.why_no_zero_path(op, arguments, plans)
+        library = why_no_flag(op, arguments) or backend.why_no_zero_path(op, arguments, plans)
         if library is not None:
             return f'off: the GEMM is a library call ({library}); zero_skip="sync" reads the verdict back'
         return (

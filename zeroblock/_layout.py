@@ -107,6 +107,23 @@ def empty_like_dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format if layout is None else layout)
 
 
+def as_frames(x: Tensor) -> Tensor:
+    """The frames of [N, C, T, H, W], [N * T, C, H, W]: a view where x is channels-last."""
+    return x.movedim(2, 1).flatten(0, 1)
+
+
+def of_each_frame(v: Tensor | None, frames: int) -> Tensor | None:
+    """[N, C] for each of the frames, [N * frames, C]."""
+    return v if v is None else v[:, None].expand(-1, frames, -1).flatten(0, 1)
+
+
+def of_frames(y: Tensor, x: Tensor) -> Tensor:
+    """A result for the frames of x as one of x, in its format."""
+    y, layout = y.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2), pointwise_format(x)
+    # The view has the strides of its size, also of dimensions of one element.
+    return y.contiguous().view(x.shape) if layout is None else in_layout(y, layout)
+
+
 def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
     """residual + branch in the memory format of that sum; in place on the fresh branch where that format is its own."""
     if residual is None:
@@ -116,6 +133,18 @@ def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
         if (strides[1] > 1 or is_settled(branch)) if strides == branch.stride() else _is_embedding(strides):
             return branch.add_(residual)
     return residual + branch
+
+
+def in_layout_with(residual: Tensor | None, branch: Tensor, layout: torch.memory_format | None) -> Tensor:
+    """`add_residual` of a branch that is to be in `layout` and is not yet: in one pass where the sum is so too."""
+    if residual is None:
+        return in_layout(branch, layout)
+    strides = _strides(branch.shape, layout)
+    if residual.dtype != branch.dtype or residual.stride() != strides:
+        return add_residual(residual, in_layout(branch, layout))
+    return torch.add(
+        residual, branch, out=torch.empty_strided(branch.shape, strides, dtype=branch.dtype, device=branch.device)
+    )
 
 
 def _is_embedding(strides: tuple[int, ...]) -> bool:

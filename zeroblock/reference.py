@@ -108,22 +108,74 @@ def group_norm_silu(
     per_channel = x.shape[1] // num_groups
     mean, rstd = (channel_view(m.repeat_interleave(per_channel, dim=1), x.dim()) for m in (mean, rstd))
     z = (x.to(mean.dtype) - mean) * rstd
+    return activated_affine(z, weight, bias, scale, shift, activation).to(x.dtype)
+
+
+def channel_rstd(x: Tensor, eps: float, inside: bool) -> Tensor:
+    """What each pixel of [N, C, *S] is multiplied by, [N, 1, *S]: 1 / sqrt(mean(x^2) + eps) over its channels or, not
+    inside, sqrt(C) / max(norm, eps), negative where eps is no less, for that divisor is a constant."""
+    squares = x.to(compute_dtype(x)).square()
+    if inside:
+        return (squares.mean(dim=1, keepdim=True) + eps).rsqrt()
+    squares = squares.sum(dim=1, keepdim=True)
+    constant = squares.sqrt() <= eps
+    root = math.sqrt(x.shape[1])
+    return (root / squares.masked_fill(constant, 1.0).sqrt()).masked_fill(
+        constant, -root / eps if eps > 0 else -math.inf
+    )
+
+
+def channel_rms_norm_silu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-12,
+    eps_mode: str = "max",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """act((normalize(x, dim=1) * sqrt(C) * weight + bias) * (1 + scale) + shift); x [N, C, *S], weight/bias [C],
+    scale/shift [N, C]; eps_mode "inside": x / sqrt(mean(x^2) + eps) for the norm."""
+    rstd = channel_rstd(x, eps, eps_mode == "inside").abs()
+    return activated_affine(x.to(rstd.dtype) * rstd, weight, bias, scale, shift, activation).to(x.dtype)
+
+
+def activated_affine(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """act((z * weight + bias) * (1 + scale) + shift) in the dtype of z [N, C, *S]."""
     if weight is not None:
-        z = z * channel_view(weight.to(z.dtype), x.dim())
+        z = z * channel_view(weight.to(z.dtype), z.dim())
     if bias is not None:
-        z = z + channel_view(bias.to(z.dtype), x.dim())
+        z = z + channel_view(bias.to(z.dtype), z.dim())
     if scale is not None:
-        z = z * (1 + channel_view(scale.to(z.dtype), x.dim()))
+        z = z * (1 + channel_view(scale.to(z.dtype), z.dim()))
     if shift is not None:
-        z = z + channel_view(shift.to(z.dtype), x.dim())
-    return apply_activation(z, activation).to(x.dtype)
+        z = z + channel_view(shift.to(z.dtype), z.dim())
+    return apply_activation(z, activation)
+
+
+def padded(h: Tensor, padding: Sequence[int]) -> Tensor:
+    """h with `padding` in the long form of `_checks.convolution`."""
+    first = range(len(padding) - 3, -1, -3)  # of each dimension's three, the last dimension first
+    for repeated, mode in enumerate(("constant", "replicate")):
+        widths = [n if padding[i + 2] == repeated else 0 for i in first for n in padding[i : i + 2]]
+        h = F.pad(h, widths, mode=mode) if any(widths) else h
+    return h
 
 
 def conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
-    """Stride-1 convolution in as many dimensions as the weight has."""
-    dims = weight.dim() - 2
+    """Stride-1 convolution in as many dimensions as the weight has; padding in either form of `_checks.convolution`."""
+    dims, ones = weight.dim() - 2, [1] * (weight.dim() - 2)
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
-    ones = [1] * dims
+    h, pad = (h, pad) if len(pad) == dims else (padded(h, pad), [0] * dims)
     return torch.convolution(h, weight, bias, ones, pad, ones, False, [0] * dims, 1)
 
 

@@ -30,6 +30,7 @@ LARGE = (
     Case("group_norm_silu", "cluster", {**_UNET, **_FILM}, {"num_groups": 32}, _BOTH),
     Case("group_norm_silu", "two-passes", {"N": 1, "C": 128, "S": (512, 512)}, {"num_groups": 32}, _BOTH),
     Case("group_norm_silu", "wide-groups", {"N": 2, "C": 2560, "S": (8, 8), **_FILM}, {"num_groups": 32}, _BOTH),
+    Case("channel_rms_norm_silu", "video", {"N": 1, "C": 96, "S": (4, 120, 208)}, {}, _BOTH),
     Case("layer_norm_modulate", "several-steps", {"B": 4, "T": 4096, "D": 1152}, {}, ("dense",)),
     Case("rms_norm_modulate", "several-tiles", {"B": 2, "T": 64, "D": 5120}, {}, ("dense",)),
     Case("gate_residual", "several-columns", {"size": (2, 4096, 3072), "gate": "bd"}, {}, ("dense",)),

@@ -2,6 +2,7 @@
 // compiler's flags choose the vectors of vec/vec.h, ZB_TABLE and ZB_ISA_NAME name the result.
 #include "activation.h"
 #include "add_bias.h"
+#include "channel_rms_norm_silu_bwd.h"
 #include "gate_residual.h"
 #include "gate_residual_layer_norm_modulate.h"
 #include "group_norm_silu_bwd.h"
@@ -20,6 +21,10 @@ const CpuKernels ZB_TABLE = {
     group_norm_silu_bwd,
     group_norm_silu_fwd_workspace,
     group_norm_silu_bwd_workspace,
+    channel_rms_norm_silu_fwd,
+    channel_rms_norm_silu_bwd,
+    channel_rms_norm_silu_fwd_workspace,
+    channel_rms_norm_silu_bwd_workspace,
     layer_norm_modulate_fwd,
     layer_norm_modulate_bwd,
     layer_norm_modulate_bwd_workspace,

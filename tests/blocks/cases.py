@@ -66,6 +66,11 @@ def _branch(body, layer, gate, shortcut, shape, tail: str) -> Case:
     return Case(build, (shape,), tail, "ResidualBranch")
 
 
+def _video(*channels: int, **options) -> Case:
+    build = lambda ns: ns.VideoResBlock(*channels, **options)  # noqa: E731
+    return Case(build, ((2, channels[0], 3, 5, 4),), "conv2.weight", "conv_residual")
+
+
 _LINEAR, _CONV = lambda: nn.Linear(12, 12), lambda: nn.Conv2d(8, 8, 3, padding=1)  # noqa: E731
 
 CASES = {
@@ -102,6 +107,26 @@ CASES = {
         "ZeroConv2d", (2, 6, 5, 7), (2, 8, 5, 7), 6, 8, 3, padding=1, padding_mode="reflect"
     ),
     "ZeroConv3d": _zero_layer("ZeroConv3d", (2, 6, 3, 5, 4), (2, 8, 3, 3, 2), 6, 8, 3, stride=(1, 2, 2), padding=1),
+    "CausalConv3d": Case(lambda ns: ns.CausalConv3d(6, 8, 3), ((2, 6, 3, 5, 4),), "weight", "CausalConv3d"),
+    "CausalConv3d-first-frame": Case(
+        lambda ns: ns.CausalConv3d(6, 8, (3, 1, 3), padding=(1, 0, 1), padding_mode=("replicate", "zeros", "zeros")),
+        ((2, 6, 3, 5, 4),),
+        "weight",
+        "CausalConv3d",
+    ),
+    "CausalConv3d-stride": Case(
+        lambda ns: ns.CausalConv3d(6, 8, 3, stride=(2, 1, 2), padding_mode="replicate", bias=False),
+        ((2, 6, 3, 5, 4),),
+        "weight",
+        "CausalConv3d",
+    ),
+    "ChannelRMSNorm": Case(lambda ns: ns.ChannelRMSNorm(6, True), ((2, 6, 3, 5, 4),), "gamma", "ChannelRMSNorm"),
+    "VideoResBlock": _video(8),
+    "VideoResBlock-wider-dropout": _video(8, 12, dropout=0.3),
+    "VideoResBlock-repeated": _video(8, 12, norm="group", num_groups=4, padding_mode="replicate"),
+    "VideoResBlock-frames": _video(
+        8, norm="frame_group", num_groups=4, padding_mode=("replicate", "zeros", "zeros"), dropout=0.2
+    ),
     "ZeroLinear": _zero_layer("ZeroLinear", (2, 5, 12), (2, 5, 10), 12, 10),
     "ZeroLinear-2d": _zero_layer("ZeroLinear", (5, 12), None, 12, 10, bias=False),
     "FixupBasicBlock": _fixup("FixupBasicBlock", 8, 8),
@@ -127,7 +152,13 @@ CASES = {
     "ResidualBranch-token-gate": _branch(tokens_body, _LINEAR, torch.ones(2, 5, 12), None, (2, 5, 12), "gate"),
 }
 # A padding mode other than zeros is PyTorch's alone to compute: never skipped.
-NEVER_SKIPPED = ("ZeroConv2d-reflect",)
+NEVER_SKIPPED = (
+    "ZeroConv2d-reflect",
+    "CausalConv3d",
+    "CausalConv3d-first-frame",
+    "CausalConv3d-stride",
+    "ChannelRMSNorm",
+)
 PHASES = ("zero", "dense")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

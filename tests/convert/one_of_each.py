@@ -18,6 +18,10 @@ def diffusers_block(module, kind, *args, **options):
     return make
 
 
+def autoencoder_block(module, kind, *args, **options):
+    return diffusers_block(f"autoencoders.autoencoder_{module}", kind, *args, **options)
+
+
 def ada_norm_zero(**options):
     from diffusers.models.attention import BasicTransformerBlock
 
@@ -77,6 +81,23 @@ BLOCKS = {
     "ResnetBlockCondNorm2D": diffusers_block(
         "resnet", "ResnetBlockCondNorm2D", in_channels=16, groups=4, temb_channels=16, time_embedding_norm="ada_group"
     ),
+    "WanResidualBlock": autoencoder_block("kl_wan", "WanResidualBlock", 8, 16),
+    "CogVideoXResnetBlock3D": autoencoder_block(
+        "kl_cogvideox", "CogVideoXResnetBlock3D", 8, 8, 0.0, 0, 4, spatial_norm_dim=4
+    ),
+    "MochiResnetBlock3D": autoencoder_block("kl_mochi", "MochiResnetBlock3D", 32),
+    "EasyAnimateResidualBlock3D": autoencoder_block(
+        "kl_magvit", "EasyAnimateResidualBlock3D", 8, 16, norm_num_groups=4
+    ),
+    "KVAEResnetBlock2D": autoencoder_block("kl_kvae", "KVAEResnetBlock2D", in_channels=32, temb_channels=0, zq_ch=4),
+    "HunyuanVideo15ResnetBlock": autoencoder_block("kl_hunyuanvideo15", "HunyuanVideo15ResnetBlock", 8, 16),
+    "HunyuanVideoResnetBlockCausal3D": autoencoder_block(
+        "kl_hunyuan_video", "HunyuanVideoResnetBlockCausal3D", 8, 16, groups=4
+    ),
+    "HunyuanImageResnetBlock": autoencoder_block("kl_hunyuanimage", "HunyuanImageResnetBlock", 32, 32),
+    "CosmosResnetBlock3d": autoencoder_block("kl_cosmos", "CosmosResnetBlock3d", 8, 16),
+    "LTXVideoResnetBlock3d": autoencoder_block("kl_ltx", "LTXVideoResnetBlock3d", 8, 8, timestep_conditioning=True),
+    "MiniMaxH3VideoResnetBlock3d": autoencoder_block("kl_minimax_h3", "MiniMaxH3VideoResnetBlock3d", 8, 16, 4),
     "BasicTransformerBlock": diffusers_block(
         "attention", "BasicTransformerBlock", 16, 2, 8, norm_type="ada_norm_single", cross_attention_dim=12
     ),

@@ -30,6 +30,8 @@ def scaled(result):
     """The same, its first floating tensor a little larger."""
     if isinstance(result, torch.Tensor):
         return result * 1.05 if result.is_floating_point() else result
+    if isinstance(result, tuple) and isinstance(result[-1], dict):  # a cache
+        return (scaled(result[0]), *result[1:])
     if isinstance(result, tuple):
         return (*result[:-1], scaled(result[-1]))
     result["sample"] = scaled(result["sample"])
@@ -148,3 +150,29 @@ def test_neither_mode_of_the_block_matters():
     block = eager.DiTBlock(16, 2).train()
     zb.accelerate(block)
     assert before == len(zb.convert.proof._proved) == 1 and block.training and block.mlp.training
+
+
+def other_cache():
+    """Somebody's WanResidualBlock, which keeps other frames."""
+    module = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan", reason="no diffusers")
+
+    class WanResidualBlock(module.WanResidualBlock):
+        def forward(self, x, feat_cache=None, feat_idx=[0]):  # noqa: B006
+            y = super().forward(x, feat_cache, feat_idx)
+            if feat_cache is not None:
+                feat_cache[0] = feat_cache[0] * 2
+            return y
+
+    return WanResidualBlock(8, 8)
+
+
+def test_what_a_block_leaves_in_a_list_is_proved():
+    """The result is the family's, the frames that it keeps are not: with a cache the block's own forward runs."""
+    torch.manual_seed(0)
+    block = other_cache()
+    assert zb.accelerate(block).blocks == 1
+    twin = copy.deepcopy(block)
+    zb.restore(twin)
+    caches = [None, None], [None, None]
+    ys = [m(torch.ones(1, 8, 2, 3, 3), cache, [0]) for m, cache in zip((block, twin), caches, strict=True)]
+    assert torch.equal(*ys) and torch.equal(caches[0][0], caches[1][0])

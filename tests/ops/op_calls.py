@@ -65,6 +65,11 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             (x, 4, v, n(8), 1e-5, u, n(2, 8), True),
             (n(2, 8, 7), 2, None, None, 1e-3, None, None, False),
         ],
+        "channel_rms_norm_silu": [
+            (x, v, n(8), 1e-12, False, u, n(2, 8), True),
+            (n(1, 8, 2, 5, 3), v, None, 2.5, False, None, None, True),  # below eps, and above
+            (n(2, 8, 7), None, None, 1e-3, True, None, None, False),
+        ],
         "layer_norm_modulate": [
             (t, u, n(2, 8), v, n(8), 1e-6),
             (t, n(2, 5, 8), n(2, 5, 8), None, None, 1e-6),
@@ -96,10 +101,15 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             (x, zero(6, 8, 3, 3), None, None, [1, 1], HOST),
             (n(2, 8, 7), n(6, 8, 3), n(6), n(2, 6, 7), [1], HOST),
             (n(1, 4, 3, 3, 3), n(2, 4, 3, 3, 3), n(2), n(1, 2, 3, 3, 3), [1, 1, 1], HOST),
+            (n(2, 4, 4, 3, 3), n(2, 4, 3, 3, 3), n(2), n(2, 2, 4, 3, 3), [2, 0, 1, 1, 1, 0, 1, 1, 0], HOST),
+            (n(2, 4, 1, 3, 3), n(2, 4, 3, 3, 3), n(2), None, [2, 0, 0, 1, 1, 1, 1, 1, 1], HOST),
+            (n(2, 4, 4, 3, 3), zero(2, 4, 3, 3, 3), n(2), n(2, 2, 4, 3, 3), [2, 0, 0, 1, 1, 0, 1, 1, 0], HOST),
+            (x, n(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [2, 0, 1, 0, 2, 0], HOST),
         ],
         "group_norm_silu_conv_residual": [
             fused(n(6, 8, 3, 3)),
             fused(zero(6, 8, 3, 3)),
+            (*fused(n(6, 8, 3, 3))[:-2], [1, 1, 1, 2, 0, 0], HOST),
             (x, 2, None, None, 1e-5, None, None, None, 0.0, n(6, 8, 1, 1), None, None, [0, 0], NEVER),
         ],
         "layer_norm_modulate_linear": [
@@ -126,6 +136,9 @@ def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
     if op == "group_norm_silu":
         x, groups, w, b, _, scale, shift, silu = args
         return [(dy, x, *out[1:], w, b, scale, shift, groups, silu)]
+    if op == "channel_rms_norm_silu":
+        x, w, b, _, _, scale, shift, silu = args
+        return [(dy, x, out[1], w, b, scale, shift, silu)]
     if op == "layer_norm_modulate":
         x, shift, scale, w, b, _ = args
         return [(dy, x, *out[1:], shift, scale, w, b)]
@@ -195,6 +208,7 @@ def public_call(op: str, dtype: torch.dtype) -> tuple[tuple, dict]:
         "group_norm_silu": ((x, 4), {}),
         "group_norm_silu_conv_residual": ((x, 4, None, None, conv, None, x), {}),
         "conv_residual": ((x, conv, None, x), {}),
+        "channel_rms_norm_silu": ((x,), {}),
         "layer_norm_modulate": ((t, w, w), {}),
         "rms_norm_modulate": ((t, w, w), {}),
         "gate_residual": ((t, w, t), {}),

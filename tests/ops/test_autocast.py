@@ -42,6 +42,12 @@ def _eager_gate_norm(residual, gate, branch, shift, scale):
     return x, _eager_modulate(x, shift, scale)
 
 
+def _eager_channel_rms(x, w, b, scale, shift):
+    scale, shift = _film(scale, shift)
+    x = F.normalize(x.float(), dim=1).to(x.dtype) * x.shape[1] ** 0.5
+    return F.silu((x * w[:, None, None] + b[:, None, None]) * scale + shift)
+
+
 _X, _C, _NC, _T, _BD = (2, 8, 6, 5), (8,), (2, 8), (2, 7, 8), (2, 8)
 # (shapes, ours, eager's); parameters and modulation are fp32, as in a model trained under autocast.
 FUNCTIONS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable, Callable]] = {
@@ -69,6 +75,11 @@ FUNCTIONS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable, Callable]] = {
         (_X, (6, 8, 3, 3)),
         lambda h, w: zb.conv_residual(h, w, None, None),
         lambda h, w: F.conv2d(h, w, padding=1),
+    ),
+    "channel_rms_norm_silu": (
+        (_X, _C, _C, _NC, _NC),
+        lambda x, w, b, scale, shift: zb.channel_rms_norm_silu(x, w, b, scale=scale, shift=shift),
+        _eager_channel_rms,
     ),
     "layer_norm_modulate": ((_T, _BD, _BD), zb.layer_norm_modulate, _eager_modulate),
     "rms_norm_modulate": ((_T, _BD, _BD), zb.rms_norm_modulate, _eager_rms),
@@ -117,7 +128,7 @@ def _run(function: Callable, tensors: list[torch.Tensor], autocast: torch.dtype 
 
 
 # Eager's fp32 scale would promote a low-precision norm; these functions round once, to the dtype of x.
-KEEP_DTYPE_OF_X = ("group_norm_silu", "layer_norm_modulate", "rms_norm_modulate")
+KEEP_DTYPE_OF_X = ("group_norm_silu", "channel_rms_norm_silu", "layer_norm_modulate", "rms_norm_modulate")
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["x-fp32", "x-low"])

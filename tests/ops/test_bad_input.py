@@ -22,7 +22,7 @@ GATED = ("gate_residual", "gate_residual_layer_norm_modulate", "linear_gate_resi
 CONVS = ("conv_residual", "group_norm_silu_conv_residual")
 LINEARS = ("layer_norm_modulate_linear", "linear_gate_residual")
 SKIPPING = ("conv_residual", "group_norm_silu_conv_residual", "linear_gate_residual")
-WITH_EPS = (*NORMS, *MODULATED)
+WITH_EPS = (*NORMS, *MODULATED, "channel_rms_norm_silu")
 NUMBER = (TypeError, "must be a number")
 
 
@@ -64,6 +64,13 @@ def _cases():
             ValueError,
             r"must have shape \[C\] =",
         )
+        yield "channel_rms_norm_silu", name, lambda t: torch.zeros(1), ValueError, r"must have shape \[C\] ="
+        yield "channel_rms_norm_silu", name, lambda t: torch.zeros(24, 1, 2), ValueError, r"must have shape \[C\] ="
+    yield "channel_rms_norm_silu", "x", lambda t: t["x"][:, :0], ValueError, "must have at least one channel"
+    yield "channel_rms_norm_silu", "eps_mode", lambda t: "outside", ValueError, "must be one of"
+    yield "channel_rms_norm_silu", "activation", lambda t: "gelu", ValueError, "must be one of"
+    for name in ("scale", "shift"):
+        yield "channel_rms_norm_silu", name, lambda t: torch.zeros(24), ValueError, r"must have shape \[N, C\] ="
     for op in WITH_EPS:
         for eps in (-1e-6, float("nan"), float("inf"), -float("inf")):
             yield op, "eps", lambda t, e=eps: e, ValueError, "must be finite and >= 0"

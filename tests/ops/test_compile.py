@@ -56,6 +56,10 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable]] = {
         lambda x, w, conv, b, r, scale: zb.group_norm_silu_conv_residual(x, 4, w, None, conv, b, r, scale=scale),
     ),
     "conv_residual": (("x", "conv", "bias", "image"), zb.conv_residual),
+    "channel_rms_norm_silu": (
+        ("x", "weight", "scale", "shift"),
+        lambda x, w, scale, shift: zb.channel_rms_norm_silu(x, w[:, None, None], scale=scale, shift=shift),
+    ),
     "layer_norm_modulate": (("t", "shift", "scale"), zb.layer_norm_modulate),
     "rms_norm_modulate": (
         ("t", "shift", "scale", "weight"),

@@ -211,6 +211,8 @@ def test_explain_tells_which_gemms_read_the_flag():
     inputs["h"], inputs["weight"] = inputs["h"].contiguous(), inputs["weight"].contiguous()
     assert "library call" in str(zb.explain("conv_residual", **inputs, **options))
     assert zb.explain("conv_residual", **inputs, **options).backend == "triton"
+    padded = zb.explain("conv_residual", **inputs, padding=((2, 0), 1))
+    assert "its padding takes several convolutions" in str(padded) and len(padded.plans) == 1
 
 
 def test_explain_tells_what_does_not_fit_a_grid():

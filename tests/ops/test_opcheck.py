@@ -131,6 +131,8 @@ _FUSED = (
 )
 SCHEMAS = {
     "group_norm_silu": f"({_NORM}, bool silu) -> (Tensor, Tensor, Tensor)",
+    "channel_rms_norm_silu": "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool eps_inside, Tensor? scale, "
+    "Tensor? shift, bool silu) -> (Tensor, Tensor)",
     "layer_norm_modulate": "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     "rms_norm_modulate": "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, float eps) -> (Tensor, Tensor)",

@@ -35,6 +35,15 @@ def group_norm(draw, convolution):
 
 
 @st.composite
+def channel_norm(draw):
+    S = tuple(draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
+    sizes = {"N": draw(batch), "C": draw(width), "S": S, "affine": draw(affines), "film": draw(yes_or_no)}
+    eps = draw(st.sampled_from((1e-12, 1e-5, 3.0)))
+    options = {"eps": eps, "eps_mode": draw(st.sampled_from(("max", "inside")))}
+    return sizes, {**options, "activation": draw(st.sampled_from(("silu", None)))}
+
+
+@st.composite
 def tail(draw):
     return {
         "K": draw(st.integers(1, 3)),
@@ -107,6 +116,7 @@ def linear_gate(draw):
 CALLS = {
     "group_norm_silu": group_norm(False),
     "group_norm_silu_conv_residual": group_norm(True),
+    "channel_rms_norm_silu": channel_norm(),
     "conv_residual": conv_residual(),
     "layer_norm_modulate": row_norm(),
     "rms_norm_modulate": row_norm(),

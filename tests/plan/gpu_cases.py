@@ -158,6 +158,7 @@ def inputs(op: str, dtype: torch.dtype = torch.float32, kernel: int = 3, grad: b
     tail = {"weight": nhwc(8, 8, kernel, kernel), "bias": draw(8), "residual": nhwc(*image)}
     found = {
         "group_norm_silu": {"x": nhwc(*image), "weight": draw(8), "bias": draw(8), **modulated},
+        "channel_rms_norm_silu": {"x": nhwc(*image), "weight": draw(8), "bias": draw(8), **modulated},
         "layer_norm_modulate": {"x": draw(*tokens), **modulated},
         "rms_norm_modulate": {"x": draw(*tokens), **modulated, "weight": draw(8)},
         "layer_norm_modulate_linear": {"x": draw(*tokens), **modulated, "weight": draw(5, 8), "bias": draw(5)},
@@ -178,6 +179,7 @@ def inputs(op: str, dtype: torch.dtype = torch.float32, kernel: int = 3, grad: b
 
 OPS = (
     "group_norm_silu",
+    "channel_rms_norm_silu",
     "layer_norm_modulate",
     "rms_norm_modulate",
     "layer_norm_modulate_linear",
@@ -187,13 +189,13 @@ OPS = (
     "group_norm_silu_conv_residual",
     "linear_gate_residual",
 )
-# Without triton the GEMMs of OPS[6:] have no ways of their own to choose among.
+# Without triton the GEMMs of OPS[7:] have no ways of their own to choose among.
 TRITON = pytest.mark.skipif(not LINEAR_GATE_RESIDUAL.candidates.keys() - {"library"}, reason="triton is not installed")
-_TAILS = [pytest.param(op, marks=TRITON) for op in OPS[6:]]
-ops, tails = (pytest.mark.parametrize("op", found) for found in ([*OPS[:6], *_TAILS], _TAILS))
+_TAILS = [pytest.param(op, marks=TRITON) for op in OPS[7:]]
+ops, tails = (pytest.mark.parametrize("op", found) for found in ([*OPS[:7], *_TAILS], _TAILS))
 # The planned steps that a call and its backward take, the op's own first.
 TAKEN = {
-    **{op: (op, f"{op}_bwd") for op in OPS[:6]},
+    **{op: (op, f"{op}_bwd") for op in OPS[:7]},
     "rms_norm_modulate": ("layer_norm_modulate", "layer_norm_modulate_bwd"),
     "layer_norm_modulate_linear": ("layer_norm_modulate", "layer_norm_modulate_bwd"),
     "conv_residual": ("conv_residual", "conv_dgrad", "conv_wgrad"),

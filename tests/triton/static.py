@@ -35,9 +35,9 @@ COLUMNS = (
     "hash",
 )  # fmt: skip
 KERNELS = (
-    "_reduce", "activation", "add_bias", "conv_residual", "gate_residual", "gate_residual_layer_norm_modulate",
-    "group_norm_silu", "group_norm_silu_bwd", "group_norm_silu_conv_residual", "layer_norm_modulate",
-    "linear_gate_residual", "residual_norm_modulate", "residual_norm_modulate_bwd", "zero_flag",
+    "_reduce", "activation", "add_bias", "channel_rms_norm_silu", "conv_residual", "gate_residual",
+    "gate_residual_layer_norm_modulate", "group_norm_silu", "group_norm_silu_bwd", "group_norm_silu_conv_residual",
+    "layer_norm_modulate", "linear_gate_residual", "residual_norm_modulate", "residual_norm_modulate_bwd", "zero_flag",
 )  # fmt: skip
 TENSOR = r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)\w*"
 MISSING = 40

@@ -12,7 +12,14 @@ from . import interpret  # noqa: E402
 
 interpret.install()
 
-from zeroblock.kernels import _group_tiles, _launch, gate_residual, group_norm_silu, layer_norm_modulate  # noqa: E402
+from zeroblock.kernels import (  # noqa: E402
+    _group_tiles,
+    _launch,
+    channel_rms_norm_silu,
+    gate_residual,
+    group_norm_silu,
+    layer_norm_modulate,
+)
 from zeroblock.plan import planned as _plan  # noqa: E402
 from zeroblock.testing import use_backend  # noqa: E402
 from zeroblock.testing.cases import Case  # noqa: E402
@@ -23,6 +30,7 @@ from ..plan.gpu_cases import planned_on_the_cpu, prefer  # noqa: E402
 SMALL = {
     layer_norm_modulate: {"PROGRAMS": 1, "FORWARD_STEPS": 4, "BACKWARD_PROGRAMS": 1, "BACKWARD_STEPS": 5},
     gate_residual: {"PROGRAMS": 1, "STEPS": 4, "ELEMENTS": 1024},
+    channel_rms_norm_silu: {"PROGRAMS": 1, "TILE": 64, "STEPS": 4, "LEAST_PIXELS": 8},
     _group_tiles: {"PROGRAMS": 1, "FLAT": 16, "FLAT_STEPS": 2},
     group_norm_silu: {"COMBINE_ELEMENTS": 8},  # parts combined in several rounds
 }
@@ -59,6 +67,16 @@ def test_programs_take_several_steps(case):
     found = steps_of(launches)
     assert found["_backward"][0] > 1 and found["_backward"][1] > 1
     assert case.op == "gate_residual" or found["_forward"] == (4, 2)
+
+
+@pytest.mark.parametrize("layout", ("dense", "nhwc"))
+def test_programs_take_several_tiles_of_pixels(layout):
+    """91 pixels in tiles of 8, or of 4 channels-last, four to a program: the last tile is cut."""
+    case = Case("channel_rms_norm_silu", "steps", {"N": 2, "C": 12, "S": (13, 7), "film": True})
+    with use_backend("triton"), _launch.recording() as launches:
+        assert_parity(case, torch.float32, layout)
+    programs = (4, 3) if layout == "dense" else (4, 6)
+    assert steps_of(launches) == {"_forward": programs, "_backward": programs}
 
 
 @pytest.mark.parametrize("layout", ("dense", "nhwc"))

@@ -27,6 +27,7 @@ from zeroblock.kernels import (  # noqa: E402
     _gemm,
     activation,
     add_bias,
+    channel_rms_norm_silu,
     conv_residual,
     gate_residual,
     gate_residual_layer_norm_modulate,
@@ -68,6 +69,18 @@ def _group_norm(C: int, side: int, dtype: torch.dtype, last: bool, split: bool, 
         mean, rstd = torch.zeros(1, 32), torch.ones(1, 32)
         back = group_norm_silu_bwd.backward
         return [x, dy, mean, rstd, *norm], lambda: back(dy, x, mean, rstd, *norm, 32, True, last, split=split)
+
+    return case
+
+
+def _channel_norm(C: int, side: int, dtype: torch.dtype, last: bool, backward: bool) -> Case:
+    def case():
+        x, dy = (image(1, C, side, side, dtype=dtype, last=last) for _ in range(2))
+        weight, rstd = new(C, dtype=dtype), torch.ones(1, side, side)
+        op = channel_rms_norm_silu
+        if not backward:
+            return [x, weight], lambda: op.forward(x, weight, None, 1e-12, False, None, None, True, last)
+        return [x, dy, rstd, weight], lambda: op.backward(dy, x, rstd, weight, None, None, None, True, last)
 
     return case
 
@@ -235,6 +248,10 @@ for _last in (False, True):
     _name = f"640x32-bf16-{'nhwc' if _last else 'nchw'}-split"
     CASES[f"group_norm_silu-{_name}"] = _group_norm(640, 32, BF16, _last, True, False)
     CASES[f"group_norm_silu_bwd-{_name}"] = _group_norm(640, 32, BF16, _last, True, True)
+for _C, _side, _dtype, _last in ((96, 64, BF16, False), (96, 64, BF16, True), (384, 32, F32, False)):
+    _name = f"{_C}x{_side}-{'bf16' if _dtype == BF16 else 'fp32'}-{'nhwc' if _last else 'nchw'}"
+    CASES[f"channel_rms_norm_silu-{_name}"] = _channel_norm(_C, _side, _dtype, _last, False)
+    CASES[f"channel_rms_norm_silu_bwd-{_name}"] = _channel_norm(_C, _side, _dtype, _last, True)
 for _D in (384, 1152):
     CASES[f"layer_norm_modulate-{_D}"] = _layer_norm(_D, "sample", False, False)
     CASES[f"layer_norm_modulate_bwd-{_D}"] = _layer_norm(_D, "sample", False, True)

@@ -2,7 +2,6 @@
 
 `reference`, `eager`, `cpu`, `triton`, `cuda` and `gpu` are its subclasses. An op asks `select` for a call's backend and
 calls one method. A result that does not apply is None.
-
 `flag`, where a method takes it, is an int32 tensor [1] on the device of the op: while it is not 0 the kernel leaves
 early, and its result is not used. Backends whose kernels cannot read it ignore it.
 """
@@ -54,8 +53,7 @@ class Backend:
     missing: str | None = None  # why it cannot run anything here
     winograd: WinogradKernels | None = None
     uses_packed_linears: bool = False  # whether `linear` computes with the copies that freeze keeps (steps/packed.py)
-    # residual + bias where a weight is exactly zero, test and sum in one pass (`blocks/one_pass.py`).
-    residual_if_zero: Callable[..., Tensor | None] | None = None
+    residual_if_zero: Callable[..., Tensor | None] | None = None  # test and sum in one pass (`blocks/one_pass.py`)
 
     def why_not(self, op: str, x: Tensor) -> str | None:
         """None when the kernels take a call of `op` with first tensor x, else the reason."""
@@ -101,6 +99,34 @@ class Backend:
         num_groups: int,
         silu: bool,
         flag: MaybeTensor = None,
+    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        """The gradients of (x, weight, bias, scale, shift)."""
+        raise NotImplementedError
+
+    def channel_rms_norm_silu(
+        self,
+        x: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        eps: float,
+        eps_inside: bool,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, rstd); x [N, C, *S], rstd [N, *S] as ops/channel_rms_norm_silu.py says."""
+        raise NotImplementedError
+
+    def channel_rms_norm_silu_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
         """The gradients of (x, weight, bias, scale, shift)."""
         raise NotImplementedError
@@ -214,7 +240,7 @@ class Backend:
         raise NotImplementedError
 
     def zero_flag(self, tensors: list[Tensor]) -> Tensor:
-        """int32 [1] on their device: whether one of the tensors is exactly zero. Nothing is read back."""
+        """int32 [1] on their device: whether one of the tensors is exactly zero."""
         return self.are_zero(tensors).any().view(1).to(torch.int32)
 
     # ---- convolutions and linear layers: steps ------------------------------------------------------------------
@@ -292,6 +318,5 @@ class Backend:
         zero_skip: int,
         save_branch: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(residual + gate * linear(act(h)), branch, skipped); branch, the linear's output, where it is to be saved for
-        the gate's gradient, else empty."""
+        """(residual + gate * linear(act(h)), branch, skipped); branch: the linear's output or, not saved, empty."""
         raise NotImplementedError

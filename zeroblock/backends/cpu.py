@@ -35,6 +35,8 @@ _native = getattr(torch.ops, NAMESPACE)
 # Bound once: looking an overload up costs as much as a small kernel (benchmarks/overhead.py).
 _group_norm_silu = _native._group_norm_silu.default
 _group_norm_silu_bwd = _native._group_norm_silu_bwd.default
+_channel_rms_norm_silu = _native._channel_rms_norm_silu.default
+_channel_rms_norm_silu_bwd = _native._channel_rms_norm_silu_bwd.default
 _layer_norm_modulate = _native._layer_norm_modulate.default
 _layer_norm_modulate_bwd = _native._layer_norm_modulate_bwd.default
 _gate_residual = _native._gate_residual.default
@@ -130,6 +132,35 @@ class Cpu(CpuRows):
         layout = pointwise_format(x)
         x, dy, last = as_layout(x, layout), as_layout(_to(dy, x.dtype), layout), layout is not None
         return _group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, last)
+
+    def channel_rms_norm_silu(
+        self,
+        x: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        eps: float,
+        eps_inside: bool,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        x, last = as_norm_input(x)
+        return _channel_rms_norm_silu(x, weight, bias, scale, shift, eps, eps_inside, silu, last)
+
+    def channel_rms_norm_silu_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        layout = pointwise_format(x)
+        x, dy, last = as_layout(x, layout), as_layout(_to(dy, x.dtype), layout), layout is not None
+        return _channel_rms_norm_silu_bwd(dy, x, rstd, weight, bias, scale, shift, silu, last)
 
     def layer_norm_modulate(
         self,

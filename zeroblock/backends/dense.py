@@ -14,6 +14,8 @@ from ..steps.conv_bwd import CONV_BWD, ConvGradsCall
 from ..steps.flag import EXECUTED, skipped
 from ..steps.linear import LinearGateCall, library_linear_gate
 from ..steps.norm_conv import NORM_CONV, NORM_CONV_BWD, NormConvCall, NormConvGradsCall, norm_grads
+from ..steps.padded import calls as padded_calls
+from ..steps.padded import is_padded
 from .base import Backend, ConvGrads, GroupNorm, MaybeTensor, Step
 
 
@@ -35,8 +37,17 @@ class ConvArguments(NamedTuple):
             names = "num_groups", "norm_weight", "norm_bias", "eps", "scale", "shift", "keep", "dropout_p"
             norm = GroupNorm(*(a[name] for name in names))
         weight, bias, residual = a["weight"], a["bias"], a["residual"]
-        padding = _checks.convolution(op, x.shape[1], x, weight, bias, residual, a["padding"])
+        how = a["padding"], a["padding_mode"]
+        padding = _checks.convolution(op, x.shape[1], x, weight, bias, residual, *how)
         return cls(x, with_dtype(x, weight.dtype), norm, weight, bias, residual, tuple(padding))
+
+
+def why_no_flag(op: str, arguments: dict[str, Any]) -> str | None:
+    """Why no kernel of these arguments reads a flag, whatever the backend; None: the backend knows."""
+    if op not in ("conv_residual", "group_norm_silu_conv_residual"):
+        return None
+    a = ConvArguments.of(op, arguments)
+    return "its padding takes several convolutions" if is_padded(a.padding, a.weight) else None
 
 
 def with_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,6 +62,10 @@ class DenseSteps(Backend):
         if op not in ("conv_residual", "group_norm_silu_conv_residual"):
             return
         a = ConvArguments.of(op, arguments)
+        if is_padded(a.padding, a.weight):
+            for part in padded_calls(a.h, a.weight, a.padding):
+                yield CONV, (ConvCall(self, part.h, part.weight, a.bias, None, unit_geometry(part.padding)),)
+            return
         geometry = unit_geometry(a.padding)
         if a.norm is not None:
             yield NORM_CONV, (NormConvCall(self, a.x, a.norm, a.weight, a.bias, a.residual, geometry),)

@@ -118,6 +118,55 @@ class Reference(DenseSteps):
             None if shift is None else dz_sum.to(shift.dtype),
         )
 
+    def channel_rms_norm_silu(
+        self,
+        x: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        eps: float,
+        eps_inside: bool,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rstd = ref.channel_rstd(x, eps, eps_inside)
+        z = x.to(rstd.dtype) * rstd.abs()
+        y = ref.activated_affine(z, weight, bias, scale, shift, "silu" if silu else None)
+        return in_format_of(x, y.to(x.dtype)), rstd.squeeze(1).contiguous()
+
+    def channel_rms_norm_silu_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        """With g the gradient of xhat: dx = |rstd| * (g - xhat * mean(g xhat)), the mean 0 where rstd is negative."""
+        ndim, rstd = x.dim(), rstd[:, None]
+        pixels = list(range(2, ndim))
+        xhat = x.to(rstd.dtype) * rstd.abs()
+        normed = ref.activated_affine(xhat, weight, bias, None, None, None)
+        dz = dy.to(rstd.dtype)
+        if silu:
+            z = ref.activated_affine(normed, None, None, scale, shift, None)
+            s = z.sigmoid()
+            dz = dz * (s * (1 + z * (1 - s)))
+        da = dz if scale is None else dz * (1 + channel_view(scale.to(dz.dtype), ndim))
+        g = da if weight is None else da * channel_view(weight.to(dz.dtype), ndim)
+        along = (g * xhat).mean(1, keepdim=True).masked_fill(rstd < 0, 0.0)
+        over_pixels = lambda t: t.sum(pixels) if pixels else t  # noqa: E731
+        return (
+            in_format_of(x, (rstd.abs() * (g - xhat * along)).to(x.dtype)),
+            None if weight is None else over_pixels(da * xhat).sum(0).to(weight.dtype),
+            None if bias is None else over_pixels(da).sum(0).to(bias.dtype),
+            None if scale is None else over_pixels(dz * normed).to(scale.dtype).contiguous(),
+            None if shift is None else over_pixels(dz).to(shift.dtype).contiguous(),
+        )
+
     def layer_norm_modulate(
         self,
         x: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._layout import as_layout, as_norm_input, dense_rows, dense_view, is_single, pointwise_format
 from ..kernels import activation as _activation
 from ..kernels import add_bias as _add_bias
+from ..kernels import channel_rms_norm_silu as _channel_norm
 from ..kernels import gate_residual as _gate_residual
 from ..kernels import gate_residual_layer_norm_modulate as _gate_norm
 from ..kernels import group_norm_silu as _group_norm
@@ -89,6 +90,8 @@ class Triton(TritonGemms, TritonRows, Reference):
             return f"{x.shape[0]} samples are more than the {_MOST_SAMPLES} of a grid"
         if op.startswith("gate_residual") and x.numel() > _MOST_GATED:
             return f"{x.numel()} elements are more than the {_MOST_GATED} of a grid"
+        if op.startswith("channel_rms_norm"):
+            return _channel_norm.why_not_channels(x.shape[1])
         return self._why_not_rows(x) if "layer_norm" in op or "rms_norm" in op else None
 
     def _why_not_rows(self, x: Tensor) -> str | None:
@@ -137,6 +140,37 @@ class Triton(TritonGemms, TritonRows, Reference):
         x, dy, last = as_layout(x, layout), as_layout(dy.to(x.dtype), layout), layout is not None
         rows = [dense_rows(v) for v in (weight, bias, scale, shift)]
         return _group_norm_bwd.backward(dy, x, mean, rstd, *rows, num_groups, silu, last, flag, split=split)
+
+    def channel_rms_norm_silu(
+        self,
+        x: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        eps: float,
+        eps_inside: bool,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        x, last = as_norm_input(x)
+        weight, bias, scale, shift = (dense_rows(v) for v in (weight, bias, scale, shift))
+        return _channel_norm.forward(x, weight, bias, eps, eps_inside, scale, shift, silu, last)
+
+    def channel_rms_norm_silu_bwd(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        weight: MaybeTensor,
+        bias: MaybeTensor,
+        scale: MaybeTensor,
+        shift: MaybeTensor,
+        silu: bool,
+    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        layout = pointwise_format(x)
+        x, dy, last = as_layout(x, layout), as_layout(dy.to(x.dtype), layout), layout is not None
+        rows = [dense_rows(v) for v in (weight, bias, scale, shift)]
+        return _channel_norm.backward(dy, x, rstd, *rows, silu, last)
 
     def layer_norm_modulate(
         self,

@@ -179,6 +179,20 @@ def fits_fused(conv: Any) -> bool:
     )
 
 
+def is_unit_conv(module: Any) -> bool:
+    """A convolution's weight, an ordinary tensor, of stride 1, dilation 1 and one group, whatever its forward does
+    beside: video autoencoders pad in a forward of their own."""
+    return (
+        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and "forward" not in module.__dict__
+        and "_conv_forward" not in module.__dict__
+        and _is_plain_weight(module._parameters.get("weight"))
+        and module.groups == 1
+        and module.stride in _ONES
+        and module.dilation in _ONES
+    )
+
+
 def conv_padding(conv: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The padding on both sides of each dimension, and what "same" adds on the far side of it for even kernels."""
     zeros = (0,) * len(conv.kernel_size)

@@ -229,7 +229,7 @@ class _SkippedBranch(torch.autograd.Function):
         else:
             step = dy if gate is None else dy * tail.broadcast(gate, dy.dim()).to(dy.dtype)
             if needs[1]:
-                with _as_in_forward(branch.parameters):
+                with as_in_forward(branch.parameters):
                     hidden = branch.hidden(*body)
                 dweight, dbias = tail.grads(step, hidden, weight, [True, bool(needs[2])])
             elif needs[2]:
@@ -246,7 +246,7 @@ class _SkippedBranch(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _as_in_forward(parameters: Sequence[Owned]) -> Iterator[None]:
+def as_in_forward(parameters: Sequence[Owned]) -> Iterator[None]:
     """Modules have the parameters they had at forward, which functional_call may have taken away since."""
     changed = [(m, name, m._parameters[name], p) for m, name, p in parameters if m._parameters[name] is not p]
     for m, name, _, p in changed:
@@ -290,7 +290,7 @@ def _differentiable(
     """The gradients with a graph of their own (create_graph): the branch again, densely."""
     tail = branch.tail
     autocast = torch.autocast(dy.device.type, dtype=tail.autocast, enabled=tail.autocast is not None)
-    with torch.enable_grad(), autocast, _as_in_forward(branch.parameters):
+    with torch.enable_grad(), autocast, as_in_forward(branch.parameters):
         y = tail(branch.hidden(*branch.body(*activations)), weight, bias)
         if gate is not None:
             y = tail.broadcast(gate, y.dim()) * y

@@ -107,6 +107,9 @@ class Family:
         """What the proof copies: the block, or less of it where the rest proves nothing."""
         return block
 
+    def forget(self, block: nn.Module) -> None:
+        """Takes from a copy of the block what it keeps from call to call, before each run of the proof."""
+
     def inner_modules(self, block: nn.Module) -> Iterable[nn.Module]:
         return block.modules()
 

@@ -9,6 +9,7 @@ left to the original (`family.py`).
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -134,6 +135,7 @@ class _Pair:
             self.twin.__class__ = kind
             torch.default_generator.manual_seed(1)
             before = torch.default_generator.get_state()
+            self.family.forget(self.twin)
             try:
                 with self._watched():
                     results.append(_run(getattr(self.twin, self.method), args, kwargs, gradients))
@@ -236,10 +238,14 @@ def _parameters(function: Any) -> list[str]:
 
 
 def _run(method: Any, args: tuple, kwargs: dict[str, Any], gradients: bool) -> _Result:
-    inputs = [t.clone().requires_grad_(gradients) if _is_floating(t) else t for t in args]
+    inputs = [t.clone().requires_grad_(gradients) if _is_floating(t) else copy.deepcopy(t) for t in args]
+    kwargs = copy.deepcopy(kwargs)
     with torch.set_grad_enabled(gradients):
         # Non-leaves like in a model: blocks may write into their input's successors, never into the input.
         result = method(*(t * 1 if _is_floating(t) else t for t in inputs), **kwargs)
+        # What it leaves in lists and dicts that it was given (caches of frames) is a result too.
+        left = [t for t in (*inputs, *kwargs.values()) if isinstance(t, (list, dict))]
+        result = (result, left) if left else result
         tensors, stream = _tensors(result), torch.default_generator.get_state()
         if gradients:
             loss = torch.zeros(())

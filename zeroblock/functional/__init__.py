@@ -6,12 +6,13 @@ Under torch.func transforms and forward-mode AD every function is its definition
 """
 
 from .gates import gate_residual, gate_residual_layer_norm_modulate, residual_norm_modulate
-from .images import conv_residual, group_norm_silu, group_norm_silu_conv_residual
+from .images import channel_rms_norm_silu, conv_residual, group_norm_silu, group_norm_silu_conv_residual
 from .linears import layer_norm_modulate_linear, linear_gate_residual
 from .tokens import layer_norm_modulate, rms_norm_modulate
 from .zeros import is_zero
 
 __all__ = [
+    "channel_rms_norm_silu",
     "conv_residual",
     "gate_residual",
     "gate_residual_layer_norm_modulate",

@@ -6,10 +6,13 @@ from .dit import Attention, DiTBlock, FinalLayer, Mlp
 from .fixup import FixupBasicBlock, FixupBottleneck
 from .resblock import GroupNorm32, ResBlock
 from .residual import ResidualBranch, ReZero
+from .video import CausalConv3d, ChannelRMSNorm, VideoResBlock
 from .zero_layers import ZeroConv1d, ZeroConv2d, ZeroConv3d, ZeroLinear
 
 __all__ = [
     "Attention",
+    "CausalConv3d",
+    "ChannelRMSNorm",
     "DiTBlock",
     "FinalLayer",
     "FixupBasicBlock",
@@ -19,6 +22,7 @@ __all__ = [
     "ReZero",
     "ResBlock",
     "ResidualBranch",
+    "VideoResBlock",
     "ZeroConv1d",
     "ZeroConv2d",
     "ZeroConv3d",

@@ -3,7 +3,8 @@
 `ops.layer_norm_modulate` and the like are functions (the files of the same names hold them).
 """
 
-from ..steps import winograd as _winograd  # noqa: F401  (adds its ways to the planned convolutions)
+from ..steps import taps as _taps  # noqa: F401  (with `winograd`: adds its ways to the planned convolutions)
+from .channel_rms_norm_silu import channel_rms_norm_silu, channel_rms_norm_silu_bwd
 from .conv_residual import conv_residual, conv_residual_bwd
 from .gate_residual import gate_residual, gate_residual_bwd
 from .gate_residual_layer_norm_modulate import gate_residual_layer_norm_modulate, gate_residual_layer_norm_modulate_bwd
@@ -17,6 +18,8 @@ from .residual_norm_modulate import residual_norm_modulate, residual_norm_modula
 from .rms_norm_modulate import rms_norm_modulate, rms_norm_modulate_bwd
 
 __all__ = [
+    "channel_rms_norm_silu",
+    "channel_rms_norm_silu_bwd",
     "conv_residual",
     "conv_residual_bwd",
     "gate_residual",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import reference as ref
-from ..backends.base import ConvGrads, MaybeTensor
+from ..backends.base import Backend, ConvGrads, MaybeTensor
 from ..backends.select import select
+from ..steps import padded
 from ..steps.conv import conv_layout, empty_conv_output, unit_geometry
 from ..steps.conv_bwd import conv_grads
 from ..steps.flag import DEVICE, ZERO_WEIGHT, found_by_host, skipped
@@ -36,6 +37,8 @@ def conv_residual_alone(
     """The result while the weight is zero; of h the shape and layout are used."""
 
     def empty() -> Tensor:
+        if padded.is_padded(padding, weight):
+            return padded.empty_output(h, weight, padding, weight.dtype)
         return empty_conv_output(h, weight, unit_geometry(padding), weight.dtype)
 
     return residual_alone(residual, bias, None, 1, weight.dtype, empty)
@@ -57,14 +60,17 @@ def conv_residual(
         return route(h, weight, bias, residual, padding, zero_skip)
     if weight_is_zero("conv_residual", zero_skip, weight):
         return conv_residual_alone(h, weight, bias, residual, padding), skipped(h, ZERO_WEIGHT)
-    return select("conv_residual", h).conv_residual(h, weight, bias, residual, tuple(padding), zero_skip)
+    backend = select("conv_residual", h)
+    if padded.is_padded(padding, weight):
+        return padded.conv_residual(backend, h, weight, bias, residual, padding)
+    return backend.conv_residual(h, weight, bias, residual, tuple(padding), zero_skip)
 
 
 @FORWARD.fake
 def _fake(
     h: Tensor, weight: Tensor, bias: MaybeTensor, residual: MaybeTensor, padding: Sequence[int], zero_skip: int
 ) -> tuple[Tensor, Tensor]:
-    return shapes.add(residual, ref.conv(h, weight, bias, padding)), shapes.flag(h)
+    return shapes.add(residual, shapes.conv(h, weight, bias, padding)), shapes.flag(h)
 
 
 @BACKWARD.forward
@@ -84,15 +90,38 @@ def conv_residual_bwd(
     if not direct and (route := BACKWARD.route(dy, h, weight, skipped)):
         return route(dy, h, weight, skipped, zero_skip, padding, has_bias, mask)
     dy = dy.to(weight.dtype)
+    backend = select("conv_residual_bwd", h)
     if found_by_host(skipped, zero_skip):
-        _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, (False, mask[1], mask[2]))  # eager's, exactly
+        _, dweight, dbias = library_grads(backend, dy, h, weight, has_bias, padding, mask[1:])  # eager's, exactly
         dh = None
         if mask[0]:
-            layout = conv_layout(h, weight, unit_geometry(padding)) or torch.contiguous_format
-            dh = torch.zeros_like(h, memory_format=layout)
+            known = padded.layout_of if padded.is_padded(padding, weight) else _layout_of
+            dh = torch.zeros_like(h, memory_format=known(h, weight, padding) or torch.contiguous_format)
         return dh, dweight, dbias
+    if padded.is_padded(padding, weight):
+        return padded.conv_grads(backend, dy, h, weight, has_bias, padding, mask)
     flag = skipped if zero_skip == DEVICE else None
-    return select("conv_residual_bwd", h).conv_grads(dy, h, weight, flag, has_bias, tuple(padding), mask)
+    return backend.conv_grads(dy, h, weight, flag, has_bias, tuple(padding), mask)
+
+
+def _layout_of(h: Tensor, weight: Tensor, padding: Sequence[int]) -> torch.memory_format | None:
+    return conv_layout(h, weight, unit_geometry(padding))
+
+
+def library_grads(
+    backend: Backend,
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    padding: Sequence[int],
+    mask: Sequence[bool],
+) -> ConvGrads:
+    """The gradients of (weight, bias) alone, of a branch that is skipped."""
+    mask = (False, *mask)
+    if padded.is_padded(padding, weight):
+        return padded.conv_grads(backend, dy, h, weight, has_bias, padding, mask)
+    return conv_grads(dy, h, weight, has_bias, padding, mask)
 
 
 @BACKWARD.fake
@@ -106,7 +135,7 @@ def _fake_bwd(
     has_bias: bool,
     mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    return filled(conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, mask), dy)
+    return filled(shapes.conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, mask), dy)
 
 
 def _reference(

@@ -13,12 +13,12 @@ from .. import reference as ref
 from .._layout import as_norm_input, empty_like_dense
 from ..backends.base import GroupNorm, MaybeTensor
 from ..backends.select import select
-from ..steps.conv_bwd import conv_grads
+from ..steps import padded
 from ..steps.flag import DEVICE, ZERO_WEIGHT, found_by_host
 from ..steps.flag import skipped as report
 from ..steps.norm_conv import normalised
 from . import shapes
-from .conv_residual import conv_residual_alone
+from .conv_residual import conv_residual_alone, library_grads
 from .register import Grads, Op, filled, through
 from .residual_alone import weight_is_zero, zero_grad
 
@@ -68,6 +68,8 @@ def group_norm_silu_conv_residual(
         moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
         return y, moments[0].clone(), moments[1].clone(), report(x, ZERO_WEIGHT)
     backend = select("group_norm_silu_conv_residual", x)
+    if padded.is_padded(padding, weight):
+        return padded.norm_conv_residual(backend, x, norm, weight, bias, residual, padding)
     return backend.norm_conv_residual(x, norm, weight, bias, residual, tuple(padding), zero_skip)
 
 
@@ -88,7 +90,7 @@ def _fake(
     padding: Sequence[int],
     zero_skip: int,
 ) -> tuple[Tensor, ...]:
-    y = shapes.add(residual, ref.conv(empty_like_dense(x).to(weight.dtype), weight, bias, padding))
+    y = shapes.add(residual, shapes.conv(empty_like_dense(x).to(weight.dtype), weight, bias, padding))
     mean, rstd = (shapes.statistics(x, x.shape[0], num_groups) for _ in range(2))
     return y, mean, rstd, shapes.flag(x)
 
@@ -126,9 +128,11 @@ def group_norm_silu_conv_residual_bwd(
     dy, backend = dy.to(weight.dtype), select("group_norm_silu_conv_residual_bwd", x)
     if found_by_host(skipped, zero_skip):
         h = normalised(backend, x, norm, weight.dtype)[0] if mask[1] else x
-        _, dweight, dbias = conv_grads(dy, h, weight, has_bias, padding, (False, mask[1], mask[2]))
+        _, dweight, dbias = library_grads(backend, dy, h, weight, has_bias, padding, mask[1:])
         upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
         return *(None if t is None else zero_grad(t) for t in upstream), dweight, dbias
+    if padded.is_padded(padding, weight):
+        return padded.norm_conv_grads(backend, dy, x, mean, rstd, norm, weight, has_bias, padding, mask)
     flag = skipped if zero_skip == DEVICE else None
     return backend.norm_conv_grads(dy, x, mean, rstd, norm, weight, flag, has_bias, tuple(padding), mask)
 
@@ -155,7 +159,7 @@ def _fake_bwd(
     mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     h = empty_like_dense(x).to(weight.dtype)
-    tail = conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, (False, mask[1], mask[2]))[1:]
+    tail = shapes.conv_grads(dy.to(weight.dtype), h, weight, has_bias, padding, (False, mask[1], mask[2]))[1:]
     norm: Sequence[MaybeTensor] = (None,) * 5
     if mask[0]:
         norm = empty_like_dense(x), *shapes.small_grads(norm_weight, norm_bias, scale, shift, like=x)

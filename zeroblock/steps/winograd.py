@@ -145,7 +145,7 @@ def conv(tile: int, call: ConvCall, normed: NormedInput | None = None, prepared:
     return in_layout(y, None) if y.is_contiguous() and last else y  # a sum whose size is that of both formats
 
 
-def _plain_padding(geometry: Geometry) -> tuple[int, ...] | None:
+def plain_padding(geometry: Geometry) -> tuple[int, ...] | None:
     """The padding of a convolution that is plain otherwise, else None."""
     return geometry.padding if geometry == unit_geometry(geometry.padding) else None
 
@@ -161,7 +161,7 @@ def _reduced(tile: int, h: Tensor) -> bool:
 
 
 def _why_not_conv(tile: int, call: ConvCall) -> str | None:
-    return _why_not(tile, call.backend, call.h, call.weight, _plain_padding(call.geometry))
+    return _why_not(tile, call.backend, call.h, call.weight, plain_padding(call.geometry))
 
 
 def _reduced_conv(tile: int, call: ConvCall) -> bool:
@@ -169,7 +169,7 @@ def _reduced_conv(tile: int, call: ConvCall) -> bool:
 
 
 def _rule_conv(tile: int, call: ConvCall) -> bool:
-    padding = _plain_padding(call.geometry)
+    padding = plain_padding(call.geometry)
     return padding is not None and choose(call.backend, call.h, call.weight, padding) == tile
 
 
@@ -258,7 +258,7 @@ def _prepare(tile: int, backend: Backend, weight: Tensor, geometry: Geometry) ->
     precision, of which a copy would take eight times the memory."""
     if weight.dim() != 4 or weight.dtype != torch.float32 or (tile == 4 and not reduced_allowed()):
         return None
-    image, padding = weight.new_empty(1, weight.shape[1], 4, 4), _plain_padding(geometry)
+    image, padding = weight.new_empty(1, weight.shape[1], 4, 4), plain_padding(geometry)
     if min(weight.shape[:2]) < FEW_CHANNELS or padding is None or not usable(backend, image, weight, padding):
         return None
     return pack(backend, weight.detach(), tile)

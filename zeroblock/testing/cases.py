@@ -13,68 +13,10 @@ from torch import Tensor
 
 from .. import functional
 from .._dtypes import KERNELS as DTYPES  # noqa: F401  (of the cases)
-from . import eager_ops, row_inputs
-from .draw import Draw
-from .row_inputs import Inputs, norm_operands
+from . import eager_ops, images, row_inputs
+from .draw import Draw, Inputs
 
-Size = Sequence[int]
 AFFINE = ("both", "weight", "bias", "neither")  # which parameters a norm has
-
-# ---- inputs ---------------------------------------------------------------------------------------------------------
-
-
-def _group_norm_silu(
-    draw: Draw, N: int, C: int, S: Size, affine: str = "both", film: bool = False, mean: float = 0.5, std: float = 2.0
-) -> Inputs:
-    weight, bias, scale, shift = norm_operands(draw, N, C, affine, film)
-    x = draw.tensor(N, C, *S, mean=mean, std=std)
-    return {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-
-
-def _tail(draw: Draw, N: int, C: int, S: Size, K: int, out: int, padding: int, bias: bool, residual: bool) -> Inputs:
-    """weight, bias and residual of a convolution with a kernel K wide in every dimension."""
-    size = [n + 2 * padding - K + 1 for n in S]
-    return {
-        "weight": draw.normal(out, C, *[K] * len(S), std=(C * K ** len(S)) ** -0.5),
-        "bias": draw.vector(out) if bias else None,
-        "residual": draw.tensor(N, out, *size) if residual else None,
-    }
-
-
-def _group_norm_silu_conv_residual(
-    draw: Draw,
-    N: int,
-    C: int,
-    S: Size,
-    K: int = 3,
-    out: int = 8,
-    padding: int = 1,
-    affine: str = "both",
-    film: bool = False,
-    bias: bool = True,
-    residual: bool = True,
-    keep: bool = False,
-) -> Inputs:
-    norm_weight, norm_bias, scale, shift = norm_operands(draw, N, C, affine, film)
-    x = draw.tensor(N, C, *S, mean=0.5, std=2.0)
-    norm = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
-    mask = draw.normal(N, C, *S) > -0.5 if keep else None
-    return {**norm, **_tail(draw, N, C, S, K, out, padding, bias, residual), "keep": mask}
-
-
-def _conv_residual(
-    draw: Draw,
-    N: int,
-    C: int,
-    S: Size,
-    K: int = 3,
-    out: int = 8,
-    padding: int = 1,
-    bias: bool = True,
-    residual: bool = True,
-) -> Inputs:
-    return {"h": draw.tensor(N, C, *S), **_tail(draw, N, C, S, K, out, padding, bias, residual)}
-
 
 # ---- ops ------------------------------------------------------------------------------------------------------------
 
@@ -88,13 +30,16 @@ class Op(NamedTuple):
 
 
 _OPS = {
-    "group_norm_silu": Op(_group_norm_silu, functional.group_norm_silu, eager_ops.group_norm_silu),
+    "group_norm_silu": Op(images.group_norm_silu, functional.group_norm_silu, eager_ops.group_norm_silu),
+    "channel_rms_norm_silu": Op(
+        images.channel_rms_norm_silu, functional.channel_rms_norm_silu, eager_ops.channel_rms_norm_silu
+    ),
     "group_norm_silu_conv_residual": Op(
-        _group_norm_silu_conv_residual,
+        images.group_norm_silu_conv_residual,
         functional.group_norm_silu_conv_residual,
         eager_ops.group_norm_silu_conv_residual,
     ),
-    "conv_residual": Op(_conv_residual, functional.conv_residual, eager_ops.conv_residual),
+    "conv_residual": Op(images.conv_residual, functional.conv_residual, eager_ops.conv_residual),
     "layer_norm_modulate": Op(
         row_inputs.layer_norm_modulate, functional.layer_norm_modulate, eager_ops.layer_norm_modulate
     ),
@@ -171,10 +116,24 @@ def _cases() -> Iterable[Case]:
         yield Case("layer_norm_modulate", f"{affine}-alone", {"B": 2, "T": 9, "D": 40, "affine": affine})
     yield _images(norm, "film-prime", groups(7, activation=None), N=3, C=21, S=(13, 11), film=True)
     yield _images(norm, "plain-1d", groups(4, activation=None, eps=1e-3), N=2, C=20, S=(37,), affine="neither")
+    frames = groups(4, per_frame=True)
+    yield _images(norm, "frames-film", frames, N=2, C=12, S=(3, 5, 7), film=True)
+    yield _images(norm, "frames-of-one", frames, N=1, C=8, S=(5, 4, 6), affine="weight")
+    yield _images(norm, "one-frame", frames, N=2, C=8, S=(1, 7, 6))
     yield _images(norm, "one-pixel", groups(8), N=4, C=64, S=(1, 1), film=True)
     yield _images(norm, "group-per-channel", groups(18), N=2, C=18, S=(9, 10))
     yield _images(norm, "one-group-1152", groups(1), N=2, C=1152, S=(3, 3), film=True)
     yield Case(norm, "large", {"N": 2, "C": 96, "S": (40, 44), "film": True}, groups(32), IMAGES, large=True)
+
+    channels, inside = "channel_rms_norm_silu", {"eps_mode": "inside", "eps": 1e-6}
+    yield _images(channels, "affine", N=2, C=24, S=(5, 7))
+    yield _images(channels, "weight-3d", N=2, C=48, S=(3, 5, 4), affine="weight")
+    yield _images(channels, "film-inside", inside, N=3, C=20, S=(2, 3, 11), affine="neither", film=True)
+    yield _images(channels, "film-prime", {"activation": None}, N=2, C=37, S=(13, 11), film=True)
+    yield _images(channels, "bias-1d", {"eps": 0.5}, N=2, C=16, S=(37,), affine="bias")
+    yield _images(channels, "one-pixel", N=4, C=64, S=(1, 1), film=True)
+    yield _images(channels, "one-channel", {"eps": 1.51}, N=2, C=1, S=(9, 6))
+    yield Case(channels, "large", {"N": 2, "C": 96, "S": (3, 24, 26), "film": True}, {}, IMAGES, large=True)
 
     fused = "group_norm_silu_conv_residual"
     dropped = groups(4, dropout_p=0.3)
@@ -185,6 +144,8 @@ def _cases() -> Iterable[Case]:
     )
     yield _images(fused, "no-affine-1d", groups(4), N=2, C=16, S=(17,), affine="neither")
     yield _images(fused, "film-3d", groups(4), N=2, C=16, S=(4, 5, 3), film=True)
+    first_frame = {"padding": ((2, 0), 1, 1), "padding_mode": ("replicate", "zeros", "zeros")}
+    yield _images(fused, "first-frame", groups(4, **first_frame), N=2, C=16, S=(4, 5, 3), film=True)
     yield Case(
         fused, "large", {"N": 2, "C": 32, "S": (32, 32), "out": 32, "film": True}, groups(32), IMAGES, large=True
     )
@@ -194,6 +155,12 @@ def _cases() -> Iterable[Case]:
     yield _images("conv_residual", "1x1-no-bias", {"padding": 0}, N=2, C=7, S=(5, 6), K=1, padding=0, bias=False)
     yield _images("conv_residual", "1d", N=2, C=16, S=(19,))
     yield _images("conv_residual", "3d-bare", N=2, C=8, S=(4, 5, 3), bias=False, residual=False)
+    causal = {"padding": ((2, 0), (1, 1), 1)}
+    yield _images("conv_residual", "causal", causal, N=2, C=8, S=(4, 5, 3))
+    yield _images("conv_residual", "causal-repeated", {**causal, "padding_mode": "replicate"}, N=1, C=8, S=(2, 5, 6))
+    yield _images("conv_residual", "one-frame", {**causal, **first_frame}, N=2, C=8, S=(1, 5, 3), bias=False)
+    yield _images("conv_residual", "repeated", {"padding_mode": "replicate"}, N=2, C=8, S=(6, 5), residual=False)
+    yield _images("conv_residual", "one-side", {"padding": ((2, 0),)}, N=2, C=8, S=(9,))
     yield Case("conv_residual", "large", {"N": 2, "C": 32, "S": (32, 32), "out": 32}, {}, IMAGES, large=True)
 
     for op in ("layer_norm_modulate", "rms_norm_modulate"):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+Inputs = dict[str, Tensor | None]
+Size = Sequence[int]
 
 
 class Draw:
@@ -62,3 +67,10 @@ class Draw:
         if kind == "btd":
             scale = self.tokens(B, T, D)
         return None if kind in ("scale", "none") else shift, None if kind in ("shift", "none") else scale
+
+
+def norm_operands(draw: Draw, N: int, C: int, affine: str, film: bool) -> list[Tensor | None]:
+    """[weight, bias, scale, shift]; affine: one of AFFINE"""
+    weight = draw.vector(C, 1.0) if affine in ("both", "weight") else None
+    bias = draw.vector(C) if affine in ("both", "bias") else None
+    return [weight, bias, *(draw.chunks(N, C, 2) if film else (None, None))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +47,66 @@ def group_norm_silu(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     activation: str | None = "silu",
+    per_frame: bool = False,
 ) -> Tensor:
     if weight is None and bias is not None:
         weight = bias.new_ones(bias.shape)  # without it torch before 2.14 gives no bias gradient
-    y = F.group_norm(x, num_groups, weight, bias, eps)
+    frames = x.transpose(1, 2).flatten(0, 1) if per_frame else x
+    y = F.group_norm(frames, num_groups, weight, bias, eps)
+    if per_frame:
+        last = torch.channels_last_3d
+        is_last = x.is_contiguous(memory_format=last) and not x.is_contiguous()
+        y = y.view(x.shape[0], x.shape[2], *y.shape[1:]).transpose(1, 2)
+        y = y.contiguous(memory_format=last if is_last else torch.contiguous_format)
     y = y if scale is None else y * (1 + _channels(scale, x))
     y = y if shift is None else y + _channels(shift, x)
     return y if activation is None else F.silu(y)
 
 
-def conv_residual(h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: int = 1) -> Tensor:
+def channel_rms_norm_silu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-12,
+    eps_mode: str = "max",
+    activation: str | None = "silu",
+) -> Tensor:
+    if eps_mode == "max":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.normalize(wide, dim=1, eps=eps).to(x.dtype) * x.shape[1] ** 0.5
+    else:
+        y = x / torch.sqrt(torch.mean(x**2, dim=1, keepdim=True) + eps)
+    y = y if weight is None else y * _channels(weight.reshape(1, -1), x)
+    y = y if bias is None else y + _channels(bias.reshape(1, -1), x)
+    y = y if scale is None else y * (1 + _channels(scale, x))
+    y = y if shift is None else y + _channels(shift, x)
+    return y if activation is None else F.silu(y)
+
+
+def _padded(h: Tensor, padding: Any, padding_mode: Any) -> tuple[Tensor, Any]:
+    """h, padded dimension by dimension where a convolution cannot, and the padding that is left to it."""
+    dims = h.dim() - 2
+    if isinstance(padding, int) and padding_mode == "zeros":
+        return h, padding
+    sides = [(p, p) if isinstance(p, int) else p for p in ([padding] * dims if isinstance(padding, int) else padding)]
+    modes = [padding_mode] * dims if isinstance(padding_mode, str) else padding_mode
+    for i, (side, mode) in enumerate(zip(sides, modes, strict=True)):
+        widths = [0, 0] * (dims - 1 - i) + [*side] + [0, 0] * i
+        h = F.pad(h, widths, mode={"zeros": "constant"}.get(mode, mode)) if any(side) else h
+    return h, 0
+
+
+def conv_residual(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: Any = 1,
+    padding_mode: Any = "zeros",
+) -> Tensor:
+    h, padding = _padded(h, padding, padding_mode)
     y = CONVS[h.dim() - 2](h, weight, bias, padding=padding)
     return y if residual is None else residual + y
 
@@ -71,12 +122,13 @@ def group_norm_silu_conv_residual(
     scale: Tensor | None,
     shift: Tensor | None,
     keep: Tensor | None,
-    padding: int = 1,
+    padding: Any = 1,
     dropout_p: float = 0.0,
+    padding_mode: Any = "zeros",
 ) -> Tensor:
     h = group_norm_silu(x, num_groups, norm_weight, norm_bias, scale, shift)
     h = h if keep is None else h * (keep.to(h.dtype) / (1 - dropout_p))
-    return conv_residual(h, weight, bias, residual, padding)
+    return conv_residual(h, weight, bias, residual, padding, padding_mode)
 
 
 def layer_norm_modulate(

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .draw import Draw
-
-Inputs = dict[str, Tensor | None]
-Size = Sequence[int]
-
-
-def norm_operands(draw: Draw, N: int, C: int, affine: str, film: bool) -> list[Tensor | None]:
-    """[weight, bias, scale, shift]; affine: one of AFFINE"""
-    weight = draw.vector(C, 1.0) if affine in ("both", "weight") else None
-    bias = draw.vector(C) if affine in ("both", "bias") else None
-    return [weight, bias, *(draw.chunks(N, C, 2) if film else (None, None))]
+from .draw import Draw, Inputs, Size, norm_operands
 
 
 def layer_norm_modulate(

@@ -44,6 +44,8 @@ class Gpu(Reference):
 
     group_norm_silu = norms_gates.GROUP_NORM_SILU
     group_norm_silu_bwd = norms_gates.GROUP_NORM_SILU_BWD
+    channel_rms_norm_silu = norms_gates.CHANNEL_RMS_NORM_SILU
+    channel_rms_norm_silu_bwd = norms_gates.CHANNEL_RMS_NORM_SILU_BWD
     layer_norm_modulate = norms_gates.LAYER_NORM_MODULATE
     layer_norm_modulate_bwd = norms_gates.LAYER_NORM_MODULATE_BWD
     gate_residual = norms_gates.GATE_RESIDUAL

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._layout import as_frames, of_each_frame
 from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_geometry
 from ...steps.flag import DEVICE, NEVER
 from ...steps.linear import LinearGateCall
+from ...steps.padded import calls as padded_calls
+from ...steps.padded import is_padded
 from ..base import Backend, GroupNorm, MaybeTensor, Step
 from ..dense import ConvArguments
 from . import norms_gates as steps
@@ -25,9 +28,19 @@ from .linear import LINEAR_GATE_RESIDUAL
 def steps_of(backend: Backend, op: str, a: dict[str, Any], training: bool) -> Iterator[Step]:
     """The op's own step first."""
     if op == "group_norm_silu":
-        norm = GroupNorm(a["num_groups"], a["weight"], a["bias"], a["eps"], a["scale"], a["shift"], None, 0.0)
+        x, scale, shift = a["x"], a["scale"], a["shift"]
+        if a["per_frame"]:
+            x, scale, shift = as_frames(x), of_each_frame(scale, x.shape[2]), of_each_frame(shift, x.shape[2])
+        norm = GroupNorm(a["num_groups"], a["weight"], a["bias"], a["eps"], scale, shift, None, 0.0)
         for backward in (False, True) if training else (False,):
-            yield _group_norm(a["x"], norm, a["activation"] == "silu", backward)
+            yield _group_norm(x, norm, a["activation"] == "silu", backward)
+    elif op == "channel_rms_norm_silu":
+        x, weight, bias, scale, shift = (a[name] for name in ("x", "weight", "bias", "scale", "shift"))
+        silu, inside = a["activation"] == "silu", a["eps_mode"] == "inside"
+        yield steps.CHANNEL_RMS_NORM_SILU, (x, weight, bias, a["eps"], inside, scale, shift, silu)
+        if training:
+            rstd = _statistics(x, x.shape[0], *x.shape[2:])
+            yield steps.CHANNEL_RMS_NORM_SILU_BWD, (x, x, rstd, weight, bias, scale, shift, silu)
     elif op in ("layer_norm_modulate", "rms_norm_modulate", "layer_norm_modulate_linear"):
         yield from _row_norm(backend, op, a, training)
     elif op == "gate_residual":
@@ -78,6 +91,10 @@ def _row_norm(backend: Backend, op: str, a: dict[str, Any], training: bool) -> I
 def _convolution(backend: Backend, a: ConvArguments, zero_skip: int, training: bool) -> Iterator[Step]:
     x, h, norm, weight, bias, residual, padding = a
     flag = h.new_empty(1, dtype=torch.int32) if zero_skip == DEVICE else None
+    if is_padded(padding, weight):
+        for part in padded_calls(h, weight, padding):
+            yield CONV_RESIDUAL, (FlaggedConvCall(backend, part.h, part.weight, bias, None, part.padding, NEVER),)
+        return
     if norm is None:
         yield CONV_RESIDUAL, (FlaggedConvCall(backend, h, weight, bias, residual, padding, zero_skip),)
     else:

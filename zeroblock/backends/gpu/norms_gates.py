@@ -132,6 +132,8 @@ GROUP_NORM_SILU = _step(EAGER.group_norm_silu, TRITON.group_norm_silu, CUDA.grou
 GROUP_NORM_SILU_BWD = _step(
     EAGER.group_norm_silu_bwd, TRITON.group_norm_silu_bwd, CUDA.group_norm_silu_bwd, device_arg=1
 )
+CHANNEL_RMS_NORM_SILU = _step(EAGER.channel_rms_norm_silu, TRITON.channel_rms_norm_silu, None)
+CHANNEL_RMS_NORM_SILU_BWD = _step(EAGER.channel_rms_norm_silu_bwd, TRITON.channel_rms_norm_silu_bwd, None, device_arg=1)
 LAYER_NORM_MODULATE = _step(EAGER.layer_norm_modulate, TRITON.layer_norm_modulate, CUDA.layer_norm_modulate)
 LAYER_NORM_MODULATE_BWD = _step(
     EAGER.layer_norm_modulate_bwd,

@@ -1,0 +1,135 @@
+"""The residual block of video autoencoders, whoever owns its layers: zeroblock.nn.VideoResBlock and the blocks that
+accelerate() converts.
+
+    y = shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1 x))))))
+
+The norms are any function (`Half.activate`), the convolutions padded on one side in time. Training keeps x and what
+conv1 gives, with what the norms keep of it; inference nothing. While conv2's weight is exactly zero, inference is
+shortcut + bias, and training runs all but conv2 (contract: zero.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._autocast import autocast_dtype
+from ..ops.residual_alone import residual_alone
+from .activated import Activate, Conv, activated_conv
+from .decision import ALREADY_JUDGED, RUN, SKIPS, UNTESTED, decide
+from .layers import parameters_of
+
+
+class Half(NamedTuple):
+    """act(norm x), dropout, and one or more convolutions one after the other: `Conv`, or modules that are called."""
+
+    activate: Activate
+    modules: tuple[nn.Module, ...]  # what activate calls or reads the parameters of
+    convs: tuple[Any, ...]
+    operands: tuple[Tensor, ...] = ()  # what activate takes beside x
+    dropout: Any = None
+
+
+class Layers(NamedTuple):
+    name: str  # of its counter
+    zero_skip: str
+    first: Half
+    second: Half
+    shortcut: Callable[[Tensor], Tensor]
+    between: Callable[[Tensor], Tensor] | None = None  # adds an embedding to what conv1 gives
+
+
+def run_half(half: Half, x: Tensor, residual: Tensor | None = None, zero_skip: str = UNTESTED) -> Tensor:
+    """residual + convs(dropout(activate(x)))"""
+    first, *rest = half.convs
+    activations, last = (x, *half.operands), first if not rest else rest[-1]
+    added = residual if isinstance(last, Conv) else None
+    if isinstance(first, Conv):
+        h = activated_conv(
+            half.activate,
+            activations,
+            parameters_of(*half.modules),
+            first,
+            None if rest else added,
+            dropout=half.dropout,
+            zero_skip=UNTESTED if rest else zero_skip,
+        )
+    else:
+        h = half.activate(*activations)
+        h = first(h if half.dropout is None else half.dropout(h))
+    for conv in rest:
+        if isinstance(conv, Conv):
+            h = conv(h, added, zero_skip=zero_skip) if conv is last else conv(h)
+        else:
+            h = conv(h)
+    return h if residual is None or added is not None else h + residual
+
+
+def stream_half(
+    half: Half, x: Tensor, cache: Tensor | None, residual: Tensor | None = None, zero_skip: str = UNTESTED
+) -> tuple[Tensor, Tensor]:
+    """(residual + conv(dropout(activate(x))), what the convolution reads) of a piece of a video; `cache`: what it read
+    before, or None. For one `Conv`."""
+    h = half.activate(x, *half.operands)
+    h = h if half.dropout is None else half.dropout(h)
+    return half.convs[0](h, residual, cache, zero_skip=zero_skip), h
+
+
+def forward(layers: Layers, x: Tensor) -> Tensor:
+    _, policy, first, second, shortcut, between = layers
+    skipped, policy = _skipped(layers, x)
+    if skipped is not None:
+        return skipped
+    h = run_half(first, x)
+    return run_half(second, h if between is None else between(h), shortcut(x), policy)
+
+
+def _skipped(layers: Layers, x: Tensor) -> tuple[Tensor | None, str]:
+    """Without gradients, y of a branch that is zero; and the policy for its last convolution."""
+    name, policy, first, second, shortcut, between = layers
+    tail, dropout = second.convs[-1], second.dropout
+    draws = dropout is not None and dropout.training and dropout.p > 0.0
+    if torch.is_grad_enabled() or draws or between is not None or not isinstance(tail, Conv):
+        return None, policy
+    weight, bias = tail.layer.weight, tail.layer.bias
+    bypassed = [*first.modules, *_layers(first.convs), *second.modules, *_layers(second.convs), dropout]
+    answer = decide(name, policy, (weight,), bypassed=bypassed)
+    if answer not in SKIPS:
+        return None, ALREADY_JUDGED if answer is RUN else policy
+    dtype = autocast_dtype(weight) or weight.dtype
+    return residual_alone(shortcut(x), None if bias is None else bias.to(dtype), None, 1, dtype, None), policy
+
+
+def _layers(convs: Sequence[Any]) -> list[Any]:
+    return [conv.layer if isinstance(conv, Conv) else conv for conv in convs]
+
+
+# ---- norms ----------------------------------------------------------------------------------------------------------
+
+
+def channel_rms(norm: Any, eps: float = 1e-12, eps_mode: str = "max") -> Activate:
+    """silu of the RMS norm over channels; `norm` has gamma [C, 1, 1, 1], and bias of that shape or a number, 0."""
+
+    def activate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        gamma, bias = getattr(norm, "gamma", None), getattr(norm, "bias", None)
+        bias = bias if isinstance(bias, Tensor) else None
+        return functional.channel_rms_norm_silu(x, gamma, bias, eps=eps, eps_mode=eps_mode, scale=scale, shift=shift)
+
+    return activate
+
+
+def group(norm: nn.GroupNorm, per_frame: bool = False) -> Activate:
+    """silu of a group norm, over the clip or over each frame."""
+
+    def activate(x: Tensor) -> Tensor:
+        if not per_frame:
+            return functional.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        frames = x.transpose(1, 2)
+        h = functional.group_norm_silu(frames.flatten(0, 1), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return h.unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+    return activate
