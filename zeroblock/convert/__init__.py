@@ -19,7 +19,8 @@ from ..blocks.decision import is_watched
 from ..blocks.layers import is_distributed, is_own, is_whole, on_trial, sharded_weights_count
 from . import proof, residual
 from .families import FAMILIES
-from .families.described import GatedBlock, GatedBranch, family_of
+from .families.described import family_of
+from .families.description import GatedBlock, GatedBranch, Given
 from .family import Family, accelerated_class, applied, register
 from .report import Branch, LeftAlone, Obstacle, Reason, Report
 
@@ -28,6 +29,7 @@ __all__ = [
     "Family",
     "GatedBlock",
     "GatedBranch",
+    "Given",
     "LeftAlone",
     "Reason",
     "Report",
