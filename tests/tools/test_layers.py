@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 from ..support import ROOT
 
-# Lowest first. A room is a folder or a file of the root of zeroblock/; `backends.base` is a room of its own. A file
-# imports from its own room and from rooms of lower rows; what stands in one row does not import each other.
+# Lowest first. A room is a folder or a file of the root of zeroblock/; two files of `backends` are rooms of their
+# own. A file imports from its own room and from rooms of lower rows; what stands in one row does not import each other.
 ROWS = (
     ("_version", "_dtypes", "kernels"),
     ("reference", "_layout", "_checks", "_autocast"),
+    ("reference_rows",),
     ("plan",),
+    ("backends.residual_norm",),
     ("backends.base",),
     ("steps",),
     ("backends",),
@@ -59,7 +61,7 @@ def modules() -> dict[str, Path]:
 
 
 def room(module: str) -> str:
-    return module if module == "backends.base" else module.split(".")[0]
+    return module if module in RANK else module.split(".")[0]
 
 
 def resolve(module: str) -> str | None:

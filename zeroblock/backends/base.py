@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..plan.planned import Explanation, PlannedOp
+from .residual_norm import Branch, Needed, Norm, ResidualNorm, ResidualNormGrads, Stats
 
 MaybeTensor = Tensor | None
 Step = tuple[PlannedOp[..., Any], tuple[Any, ...]]  # and the arguments it is called with
@@ -163,6 +164,27 @@ class Backend:
         scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients of (residual, gate, branch, shift, scale)."""
+        raise NotImplementedError
+
+    def residual_norm_modulate(
+        self, residual: Tensor, branch: Branch | None, norm: Norm | None, index: MaybeTensor
+    ) -> ResidualNorm:
+        """x_new, and the modulated norm of it as it is stored; contiguous."""
+        raise NotImplementedError
+
+    def residual_norm_modulate_bwd(
+        self,
+        dx_new: MaybeTensor,
+        dy: MaybeTensor,
+        x: MaybeTensor,
+        stats: Stats,
+        branch: Branch | None,
+        norm: Norm | None,
+        index: MaybeTensor,
+        residual_dtype: torch.dtype,
+        needed: Needed,
+    ) -> ResidualNormGrads:
+        """x: what the norm was of. dx_new or dy may be None, a gradient of zero; not both."""
         raise NotImplementedError
 
     # ---- activations, biases, the zero test ---------------------------------------------------------------------

@@ -14,8 +14,10 @@ from .. import reference as ref
 from .._layout import in_layout, pointwise_format
 from ..plan.planned import Explanation
 from ..reference import channel_view, compute_dtype, modulation
+from . import reference_rows
 from .base import MaybeTensor
 from .dense import DenseSteps
+from .residual_norm import Branch, Needed, Norm, ResidualNorm, ResidualNormGrads, Stats
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -197,6 +199,25 @@ class Reference(DenseSteps):
         dgate, dbranch = self.gate_residual_bwd(dresidual, gate, branch, True, True)
         assert dgate is not None and dbranch is not None and dshift is not None and dscale is not None
         return dresidual.contiguous(), dgate, dbranch, dshift, dscale
+
+    def residual_norm_modulate(
+        self, residual: Tensor, branch: Branch | None, norm: Norm | None, index: MaybeTensor
+    ) -> ResidualNorm:
+        return reference_rows.forward(residual, branch, norm, index)
+
+    def residual_norm_modulate_bwd(
+        self,
+        dx_new: MaybeTensor,
+        dy: MaybeTensor,
+        x: MaybeTensor,
+        stats: Stats,
+        branch: Branch | None,
+        norm: Norm | None,
+        index: MaybeTensor,
+        residual_dtype: torch.dtype,
+        needed: Needed,
+    ) -> ResidualNormGrads:
+        return reference_rows.backward(dx_new, dy, x, stats, branch, norm, index, residual_dtype)
 
     def activation(self, x: Tensor, name: str, flag: MaybeTensor = None) -> Tensor:
         return ref.apply_activation(x, name)

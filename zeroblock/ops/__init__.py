@@ -13,6 +13,7 @@ from .is_zero import is_zero
 from .layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_bwd
 from .layer_norm_modulate_linear import layer_norm_modulate_linear, layer_norm_modulate_linear_bwd
 from .linear_gate_residual import linear_gate_residual, linear_gate_residual_bwd
+from .residual_norm_modulate import residual_norm_modulate, residual_norm_modulate_bwd
 from .rms_norm_modulate import rms_norm_modulate, rms_norm_modulate_bwd
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "layer_norm_modulate_linear_bwd",
     "linear_gate_residual",
     "linear_gate_residual_bwd",
+    "residual_norm_modulate",
+    "residual_norm_modulate_bwd",
     "rms_norm_modulate",
     "rms_norm_modulate_bwd",
 ]

@@ -17,7 +17,7 @@ from .gate_residual import gate_residual_bwd
 from .register import Grads, Op, reference_grads
 
 
-def _x_new_and_statistics(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _x_new_and_statistics(inputs: Sequence[Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return output[0], *output[2:]
 
 

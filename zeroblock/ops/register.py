@@ -53,10 +53,10 @@ def filled(results: Sequence[MaybeTensor], like: Tensor) -> tuple[Tensor, ...]:
 class Op:
     """One registered op. Its first `differentiable` outputs carry gradients; the others are statistics and the like.
 
-    device_arg: the number of an input on the op's device.
+    device_arg: the number of an input on the op's device; None: the first tensor.
     residual: the number of an input that is merely added: it is not saved (backward sees its dtype instead,
     double_backward None), and its gradient is dy unless they say otherwise.
-    save(outputs): what is saved beside the inputs, by default the outputs that carry no gradient.
+    save(inputs, outputs): what is saved beside the inputs, by default the outputs that carry no gradient.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class Op:
         schema: str,
         *,
         differentiable: int = 1,
-        device_arg: int = 0,
+        device_arg: int | None = 0,
         residual: int | None = None,
-        save: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
+        save: Callable[[Sequence[Any], tuple[Tensor, ...]], tuple[MaybeTensor, ...]] | None = None,
     ):
         self.name = schema[: schema.index("(")]
         self.differentiable, self.device_arg, self.residual, self.save = differentiable, device_arg, residual, save
@@ -83,7 +83,11 @@ class Op:
         def from_the_dispatcher(*args: Any) -> Any:
             with fixed_rule():
                 results = run(*args, direct=True)
-            return filled(results, args[self.device_arg]) if isinstance(results, tuple) else results
+            if not isinstance(results, tuple):
+                return results
+            place = self.device_arg
+            like = args[place] if place is not None else next(a for a in args if isinstance(a, Tensor))
+            return filled(results, like)
 
         _registry.impl(self.name, from_the_dispatcher, "CompositeExplicitAutograd")
         self._run = run
@@ -192,7 +196,7 @@ class _Autograd:
         if op.residual is not None and inputs[op.residual] is not None:
             kept[self.kept_at.index(op.residual)] = inputs[op.residual].dtype
         ctx.kept = kept
-        saved = output[op.differentiable :] if op.save is None else op.save(output)
+        saved = output[op.differentiable :] if op.save is None else op.save(inputs, output)
         ctx.save_for_backward(*[inputs[i] for i in self.saved_at], *saved)
 
     def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:

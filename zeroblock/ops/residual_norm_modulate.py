@@ -1,0 +1,211 @@
+"""residual_norm_modulate: x_new = residual + act(gate) * norm_b(branch) and y = norm(x_new) * (1 + scale) + shift, with
+operands of every form, each part optional: without a branch the norm is of the residual, without a norm (0) there is
+x_new alone. The plain forms have ops of their own (`layer_norm_modulate.py`, `gate_residual.py`, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.base import MaybeTensor
+from ..backends.residual_norm import Branch, Needed, Norm, ResidualNormGrads, Rows, Stats
+from ..backends.select import select
+from ..reference import compute_dtype
+from ..reference_rows import gated_branch, norm_modulate
+from . import shapes
+from .register import Grads, Op, reference_grads
+
+NO_NORM, LAYER, RMS = 0, 1, 2
+
+_OPERANDS = (
+    "Tensor? branch, Tensor? gate, Tensor? gate_table, bool tanh, bool branch_rms, Tensor? branch_weight, "
+    "float branch_eps, int norm, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? shift_table, Tensor? scale, "
+    "Tensor? scale_table, Tensor? index, float eps, ScalarType x_dtype, ScalarType y_dtype"
+)
+_AT = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13)  # where `differentiable` stands among the operands
+
+
+def _saved(inputs: Sequence[Any], outputs: Sequence[MaybeTensor]) -> tuple[MaybeTensor, ...]:
+    """What the norm was of, and the statistics."""
+    x = inputs[0] if inputs[1] is None else outputs[0]
+    return x if inputs[8] else None, *outputs[2:]
+
+
+FORWARD = Op(
+    f"residual_norm_modulate(Tensor residual, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    differentiable=2,
+    residual=0,
+    save=_saved,
+)
+BACKWARD = Op(
+    "residual_norm_modulate_bwd(Tensor? dx_new, Tensor? dy, Tensor? x, Tensor? mean, Tensor? rstd, "
+    f"Tensor? branch_rstd, {_OPERANDS}, ScalarType residual_dtype, bool[] needed) -> ({', '.join(['Tensor'] * 11)})",
+    device_arg=None,
+)
+
+
+class Operands(NamedTuple):
+    """All but the residual, as the schema has them."""
+
+    branch: MaybeTensor
+    gate: MaybeTensor
+    gate_table: MaybeTensor
+    tanh: bool
+    branch_rms: bool
+    branch_weight: MaybeTensor
+    branch_eps: float
+    norm: int
+    weight: MaybeTensor
+    bias: MaybeTensor
+    shift: MaybeTensor
+    shift_table: MaybeTensor
+    scale: MaybeTensor
+    scale_table: MaybeTensor
+    index: MaybeTensor  # type: ignore[assignment]
+    eps: float
+    x_dtype: torch.dtype
+    y_dtype: torch.dtype
+
+    def differentiable(self) -> tuple[MaybeTensor, ...]:
+        branch = (self.branch, self.gate, self.gate_table, self.branch_weight)
+        return *branch, self.weight, self.bias, self.shift, self.shift_table, self.scale, self.scale_table
+
+    def parts(self) -> tuple[Branch | None, Norm | None]:
+        branch = norm = None
+        if self.branch is not None:
+            gate = Rows(self.gate, self.gate_table)
+            rest = (self.tanh, self.branch_rms, self.branch_weight, self.branch_eps, self.x_dtype)
+            branch = Branch(self.branch, gate, *rest)
+        if self.norm != NO_NORM:
+            shift, scale = Rows(self.shift, self.shift_table), Rows(self.scale, self.scale_table)
+            norm = Norm(self.norm == RMS, self.weight, self.bias, shift, scale, self.eps, self.y_dtype)
+        return branch, norm
+
+
+@FORWARD.forward
+def residual_norm_modulate(residual: Tensor, *operands: Any, direct: bool = False) -> tuple[MaybeTensor, ...]:
+    """(x_new, y, mean, rstd, branch_rstd)"""
+    given = Operands(*operands)
+    if not direct and (route := FORWARD.route(residual, *given.differentiable(), given.index)):
+        return route(residual, *operands)
+    x_new, y, stats = select("residual_norm_modulate", residual).residual_norm_modulate(
+        residual, *given.parts(), given.index
+    )
+    return x_new, y, *stats
+
+
+@FORWARD.fake
+def _fake(residual: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    given = Operands(*operands)
+    size, tokens, absent = residual.shape, residual.shape[:2], shapes.empty(residual)
+    x_new = y = mean = rstd = branch_rstd = absent
+    normed = residual
+    if given.branch is not None:
+        normed = x_new = residual.new_empty(size, dtype=given.x_dtype)
+        if given.branch_rms:
+            branch_rstd = shapes.statistics(given.branch, *tokens)
+    if given.norm != NO_NORM:
+        y, rstd = residual.new_empty(size, dtype=given.y_dtype), shapes.statistics(normed, *tokens)
+        mean = shapes.statistics(normed, *tokens) if given.norm == LAYER else absent
+    return x_new, y, mean, rstd, branch_rstd
+
+
+@BACKWARD.forward
+def residual_norm_modulate_bwd(
+    dx_new: MaybeTensor,
+    dy: MaybeTensor,
+    x: MaybeTensor,
+    mean: MaybeTensor,
+    rstd: MaybeTensor,
+    branch_rstd: MaybeTensor,
+    *operands: Any,
+    direct: bool = False,
+) -> ResidualNormGrads:
+    """The gradients of (residual, branch, gate, gate_table, branch_weight, weight, bias, shift, shift_table, scale,
+    scale_table)."""
+    given, (residual_dtype, needed) = Operands(*operands[:-2]), operands[-2:]
+    tensors = (dx_new, dy, x, mean, rstd, branch_rstd)
+    if not direct and (route := BACKWARD.route(*tensors, *given.differentiable(), given.index)):
+        return route(*tensors, *operands)
+    first = given.branch if given.branch is not None else x
+    assert first is not None
+    stats = Stats(
+        mean if given.norm == LAYER else None,
+        rstd if given.norm != NO_NORM else None,
+        branch_rstd if given.branch_rms else None,
+    )
+    x = x if given.norm != NO_NORM else None
+    grads = select("residual_norm_modulate_bwd", first).residual_norm_modulate_bwd(
+        dx_new, dy, x, stats, *given.parts(), given.index, residual_dtype, Needed(*needed)
+    )
+    return ResidualNormGrads(*(g if n else None for g, n in zip(grads, needed, strict=True)))
+
+
+@BACKWARD.fake
+def _fake_bwd(*args: Any) -> tuple[Tensor, ...]:
+    given, residual_dtype, needed = Operands(*args[6:-2]), args[-2], args[-1]
+    like = next(t for t in args if isinstance(t, Tensor))
+    first = given.branch if given.branch is not None else args[2]
+    residual = first.new_empty(first.shape, dtype=residual_dtype) if needed[0] else None
+    return shapes.grads_where(needed, residual, *given.differentiable(), like=like)
+
+
+def _added(branch: Tensor, gate: MaybeTensor, table: MaybeTensor, weight: MaybeTensor, given: Operands) -> Tensor:
+    return gated_branch(branch, gate, table, given.index, given.tanh, given.branch_rms, weight, given.branch_eps)
+
+
+def _norm(x: Tensor, *modulation: Any) -> Tensor:
+    *tensors, given = modulation
+    return norm_modulate(x, given.norm == RMS, *tensors, given.index, given.eps, given.y_dtype)
+
+
+@FORWARD.definition
+def _reference(residual: Tensor, *operands: Any) -> tuple[MaybeTensor, MaybeTensor]:
+    given = Operands(*operands)
+    x, x_new = residual, None
+    if given.branch is not None:
+        added = _added(*given.differentiable()[:4], given)  # type: ignore[arg-type]
+        x = x_new = (residual.to(added.dtype) + added).to(given.x_dtype)
+    return x_new, _norm(x, *given.differentiable()[4:], given) if given.norm != NO_NORM else None
+
+
+def _double_backward(
+    inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[MaybeTensor], extra: Sequence[MaybeTensor]
+) -> Grads:
+    """x, a saved output where there is a branch, carries the graph of residual, gate and branch."""
+    given, (dx, dy) = Operands(*inputs[1:]), grads
+    tensors = given.differentiable()
+    of_branch: list[MaybeTensor] = [None] * 4
+    of_norm: list[MaybeTensor] = [None] * 6
+    if dy is not None:
+        through, *of_norm = _grads(_norm, (extra[0], *tensors[4:], given), dy)[:7]
+        dx = through if dx is None else dx if through is None else dx + through
+    if given.branch is not None and dx is not None:
+        of_branch = _grads(_added, (*tensors[:4], given), dx.to(compute_dtype(given.branch)))[:4]
+    return _in_place((dx, *of_branch, *of_norm))
+
+
+def _in_place(grads: Sequence[MaybeTensor]) -> list[MaybeTensor]:
+    """The gradients of residual and the operands that have one, as those of all inputs."""
+    results: list[MaybeTensor] = [None] * (1 + len(Operands._fields))
+    for i, grad in zip((0, *(1 + i for i in _AT)), grads, strict=True):
+        results[i] = grad
+    return results
+
+
+def _grads(fn: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor) -> list[MaybeTensor]:
+    wanted = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
+    return reference_grads(fn, inputs, wanted, (grad,)) if any(wanted) else [None] * len(inputs)
+
+
+@FORWARD.backward(_double_backward)
+def _backward(
+    inputs: Sequence[Any], needed: Sequence[bool], dx_new: MaybeTensor, dy: MaybeTensor, *saved: MaybeTensor
+) -> Grads:
+    given, residual_dtype = Operands(*inputs[1:]), inputs[0]
+    wanted = Needed(needed[0], *(needed[1 + i] for i in _AT))
+    return _in_place(residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(wanted)))
