@@ -10,6 +10,8 @@ from . import (  # noqa: F401
     diffusers_attention,
     diffusers_controlnet,
     diffusers_flux,
+    diffusers_hunyuan,
+    diffusers_joint,
     diffusers_mmdit,
     diffusers_motion,
     diffusers_resnet,

@@ -75,7 +75,9 @@ class DescribedFamily(Family):
         return self.description.example(block, side)
 
     def options(self, block: Any) -> dict[str, tuple]:
-        return {} if self.description.options is None else self.description.options(block)
+        found = {} if self.description.options is None else self.description.options(block)
+        names = inspect.signature(self.forward).parameters  # blocks that differ in their arguments may share a function
+        return {name: values for name, values in found.items() if name in names}
 
     def forward(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         d = self.description

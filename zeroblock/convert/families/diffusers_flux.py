@@ -32,15 +32,15 @@ def rows_of(norm: Any, emb: Tensor, chunks: int) -> tuple[Tensor, ...]:
     return norm.linear(norm.silu(emb)).chunk(chunks, dim=-1)
 
 
-def beside(h: Tensor, block: Any, layers: dict[str, Any]) -> Tensor:
+def beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
     """Attention and MLP of the same tokens, side by side"""
     return torch.cat([block.attn(hidden_states=h, **layers["attn"]), block.act_mlp(block.proj_mlp(h))], dim=2)
 
 
-def one_stream(call: Any = lambda block, h, layers: beside(h, block, layers)) -> tuple[GatedBranch, ...]:
-    """The branch of a block in which attention and MLP run side by side."""
-    branch = GatedBranch("attn", "norm.norm", 0, 1, 2, call, last="proj_out", others=("proj_mlp", "act_mlp"))
-    return (branch,)
+def one_stream(call: Any = None, *others: str) -> tuple[GatedBranch, ...]:
+    """The branch of a block in which attention and MLP run side by side; `others` of its modules take part too."""
+    others = ("proj_mlp", "act_mlp", *others)
+    return (GatedBranch("attn", "norm.norm", 0, 1, 2, call or beside, last="proj_out", others=others),)
 
 
 def text_first(block: Any, streams: tuple[Tensor, ...], more: Any) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def _options(attention: str) -> Any:
     return lambda block: {"image_rotary_emb": (rotary(block.attn),), attention: ({},)}
 
 
-# ---- LongCat-Image, Bria, Ovis: Flux's blocks -------------------------------------------------------------------------
+# ---- LongCat-Image, Bria, Ovis: Flux's blocks ------------------------------------------------------------------------
 
 
 def _flux(
@@ -188,7 +188,7 @@ for origin, given, single, kwargs in (
     )
 
 
-# ---- Chroma: the rows come with the call --------------------------------------------------------------------------------
+# ---- Chroma: the rows come with the call -----------------------------------------------------------------------------
 
 
 def _chroma(
@@ -265,7 +265,7 @@ described(
 )
 
 
-# ---- FLUX.2 and FLUX.3: one modulation for all blocks -------------------------------------------------------------------
+# ---- FLUX.2 and FLUX.3: one modulation for all blocks ----------------------------------------------------------------
 
 
 def _flux2(
