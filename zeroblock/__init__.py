@@ -30,6 +30,7 @@ from .functional import (
     layer_norm_modulate,
     layer_norm_modulate_linear,
     linear_gate_residual,
+    residual_norm_modulate,
     rms_norm_modulate,
 )
 from .plan.share import share_plans
@@ -52,6 +53,7 @@ __all__ = [
     "linear_gate_residual",
     "nn",
     "register_family",
+    "residual_norm_modulate",
     "restore",
     "rms_norm_modulate",
     "share_plans",

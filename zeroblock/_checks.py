@@ -82,14 +82,36 @@ def tokens(op: str, arg: str, t: Tensor) -> None:
 
 
 def rows(op: str, arg: str, v: Tensor, size: Sequence[int]) -> None:
-    """For tokens [B, T, D]: one row [D], a row for each sample [B, D], for each token [B, T, D]; B and T may be 1."""
+    """For tokens [B, T, D]: one row [D], a row for each sample [B, D], [B, F, D] where F divides T; B may be 1."""
     B, T, D = size
     shape = tuple(v.shape)
     fits = 1 <= len(shape) <= 3 and shape[-1] == D
     if fits and len(shape) > 1:
-        fits = shape[0] in (1, B) and (len(shape) == 2 or shape[1] in (1, T))
+        fits = shape[0] in (1, B) and (len(shape) == 2 or shape[1] == T or (shape[1] > 0 and T % shape[1] == 0))
     if not fits:
-        raise fail(op, arg, f"have shape [D] = [{D}], [B, D] = {[B, D]} or [B, T, D] = {[B, T, D]}", list(v.shape))
+        forms = f"[D] = [{D}], [B, D] = {[B, D]}, [B, T, D] = {[B, T, D]} or [B, F, D] where F divides T"
+        raise fail(op, arg, f"have shape {forms}", list(v.shape))
+
+
+def indexed_rows(op: str, arg: str, v: Tensor, size: Sequence[int]) -> None:
+    """Beside an index: one row [D], or rows [K, D] or [B, K, D] to choose from; B may be 1."""
+    B, _, D = size
+    shape = tuple(v.shape)
+    fits = 1 <= len(shape) <= 3 and shape[-1] == D and (len(shape) < 3 or shape[0] in (1, B))
+    if not fits or (len(shape) > 1 and shape[-2] == 0):
+        raise fail(op, arg, f"have shape [D] = [{D}], [K, D] or [B, K, D] beside an index", list(v.shape))
+
+
+def index(op: str, t: Any, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: index must be a Tensor, got {type(t).__name__}")
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: index must be int32 or int64, got {t.dtype}")
+    if t.device != x.device:
+        raise fail(op, "index", f"be on the device of the tokens ({x.device})", t.device)
+    B, T = x.shape[:2]
+    if tuple(t.shape) not in ((T,), (1, T), (B, T)):
+        raise fail(op, "index", f"have shape [T] = [{T}] or [B, T] = {[B, T]}", list(t.shape))
 
 
 def gate(op: str, gate: Tensor, size: Sequence[int]) -> None:

@@ -5,15 +5,10 @@ norm parameters and residuals stay as they are; statistics are fp32. The result 
 Under torch.func transforms and forward-mode AD every function is its definition in reference.py.
 """
 
+from .gates import gate_residual, gate_residual_layer_norm_modulate, residual_norm_modulate
 from .images import conv_residual, group_norm_silu, group_norm_silu_conv_residual
-from .tokens import (
-    gate_residual,
-    gate_residual_layer_norm_modulate,
-    layer_norm_modulate,
-    layer_norm_modulate_linear,
-    linear_gate_residual,
-    rms_norm_modulate,
-)
+from .linears import layer_norm_modulate_linear, linear_gate_residual
+from .tokens import layer_norm_modulate, rms_norm_modulate
 from .zeros import is_zero
 
 __all__ = [
@@ -26,5 +21,6 @@ __all__ = [
     "layer_norm_modulate",
     "layer_norm_modulate_linear",
     "linear_gate_residual",
+    "residual_norm_modulate",
     "rms_norm_modulate",
 ]

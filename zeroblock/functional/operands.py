@@ -12,8 +12,15 @@ from .. import _checks
 from ..backends.base import MaybeTensor
 
 
-def modulated(op: str, x: Tensor, shift: MaybeTensor, scale: MaybeTensor) -> tuple[Tensor, MaybeTensor, MaybeTensor]:
-    """The three for tokens x [B, T, D], or [1, T, D] beside operands of a batch."""
+def has_frames(tokens: int, *operands: MaybeTensor) -> bool:
+    """Whether one of the operands has rows that serve some tokens each, [B, F, D]: they take `general.py`."""
+    return any(v is not None and v.dim() == 3 and v.shape[1] not in (1, tokens) for v in operands)
+
+
+def modulated(
+    op: str, x: Tensor, shift: MaybeTensor, scale: MaybeTensor
+) -> tuple[Tensor, MaybeTensor, MaybeTensor] | None:
+    """The three for tokens x [B, T, D], or [1, T, D] beside operands of a batch; None where there are frames."""
     size = x.shape
     rows = (size[0], size[2])
     for v in (shift, scale):
@@ -21,15 +28,19 @@ def modulated(op: str, x: Tensor, shift: MaybeTensor, scale: MaybeTensor) -> tup
             break
     else:
         return x, shift, scale
+    if has_frames(size[1], shift, scale):
+        return None
     x = with_batch(x, _batch(x.shape[0], shift, scale))
     return x, _rows(op, "shift", shift, x.shape), _rows(op, "scale", scale, x.shape)
 
 
-def gated(op: str, residual: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three, of one batch; the gate as `gate_rows` has it."""
+def gated(op: str, residual: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The three, of one batch, the gate as `gate_rows` has it; None where there are frames."""
     size = branch.shape
     if len(size) == 3 and residual.shape == size and gate.shape == (size[0], size[2]):
         return residual, gate, branch
+    if len(size) == 3 and has_frames(size[1], gate):
+        return None
     if residual.dim() == len(size) > 0:
         batch = _batch(max(residual.shape[0], size[0]), gate if len(size) == 3 else None)
         residual, branch = with_batch(residual, batch), with_batch(branch, batch)

@@ -1,14 +1,17 @@
-"""Of tokens [B, T, D]: modulated norms, gates, and both with a linear layer."""
+"""Of tokens [B, T, D]: modulated norms."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks, ops, zero
 from .. import reference as ref
-from .._autocast import autocast
 from . import operands
+from .general import NORMS, Modulated, residual_norm
+from .rounding import eager_norm
 
 
 def layer_norm_modulate(
@@ -19,18 +22,32 @@ def layer_norm_modulate(
     eps: float = 1e-6,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    index: Tensor | None = None,
+    second: tuple[Tensor | None, Tensor | None] | None = None,
+    y_dtype: torch.dtype | None = None,
+    rounding: str = "once",
+) -> Any:
     """y = layer_norm(x) * (1 + scale) + shift, the adaLN of DiT blocks.
 
     Args:
         x: [B, T, D]; float32, bfloat16, float16 (float64 by the reference).
-        shift, scale: [D], [B, D] (broadcast over T; views of a chunked tensor need no copy) or [B, T, D], or None;
-            dimensions but the last may be 1, as may the batch of x. Of any floating dtype, used as they are.
+        shift, scale: [D], [B, D] (broadcast over T; views of a chunked tensor need no copy) or [B, F, D] where F
+            divides T: row f serves the T / F tokens from f T / F on; or None. B may be 1, as may the batch of x. Of any
+            floating dtype, used as they are.
         eps: >= 0, added to the variance.
         weight, bias: [D] or None.
+        shift_table, scale_table: [D] or None, added to every row of shift and scale in fp32.
+        index: [T] or [B, T], int32 or int64: shift and scale are then rows [K, D] or [B, K, D], of which token t takes
+            row index[b, t]. In [0, K): else ValueError on a CPU, and the nearest row on a GPU.
+        second: (shift, scale) of a second modulation of the same norm, with the same tables: (y, y2) is returned. The
+            norm is computed twice.
+        y_dtype: of y; None: that of x.
+        rounding: "once", or "eager": PyTorch's operators one after another, with their roundings.
 
     Returns y like x. Saved for backward: x, mean, rstd.
-    Raises TypeError (kind, dtype), ValueError (shape, eps, device).
+    Raises TypeError (kind, dtype), ValueError (shape, value, device).
     Source: Peebles & Xie 2023, facebookresearch/DiT `modulate`.
 
     >>> y = layer_norm_modulate(torch.randn(2, 16, 64), torch.randn(2, 64), torch.randn(2, 64))
@@ -38,7 +55,13 @@ def layer_norm_modulate(
     op = "layer_norm_modulate"
     mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
     _checks.tokens(op, "x", x)
-    x, shift, scale = operands.modulated(op, x, shift, scale)
+    taken = None
+    if shift_table is scale_table is index is second is y_dtype is None and rounding == "once":
+        taken = operands.modulated(op, x, shift, scale)
+    if taken is None:
+        a = Modulated(NORMS["layer"], weight, bias, shift, scale, shift_table, scale_table, eps, y_dtype)
+        return _modulated(op, x, a, index, second, rounding)
+    x, shift, scale = taken
     _checks.eps_value(op, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
     if mixed and operands.needs_fp64(x, shift, scale, weight, bias):
@@ -48,9 +71,32 @@ def layer_norm_modulate(
     return ops.layer_norm_modulate(x, shift, scale, weight, bias, eps)[0]
 
 
+def _modulated(op: str, x: Tensor, a: Modulated, index: Tensor | None, second: Any, rounding: Any) -> Any:
+    """What is not the plain form."""
+    _checks.choice(op, "rounding", rounding, ("once", "eager"))
+    _checks.floating(op, 1, x=x, **a.tensors())
+    if second is not None:
+        if not isinstance(second, tuple) or len(second) != 2:
+            raise TypeError(f"{op}: second must be (shift, scale), got {type(second).__name__}")
+        other = a._replace(shift=second[0], scale=second[1])
+        return _modulated(op, x, a, index, None, rounding), _modulated(op, x, other, index, None, rounding)
+    return eager_norm(op, x, a, index) if rounding == "eager" else residual_norm(op, x, None, a, index)[1]
+
+
 def rms_norm_modulate(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, *, eps: float = 1e-6, weight: Tensor | None = None
-) -> Tensor:
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    index: Tensor | None = None,
+    second: tuple[Tensor | None, Tensor | None] | None = None,
+    y_dtype: torch.dtype | None = None,
+    rounding: str = "once",
+) -> Any:
     """y = x / sqrt(mean(x^2) + eps) [* weight] * (1 + scale) + shift.
 
     Args:
@@ -58,15 +104,22 @@ def rms_norm_modulate(
         shift, scale: as for layer_norm_modulate.
         eps: >= 0, added to the mean square.
         weight: [D] or None.
+        shift_table, scale_table, index, second, y_dtype, rounding: as for layer_norm_modulate.
 
     Returns y like x. Saved for backward: x, rstd.
-    Raises TypeError (kind, dtype), ValueError (shape, eps, device).
+    Raises TypeError (kind, dtype), ValueError (shape, value, device).
     Source: Zhang & Sennrich 2019.
     """
     op = "rms_norm_modulate"
     mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
     _checks.tokens(op, "x", x)
-    x, shift, scale = operands.modulated(op, x, shift, scale)
+    taken = None
+    if shift_table is scale_table is index is second is y_dtype is None and rounding == "once":
+        taken = operands.modulated(op, x, shift, scale)
+    if taken is None:
+        a = Modulated(NORMS["rms"], weight, None, shift, scale, shift_table, scale_table, eps, y_dtype)
+        return _modulated(op, x, a, index, second, rounding)
+    x, shift, scale = taken
     _checks.eps_value(op, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
     if mixed and operands.needs_fp64(x, shift, scale, weight):
@@ -74,134 +127,3 @@ def rms_norm_modulate(
     if zero.transforms_active():
         return ref.rms_norm_modulate(x, shift, scale, eps=eps, weight=weight)
     return ops.rms_norm_modulate(x, shift, scale, weight, eps)[0]
-
-
-def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """y = residual + gate * branch, rounded once.
-
-    Args:
-        residual, branch: of one shape, any floating dtype; a batch of 1 is expanded.
-        gate: [1]; for residual [B, T, D] also [D], [B, D] (broadcast over T) or [B, T, D], B and T of which may be 1.
-
-    Returns y in their promoted dtype; tokens are contiguous, also of a transposed residual. Saved for backward: gate
-    and branch.
-    Raises TypeError (kind, dtype), ValueError (shape, device).
-    Source: facebookresearch/DiT `DiTBlock`; ReZero, Bachlechner et al. 2021.
-    """
-    op = "gate_residual"
-    _checks.floating(op, 3, residual=residual, gate=gate, branch=branch)
-    residual, gate, branch = operands.gated(op, residual, gate, branch)
-    if zero.transforms_active():
-        return ref.gate_residual(residual, gate, branch)
-    return ops.gate_residual(residual, gate, branch)
-
-
-def gate_residual_layer_norm_modulate(
-    residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """x_new = residual + gate * branch and layer_norm(x_new) * (1 + scale) + shift, in one pass.
-
-    Args:
-        residual, branch: [B, T, D], brought to one dtype; a batch of 1 is expanded.
-        gate: [1], [D], [B, D] or [B, T, D], B and T of which may be 1.
-        shift, scale: as for layer_norm_modulate.
-        eps: >= 0, added to the variance.
-
-    Returns (x_new, modulated), contiguous. Saved for backward: x_new, branch, mean, rstd.
-    Raises TypeError (kind, dtype), ValueError (shape, eps, device).
-    Source: the seam between attention and MLP in facebookresearch/DiT `DiTBlock`.
-    """
-    op = "gate_residual_layer_norm_modulate"
-    mixed = _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
-    _checks.tokens(op, "residual", residual)
-    residual, gate, branch = operands.gated(op, residual, gate, branch)
-    x, shift_rows, scale_rows = operands.modulated(op, branch, shift, scale)
-    _checks.eps_value(op, eps)
-    if x is not branch or mixed and operands.needs_fp64(residual, shift, scale):
-        x_new = gate_residual(residual, gate, branch)  # of a batch of 1, or narrower than what modulates it
-        return x_new, layer_norm_modulate(x_new, shift, scale, eps=eps)
-    if zero.transforms_active():
-        return ref.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
-    if not residual.dtype == branch.dtype == gate.dtype:
-        dtype = ref.promoted(residual, gate, branch)
-        residual, branch = residual.to(dtype), branch.to(dtype)
-    assert shift_rows is not None and scale_rows is not None
-    return ops.gate_residual_layer_norm_modulate(residual, gate, branch, shift_rows, scale_rows, eps)[:2]
-
-
-def layer_norm_modulate_linear(
-    x: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-) -> Tensor:
-    """y = linear(layer_norm(x) * (1 + scale) + shift); the modulated tensor is recomputed in backward.
-
-    Args:
-        x: [B, T, D].
-        shift, scale: as for layer_norm_modulate.
-        weight: [O, D], of the dtype of bias.
-        bias: [O] or None.
-        eps: >= 0, added to the variance.
-
-    Returns y [B, T, O] in the dtype of weight. Saved for backward: x, mean, rstd.
-    Raises TypeError (kind, dtype), ValueError (shape, eps, device).
-    Source: facebookresearch/DiT `DiTBlock` (qkv, fc1).
-    """
-    op = "layer_norm_modulate_linear"
-    mixed = _checks.floating(op, 2, x=x, weight=weight, shift=shift, scale=scale, bias=bias)
-    _checks.tokens(op, "x", x)
-    x, shift, scale = operands.modulated(op, x, shift, scale)
-    _checks.eps_value(op, eps)
-    _checks.linear(op, x.shape[2], weight, bias)
-    weight, bias = autocast(weight, bias)
-    _checks.same_dtype(op, weight=weight, bias=bias)
-    if mixed and operands.needs_fp64(x, shift, scale):
-        x = x.double()
-    if zero.transforms_active():
-        return ref.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps=eps)
-    return ops.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps)[0]
-
-
-def linear_gate_residual(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    *,
-    activation: str | None = None,
-    zero_skip: str = "auto",
-) -> Tensor:
-    """y = residual + gate * linear(act(h)); without the linear while `weight` (or a frozen gate) is exactly zero.
-
-    Args:
-        h: [B, T, K]; h, weight and bias have one dtype.
-        weight: [D, K].
-        bias: [D] or None.
-        gate: [1], [D], [B, D] or [B, T, D], B and T of which may be 1, or None (1).
-        residual: [B, T, D] or None (0). A batch of 1, of h too, is expanded.
-        activation: None, "silu", "gelu" (erf) or "gelu_tanh".
-        zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
-
-    Returns y in the promoted dtype of residual and weight, contiguous, also of a transposed residual. Saved for
-    backward: h before the activation, and the linear's output when the gate wants a gradient.
-    Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
-    Source: facebookresearch/DiT `DiTBlock` (proj, fc2).
-    """
-    op = "linear_gate_residual"
-    _checks.floating(op, 2, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
-    _checks.tokens(op, "h", h)
-    _checks.linear(op, h.shape[2], weight, bias)
-    _checks.choice(op, "activation", activation, _checks.ACTIVATIONS)
-    h, gate, residual = operands.around_linear(op, h, weight.shape[0], gate, residual)
-    weight, bias, h = autocast(weight, bias, h)
-    _checks.same_dtype(op, h=h, weight=weight, bias=bias)
-    if zero.transforms_active():
-        return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
-    skip = zero.test_of(op, zero_skip, weight)
-    save_branch = gate is not None and gate.requires_grad and torch.is_grad_enabled()
-    return ops.linear_gate_residual(h, weight, bias, gate, residual, activation, skip, save_branch)[0]

@@ -159,16 +159,18 @@ def _added(branch: Tensor, gate: MaybeTensor, table: MaybeTensor, weight: MaybeT
 
 
 def _norm(x: Tensor, *modulation: Any) -> Tensor:
-    *tensors, given = modulation
-    return norm_modulate(x, given.norm == RMS, *tensors, given.index, given.eps, given.y_dtype)
+    weight, bias, shift, shift_table, scale, scale_table, given = modulation
+    rows = (shift, shift_table, scale, scale_table, given.index)
+    return norm_modulate(x, given.norm == RMS, weight, bias, *rows, given.eps, given.y_dtype)
 
 
 @FORWARD.definition
-def _reference(residual: Tensor, *operands: Any) -> tuple[MaybeTensor, MaybeTensor]:
+def definition(residual: Tensor, *operands: Any) -> tuple[MaybeTensor, MaybeTensor]:
+    """(x_new, y) in plain PyTorch."""
     given = Operands(*operands)
     x, x_new = residual, None
     if given.branch is not None:
-        added = _added(*given.differentiable()[:4], given)  # type: ignore[arg-type]
+        added = _added(given.branch, given.gate, given.gate_table, given.branch_weight, given)
         x = x_new = (residual.to(added.dtype) + added).to(given.x_dtype)
     return x_new, _norm(x, *given.differentiable()[4:], given) if given.norm != NO_NORM else None
 

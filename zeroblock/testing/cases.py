@@ -13,27 +13,20 @@ from torch import Tensor
 
 from .. import functional
 from .._dtypes import KERNELS as DTYPES  # noqa: F401  (of the cases)
-from . import eager_ops
+from . import eager_ops, row_inputs
 from .draw import Draw
+from .row_inputs import Inputs, norm_operands
 
-Inputs = dict[str, Tensor | None]
 Size = Sequence[int]
 AFFINE = ("both", "weight", "bias", "neither")  # which parameters a norm has
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def _norm_operands(draw: Draw, N: int, C: int, affine: str, film: bool) -> list[Tensor | None]:
-    """[weight, bias, scale, shift]; affine: one of AFFINE"""
-    weight = draw.vector(C, 1.0) if affine in ("both", "weight") else None
-    bias = draw.vector(C) if affine in ("both", "bias") else None
-    return [weight, bias, *(draw.chunks(N, C, 2) if film else (None, None))]
-
-
 def _group_norm_silu(
     draw: Draw, N: int, C: int, S: Size, affine: str = "both", film: bool = False, mean: float = 0.5, std: float = 2.0
 ) -> Inputs:
-    weight, bias, scale, shift = _norm_operands(draw, N, C, affine, film)
+    weight, bias, scale, shift = norm_operands(draw, N, C, affine, film)
     x = draw.tensor(N, C, *S, mean=mean, std=std)
     return {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
 
@@ -62,7 +55,7 @@ def _group_norm_silu_conv_residual(
     residual: bool = True,
     keep: bool = False,
 ) -> Inputs:
-    norm_weight, norm_bias, scale, shift = _norm_operands(draw, N, C, affine, film)
+    norm_weight, norm_bias, scale, shift = norm_operands(draw, N, C, affine, film)
     x = draw.tensor(N, C, *S, mean=0.5, std=2.0)
     norm = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
     mask = draw.normal(N, C, *S) > -0.5 if keep else None
@@ -81,70 +74,6 @@ def _conv_residual(
     residual: bool = True,
 ) -> Inputs:
     return {"h": draw.tensor(N, C, *S), **_tail(draw, N, C, S, K, out, padding, bias, residual)}
-
-
-def _layer_norm_modulate(
-    draw: Draw,
-    B: int,
-    T: int,
-    D: int,
-    kind: str = "bd",
-    affine: str = "neither",
-    mean: float = 0.5,
-    std: float = 2.0,
-) -> Inputs:
-    shift, scale = draw.modulation(kind, B, T, D)
-    weight, bias, _, _ = _norm_operands(draw, B, D, affine, False)
-    x = draw.tokens(B, T, D, mean=mean, std=std)
-    return {"x": x, "shift": shift, "scale": scale, "weight": weight, "bias": bias}
-
-
-def _rms_norm_modulate(
-    draw: Draw,
-    B: int,
-    T: int,
-    D: int,
-    kind: str = "bd",
-    affine: str = "neither",
-    mean: float = 0.5,
-    std: float = 2.0,
-) -> Inputs:
-    inputs = _layer_norm_modulate(draw, B, T, D, kind, affine, mean, std)
-    del inputs["bias"]
-    return inputs
-
-
-def _gate_residual(draw: Draw, size: Size, gate: str = "one") -> Inputs:
-    tensor = draw.tokens if len(size) == 3 else draw.tensor
-    gates = draw.vector(1) if gate == "one" else draw.gate(gate, *size)
-    return {"residual": tensor(*size), "gate": gates, "branch": tensor(*size)}
-
-
-def _gate_residual_layer_norm_modulate(
-    draw: Draw, B: int, T: int, D: int, gate: str = "bd", kind: str = "bd"
-) -> Inputs:
-    shift, scale = draw.modulation(kind, B, T, D)
-    return {**_gate_residual(draw, (B, T, D), gate), "shift": shift, "scale": scale}
-
-
-def _linear(draw: Draw, K: int, out: int, bias: bool) -> Inputs:
-    return {"weight": draw.normal(out, K, std=K**-0.5), "bias": draw.vector(out) if bias else None}
-
-
-def _layer_norm_modulate_linear(
-    draw: Draw, B: int, T: int, D: int, out: int, kind: str = "bd", bias: bool = True
-) -> Inputs:
-    shift, scale = draw.modulation(kind, B, T, D)
-    return {"x": draw.tokens(B, T, D, 0.5, 2.0), "shift": shift, "scale": scale, **_linear(draw, D, out, bias)}
-
-
-def _linear_gate_residual(
-    draw: Draw, B: int, T: int, K: int, out: int, gate: str | None = "bd", bias: bool = True, residual: bool = True
-) -> Inputs:
-    h = draw.tokens(B, T, K, std=2.0)
-    gates = None if gate is None else draw.gate(gate, B, T, out)
-    layer = _linear(draw, K, out, bias)
-    return {"h": h, **layer, "gate": gates, "residual": draw.tokens(B, T, out) if residual else None}
 
 
 # ---- ops ------------------------------------------------------------------------------------------------------------
@@ -166,18 +95,27 @@ _OPS = {
         eager_ops.group_norm_silu_conv_residual,
     ),
     "conv_residual": Op(_conv_residual, functional.conv_residual, eager_ops.conv_residual),
-    "layer_norm_modulate": Op(_layer_norm_modulate, functional.layer_norm_modulate, eager_ops.layer_norm_modulate),
-    "rms_norm_modulate": Op(_rms_norm_modulate, functional.rms_norm_modulate, eager_ops.rms_norm_modulate),
-    "gate_residual": Op(_gate_residual, functional.gate_residual, eager_ops.gate_residual),
+    "layer_norm_modulate": Op(
+        row_inputs.layer_norm_modulate, functional.layer_norm_modulate, eager_ops.layer_norm_modulate
+    ),
+    "rms_norm_modulate": Op(row_inputs.rms_norm_modulate, functional.rms_norm_modulate, eager_ops.rms_norm_modulate),
+    "gate_residual": Op(row_inputs.gate_residual, functional.gate_residual, eager_ops.gate_residual),
     "gate_residual_layer_norm_modulate": Op(
-        _gate_residual_layer_norm_modulate,
+        row_inputs.gate_residual_layer_norm_modulate,
         functional.gate_residual_layer_norm_modulate,
         eager_ops.gate_residual_layer_norm_modulate,
     ),
     "layer_norm_modulate_linear": Op(
-        _layer_norm_modulate_linear, functional.layer_norm_modulate_linear, eager_ops.layer_norm_modulate_linear
+        row_inputs.layer_norm_modulate_linear,
+        functional.layer_norm_modulate_linear,
+        eager_ops.layer_norm_modulate_linear,
     ),
-    "linear_gate_residual": Op(_linear_gate_residual, functional.linear_gate_residual, eager_ops.linear_gate_residual),
+    "residual_norm_modulate": Op(
+        row_inputs.residual_norm_modulate, functional.residual_norm_modulate, eager_ops.residual_norm_modulate
+    ),
+    "linear_gate_residual": Op(
+        row_inputs.linear_gate_residual, functional.linear_gate_residual, eager_ops.linear_gate_residual
+    ),
 }
 
 
@@ -277,6 +215,9 @@ def _cases() -> Iterable[Case]:
         yield Case("gate_residual", f"{gate}-large", {"size": (3, 130, 256), "gate": gate}, large=True)
     yield Case("gate_residual", "one-2d", {"size": (7, 30)}, layouts=TOKENS)
     yield Case("gate_residual", "one-4d", {"size": (2, 6, 9, 7)}, layouts=IMAGES)
+
+    for variant, sizes, options in row_inputs.RESIDUAL_NORMS:
+        yield Case("residual_norm_modulate", variant, sizes, options, large="large" in variant)
 
     yield Case("layer_norm_modulate_linear", "chunks", {"B": 3, "T": 17, "D": 48, "out": 31})
     sizes = {"B": 2, "T": 9, "D": 33, "out": 40, "kind": "btd", "bias": False}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -128,3 +129,52 @@ def linear_gate_residual(
     y = F.linear(h if activation is None else ACTIVATIONS[activation](h), weight, bias)
     y = y if gate is None else _rows(gate) * y
     return y if residual is None else residual + y
+
+
+def residual_norm_modulate(
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor | None = None,
+    gate_table: Tensor | None = None,
+    branch_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    index: Tensor | None = None,
+    gate_activation: str | None = None,
+    branch_norm: str | None = None,
+    branch_eps: float = 1e-6,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    y_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    def per_token(rows: Tensor | None, table: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return table
+        if index is not None and rows.dim() == 3:
+            rows = rows.expand(len(residual), -1, -1)[torch.arange(len(residual))[:, None], index.long()]
+        elif index is not None and rows.dim() == 2:
+            rows = rows[index.long()]
+        elif rows.dim() == 3:
+            rows = rows.repeat_interleave(residual.shape[1] // rows.shape[1], 1)
+        else:
+            rows = _rows(rows)
+        return rows if table is None else rows + table
+
+    size = residual.shape[-1:]
+    if branch_norm == "rms":
+        branch = F.rms_norm(branch, size, branch_weight, branch_eps)
+    elif branch_weight is not None:
+        branch = branch * branch_weight
+    factor = per_token(gate, gate_table)
+    if factor is not None:
+        branch = (factor.tanh() if gate_activation == "tanh" else factor) * branch
+    x_new = residual + branch
+    x_new = x_new if out_dtype is None else x_new.to(out_dtype)
+    y = F.rms_norm(x_new, size, weight, eps) if norm == "rms" else F.layer_norm(x_new, size, weight, bias, eps)
+    y = _modulated(y, per_token(shift, shift_table), per_token(scale, scale_table))
+    return x_new, y if y_dtype is None else y.to(y_dtype)
