@@ -16,6 +16,8 @@ from . import (  # noqa: F401
     diffusers_motion,
     diffusers_resnet,
     diffusers_transformer,
+    diffusers_wan,
+    diffusers_tables,
     dit,
     edm,
     edm2,

@@ -57,6 +57,7 @@ _SEQUENTIALS: layers.Forwards = {nn.Sequential.forward: None}
 _PLAIN_GELUS: layers.Forwards = {nn.GELU.forward: None}
 # The forwards of diffusers' classes that were proved.
 _RMS_NORMS: layers.Forwards = {}
+_RMS_NAMES = ("RMSNorm", "MochiModulatedRMSNorm", "Krea2RMSNorm")
 _FEED_FORWARDS: layers.Forwards = {}
 _GELUS: layers.Forwards = {}
 
@@ -66,8 +67,9 @@ def norm_kind(norm: Any) -> str | None:
     if type(norm).forward in layers.LAYER_NORMS or type(norm).__name__ == "FP32LayerNorm":
         known = layers.computes(norm, layers.LAYER_NORMS)
         return "layer" if known and len(norm.normalized_shape) == 1 else None
-    if type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None and norm.eps is not None:
-        return "rms" if layers.computes(norm, _RMS_NORMS) else None
+    if type(norm).__name__ in _RMS_NAMES and getattr(norm, "bias", None) is None and norm.eps is not None:
+        known = layers.computes(norm, _RMS_NORMS)
+        return "rms" if known and len(getattr(norm, "normalized_shape", (0,))) == 1 else None
     return None
 
 

@@ -10,19 +10,29 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+class Row(NamedTuple):
+    """A vector of a modulation, of each sample (and token), and what is added to all of it, [D] (a block's table)."""
+
+    rows: Tensor | None
+    table: Tensor | None = None
+
+
 class Given(NamedTuple):
     """What a call of a block gave.
 
     streams: what the branches are added to, [B, T, D] each.
-    rows: the vectors of the modulation, [B, D], [B, 1, D] or [B, T, D].
+    rows: the vectors of the modulation, [B, D], [B, 1, D] or [B, T, D], or a `Row` of such a vector and a table.
     layers: {name of a branch's layer: keyword arguments that it takes beside the streams}.
     more: whatever `GatedBlock.finish` needs.
+    index: of each stream, which row serves which token ([B, T], int): its rows are then [K, D] or [B, K, D]; None: one
+        row for all.
     """
 
     streams: tuple[Tensor, ...]
-    rows: Sequence[Tensor] = ()
+    rows: Sequence[Tensor | Row] = ()
     layers: dict[str, Any] = {}  # noqa: RUF012
     more: Any = None
+    index: Sequence[Tensor | None] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,8 @@ class GatedBranch:
         call: call(block, h, *args, **kwargs) for a layer that takes more than h, args and kwargs being what the block
             was called with beside x. It may call that layer, nothing else of the block. Of a block with `given`:
             call(block, h, layers), `Given.layers` (h: a tuple where there is a `context`).
+        tanh: whether the gate is the row's tanh.
+        after: where the block has the RMSNorm of what the layer returns.
         stream: the number of the stream that the branch belongs to.
         context: what the same call of the layer does to another stream: its norm, rows and stream. The layer is then
             called as layer(hidden_states=h, encoder_hidden_states=h of the context) and returns both branches.
@@ -51,6 +63,8 @@ class GatedBranch:
     shift: int | None = None
     scale: int | None = None
     gate: int | None = None
+    tanh: bool = False
+    after: str | None = None
     call: Callable[..., Any] | None = None
     stream: int = 0
     context: GatedBranch | None = None
@@ -65,7 +79,7 @@ class GatedBranch:
 
     def paths(self) -> list[str]:
         """Where the block has its modules, `others` aside."""
-        paths = (self.layer, *(part.norm for part in self.parts()), self.last)
+        paths = (self.layer, self.last, *(path for part in self.parts() for path in (part.norm, part.after)))
         return [path for path in dict.fromkeys(paths) if isinstance(path, str)]
 
 
@@ -90,6 +104,7 @@ class GatedBlock:
         first: first(block, x, *args, **kwargs): x as the branches get it.
         unless: unless(block): where the description does not hold (active stochastic depth), the original runs.
         variant: variant(block): an option of the block for which there is no description, in words; None: it is known.
+        fp32: whether norms and gates are computed in float32 and rounded to the dtype of x.
         method: the method that computes the block, where forward only calls it (checkpointing).
         about: where the block comes from.
         given: in the place of `rows` for a block of several streams, or whose tokens are not its first argument:
@@ -107,6 +122,7 @@ class GatedBlock:
     first: Callable[..., Tensor] | None = None
     unless: Callable[[Any], bool] | None = None
     variant: Callable[[Any], str | None] | None = None
+    fp32: bool = False
     method: str = "forward"
     about: str = ""
     given: Callable[..., Given | None] | None = None
@@ -139,5 +155,7 @@ class GatedBlock:
                 x = "xyz"[b.stream]
                 h = x if b.norm is None else f"{'norm' if isinstance(b.norm, float) else b.norm} {x}"
                 h = h if b.scale is None and b.shift is None else f"modulate({h})"
-                found.append(f"{x} + {'' if b.gate is None else 'gate * '}{branch.layer}({h})")
+                gate = "" if b.gate is None else "tanh(gate) * " if b.tanh else "gate * "
+                y = f"{branch.layer}({h})"
+                found.append(f"{x} + {gate}{y if b.after is None else f'{b.after} {y}'}")
         return ", then ".join(found)

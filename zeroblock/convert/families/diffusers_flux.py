@@ -40,7 +40,7 @@ def beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
 def one_stream(call: Any = None, *others: str) -> tuple[GatedBranch, ...]:
     """The branch of a block in which attention and MLP run side by side; `others` of its modules take part too."""
     others = ("proj_mlp", "act_mlp", *others)
-    return (GatedBranch("attn", "norm.norm", 0, 1, 2, call or beside, last="proj_out", others=others),)
+    return (GatedBranch("attn", "norm.norm", 0, 1, 2, call=call or beside, last="proj_out", others=others),)
 
 
 def text_first(block: Any, streams: tuple[Tensor, ...], more: Any) -> tuple[Tensor, Tensor]:
@@ -371,7 +371,7 @@ def _flux3_rotary(block: Any, tokens: int) -> tuple[Tensor, Tensor]:
 
 described(
     "Flux3ModeTransformerBlock",
-    (GatedBranch("attn", "norm", 0, 1, 2, _flux3_both, others=("ff",)),),
+    (GatedBranch("attn", "norm", 0, 1, 2, call=_flux3_both, others=("ff",)),),
     given=_flux3_mode,
     example=lambda block, side: (*_flux2_single_example(block, side)[::2], _flux3_rotary(block, side**2)),
     about="diffusers models/transformers/transformer_flux3.py.",
@@ -385,7 +385,7 @@ described(
             0,
             1,
             2,
-            _flux3_of_two,
+            call=_flux3_of_two,
             context=GatedBranch("attn", "norm", 3, 4, 5, stream=1),
             others=("ff",),
         ),

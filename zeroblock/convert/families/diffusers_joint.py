@@ -18,7 +18,7 @@ def _joint(layer: str, norm: str, context: str, first: int, call: Any = None) ->
     """A layer of both streams: rows 0 to 5 are x's, 6 to 11 the context's, each of attention and feed-forward."""
     i = first
     of_context = GatedBranch(layer, context, i + 6, i + 7, i + 8, stream=1)
-    return GatedBranch(layer, norm, i, i + 1, i + 2, call, context=of_context)
+    return GatedBranch(layer, norm, i, i + 1, i + 2, call=call, context=of_context)
 
 
 def _streams(*names: str) -> tuple[GatedBranch, ...]:
@@ -342,7 +342,7 @@ described(
 )
 described(
     "HiDreamImageSingleTransformerBlock",
-    (GatedBranch("attn1", "norm1_i", 0, 1, 2, _hidream_attends), GatedBranch("ff_i", "norm3_i", 3, 4, 5)),
+    (GatedBranch("attn1", "norm1_i", 0, 1, 2, call=_hidream_attends), GatedBranch("ff_i", "norm3_i", 3, 4, 5)),
     given=_hidream_single,
     example=_hidream_example,
     options=_hidream_options,
