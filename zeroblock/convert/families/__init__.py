@@ -18,6 +18,8 @@ from . import (  # noqa: F401
     diffusers_transformer,
     diffusers_wan,
     diffusers_tables,
+    diffusers_lumina,
+    diffusers_blocks,
     dit,
     edm,
     edm2,

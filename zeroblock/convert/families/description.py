@@ -152,7 +152,7 @@ class GatedBlock:
         found = []
         for branch in self.branches:
             for b in branch.parts():
-                x = "xyz"[b.stream]
+                x = "xyzw"[b.stream]
                 h = x if b.norm is None else f"{'norm' if isinstance(b.norm, float) else b.norm} {x}"
                 h = h if b.scale is None and b.shift is None else f"modulate({h})"
                 gate = "" if b.gate is None else "tanh(gate) * " if b.tanh else "gate * "

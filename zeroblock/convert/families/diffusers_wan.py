@@ -144,7 +144,7 @@ def _anyflow_example(block: Any, side: int) -> tuple:
     x, context, _, _ = _example(block, side)
     half = block.attn1.inner_dim // block.attn1.heads // 2
     angles = torch.polar(torch.ones(1, 1, side**2, half), torch.randn(1, 1, side**2, half))
-    return x, context, torch.randn(2, side**2, 6, x.shape[-1]), angles.to(torch.complex64), None
+    return x, context, torch.randn(2, side**2, 6, x.shape[-1]), {"query": angles, "key": angles}, None
 
 
 described(
