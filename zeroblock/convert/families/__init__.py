@@ -18,6 +18,7 @@ from . import (  # noqa: F401
     diffusers_transformer,
     diffusers_wan,
     diffusers_tables,
+    diffusers_ltx2,
     diffusers_lumina,
     diffusers_blocks,
     dit,

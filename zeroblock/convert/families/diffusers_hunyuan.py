@@ -179,6 +179,77 @@ for name, given in (
         about="diffusers, a one-stream block of HunyuanVideo.",
     )
 
+# ---- the first frame's tokens have rows of their own ----------------------------------------------------------------
+
+
+def _with_own_rows(norm: Any, temb: Tensor, token_replace_emb: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """Rows of the frames and of the first one"""
+    both = [norm.linear(norm.silu(emb)) for emb in (temb, token_replace_emb)]
+    return torch.stack(torch.broadcast_tensors(*both), dim=1).chunk(chunks, dim=-1)
+
+
+def _is_first(x: Tensor, num_tokens: int) -> Tensor:
+    """For each token the number of its row"""
+    return (torch.arange(x.shape[1], device=x.device) < num_tokens).int()
+
+
+def _replaced(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Any = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> Given:
+    assert token_replace_emb is not None and num_tokens is not None
+    own = _with_own_rows(block.norm1, temb, token_replace_emb, 6)
+    rows = (*own, *rows_of(block.norm1_context, temb, 6))
+    layers = {"attn": {"attention_mask": attention_mask, "image_rotary_emb": freqs_cis}}
+    streams = (hidden_states, encoder_hidden_states)
+    return Given(streams, rows, layers, index=(_is_first(hidden_states, num_tokens), None))
+
+
+def _replaced_single(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Any = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> Given:
+    assert token_replace_emb is not None and num_tokens is not None
+    given = _one(block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
+    rows = _with_own_rows(block.norm, temb, token_replace_emb, 3)
+    return given._replace(rows=rows, index=(_is_first(given.streams[0], num_tokens),))
+
+
+def _replaced_example(block: Any, side: int) -> tuple:
+    x, context, temb = _one_example(block, side) if hasattr(block, "norm") else _two_example(block, side)
+    return x, context, temb, None, None, torch.randn_like(temb), 1
+
+
+described(
+    "HunyuanVideoTokenReplaceTransformerBlock",
+    TWO_STREAMS,
+    given=_replaced,
+    example=_replaced_example,
+    options=_two_options,
+    about="diffusers models/transformers/transformer_hunyuan_video.py, of image to video.",
+)
+described(
+    "HunyuanVideoTokenReplaceSingleTransformerBlock",
+    one_stream(_beside),
+    given=_replaced_single,
+    example=_replaced_example,
+    options=_two_options,
+    finish=_image_first,
+    about="diffusers models/transformers/transformer_hunyuan_video.py, of image to video.",
+)
+
 # ---- the refiners of the text ----------------------------------------------------------------------------------------
 
 

@@ -56,16 +56,28 @@ def _qwen(
     joint_attention_kwargs: dict[str, Any] | None = None,
     modulate_index: Any = None,
 ) -> Given | None:
-    if modulate_index is not None or block.zero_cond_t:
+    if (modulate_index is not None) is not block.zero_cond_t:
         return None
-    rows = (*block.img_mod(temb).chunk(6, dim=-1), *block.txt_mod(temb).chunk(6, dim=-1))
+    img: Any = block.img_mod(temb)
+    if (
+        modulate_index is not None
+    ):  # of each sample, a row for the tokens of the image and one for those of its references
+        img = img.unflatten(0, (2, -1)).transpose(0, 1)
+        temb = temb.chunk(2, dim=0)[0]
+    rows = (*img.chunk(6, dim=-1), *block.txt_mod(temb).chunk(6, dim=-1))
     attn = {"encoder_hidden_states_mask": encoder_hidden_states_mask, "image_rotary_emb": image_rotary_emb}
-    return Given((hidden_states, encoder_hidden_states), rows, {"attn": attn | (joint_attention_kwargs or {})})
+    layers = {"attn": attn | (joint_attention_kwargs or {})}
+    index = None if modulate_index is None else (modulate_index != 0).int()
+    return Given((hidden_states, encoder_hidden_states), rows, layers, index=(index, None))
 
 
 def _qwen_example(block: Any, side: int) -> tuple:
     mask = torch.tensor([[True] * TEXT, [True] * (TEXT - 1) + [False]])
-    return *tokens(block.dim, side), mask, torch.randn(2, block.dim)
+    if not block.zero_cond_t:
+        return *tokens(block.dim, side), mask, torch.randn(2, block.dim)
+    # Two conditions of each sample: of three, none of which a proof takes away.
+    x, context = torch.randn(3, side**2, block.dim), torch.randn(3, TEXT, block.dim)
+    return x, context, mask[[0, 1, 0]], torch.randn(6, block.dim), None, None, torch.randint(2, (3, side**2))
 
 
 def _qwen_options(block: Any) -> dict[str, tuple]:
