@@ -110,7 +110,7 @@ def _lumina_next(
     more = cross_attention_kwargs or {}
     attend = {"attention_mask": attention_mask, "key_rotary_emb": image_rotary_emb} | more
     cross = {"attention_mask": encoder_mask, "key_rotary_emb": None} | more
-    layers = {"context": encoder_hidden_states, "angles": image_rotary_emb, "attn1": attend, "attn2": cross}
+    layers = {"gate": block.gate, "context": encoder_hidden_states, "angles": image_rotary_emb, "attn1": attend, "attn2": cross}
     return Given((hidden_states,), rows_of(block.norm1, temb, 4), layers)
 
 
@@ -119,7 +119,7 @@ def _lumina_next_attends(block: Any, h: Tensor, layers: dict[str, Any]) -> Tenso
     own = block.attn1(hidden_states=h, encoder_hidden_states=h, **angles, **layers["attn1"])
     context = block.norm1_context(layers["context"])
     cross = block.attn2(hidden_states=h, encoder_hidden_states=context, **angles, **layers["attn2"])
-    return block.attn2.to_out[0]((own + cross * block.gate.tanh().view(1, 1, -1, 1)).flatten(-2))
+    return block.attn2.to_out[0]((own + cross * layers["gate"].tanh().view(1, 1, -1, 1)).flatten(-2))
 
 
 def _lumina_next_example(block: Any, side: int) -> tuple:

@@ -73,6 +73,8 @@ class Step:
     def _answer(self, name: str, policy: str) -> Answer:
         """Whether the branch is skipped: all of its gates are zero, or its last layer."""
         judged: list[Tensor] = []
+        if len({s.x.shape[-1] for s in self.streams}) > 1:
+            return NOT_ALLOWED  # `_skip` makes one stream of them
         for s, gate in zip(self.streams, self.gates, strict=True):
             if gate.row is None or s.index is not None or not is_plain(s.x, *gate.row):
                 return NOT_ALLOWED
