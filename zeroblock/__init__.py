@@ -18,7 +18,7 @@ from . import nn
 from ._explain import explain, info
 from ._freeze import FreezeReport, freeze, unfreeze
 from ._version import __version__ as __version__
-from .convert import accelerate, register_family, restore
+from .convert import accelerate, coverage, register_family, restore
 from .doctor import doctor
 from .functional import (
     conv_residual,
@@ -37,6 +37,7 @@ from .plan.share import share_plans
 
 __all__ = [
     "accelerate",
+    "coverage",
     "FreezeReport",
     "conv_residual",
     "doctor",

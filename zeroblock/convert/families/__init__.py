@@ -21,6 +21,7 @@ from . import (  # noqa: F401
     diffusers_ltx2,
     diffusers_lumina,
     diffusers_blocks,
+    diffusers_later,
     dit,
     edm,
     edm2,

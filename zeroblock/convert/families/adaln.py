@@ -57,7 +57,7 @@ _SEQUENTIALS: layers.Forwards = {nn.Sequential.forward: None}
 _PLAIN_GELUS: layers.Forwards = {nn.GELU.forward: None}
 # The forwards of diffusers' classes that were proved.
 _RMS_NORMS: layers.Forwards = {}
-_RMS_NAMES = ("RMSNorm", "MochiModulatedRMSNorm", "Krea2RMSNorm")
+_RMS_NAMES = ("RMSNorm", "MochiModulatedRMSNorm", "Krea2RMSNorm", "StableAudio3RMSNorm")
 _FEED_FORWARDS: layers.Forwards = {}
 _GELUS: layers.Forwards = {}
 

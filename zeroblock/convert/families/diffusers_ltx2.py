@@ -99,7 +99,10 @@ class LTX2VideoTransformerBlock(Family):
         mask = torch.zeros(2, 1, _TEXT)
         mask[1, :, -1] = -10000.0
         found: dict[str, tuple] = {"use_a2v_cross_attention": (False,), "use_v2a_cross_attention": (False,)}
-        found |= {"encoder_attention_mask": (mask,), "audio_encoder_attention_mask": (mask,)}
+        found |= {"encoder_attention_mask": (mask,), "audio_encoder_attention_mask": (mask,), "all_perturbed": (False,)}
+        found |= {"self_attention_mask": (torch.randn(2, 4, 4),), "audio_self_attention_mask": (torch.randn(2, 5, 5),)}
+        found["a2v_cross_attention_mask"] = (torch.randn(2, 4, 5),)
+        found["v2a_cross_attention_mask"] = (torch.randn(2, 5, 4),)
         return found
 
     def _angles(self, attn: Any, tokens: int) -> tuple[Tensor, Tensor]:

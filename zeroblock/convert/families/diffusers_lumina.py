@@ -110,7 +110,13 @@ def _lumina_next(
     more = cross_attention_kwargs or {}
     attend = {"attention_mask": attention_mask, "key_rotary_emb": image_rotary_emb} | more
     cross = {"attention_mask": encoder_mask, "key_rotary_emb": None} | more
-    layers = {"gate": block.gate, "context": encoder_hidden_states, "angles": image_rotary_emb, "attn1": attend, "attn2": cross}
+    layers = {
+        "gate": block.gate,
+        "context": encoder_hidden_states,
+        "angles": image_rotary_emb,
+        "attn1": attend,
+        "attn2": cross,
+    }
     return Given((hidden_states,), rows_of(block.norm1, temb, 4), layers)
 
 

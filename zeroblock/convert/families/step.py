@@ -50,6 +50,8 @@ class Step:
             return self._skip(answer)
         h = [s.normed(norm, *rows) for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True)]
         for s, gate, y in zip(self.streams, self.gates, self._called(h, self.layers), strict=True):
+            if y is None:  # at this call there is no such branch
+                continue
             if self.last is not None and gate.is_plain() and s.index is None:
                 rows = gate.row.rows  # type: ignore[union-attr]
                 s.x = projected(s.settled(), rows, y, self.last, op_policy(answer, policy))  # type: ignore[arg-type]

@@ -189,7 +189,7 @@ class Stream:
             return False  # there autocast makes a norm's result float32
         weight = getattr(norm, "weight", None)
         # The result of an RMS norm has the dtype of the weight.
-        same = self.fp32 or kind == "layer" or weight is None or weight.dtype == x.dtype or _is_about_one(norm)
+        same = self.fp32 or kind == "layer" or weight is None or weight.dtype == x.dtype or _keeps_dtype(norm)
         return same and is_plain(weight, getattr(norm, "bias", None))
 
     def _fits_branch(self, branch: Tensor, gate: Gate) -> bool:
@@ -223,13 +223,16 @@ class Stream:
 
 
 def _weight(norm: Any) -> Tensor | None:
+    name = type(norm).__name__
+    if name == "StableAudio3RMSNorm":
+        return norm.gamma
     weight = getattr(norm, "weight", None)
-    return weight + 1.0 if weight is not None and _is_about_one(norm) else weight
+    return weight + 1.0 if name == "Krea2RMSNorm" else weight
 
 
-def _is_about_one(norm: Any) -> bool:
-    """Whether the norm keeps its weight less 1; it has the dtype of its input then, whatever that of its weight is."""
-    return type(norm).__name__ == "Krea2RMSNorm"
+def _keeps_dtype(norm: Any) -> bool:
+    """Whether an RMS norm's result has the dtype of its input, whatever that of its weight is."""
+    return type(norm).__name__ in ("Krea2RMSNorm", "StableAudio3RMSNorm")
 
 
 def _rows(name: str, row: Row | None) -> dict[str, Tensor | None]:
