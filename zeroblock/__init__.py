@@ -18,7 +18,7 @@ from . import nn
 from ._explain import explain, info
 from ._freeze import FreezeReport, freeze, unfreeze
 from ._version import __version__ as __version__
-from .convert import accelerate, register_family, restore
+from .convert import accelerate, coverage, register_family, restore
 from .doctor import doctor
 from .functional import (
     channel_rms_norm_silu,
@@ -38,6 +38,7 @@ from .plan.share import share_plans
 
 __all__ = [
     "accelerate",
+    "coverage",
     "FreezeReport",
     "channel_rms_norm_silu",
     "conv_residual",

@@ -55,48 +55,48 @@ def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp
     """The whole block; vectors [B, D] as CHUNKS says. Inference is one sequence: gate, residual and the next norm in
     one pass, the MLP's activation at the end of its first GEMM."""
     x = x.contiguous()  # once for norm and residual; patch embeddings hand over transposed tokens
-    answers = [_decide_half(name, policy, x, vectors[2], attn), _decide_half(name, policy, x, vectors[5], mlp)]
-    if _is_plain_inference(policy, answers, x):
+    answers = [decide_half(name, policy, x, vectors[2], attn), decide_half(name, policy, x, vectors[5], mlp)]
+    if is_plain_inference(policy, answers, x):
         shift, scale, gate = vectors[MSA]
-        branch = _branch(functional.layer_norm_modulate(x, shift, scale, eps=attn.eps), attn)
+        branch = run_half(functional.layer_norm_modulate(x, shift, scale, eps=attn.eps), attn)
         return _seam_and_mlp(x, gate, branch, vectors[MLP], mlp)
-    x = _half(name, policy, x, vectors[MSA], attn, answers[0])
-    return _half(name, policy, x, vectors[MLP], mlp, answers[1])
+    x = decided_half(name, policy, x, vectors[MSA], attn, answers[0])
+    return decided_half(name, policy, x, vectors[MLP], mlp, answers[1])
 
 
 def forward_around(name: str, policy: str, x: Tensor, gate: Tensor, attn: Whole, vectors: Vectors, mlp: Half) -> Tensor:
     """`forward` for an attention that is called as a whole; vectors are those of the MLP."""
     x = x.contiguous()
-    answers = [decide(name, policy, (), (gate,), attn.modules), _decide_half(name, policy, x, vectors[2], mlp)]
-    if _is_plain_inference(policy, answers, x):
+    answers = [decide(name, policy, (), (gate,), attn.modules), decide_half(name, policy, x, vectors[2], mlp)]
+    if is_plain_inference(policy, answers, x):
         return _seam_and_mlp(x, gate, attn.branch(*attn.activations), vectors, mlp)
     if answers[0] in SKIPS:
         x = skip_residual(answers[0], x, attn.branch, None, gate, attn.activations, attn.modules, attn.trusted)
     else:
         x = functional.gate_residual(x, gate, attn.branch(*attn.activations))
-    return _half(name, policy, x, vectors, mlp, answers[1])
+    return decided_half(name, policy, x, vectors, mlp, answers[1])
 
 
 def half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half) -> Tensor:
     """x + gate * last(between(first(modulate(norm x)))), vectors (shift, scale, gate) [B, D]; skipped while gate or
     last is zero."""
     x = x.contiguous()
-    answer = _decide_half(name, policy, x, vectors[2], layers)
-    if _is_plain_inference(policy, [answer], x):
+    answer = decide_half(name, policy, x, vectors[2], layers)
+    if is_plain_inference(policy, [answer], x):
         shift, scale, gate = vectors
         h = functional.layer_norm_modulate(x, shift, scale, eps=layers.eps)
-        return functional.gate_residual(x, gate, _branch(h, layers))
-    return _half(name, policy, x, vectors, layers, answer)
+        return functional.gate_residual(x, gate, run_half(h, layers))
+    return decided_half(name, policy, x, vectors, layers, answer)
 
 
-def _decide_half(name: str, policy: str, x: Tensor, gate: Tensor, layers: Half) -> Answer:
+def decide_half(name: str, policy: str, x: Tensor, gate: Tensor, layers: Half) -> Answer:
     weight = layers.last.weight
     if x.shape[-1] != weight.shape[0]:
         return NOT_ALLOWED  # the op raises
     return decide(name, policy, (weight,), (gate,))
 
 
-def _half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half, answer: Answer) -> Tensor:
+def decided_half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Half, answer: Answer) -> Tensor:
     shift, scale, gate = vectors
     _, first, between, last, modules = layers
     if answer in SKIPS:
@@ -122,7 +122,7 @@ def _before_last(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tenso
     return apply_activation(h, between) if isinstance(between, str) else between(h)
 
 
-def _is_plain_inference(policy: str, answers: list[Answer], x: Tensor) -> bool:
+def is_plain_inference(policy: str, answers: list[Answer], x: Tensor) -> bool:
     """Everything runs, without gradients and autocast; nothing watches the dispatcher, and there is no flag on a device
     that the ops' kernels would have to read."""
     if torch.is_grad_enabled() or not runs_eagerly() or is_autocast(x.device):
@@ -134,10 +134,10 @@ def _seam_and_mlp(x: Tensor, gate: Tensor, branch: Tensor, vectors: Vectors, mlp
     """The block in inference, from the attention's result on."""
     shift, scale, gate_mlp = vectors
     x, h = functional.gate_residual_layer_norm_modulate(x, gate, branch, shift, scale, eps=mlp.eps)
-    return functional.gate_residual(x, gate_mlp, _branch(h, mlp))
+    return functional.gate_residual(x, gate_mlp, run_half(h, mlp))
 
 
-def _branch(h: Tensor, layers: Half) -> Tensor:
+def run_half(h: Tensor, layers: Half) -> Tensor:
     """last(between(first(h))), without gradients."""
     _, first, between, last, _ = layers
     if isinstance(between, str):

@@ -19,7 +19,8 @@ from ..blocks.decision import is_watched
 from ..blocks.layers import is_distributed, is_own, is_whole, on_trial, sharded_weights_count
 from . import proof, residual
 from .families import known
-from .families.described import GatedBlock, GatedBranch, family_of
+from .families.described import family_of
+from .families.description import GatedBlock, GatedBranch, Given
 from .family import Family, accelerated_class, applied, register
 from .report import Branch, LeftAlone, Obstacle, Reason, Report
 
@@ -28,10 +29,12 @@ __all__ = [
     "Family",
     "GatedBlock",
     "GatedBranch",
+    "Given",
     "LeftAlone",
     "Reason",
     "Report",
     "accelerate",
+    "coverage",
     "families",
     "register_family",
     "restore",
@@ -139,9 +142,35 @@ def accelerate(
         for m, kind in before:
             m.__class__ = kind
         raise
-    rows = [row for path, block, family, _ in found for row in _rows(path, block, family)]
+    report = _report(found, left_alone)
     for _, block, family, options in found:
         block.__class__ = accelerated_class(type(block), family, options)
+    return report
+
+
+def coverage(model: nn.Module) -> Report:
+    """What `accelerate(model)` would do, and why it would leave blocks alone; nothing is changed.
+
+    Args:
+        model: any module that is not accelerated (`restore` first) and not compiled.
+
+    Returns the report that accelerate would return: print it, or read `branches`, `left_alone` and `blocks`.
+    Raises TypeError when model is no module, RuntimeError when it is accelerated or compiled.
+
+    >>> print(zb.coverage(transformer))  # doctest: +SKIP
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"coverage: model must be an nn.Module, got {type(model).__name__}")
+    _refuse_compiled("coverage", model)
+    for path, m in model.named_modules():
+        if applied(m) is not None:
+            raise RuntimeError(f"coverage: {path or 'the model'} is accelerated already; call restore first")
+    with sharded_weights_count(model):
+        return _report(*_search(model, [family() for family in _in_order()]))
+
+
+def _report(found: list[_Found], left_alone: list[LeftAlone]) -> Report:
+    rows = [row for path, block, family, _ in found for row in _rows(path, block, family)]
     return Report(tuple(rows), tuple(left_alone), len(found))
 
 

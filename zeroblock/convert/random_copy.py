@@ -55,7 +55,7 @@ def _random(t: Tensor, name: str, is_parameter: bool) -> Tensor:
     # Repeated numbers are as good, and large weights cost less than drawing each of them.
     n = min(t.numel(), _DRAWN)
     fresh = torch.randn(n).repeat(-(-t.numel() // max(n, 1)))[: t.numel()].view(t.shape)
-    if t.dim() > 1:
+    if t.dim() > 1 and t.numel():
         fresh /= max(t[0].numel(), 1) ** 0.5
     elif name.endswith("weight"):
         fresh = 1 + 0.3 * fresh

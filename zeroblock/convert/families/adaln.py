@@ -57,17 +57,19 @@ _SEQUENTIALS: layers.Forwards = {nn.Sequential.forward: None}
 _PLAIN_GELUS: layers.Forwards = {nn.GELU.forward: None}
 # The forwards of diffusers' classes that were proved.
 _RMS_NORMS: layers.Forwards = {}
+_RMS_NAMES = ("RMSNorm", "MochiModulatedRMSNorm", "Krea2RMSNorm", "StableAudio3RMSNorm")
 _FEED_FORWARDS: layers.Forwards = {}
 _GELUS: layers.Forwards = {}
 
 
-def _norm_kind(norm: Any) -> str | None:
+def norm_kind(norm: Any) -> str | None:
     """ "layer" or "rms" for a norm over the last dimension whose formula the fused ops compute."""
     if type(norm).forward in layers.LAYER_NORMS or type(norm).__name__ == "FP32LayerNorm":
         known = layers.computes(norm, layers.LAYER_NORMS)
         return "layer" if known and len(norm.normalized_shape) == 1 else None
-    if type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None and norm.eps is not None:
-        return "rms" if layers.computes(norm, _RMS_NORMS) else None
+    if type(norm).__name__ in _RMS_NAMES and getattr(norm, "bias", None) is None and norm.eps is not None:
+        known = layers.computes(norm, _RMS_NORMS)
+        return "rms" if known and len(getattr(norm, "normalized_shape", (0,))) == 1 else None
     return None
 
 
@@ -79,7 +81,7 @@ def fits(norm: Any, x: Tensor, *vectors: Tensor) -> bool:
         return False  # eager saves nothing of what a norm without parameters is given
     if x.is_cuda and x.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
         return False  # there autocast makes a norm's result float32
-    kind = _norm_kind(norm)
+    kind = norm_kind(norm)
     if kind == "rms" and norm.weight is not None and norm.weight.dtype != x.dtype:
         return False  # the result has the dtype of the weight
     same = all(torch.promote_types(v.dtype, x.dtype) == x.dtype for v in vectors)
@@ -100,7 +102,7 @@ def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift; shift and scale [B, D]."""
     if left_to_compiler(x) or not fits(norm, x, shift, scale):
         return norm(x) * (1 + modulation(scale)) + modulation(shift)
-    if _norm_kind(norm) == "rms":
+    if norm_kind(norm) == "rms":
         return functional.rms_norm_modulate(x, shift, scale, eps=norm.eps, weight=norm.weight)
     return functional.layer_norm_modulate(x, shift, scale, eps=norm.eps, weight=norm.weight, bias=norm.bias)
 
@@ -236,6 +238,11 @@ def fused_feed_forward(ff: nn.Module, norm: Any, x: Tensor, *vectors: Tensor) ->
     if activation is None or not is_plain(gate) or not fits(norm, x, *vectors[:2]) or not fits_gate(gate, x.shape):
         return None
     return adaln.Half(norm.eps, first, activation, last)
+
+
+def is_split(ff: nn.Module) -> bool:
+    """Whether `feed_forward` runs it by its layers."""
+    return _split(ff) is not None
 
 
 def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:

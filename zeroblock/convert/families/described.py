@@ -1,6 +1,7 @@
-"""Families by description: a block of gated branches, each norm, modulation, layer and gate, put down in a few lines.
+"""Families by description (description.py): the one forward that computes what a description says.
 
-What a description says is computed by the same parts as the families written out (adaln.py), and proved like them.
+It is made of the same parts as the families written out (adaln.py), and proved like them. A branch is added to its
+stream in one pass with the norm that follows there (streams.py); one whose gate is zero is not run (step.py).
 """
 
 from __future__ import annotations
@@ -8,215 +9,198 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ...blocks import adaln
 from ...blocks.broadcast import fits_gate
-from ...reference import modulation as rows_of
-from ..family import Family, lacks
-from ..report import Obstacle
-from .adaln import feed_forward, fits, gate_rows, gated_branch, is_plain, modulated
+from ...blocks.decision import is_watched
+from ...ops.register import left_to_compiler
+from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
+from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split
+from .description import GatedBlock, Given, Row
 from .dit import mlp_half
-
-
-@dataclasses.dataclass(frozen=True)
-class GatedBranch:
-    """x = x + gate * layer(norm(x) * (1 + scale) + shift), a part of `GatedBlock`.
-
-    Args:
-        layer: where the block has the module that is the branch ("attn", "mlp.0").
-        norm: where it has the norm, a LayerNorm or RMSNorm; None: the layer is given x as it is.
-        shift, scale, gate: which of the block's rows; None: without.
-        call: call(block, h, *args, **kwargs) for a layer that takes more than h, args and kwargs being what the block
-            was called with beside x. It may call that layer, nothing else of the block.
-    """
-
-    layer: str
-    norm: str | None = None
-    shift: int | None = None
-    scale: int | None = None
-    gate: int | None = None
-    call: Callable[..., Tensor] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class GatedBlock:
-    """A transformer block of gated branches, one after the other, for `register_family`.
-
-    Each function is given the block and what it was called with beside x.
-
-    Args:
-        name: of the family, in reports.
-        branches: in the order in which they change x.
-        rows: rows(block, *args, **kwargs): the vectors of the modulation, [B, D] or [B, 1, D], in a sequence. Its
-            parameters are named as the block's own; those with a default are optional.
-        example: example(block, side): arguments of a call, x first, for side ** 2 tokens and two samples; float32
-            tensors on the CPU with random values.
-        options: options(block): {optional argument: values that fit the example}. An optional argument that is not
-            proved with a value of these or of the example goes to the original, unless it is the default.
-        classes: the names of the classes that may be this block; () stands for `name`.
-        linear: where the block has the linear whose output is the rows, as many equal parts as the branches use: which
-            gates are zero then shows in the report.
-        first: first(block, x, *args, **kwargs): x as the branches get it.
-        unless: unless(block): where the description does not hold (active stochastic depth), the original runs.
-        method: the method that computes the block, where forward only calls it (checkpointing).
-        about: where the block comes from.
-    """
-
-    name: str
-    branches: tuple[GatedBranch, ...]
-    rows: Callable[..., Sequence[Tensor]]
-    example: Callable[[Any, int], tuple]
-    options: Callable[[Any], dict[str, tuple]] | None = None
-    classes: tuple[str, ...] = ()
-    linear: str | None = None
-    first: Callable[..., Tensor] | None = None
-    unless: Callable[[Any], bool] | None = None
-    method: str = "forward"
-    about: str = ""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise ValueError(f"GatedBlock: name must be an identifier, got {self.name!r}")
-        if not self.branches or not all(isinstance(b, GatedBranch) for b in self.branches):
-            raise TypeError(f"GatedBlock: branches must be a tuple of GatedBranch, got {self.branches!r}")
-        for argument in ("rows", "example"):
-            if not callable(getattr(self, argument)):
-                kind = type(getattr(self, argument)).__name__
-                raise TypeError(f"GatedBlock: {argument} must be a function, got {kind}")
-
-    def formula(self) -> str:
-        """The branches in words."""
-        found = []
-        for b in self.branches:
-            h = "x" if b.norm is None else f"{b.norm} x"
-            h = h if b.scale is None and b.shift is None else f"modulate({h})"
-            found.append(f"x + {'' if b.gate is None else 'gate * '}{b.layer}({h})")
-        return ", then ".join(found)
+from .step import Step
+from .streams import Stream, row_of, submodule
 
 
 class DescribedFamily(Family):
     """What `family_of` makes subclasses of."""
 
     description: ClassVar[GatedBlock]
+    wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
+    calls_functions: ClassVar[bool]  # norms that are no modules
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
-        paths = [p for b in self.description.branches for p in (b.norm, b.layer) if p is not None]
-        return lacks(block, *paths, *([self.description.linear] if self.description.linear else []))
+        d = self.description
+        missing = lacks(block, *(p for b in d.branches if not b.optional for p in b.paths()), *d.linears)
+        said = None if missing is not None or d.variant is None else d.variant(block)
+        return missing if said is None else Obstacle(Reason.VARIANT, said)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        path = self.description.linear
-        if path is None:
-            return {b.layer: (torch.empty(1, device="meta"),) for b in self.description.branches}
-        linear = block.get_submodule(path)
-        chunks = 1 + max(i for b in self.description.branches for i in (b.shift, b.scale, b.gate) if i is not None)
-        return {b.layer: gate_rows(linear, chunks, b.gate) for b in self.description.branches if b.gate is not None}
+        d = self.description
+        branches = [b for b in d.branches if submodule(block, b.layer) is not None]
+        if not d.linears:
+            return {b.layer: (torch.empty(1, device="meta"),) for b in branches}
+        each = d.rows_used // len(d.linears)
+        linears = [block.get_submodule(path) for path in d.linears]
+        found: dict[str, tuple[Tensor, ...]] = {}
+        for b in branches:
+            for i in (part.gate for part in b.parts() if part.gate is not None):
+                found[b.layer] = found.get(b.layer, ()) + gate_rows(linears[i // each], each, i % each)
+        return found
 
     def example(self, block: Any, side: int) -> tuple:
+        assert self.description.example is not None
         return self.description.example(block, side)
 
     def options(self, block: Any) -> dict[str, tuple]:
-        return {} if self.description.options is None else self.description.options(block)
+        found = {} if self.description.options is None else self.description.options(block)
+        names = inspect.signature(self.forward).parameters  # blocks that differ in their arguments may share a function
+        return {name: values for name, values in found.items() if name in names}
 
-    def forward(self, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         d = self.description
-        if not self._takes(x) or d.unless is not None and d.unless(block):
-            return self.eager(block, x, *args, **kwargs)
-        rows = tuple(row.squeeze(1) if row.dim() == 3 else row for row in d.rows(block, *args, **kwargs))
-        if d.first is not None:
-            x = d.first(block, x, *args, **kwargs)
-        flat = x.dim() == 2
+        given = None
+        if (d.unless is None or not d.unless(block)) and not self._watched(block):
+            given = _simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
+        if given is None or not self._takes(given.streams):
+            return self.eager(block, *args, **kwargs)
+        rows = [row_of(row) for row in given.rows]
+        flat = given.streams[0].dim() == 2
         if flat:  # one sample whose tokens have rows of their own
-            x, rows = x[None], tuple(row[None] for row in rows)
+            streams = [Stream(given.streams[0][None], d.fp32)]
+            rows = [Row(None if r.rows is None else r.rows[None], r.table) for r in rows]
+        else:
+            index = given.index or (None,) * len(given.streams)
+            streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(given.streams, index, strict=True)]
         for branch in d.branches:
-            x = self._branch(block, branch, x, rows, args, kwargs)
-        return x[0] if flat else x
+            if branch.optional and submodule(block, branch.layer) is None:
+                continue
+            step = Step(block, branch, streams, rows, given.layers)
+            if not self._feeds_forward(step):
+                step.run(self.name, self.zero_skip)
+        results = tuple(stream.settled() for stream in streams)
+        if d.finish is not None:
+            return d.finish(block, results, given.more)
+        return results if len(results) > 1 else results[0][0] if flat else results[0]
 
-    def _takes(self, x: Any) -> bool:
-        """[B, T, D]; [N, D] where the layers see nothing but that."""
-        alone = all(b.call is None for b in self.description.branches)
-        return isinstance(x, Tensor) and (x.dim() == 3 or x.dim() == 2 and alone)
+    def _watched(self, block: Any) -> bool:
+        return any(is_watched(submodule(block, path)) for path in self.wrappers)
 
-    def _branch(
-        self,
-        block: Any,
-        branch: GatedBranch,
-        x: Tensor,
-        rows: tuple[Tensor, ...],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        layer = block.get_submodule(branch.layer)
-        norm = None if branch.norm is None else block.get_submodule(branch.norm)
-        shift, scale, gate = (None if i is None else rows[i] for i in (branch.shift, branch.scale, branch.gate))
-        if shift is None and scale is not None:
-            shift = torch.zeros_like(scale)
-        if scale is None and shift is not None:
-            scale = torch.zeros_like(shift)
-        if branch.call is None and None not in (norm, shift, gate):
-            return self._feed_forward(layer, norm, x, shift, scale, gate)
-        modulation = () if shift is None or scale is None else (shift, scale)
-        given = (*args, *kwargs.values())
-        tensors = tuple(v for v in given if isinstance(v, Tensor))
+    def _takes(self, streams: tuple[Any, ...]) -> bool:
+        """[B, T, D]; [N, D] where the layers see nothing but that. For training, a compiler fuses the original as
+        well."""
+        if self.calls_functions and is_compiling():
+            return False  # their stand-ins are made at the first call
+        alone = len(streams) == 1 and all(b.call is None for b in self.description.branches)
+        for x in streams:
+            if not isinstance(x, Tensor) or x.dim() != 3 and not (x.dim() == 2 and alone) or left_to_compiler(x):
+                return False
+        return True
 
-        def body(x: Tensor, *operands: Tensor) -> Tensor:
-            if modulation:
-                shift, scale = operands[:2]
-                plain = norm is None
-                h = x * (1 + rows_of(scale)) + rows_of(shift) if plain else modulated(norm, x, shift, scale)
-            else:
-                h = x if norm is None else norm(x)
-            if branch.call is None:
-                return layer(h)
-            rest = iter(operands[len(modulation) :])
-            values = [next(rest) if isinstance(v, Tensor) else v for v in given]
-            return branch.call(block, h, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
-
-        activations = (x, *modulation, *(tensors if branch.call is not None else ()))
-        if gate is None:
-            return x + body(*activations)
-        return gated_branch(self, x, gate, body, activations, *(m for m in (norm, layer) if m is not None))
-
-    def _feed_forward(self, layer: Any, norm: Any, x: Tensor, shift: Any, scale: Any, gate: Any) -> Tensor:
+    def _feeds_forward(self, step: Step) -> bool:
+        """Whether the branch is a feed-forward that is computed by its layers; it is then."""
+        branch, norm, stream = step.branch, step.norms[0], step.streams[0]
+        whole = branch.call is not None or branch.context is not None or branch.reads is not None
+        (shift, scale), gate = step.modulations[0], step.gates[0]
+        if whole or norm is None or shift is None or not gate.is_plain() or stream.index is not None:
+            return False
+        if shift.table is not None or scale is not None and scale.table is not None:
+            return False
+        layer, x = submodule(step.block, branch.layer), stream.x
+        one, three = shift.rows, gate.row.rows  # type: ignore[union-attr]
+        two = torch.zeros_like(one) if scale is None else scale.rows  # type: ignore[arg-type]
+        assert one is not None and two is not None and three is not None
+        if not (one.dim() == three.dim() == 2 and is_plain(three) and fits_gate(three, x.shape)):
+            return False
         half = mlp_half(norm, layer)
-        if half is None or not fits(norm, x, shift, scale) or not is_plain(gate) or not fits_gate(gate, x.shape):
-            return feed_forward(self, layer, norm, x, shift, scale, gate)
-        return adaln.half(self.name, self.zero_skip, x, (shift, scale, gate), half)
+        if half is not None and not fits(norm, x, one, two):
+            return False
+        half = half or fused_feed_forward(layer, norm, x, one, two, three)
+        if half is None:
+            if not is_split(layer) or not fits(norm, x, one, two):
+                return False
+            stream.x = feed_forward(self, layer, norm, stream.settled(), one, two, three)
+            return True
+        answer = adaln.decide_half(self.name, self.zero_skip, x, three, half)
+        if adaln.is_plain_inference(self.zero_skip, [answer], x):
+            stream.add(adaln.run_half(stream.normed(norm, shift, Row(two)), half), gate)
+        else:
+            vectors = (one, two, three)
+            stream.x = adaln.decided_half(self.name, self.zero_skip, stream.settled(), vectors, half, answer)
+        return True
 
 
-def _forward_like(rows: Callable[..., Any]) -> Callable[..., Tensor]:
-    """DescribedFamily.forward with the parameters of `rows` after x: by these it is known what may be passed."""
+def _simple(d: GatedBlock, block: Any, x: Any, *args: Any, **kwargs: Any) -> Given:
+    """`Given` of a block with one stream, its first argument; what else it was called with is for all its calls."""
+    assert d.rows is not None
+    rows = d.rows(block, *args, **kwargs)
+    if d.first is not None:
+        x = d.first(block, x, *args, **kwargs)
+    return Given((x,), rows, {"": (args, kwargs)})
+
+
+def _with_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call(block, h, *args, **kwargs) as one of the `layers` that `_simple` gives."""
+
+    def called(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
+        args, kwargs = layers[""]
+        return call(block, h, *args, **kwargs)
+
+    return called
+
+
+def _forward_like(function: Callable[..., Any], streams: int) -> Callable[..., Any]:
+    """DescribedFamily.forward with the parameters of `function` (after `streams` named x): by these it is known what
+    may be passed."""
 
     @functools.wraps(DescribedFamily.forward)
-    def forward(self: DescribedFamily, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return DescribedFamily.forward(self, block, x, *args, **kwargs)
+    def forward(self: DescribedFamily, block: Any, *args: Any, **kwargs: Any) -> Any:
+        return DescribedFamily.forward(self, block, *args, **kwargs)
 
-    ours = list(inspect.signature(DescribedFamily.forward).parameters.values())[:3]
-    theirs = list(inspect.signature(rows).parameters.values())[1:]
-    forward.__signature__ = inspect.Signature([*ours, *theirs])  # type: ignore[attr-defined]
+    ours = list(inspect.signature(DescribedFamily.forward).parameters.values())[:2]
+    x = [inspect.Parameter("x", inspect.Parameter.POSITIONAL_OR_KEYWORD)] * streams
+    theirs = list(inspect.signature(function).parameters.values())[1:]
+    forward.__signature__ = inspect.Signature([*ours, *x, *theirs])  # type: ignore[attr-defined]
     return forward
 
 
 def family_of(description: GatedBlock) -> type[Family]:
-    doc = f"""{description.formula()}
+    d = description
+    doc = f"""{d.formula()}
 
-    Source: {description.about or "a description given to register_family."}
+    Source: {d.about or "a description given to register_family."}
     Use: zb.accelerate(model), before torch.compile.
     Inference: a branch is not run while its gate is zero.
     Training forward while a gate is zero: its branch runs once, without a graph.
     Training backward while a gate is zero: the gate's gradient alone; the rest are zeros.
     """
+    if d.given is None:
+        with_arguments = [
+            b if b.call is None else dataclasses.replace(b, call=_with_arguments(b.call)) for b in d.branches
+        ]
+        d = dataclasses.replace(d, branches=tuple(with_arguments))
+    norms = [part.norm for b in d.branches for part in b.parts() if isinstance(part.norm, str)]
     fields = {
-        "description": description,
-        "name": description.name,
-        "classes": description.classes or (description.name,),
-        "method": description.method,
-        "forward": _forward_like(description.rows),
+        "description": d,
+        "calls_functions": any(isinstance(part.norm, float) for b in d.branches for part in b.parts()),
+        "wrappers": tuple(dict.fromkeys(norm.rpartition(".")[0] for norm in norms if "." in norm)),
+        "name": d.name,
+        "classes": d.classes or (d.name,),
+        "method": d.method,
+        "forward": _forward_like(d.rows, 1) if d.given is None else _forward_like(d.given, 0),  # type: ignore[arg-type]
         "__doc__": doc,
         "__module__": __name__,
     }
-    return type(description.name, (DescribedFamily,), fields)
+    return type(d.name, (DescribedFamily,), fields)
+
+
+def described(*args: Any, **fields: Any) -> type[Family]:
+    """Registers the family of such a GatedBlock."""
+    return register(family_of(GatedBlock(*args, **fields)))

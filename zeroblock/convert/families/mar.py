@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..family import register
-from .described import GatedBlock, GatedBranch, family_of
+from .described import family_of
+from .description import GatedBlock, GatedBranch
 
 
 def _rows(block: Any, y: Tensor) -> tuple[Tensor, ...]:

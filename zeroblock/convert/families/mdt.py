@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..family import register
-from .described import GatedBlock, GatedBranch, family_of
+from .described import family_of
+from .description import GatedBlock, GatedBranch
 
 
 def _rows(block: Any, c: Tensor, skip: Tensor | None = None, ids_keep: Tensor | None = None) -> tuple[Tensor, ...]:

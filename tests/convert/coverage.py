@@ -1,0 +1,181 @@
+"""What accelerate does with every transformer of the installed diffusers, in tiny sizes, and a table of it.
+
+`python -m tests.convert.coverage` renews the table (coverage.csv): the model's class; the level; the families of whole
+blocks and how many of their branches there are; every residual block that is left alone, with the reason. Sizes and
+inputs of the models are in diffusers_models.json.
+
+Levels: "blocks" (every residual block that has norms of its own is run by zeroblock, none of them asks its original
+at a call), "some blocks", "parts" (layers or norms alone), "nothing".
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import zeroblock as zb
+from zeroblock.convert.family import FAMILIES
+
+HERE = Path(__file__).parent
+TABLE = HERE / "coverage.csv"
+FIELDS = ("class", "level", "blocks", "left alone")
+# Classes that are not run, and why.
+NOT_RUN = {
+    "DreamLiteTransformer2DModel": "an inner model of DreamLite's U-Net",
+    "HunyuanDiT2DControlNetModel": "takes the residuals of a HunyuanDiT2DModel",
+    "HunyuanDiT2DMultiControlNetModel": "several HunyuanDiT2DControlNetModel",
+    "Kandinsky6SRTransformer3DModel": "its attention is flex attention over blocks of 64 tokens",
+    "Kandinsky6Transformer3DModel": "takes latents of a video and of its audio, packed",
+    "LongCatAudioDiTVae": "an autoencoder",
+    "RFD4ProteinaTransformer": "takes the atoms of a protein",
+    "SanaWMLTX2RefinerTransformer3DModel": "takes the latents of LTX-2's autoencoder",
+    "SanaWMTransformer3DModel": "takes rays of a camera",
+    "WanAnimate2Transformer3DModel": "takes a cache of keys and values",
+}
+
+
+class Model(NamedTuple):
+    model: nn.Module
+    inputs: dict[str, Any]
+
+
+def classes() -> list[str]:
+    """The names of diffusers' transformers."""
+    import diffusers
+
+    found = []
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name, None)
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, diffusers.ModelMixin)
+            and ("ransformer" in name or "DiT" in name)
+        ):
+            found.append(name)
+    return found
+
+
+def sizes() -> dict[str, dict[str, Any]]:
+    return json.loads((HERE / "diffusers_models.json").read_text())
+
+
+def build(name: str) -> Model:
+    """The model, with parameters none of which is zero, and its arguments."""
+    import diffusers
+
+    spec, generator = sizes()[name], torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**{k: _value(v, generator) for k, v in spec["config"].items()})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return Model(model, {k: _value(v, generator) for k, v in spec["inputs"].items()})
+
+
+def _value(v: Any, generator: torch.Generator) -> Any:
+    """Of the file: {"normal": size}, {dtype: values}, {dtype: size, "all": value}, {dtype: size, "below": bound}, ..."""
+    if isinstance(v, list):
+        return [_value(x, generator) for x in v]
+    if isinstance(v, str) and v.startswith("arange "):
+        return torch.arange(int(v.split()[1]))
+    if not isinstance(v, dict):
+        return v
+    if "tuple" in v:
+        return tuple(_value(x, generator) for x in v["tuple"])
+    if "dict" in v:
+        return {k: _value(x, generator) for k, x in v["dict"].items()}
+    if "numbered" in v:
+        return {int(k): x for k, x in v["numbered"].items()}
+    if "normal" in v:
+        return torch.randn(v["normal"], generator=generator)
+    if "complex" in v:
+        return torch.randn(v["complex"], generator=generator, dtype=torch.complex64)
+    ((kind, given),) = [(k, x) for k, x in v.items() if k not in ("all", "below")]
+    dtype = getattr(torch, kind)
+    if "all" in v:
+        return torch.full(given, v["all"], dtype=dtype)
+    return (
+        torch.randint(v["below"], given, generator=generator).to(dtype)
+        if "below" in v
+        else torch.tensor(given, dtype=dtype)
+    )
+
+
+class _Originals:
+    """The families whose blocks' own forwards ran while it was active."""
+
+    def __init__(self, model: nn.Module):
+        applied = [type(m)._zeroblock for m in model.modules() if hasattr(type(m), "_zeroblock")]
+        self.codes = {
+            inspect.unwrap(a.method).__code__: a.family.name
+            for a in applied
+            if not (a.family.only_skips or a.family.inner)
+        }
+        self.ran: set[str] = set()
+
+    def __enter__(self) -> _Originals:
+        sys.setprofile(lambda frame, event, arg: self._note(frame) if event == "call" else None)
+        return self
+
+    def _note(self, frame: Any) -> None:
+        if frame.f_code in self.codes:
+            self.ran.add(self.codes[frame.f_code])
+
+    def __exit__(self, *error: Any) -> None:
+        sys.setprofile(None)
+
+
+def row(model: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str]:
+    """The line of the table; accelerates the model and calls it."""
+    has_norms = {path for path, m in model.named_modules() if any("Norm" in type(c).__name__ for c in m.children())}
+    report = zb.accelerate(model)
+    with _Originals(model) as originals, torch.no_grad():
+        call(model)
+    blocks = collections.Counter(b.family for b in report.branches if not FAMILIES[b.family].inner)
+    left = collections.Counter(f"{b.block}: {b.kind.title}" for b in report.left_alone)
+    left.update(f"{name}: runs the original" for name in originals.ran)
+    open_ = originals.ran or any(b.path in has_norms for b in report.left_alone)
+    level = "parts" if report.blocks else "nothing"
+    if blocks:
+        level = "some blocks" if open_ else "blocks"
+    words = ["; ".join(f"{k} ({n})" for k, n in sorted(counts.items())) for counts in (blocks, left)]
+    return dict(zip(FIELDS[1:], (level, *words), strict=True))
+
+
+def table() -> dict[str, dict[str, str]]:
+    with TABLE.open(newline="") as file:
+        return {line["class"]: line for line in csv.DictReader(file)}
+
+
+def renew() -> None:
+    lines = []
+    for name in sorted(classes()):
+        if name in NOT_RUN:
+            lines.append({"class": name, "level": "not run", "blocks": "", "left alone": NOT_RUN[name]})
+            continue
+        model, inputs = build(name)
+        lines.append({"class": name, **row(model.eval(), lambda m, inputs=inputs: m(**inputs))})
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    print(collections.Counter(line["level"] for line in lines))
+
+
+def tensors(result: Any) -> list[Tensor]:
+    from zeroblock.convert.proof import _tensors
+
+    return _tensors(result)
+
+
+if __name__ == "__main__":
+    renew()

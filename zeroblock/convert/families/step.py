@@ -1,0 +1,138 @@
+"""One branch of a block by description at one call: what it is computed of, whether it is skipped, and its value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ...blocks.broadcast import fits_gate, may_grow
+from ...blocks.decision import NOT_ALLOWED, SKIP_BY_GATE, SKIPS, Answer, decide, op_policy
+from ...blocks.layers import may_draw
+from ...blocks.one_pass import copy_of_residual
+from ...blocks.residual import skip_residual
+from .adaln import DIFFUSERS, is_plain, is_plain_linear, projected
+from .description import GatedBranch, Row
+from .streams import Gate, Stream, norm_of, submodule
+
+
+class Step:
+    """A branch, the streams that it changes, and its norms, rows and gates for each."""
+
+    def __init__(
+        self, block: Any, branch: GatedBranch, streams: list[Stream], rows: Sequence[Row], layers: dict[str, Any]
+    ):
+        self.block, self.branch, self.layers = block, branch, layers
+        parts = branch.parts()
+        self.streams = [streams[part.stream] for part in parts]
+        self.read = self.streams if branch.reads is None else [streams[branch.reads]]
+        self.norms = [norm_of(block, p.norm, s.x) for p, s in zip(parts, self.streams, strict=True)]
+        self.modulations = [tuple(None if i is None else rows[i] for i in (p.shift, p.scale)) for p in parts]
+        self.gates = [
+            Gate(
+                None if p.gate is None else rows[p.gate], p.tanh, None if p.after is None else submodule(block, p.after)
+            )
+            for p in parts
+        ]
+        self.last = None if branch.last is None else submodule(block, branch.last)
+
+    def modules(self) -> list[nn.Module]:
+        paths = (*self.branch.paths(), *self.branch.others)
+        return [m for path in paths if (m := submodule(self.block, path)) is not None]
+
+    def run(self, name: str, policy: str) -> None:
+        answer = NOT_ALLOWED if self.read is not self.streams or is_compiling() else self._answer(name, policy)
+        if answer in SKIPS:
+            return self._skip(answer)
+        h = [s.normed(norm, *rows) for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True)]
+        for s, gate, y in zip(self.streams, self.gates, self._called(h, self.layers), strict=True):
+            if y is None:  # at this call there is no such branch
+                continue
+            if self.last is not None and gate.is_plain() and s.index is None:
+                rows = gate.row.rows  # type: ignore[union-attr]
+                s.x = projected(s.settled(), rows, y, self.last, op_policy(answer, policy))  # type: ignore[arg-type]
+            else:
+                s.add(y if self.last is None else self.last(y), gate)
+        return None
+
+    def _called(self, h: list[Tensor], layers: dict[str, Any]) -> Sequence[Tensor]:
+        """What the branch's layer returns, for each of its streams."""
+        block, branch = self.block, self.branch
+        if branch.call is not None:
+            y = branch.call(block, h[0] if len(h) == 1 else tuple(h), layers)
+            return [y] if len(h) == 1 else y
+        layer, more = submodule(block, branch.layer), layers.get(branch.layer, {})
+        if len(h) == 1:
+            return [layer(h[0], **more)]
+        return layer(hidden_states=h[0], encoder_hidden_states=h[1], **more)
+
+    # ---- zero branches -------------------------------------------------------------------------------------------
+
+    def _answer(self, name: str, policy: str) -> Answer:
+        """Whether the branch is skipped: all of its gates are zero, or its last layer."""
+        judged: list[Tensor] = []
+        if len({s.x.shape[-1] for s in self.streams}) > 1:
+            return NOT_ALLOWED  # `_skip` makes one stream of them
+        for s, gate in zip(self.streams, self.gates, strict=True):
+            if gate.row is None or s.index is not None or not is_plain(s.x, *gate.row):
+                return NOT_ALLOWED
+            for t in gate.row:
+                if t is not None:
+                    judged.append(t)
+                    if may_grow(s.x, (t,)) or not fits_gate(t, s.x.shape):
+                        return NOT_ALLOWED
+        last, weights = self.last, ()
+        if is_plain_linear(last) and self.streams[0].x.shape[-1] == last.weight.shape[0]:
+            weights = (last.weight,)  # type: ignore[assignment]
+        return decide(name, policy, weights, tuple(judged), _Lazily(self))
+
+    def _skip(self, answer: Answer) -> None:
+        """Streams without the branch; in training what holds it at zero gets its gradients."""
+        xs = [stream.settled() for stream in self.streams]
+        tail = self.last if is_plain_linear(self.last) and len(xs) == 1 and self.gates[0].norm is None else None
+        modules = tuple(m for m in self.modules() if m is not tail)
+        if answer is SKIP_BY_GATE and not torch.is_grad_enabled() and not any(may_draw(m, DIFFUSERS) for m in modules):
+            for s, x in zip(self.streams, xs, strict=True):
+                s.x = copy_of_residual(x)
+            return
+        leaves, spec = tree_flatten(
+            (xs, [[None if r is None else list(r) for r in m] for m in self.modulations], self.layers)
+        )
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def body(*operands: Tensor) -> Tensor:
+            values = list(leaves)
+            for i, operand in zip(tensors, operands, strict=True):
+                values[i] = operand
+            xs, modulations, layers = tree_unflatten(values, spec)
+            h = [
+                Stream(x, s.fp32).normed(norm, *(r and Row(*r) for r in rows))
+                for s, x, norm, rows in zip(self.streams, xs, self.norms, modulations, strict=True)
+            ]
+            found = self._called(h, layers)
+            found = [y if self.last is tail else self.last(y) for y in found]  # type: ignore[misc]
+            found = [y if gate.norm is None else gate.norm(y) for y, gate in zip(found, self.gates, strict=True)]
+            return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+        # As one stream, so that the layer runs once and all gates get their gradients of it.
+        values = [gate.value(None, s.fp32) for gate, s in zip(self.gates, self.streams, strict=True)]
+        wide = [v.to(x.dtype).expand_as(x) for v, x in zip(values, xs, strict=True)]  # type: ignore[union-attr]
+        x, gate = (xs[0], values[0]) if len(xs) == 1 else (torch.cat(xs, dim=1), torch.cat(wide, dim=1))
+        operands = tuple(leaves[i] for i in tensors)
+        y = skip_residual(answer, x, body, tail, gate.to(x.dtype), operands, modules, DIFFUSERS)  # type: ignore[union-attr]
+        for s, part in zip(self.streams, y.split([t.shape[1] for t in xs], dim=1), strict=True):
+            s.x = part.contiguous()
+
+
+class _Lazily:
+    """The modules of a step, looked up when somebody asks for them: a branch that is not zero needs none."""
+
+    def __init__(self, step: Step):
+        self.step = step
+
+    def __iter__(self) -> Any:
+        return iter(self.step.modules())
