@@ -312,8 +312,8 @@ def _state(block: nn.Module) -> Obstacle | None:
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
     for name, tensors in family.branches(block).items():
         chosen = select("group_norm_silu", tensors[0]).name if family.backend == "auto" else family.backend
-        backend = "eager" if family.only_skips else chosen
-        yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend)
+        backend, fused = ("eager", False) if family.only_skips else (chosen, True)
+        yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend, fused)
 
 
 def _zero_now(tensors: tuple[Tensor, ...]) -> bool | None:
