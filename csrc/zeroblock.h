@@ -135,8 +135,8 @@ struct GateResidualLayerNormModulate {
   float* workspace;
 };
 
-// A shift, scale or gate in any of its forms, in its own type: one row for everything, one of each sample, of each token,
-// or of which token (b, t) takes row index[b, t] of `count`. Rows are stride_r apart, those of samples stride_b.
+// A shift, scale or gate in any of its forms, in its own type: one row for everything, one of each sample, of each
+// token, or of which token (b, t) takes row index[b, t] of `count`. Rows are stride_r apart, those of samples stride_b.
 enum class RowKind : int32_t { kNone, kOne, kSample, kToken, kIndexed };
 struct RowOperand {
   RowKind kind;

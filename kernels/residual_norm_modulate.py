@@ -194,8 +194,22 @@ def forward(
     return x_new, y, mean, rstd, branch_rstd
 
 
-def example(D: int, dtype: torch.dtype, rows: str, operands: torch.dtype) -> tuple[Branch, Norm, Tensor | None]:
-    """A call with everything given, on "meta": what COMPILE_CASES here and of backward start."""
+HALF, FULL = torch.bfloat16, torch.float32
+# D, dtype, rows, dtype of the operands, and whether norm and branch have weights and the branch a norm.
+COMPILED = (
+    *((D, HALF, "sample", FULL, full) for D in (1536, 3072) for full in (False, True)),
+    *((3072, HALF, rows, FULL, full) for rows in ("token", "indexed") for full in (False, True)),
+    (5120, HALF, "sample", FULL, False),
+    (1152, torch.float16, "sample", torch.float16, True),
+    (3072, FULL, "token", FULL, False),
+    (37, HALF, "indexed", FULL, True),
+)
+
+
+def example(
+    D: int, dtype: torch.dtype, rows: str, operands: torch.dtype, full: bool
+) -> tuple[Branch, Norm, Tensor | None]:
+    """A case of COMPILED on "meta": what COMPILE_CASES here and of backward start."""
     B, T, K = 8, 256, 16
     size = {"sample": (B, 6 * D), "token": (B, T, 6 * D), "indexed": (B, K, 6 * D)}[rows]
 
@@ -203,30 +217,21 @@ def example(D: int, dtype: torch.dtype, rows: str, operands: torch.dtype) -> tup
         return torch.empty(size, dtype=of, device="meta")
 
     v = Rows(new(*size, of=operands)[..., :D], new(D, of=operands))
-    x, weight = new(B, T, D, of=dtype), new(D, of=dtype)
-    branch = Branch(x, v, True, True, weight, 1e-6, dtype)
+    x, weight = new(B, T, D, of=dtype), new(D, of=dtype) if full else None
+    branch = Branch(x, v, full, full, weight, 1e-6, dtype)
     norm = Norm(False, weight, weight, v, v, 1e-6, dtype)
     return branch, norm, new(B, T, of=torch.int32) if rows == "indexed" else None
+
+
+def case_name(op: str, D: int, dtype: torch.dtype, rows: str, operands: torch.dtype, full: bool) -> str:
+    mixed = "" if operands == dtype else f"-{long_name(operands)}"
+    return f"{op}-{D}-{long_name(dtype)}-{rows}{mixed}{'-full' if full else ''}{'-unaligned' if D % 8 else ''}"
 
 
 def _compile(*case: Any) -> None:
     branch, norm, index = example(*case)
     for per_thread in per_thread_choices(case[0], FORWARD_PER_THREAD):
         forward(branch.branch, branch, norm, index, per_thread)
-
-
-HALF, FULL = torch.bfloat16, torch.float32
-COMPILED = (
-    *((D, HALF, rows, FULL) for D in (1536, 3072, 5120) for rows in ("sample", "token", "indexed")),
-    (1152, torch.float16, "sample", torch.float16),
-    (3072, FULL, "token", FULL),
-    (37, HALF, "indexed", FULL),
-)
-
-
-def case_name(op: str, D: int, dtype: torch.dtype, rows: str, operands: torch.dtype) -> str:
-    mixed = "" if operands == dtype else f"-{long_name(operands)}"
-    return f"{op}-{D}-{long_name(dtype)}-{rows}{mixed}{'-unaligned' if D % 8 else ''}"
 
 
 COMPILE_CASES = {case_name("residual_norm_modulate", *case): partial(_compile, *case) for case in COMPILED}

@@ -1,249 +1,180 @@
 // Backward of residual_norm_modulate. With dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * (1 + scale)
-// [* weight], d = dx_new + dx goes to residual; h the branch: dgate = d * norm_b(h) * act'(gate), and d * act(gate) goes
-// through norm_b to h.
-// Loop: chunks of tokens, each row through buffers of fp32, as in forward; every array is read or written once. Tokens
-// with an index are walked in the stable order of their rows.
-// Reduction order over tokens: eight rows, the chunk, the chunks of a sample in order, the samples in order. The sums of
-// a chosen row k end where the row changes and where a chunk does: chunk c then writes slot c + k, which nobody else
-// writes, for in sorted order neither c nor k goes back; at the end row k adds its slots in order. The same bits for any
-// number of threads.
+// [* weight], d = dx_new + dx goes to residual; h the branch: dgate = d * norm_b(h) * act'(gate), and d * act(gate)
+// goes through norm_b to h. Loop: chunks of tokens, each row through buffers of fp32, as in forward; every array is
+// read or written once. Tokens with an index are walked in the stable order of their rows. Reduction order over tokens:
+// eight rows, the chunk, the chunks of a sample in order, the samples in order. The sums of a chosen row k end where
+// the row changes and where a chunk does: chunk c then writes slot c + k, which nobody else writes, for in sorted order
+// neither c nor k goes back; at the end row k adds its slots in order. The same bits for any number of threads.
 #pragma once
 
-#include "residual_norm_modulate.h"
+#include "residual_norm_sums.h"
 
 namespace zeroblock {
 namespace {
 
-// What is summed over tokens: dy, dy * xhat, and each times (1 + scale); dgate, and the gradient of branch_weight.
-enum Summed : int { kDy, kDyXhat, kBias, kWeight, kGate, kBranchWeight, kSums };
-constexpr int64_t kRowsInSum = 8;  // added up before they join the sum of the chunk
-
-ZB_INLINE bool sums_tokens(const RowOperand& a) {
-  const bool rows = a.grad != nullptr && (a.kind == RowKind::kOne || a.kind == RowKind::kSample);
-  return rows || (a.dtable != nullptr && a.kind != RowKind::kIndexed);
-}
-ZB_INLINE bool sums_runs(const RowOperand& a) { return a.grad != nullptr && a.kind == RowKind::kIndexed; }
-
-// The workspace: for each chunk a row of each sum that is wanted; for each sum of chosen rows, slots; then, as int32,
-// the order of the tokens of each sample and where in it each row begins.
-struct Sums {
-  int64_t B, T, D, chunks, rows;  // rows to choose from, 0 without an index
-  int slot[kSums], run[kSums];    // -1: not wanted
-  int slots = 0, runs = 0;
-  float* workspace;
-
-  Sums(const ResidualNormModulate& p, float* memory)
-      : B(p.B), T(p.T), D(p.D), chunks(chunks_per_sample(p.T)), rows(0), workspace(memory) {
-    for (int k = 0; k < kSums; ++k) slot[k] = run[k] = -1;
-    const RowOperand* const operands[] = {&p.gate, &p.shift, &p.scale};
-    for (const RowOperand* a : operands) {
-      if (sums_runs(*a) && a->count > rows) rows = a->count;
-    }
-    const bool normed = p.norm && p.dy != nullptr;
-    if (normed && sums_tokens(p.scale)) slot[kDyXhat] = slots++;
-    if (normed && (sums_tokens(p.shift) || (p.bias != nullptr && slot[kDyXhat] >= 0))) slot[kDy] = slots++;
-    if (normed && p.dweight != nullptr) slot[kWeight] = slots++;
-    if (normed && p.dbias != nullptr) slot[kBias] = slots++;
-    if (sums_tokens(p.gate)) slot[kGate] = slots++;
-    if (p.dbranch_weight != nullptr) slot[kBranchWeight] = slots++;
-    if (normed && sums_runs(p.scale)) run[kDyXhat] = runs++;
-    if (normed && (sums_runs(p.shift) || (p.bias != nullptr && run[kDyXhat] >= 0))) run[kDy] = runs++;
-    if (sums_runs(p.gate)) run[kGate] = runs++;
-  }
-
-  ZB_INLINE Partials partials() const { return {workspace, slots, 0, T, D}; }
-  ZB_INLINE int64_t run_slots() const { return chunks + rows; }
-  ZB_INLINE float* run_slot(int which, int64_t b, int64_t k) const {
-    return workspace + B * chunks * slots * D + ((run[which] * B + b) * run_slots() + k) * D;
-  }
-  ZB_INLINE int32_t* order() const {
-    return reinterpret_cast<int32_t*>(workspace + B * (chunks * slots + run_slots() * runs) * D);
-  }
-  ZB_INLINE int32_t* begins(int64_t b) const { return order() + B * T + b * (rows + 1); }
-  ZB_INLINE int64_t size() const {
-    return B * (chunks * slots + run_slots() * runs) * D + (rows > 0 ? B * (T + rows + 1) : 0);
-  }
-  ZB_INLINE int64_t chosen_row(const int32_t* index, int64_t token) const {
-    const int64_t k = index[token];
-    return k < 0 ? 0 : k < rows ? k : rows - 1;
-  }
-
-  // A stable counting sort.
-  void sort(const int32_t* index) const {
-    for (int64_t b = 0; b < B; ++b) {
-      int32_t* const begin = begins(b);
-      std::memset(begin, 0, static_cast<size_t>(rows + 1) * sizeof(int32_t));
-      for (int64_t t = 0; t < T; ++t) ++begin[chosen_row(index, b * T + t) + 1];
-      for (int64_t k = 0; k < rows; ++k) begin[k + 1] += begin[k];
-      for (int64_t t = 0; t < T; ++t) order()[b * T + begin[chosen_row(index, b * T + t)]++] = static_cast<int32_t>(t);
-      for (int64_t k = rows; k > 0; --k) begin[k] = begin[k - 1];
-      begin[0] = 0;
-    }
-  }
-};
-
-// The sums of one chunk while it is walked: `now` of the last rows, `total` of those before.
-struct RunningSums {
-  float *now[2 * kSums], *total[2 * kSums];
-  int64_t rows = 0;
-
-  RunningSums(const Sums& sums, const Buffers& buffers, int64_t chunk, int first) {
-    const Partials partials = sums.partials();
-    for (int k = 0; k < kSums; ++k) {
-      const bool wanted = sums.slot[k] >= 0, run = sums.run[k] >= 0;
-      now[k] = wanted ? buffers.row(first++) : nullptr;
-      total[k] = wanted ? partials.sums(chunk, sums.slot[k]) : nullptr;
-      now[kSums + k] = run ? buffers.row(first++) : nullptr;
-      total[kSums + k] = run ? buffers.row(first++) : nullptr;
-    }
-    for (int k = 0; k < 2 * kSums; ++k) clear(now[k], sums.D), clear(total[k], sums.D);
-  }
-  ZB_INLINE static void clear(float* row, int64_t D) {
-    if (row != nullptr) std::memset(row, 0, static_cast<size_t>(D) * sizeof(float));
-  }
-  ZB_INLINE void add(int which, int64_t i, Vec v, OneVec lanes) const { add_lanes(which, i, v, lanes); }
-  ZB_INLINE void add(int which, int64_t i, Vec v, int lanes) const { add_lanes(which, i, v, lanes); }
-  template <class Lanes>
-  ZB_INLINE void add_lanes(int which, int64_t i, Vec v, Lanes lanes) const {
-    accumulate(now[which], i, v, lanes);
-    accumulate(now[kSums + which], i, v, lanes);
-  }
-  ZB_INLINE bool wants(int which) const { return now[which] != nullptr || now[kSums + which] != nullptr; }
-
-  void fold(int64_t D) {
-    rows = 0;
-    for (int k = 0; k < 2 * kSums; ++k) {
-      if (now[k] == nullptr) continue;
-      each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
-        store(total[k] + i, load(total[k] + i, lanes) + load(now[k] + i, lanes), lanes);
-        store(now[k] + i, zero(), lanes);
-      });
-    }
-  }
-  // Ends the sums of row k in chunk c of sample b.
-  void flush(const Sums& sums, int64_t b, int64_t c, int64_t k) {
-    fold(sums.D);
-    for (int which = 0; which < kSums; ++which) {
-      float* const row = total[kSums + which];
-      if (row == nullptr) continue;
-      std::memcpy(sums.run_slot(which, b, c + k), row, static_cast<size_t>(sums.D) * sizeof(float));
-      clear(row, sums.D);
-    }
-  }
+// One row of each array, of type T: where it is, or in a buffer of fp32.
+template <class T>
+struct BackwardRow {
+  const T *x, *dy, *dx_new, *branch;
+  T *dresidual, *dbranch;
 };
 
 // The buffers of a chunk, and what is staged in them.
-struct BackwardRows {
-  const ResidualNormModulate& p;
-  float *c, *dy, *d, *h, *mult, *scaled, *factor, *slope, *plain;
+struct Staged {
+  float *d, *mult, *scaled, *factor, *slope, *plain, *x, *dy, *dx_new, *branch, *dresidual, *dbranch;
   OperandCursor gate, scale;
-  static constexpr int kBuffers = 9;
+  static constexpr int kBuffers = 12;
 
-  BackwardRows(const ResidualNormModulate& params, const Buffers& buffers)
-      : p(params), gate(params.gate), scale(params.scale) {
-    float** const rows[] = {&c, &dy, &d, &h, &mult, &scaled, &factor, &slope, &plain};
+  Staged(const ResidualNormModulate& p, const Buffers& buffers) : gate(p.gate), scale(p.scale) {
+    float** const rows[] = {&d, &mult, &scaled, &factor, &slope,     &plain,
+                            &x, &dy,   &dx_new, &branch, &dresidual, &dbranch};
     for (int k = 0; k < kBuffers; ++k) *rows[k] = buffers.row(k);
   }
 };
 
-// d of one row, where dy reaches it.
-ZB_INLINE void norm_row(BackwardRows& a, const RunningSums& sums, int64_t b, int64_t t) {
-  const ResidualNormModulate& p = a.p;
-  const int64_t D = p.D, row = b * p.T + t;
-  const double inverse = 1.0 / static_cast<double>(D);
-  const Vec one = set1(1.0f), mean = set1(p.mean != nullptr ? p.mean[row] : 0.0f), rstd = set1(p.rstd[row]);
-  const bool affine = sums.wants(kWeight) || sums.wants(kBias);
-  float *const c = a.c, *const d = a.dy, *const mult = a.mult, *const scaled = a.scaled;
-  if (a.scale.move(p.index, b, t, p.T)) {
-    stage_mult(p, a.scale, mult);
-    if (affine) {
-      a.scale.each(D, [&](int64_t i, Vec s, auto lanes) ZB_BODY { store(scaled + i, one + s, lanes); });
-    }
+// dx = rstd * (g - mean_g - xhat * mean_gxhat) of one row, and the sums over tokens of its modulation.
+struct NormGradient {
+  Vec mean, rstd, mean_g, mean_gxhat;
+  const float* mult;
+  template <class T, class Lanes>
+  ZB_INLINE Vec at(const BackwardRow<T>& r, int64_t i, Lanes lanes) const {
+    const Vec xhat = (load(r.x + i, lanes) - mean) * rstd, g = load(r.dy + i, lanes) * load(mult + i, lanes);
+    return fnmadd(xhat, mean_gxhat, g - mean_g) * rstd;
   }
-  each_value(p.x_dtype, row_at(p.x_dtype, p.x, row, D), D,
-             [&](int64_t i, Vec v, auto lanes) ZB_BODY { store(c + i, v - mean, lanes); });
-  each_value(p.y_dtype, row_at(p.y_dtype, p.dy, row, D), D, [&](int64_t i, Vec v, auto lanes) ZB_BODY {
-    store(d + i, v, lanes);
-    const Vec xhat = load(c + i, lanes) * rstd;
-    sums.add(kDy, i, v, lanes);
-    sums.add(kDyXhat, i, v * xhat, lanes);
-    if (affine) {
+};
+
+template <class T>
+ZB_INLINE NormGradient norm_row(const ResidualNormModulate& p, const BackwardRow<T>& r, const Staged& a,
+                                const RunningSums& sums, int64_t row) {
+  const int64_t D = p.D;
+  const double inverse = 1.0 / static_cast<double>(D);
+  const Vec mean = set1(p.mean != nullptr ? p.mean[row] : 0.0f), rstd = set1(p.rstd[row]);
+  const bool affine = sums.wants(kWeight) || sums.wants(kBias);
+  const RunningSums::Sum dy = sums.sum(kDy), dy_xhat = sums.sum(kDyXhat), dbias = sums.sum(kBias),
+                         dweight = sums.sum(kWeight);
+  const float *const mult = a.mult, *const scaled = a.scaled;
+  double sum_g = 0, sum_gxhat = 0;
+  for (int64_t begin = 0; begin < D; begin += kSummedColumns) {
+    Vec part_g = zero(), part_gxhat = zero();
+    each_column(begin, begin + kSummedColumns < D ? begin + kSummedColumns : D, [&](int64_t i, auto lanes) ZB_BODY {
+      const Vec v = load(r.dy + i, lanes), xhat = keep_first((load(r.x + i, lanes) - mean) * rstd, lanes);
+      const Vec g = v * load(mult + i, lanes);
+      part_g += g;
+      part_gxhat = fmadd(g, xhat, part_gxhat);
+      dy.add(i, v, lanes);
+      dy_xhat.add(i, v * xhat, lanes);
+      if (!affine) return;
       const Vec s = v * load(scaled + i, lanes);
-      sums.add(kBias, i, s, lanes);
-      sums.add(kWeight, i, s * xhat, lanes);
-    }
-  });
+      dbias.add(i, s, lanes);
+      dweight.add(i, s * xhat, lanes);
+    });
+    sum_g += static_cast<double>(sum(part_g));
+    sum_gxhat += static_cast<double>(sum(part_gxhat));
+  }
   if (p.shift.kind == RowKind::kToken && p.shift.grad != nullptr) {
     write_row(p.shift.dtype, row_at(p.shift.dtype, p.shift.grad, row, D), nullptr, D, false,
-              [&](int64_t i, auto lanes) ZB_BODY { return load(d + i, lanes); });
+              [&](int64_t i, auto lanes) ZB_BODY { return load(r.dy + i, lanes); });
   }
   if (p.scale.kind == RowKind::kToken && p.scale.grad != nullptr) {
     const ConstantRow ones(1.0f);
     const OperandRow<float> weight = channel_row(p.weight, ones.lanes), bias = channel_row(p.bias, kZeros);
     write_row(p.scale.dtype, row_at(p.scale.dtype, p.scale.grad, row, D), nullptr, D, false,
               [&](int64_t i, auto lanes) ZB_BODY {
-                const Vec xhat = load(c + i, lanes) * rstd;
-                return load(d + i, lanes) * fmadd(xhat, weight.at(i, lanes), bias.at(i, lanes));
+                const Vec xhat = (load(r.x + i, lanes) - mean) * rstd;
+                return load(r.dy + i, lanes) * fmadd(xhat, weight.at(i, lanes), bias.at(i, lanes));
               });
   }
-  const double sum_g = p.rms ? 0.0 : sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
-    return fmadd(load(d + i, lanes), load(mult + i, lanes), acc);
-  });
-  const double sum_gc = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
-    return fmadd(load(d + i, lanes) * load(mult + i, lanes), load(c + i, lanes), acc);
-  });
-  const Vec mean_g = set1(static_cast<float>(sum_g * inverse));
-  const Vec mean_gxhat = set1(static_cast<float>(sum_gc * inverse * static_cast<double>(p.rstd[row])));
-  const auto dx = [&](int64_t i, auto lanes) ZB_BODY {
-    const Vec g = load(d + i, lanes) * load(mult + i, lanes);
-    return fnmadd(load(c + i, lanes) * rstd, mean_gxhat, g - mean_g) * rstd;
-  };
-  if (p.dx_new == nullptr) {
-    each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY { store(a.d + i, dx(i, lanes), lanes); });
-  } else {
-    each_value(p.x_dtype, row_at(p.x_dtype, p.dx_new, row, D), D,
-               [&](int64_t i, Vec v, auto lanes) ZB_BODY { store(a.d + i, dx(i, lanes) + v, lanes); });
-  }
+  const Vec mean_g = set1(p.rms ? 0.0f : static_cast<float>(sum_g * inverse));
+  return {mean, rstd, mean_g, set1(static_cast<float>(sum_gxhat * inverse)), mult};
 }
 
-// From d to the branch and its gate.
-ZB_INLINE void branch_row(BackwardRows& a, const RunningSums& sums, int64_t b, int64_t t, bool streamed) {
-  const ResidualNormModulate& p = a.p;
-  const int64_t D = p.D, row = b * p.T + t;
+// d of one row, given as d(i, lanes), to residual, branch and gate.
+template <class T, class At>
+ZB_INLINE void gated_row_bwd(const ResidualNormModulate& p, const BackwardRow<T>& r, const Staged& a,
+                             const RunningSums& sums, int64_t row, bool stream_residual, bool stream_branch,
+                             const At& d_at) {
+  const int64_t D = p.D;
   const bool token_gate = p.gate.kind == RowKind::kToken && p.gate.grad != nullptr;
-  const bool wants_gate = sums.wants(kGate) || token_gate, wants_weight = sums.wants(kBranchWeight);
-  const float *const d = a.d, *const factor = a.factor, *const slope = a.slope, *const plain = a.plain;
-  float* const h = a.h;
-  if (a.gate.move(p.index, b, t, p.T)) stage_gate(p, a.gate, a.factor, a.slope, a.plain);
-  const float branch_rstd = p.branch_rms ? p.branch_rstd[row] : 1.0f;
-  const Vec rstd = set1(branch_rstd);
-  if (wants_gate || wants_weight || p.branch_rms) {
-    each_value(p.branch_dtype, row_at(p.branch_dtype, p.branch, row, D), D, [&](int64_t i, Vec v, auto lanes) ZB_BODY {
-      const Vec hhat = v * rstd, product = load(d + i, lanes) * hhat;
-      store(h + i, hhat, lanes);
-      if (wants_gate) sums.add(kGate, i, product * load(slope + i, lanes), lanes);
-      if (wants_weight) sums.add(kBranchWeight, i, product * load(plain + i, lanes), lanes);
+  const RunningSums::Sum dgate = sums.sum(kGate), dweight = sums.sum(kBranchWeight);
+  const bool wants_gate = sums.wants(kGate), wants_weight = sums.wants(kBranchWeight), rms = p.branch_rms;
+  const bool reads_branch = r.branch != nullptr && (wants_gate || wants_weight || token_gate || rms);
+  const bool keeps = token_gate || (rms && r.dbranch != nullptr);
+  const Vec rstd = set1(rms ? p.branch_rstd[row] : 1.0f);
+  float* const kept = a.d;
+  const float *const factor = a.factor, *const slope = a.slope, *const plain = a.plain;
+  Vec projection = zero();
+  double total = 0;
+  for (int64_t begin = 0; begin < D; begin += kSummedColumns) {
+    each_column(begin, begin + kSummedColumns < D ? begin + kSummedColumns : D, [&](int64_t i, auto lanes) ZB_BODY {
+      const Vec d = d_at(i, lanes);
+      if (r.dresidual != nullptr) store_or_stream(r.dresidual + i, d, lanes, stream_residual);
+      if (keeps) store(kept + i, d, lanes);
+      if (!rms && r.dbranch != nullptr)
+        store_or_stream(r.dbranch + i, d * load(factor + i, lanes), lanes, stream_branch);
+      if (!reads_branch) return;
+      const Vec hhat = load(r.branch + i, lanes) * rstd, product = d * hhat;
+      if (wants_gate) dgate.add(i, product * load(slope + i, lanes), lanes);
+      if (wants_weight) dweight.add(i, product * load(plain + i, lanes), lanes);
+      if (rms) projection = fmadd(keep_first(product, lanes), load(factor + i, lanes), projection);
     });
+    total += static_cast<double>(sum(projection));
+    projection = zero();
   }
   if (token_gate) {
     write_row(p.gate.dtype, row_at(p.gate.dtype, p.gate.grad, row, D), nullptr, D, false,
-              [&](int64_t i, auto lanes)
-                  ZB_BODY { return load(d + i, lanes) * load(h + i, lanes) * load(slope + i, lanes); });
+              [&](int64_t i, auto lanes) ZB_BODY {
+                return load(kept + i, lanes) * (load(r.branch + i, lanes) * rstd) * load(slope + i, lanes);
+              });
   }
-  if (p.dbranch == nullptr) return;
-  void* const to = row_at(p.branch_dtype, p.dbranch, row, D);
-  if (!p.branch_rms) {
-    write_row(p.branch_dtype, to, nullptr, D, streamed,
-              [&](int64_t i, auto lanes) ZB_BODY { return load(d + i, lanes) * load(factor + i, lanes); });
+  if (!rms || r.dbranch == nullptr) return;
+  const Vec mean = set1(static_cast<float>(total / static_cast<double>(D)));
+  each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
+    const Vec hhat = load(r.branch + i, lanes) * rstd;
+    const Vec dh = fnmadd(hhat, mean, load(kept + i, lanes) * load(factor + i, lanes)) * rstd;
+    store_or_stream(r.dbranch + i, dh, lanes, stream_branch);
+  });
+}
+
+template <class T>
+ZB_LOOPS void backward_row(const ResidualNormModulate& p, const BackwardRow<T>& r, const Staged& a,
+                           const RunningSums& sums, int64_t row, bool stream_residual, bool stream_branch) {
+  if (!(p.norm && p.dy != nullptr)) {
+    gated_row_bwd(p, r, a, sums, row, stream_residual, stream_branch,
+                  [&](int64_t i, auto lanes) ZB_BODY { return load(r.dx_new + i, lanes); });
     return;
   }
-  const double sum = sum_columns(D, [&](Vec acc, int64_t i, auto lanes) ZB_BODY {
-    return fmadd(load(d + i, lanes) * load(factor + i, lanes), load(h + i, lanes), acc);
-  });
-  const Vec mean = set1(static_cast<float>(sum / static_cast<double>(D)));
-  write_row(p.branch_dtype, to, nullptr, D, streamed, [&](int64_t i, auto lanes) ZB_BODY {
-    return fnmadd(load(h + i, lanes), mean, load(d + i, lanes) * load(factor + i, lanes)) * rstd;
-  });
+  const NormGradient dx = norm_row(p, r, a, sums, row);
+  if (r.dx_new == nullptr) {
+    gated_row_bwd(p, r, a, sums, row, stream_residual, stream_branch,
+                  [&](int64_t i, auto lanes) ZB_BODY { return dx.at(r, i, lanes); });
+  } else {
+    gated_row_bwd(p, r, a, sums, row, stream_residual, stream_branch,
+                  [&](int64_t i, auto lanes) ZB_BODY { return dx.at(r, i, lanes) + load(r.dx_new + i, lanes); });
+  }
+}
+
+// Rows of several types, through buffers.
+inline void mixed_row(const ResidualNormModulate& p, const Staged& a, const RunningSums& sums, int64_t row,
+                      bool stream_residual, bool stream_branch) {
+  const int64_t D = p.D;
+  const auto widened = [&](DType dtype, const void* from, float* to) -> const float* {
+    if (from == nullptr) return nullptr;
+    widen_row(dtype, from, row, to, D);
+    return to;
+  };
+  const bool normed = p.norm && p.dy != nullptr;
+  const BackwardRow<float> r = {
+      normed ? widened(p.x_dtype, p.x, a.x) : nullptr, normed ? widened(p.y_dtype, p.dy, a.dy) : nullptr,
+      widened(p.x_dtype, p.dx_new, a.dx_new),          widened(p.branch_dtype, p.branch, a.branch),
+      p.dresidual != nullptr ? a.dresidual : nullptr,  p.dbranch != nullptr ? a.dbranch : nullptr};
+  backward_row(p, r, a, sums, row, false, false);
+  const auto put = [&](DType dtype, void* to, const float* from, bool streamed) {
+    if (to == nullptr) return;
+    write_row(dtype, row_at(dtype, to, row, D), nullptr, D, streamed,
+              [&](int64_t i, auto lanes) ZB_BODY { return load(from + i, lanes); });
+  };
+  put(p.residual_dtype, p.dresidual, a.dresidual, stream_residual);
+  put(p.branch_dtype, p.dbranch, a.dbranch, stream_branch);
 }
 
 // dscale of the sums of dy and dy * xhat.
@@ -268,8 +199,8 @@ inline void finish_tokens(const ResidualNormModulate& p, const Sums& sums, Paral
     for (int k = 0; k < kSums; ++k) {
       total[k] = zero();
       if (sums.slot[k] < 0) continue;
-      total[k] = batch ? partials.batch_sum(p.B, sums.slot[k], i, lanes)
-                       : partials.sample_sum(b, sums.slot[k], i, lanes);
+      total[k] =
+          batch ? partials.batch_sum(p.B, sums.slot[k], i, lanes) : partials.sample_sum(b, sums.slot[k], i, lanes);
       if (!batch && chunks > 0) store(partials.sums(b * chunks, sums.slot[k]) + i, total[k], lanes);
     }
     if (sums_tokens(p.shift)) put(p.shift, batch, b, i, total[kDy], lanes);
@@ -321,19 +252,23 @@ inline void finish_rows(const ResidualNormModulate& p, const Sums& sums, Paralle
   }
 }
 
-inline void residual_norm_modulate_bwd(const ResidualNormModulate& p, ParallelFor run) {
+template <class T>
+void residual_norm_modulate_bwd_of(T* type, const ResidualNormModulate& p, ParallelFor run) {
   const int64_t D = p.D, bytes = 12 * p.B * p.T * D;
   const Sums sums(p, p.workspace);
-  const bool sorted = sums.rows > 0, normed = p.norm && p.dy != nullptr;
+  const bool sorted = sums.rows > 0;
   if (sorted) sums.sort(p.index);
   const bool stream_residual = streams_rows(p.residual_dtype, p.dresidual, D, bytes);
   const bool stream_branch = streams_rows(p.branch_dtype, p.dbranch, D, bytes);
-  const int64_t buffer_count = BackwardRows::kBuffers + sums.slots + 2 * sums.runs;
+  const bool uniform = is_of(p.y_dtype, p.x_dtype, p.dy) && is_of(p.branch_dtype, p.x_dtype, p.branch) &&
+                       is_of(p.residual_dtype, p.x_dtype, p.dresidual);
+  const int64_t buffer_count = Staged::kBuffers + sums.slots + 2 * sums.runs;
   each_chunk_with(run, p.B, p.T, D, buffer_count,
                   [&](const Buffers& buffers, int64_t chunk, int64_t b, int64_t begin, int64_t end) {
                     const int64_t c = chunk - b * sums.chunks;
-                    BackwardRows rows(p, buffers);
-                    RunningSums running(sums, buffers, chunk, BackwardRows::kBuffers);
+                    Staged staged(p, buffers);
+                    RunningSums running(sums, buffers, chunk, Staged::kBuffers);
+                    const bool affine = running.wants(kWeight) || running.wants(kBias);
                     int64_t current = -1;
                     for (int64_t s = begin; s < end; ++s) {
                       const int64_t t = sorted ? sums.order()[b * p.T + s] : s, row = b * p.T + t;
@@ -342,18 +277,23 @@ inline void residual_norm_modulate_bwd(const ResidualNormModulate& p, ParallelFo
                         if (k != current && current >= 0) running.flush(sums, b, c, current);
                         current = k;
                       }
-                      if (normed) {
-                        norm_row(rows, running, b, t);
+                      if (p.norm && p.dy != nullptr && staged.scale.move(p.index, b, t, p.T)) {
+                        stage_mult(p, staged.scale, staged.mult);
+                        if (affine) stage_scaled(staged.scale, staged.scaled, D);
+                      }
+                      if (p.branch != nullptr && staged.gate.move(p.index, b, t, p.T)) {
+                        stage_gate(p, staged.gate, staged.factor, staged.slope, staged.plain);
+                      }
+                      if (uniform) {
+                        const auto at = [&](const void* array) {
+                          return array == nullptr ? nullptr : typed(type, array) + row * D;
+                        };
+                        const BackwardRow<T> r = {at(p.x),      at(p.dy),        at(p.dx_new),
+                                                  at(p.branch), at(p.dresidual), at(p.dbranch)};
+                        backward_row(p, r, staged, running, row, stream_residual, stream_branch);
                       } else {
-                        each_value(p.x_dtype, row_at(p.x_dtype, p.dx_new, row, D), D,
-                                   [&](int64_t i, Vec v, auto lanes) ZB_BODY { store(rows.d + i, v, lanes); });
+                        mixed_row(p, staged, running, row, stream_residual, stream_branch);
                       }
-                      if (p.dresidual != nullptr) {
-                        write_row(p.residual_dtype, row_at(p.residual_dtype, p.dresidual, row, D), nullptr, D,
-                                  stream_residual,
-                                  [&](int64_t i, auto lanes) ZB_BODY { return load(rows.d + i, lanes); });
-                      }
-                      if (p.branch != nullptr) branch_row(rows, running, b, t, stream_branch);
                       if (++running.rows == kRowsInSum) running.fold(D);
                     }
                     running.fold(D);
@@ -361,6 +301,10 @@ inline void residual_norm_modulate_bwd(const ResidualNormModulate& p, ParallelFo
                   });
   if (sums.slots > 0) finish_tokens(p, sums, run);
   if (sorted) finish_rows(p, sums, run);
+}
+
+inline void residual_norm_modulate_bwd(const ResidualNormModulate& p, ParallelFor run) {
+  with_type(p.x_dtype, [&](auto* type) { residual_norm_modulate_bwd_of(type, p, run); });
 }
 
 inline int64_t residual_norm_modulate_bwd_workspace(const ResidualNormModulate& p) { return Sums(p, nullptr).size(); }

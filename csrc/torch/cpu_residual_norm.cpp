@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm_modulate(
     MaybeTensor shift_table, MaybeTensor scale, MaybeTensor scale_table, MaybeTensor index, double eps, int64_t x_dtype,
     int64_t y_dtype) {
   std::vector<Tensor> copies;
-  const Operands o = {gate,        gate_table, branch_weight, weight,     bias,      shift,    shift_table, scale,
+  const Operands o = {gate,        gate_table, branch_weight, weight,     bias,      shift,     shift_table, scale,
                       scale_table, index,      tanh,          branch_rms, norm != 0, norm == 2, branch_eps,  eps};
   ResidualNormModulate p = params_of(residual, branch, o, copies);
   p.residual = residual.const_data_ptr();
@@ -152,10 +152,10 @@ std::tuple<T, T, T, T, T, T, T, T, T, T, T> residual_norm_modulate_bwd(
   if (dx_new) p.dx_new = dx_new->const_data_ptr();
   if (dy) p.dy = dy->const_data_ptr(), p.y_dtype = dtype_of(*dy);
   if (normed) p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, copies, "rstd"));
-  STD_TORCH_CHECK(!normed || p.rstd, "zeroblock: rstd must be given");
+  STD_TORCH_CHECK(!normed || rstd, "zeroblock: rstd must be given");
   if (normed) p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, copies, "mean"));
   p.branch_rstd = const_cast<float*>(as_f32(branch_rstd, p.B * p.T, copies, "branch_rstd"));
-  STD_TORCH_CHECK(!p.branch_rms || p.branch_rstd, "zeroblock: branch_rstd must be given");
+  STD_TORCH_CHECK(!p.branch_rms || branch_rstd, "zeroblock: branch_rstd must be given");
   p.residual_dtype = dtype_at(residual_dtype);
   const auto wanted = [&](int place) { return (needed >> place & 1) != 0; };
   Tensor dresidual = wanted(0) ? dense_like(x, torch_dtype(p.residual_dtype)) : absent();
@@ -197,7 +197,8 @@ std::tuple<T, T, T, T, T, T, T, T, T, T, T> residual_norm_modulate_bwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
   m.def(
       "_residual_norm_modulate(Tensor residual, Tensor? branch, Tensor? gate, Tensor? gate_table, bool tanh, "
-      "bool branch_rms, Tensor? branch_weight, float branch_eps, int norm, Tensor? weight, Tensor? bias, Tensor? shift, "
+      "bool branch_rms, Tensor? branch_weight, float branch_eps, int norm, Tensor? weight, Tensor? bias, Tensor? "
+      "shift, "
       "Tensor? shift_table, Tensor? scale, Tensor? scale_table, Tensor? index, float eps, int x_dtype, int y_dtype) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -49,7 +49,8 @@ def gate_residual(
     taken = None
     plain = gate_table is index is gate_activation is branch_norm is branch_weight is out_dtype is None
     if plain and gate is not None:
-        _checks.floating(op, 3, residual=residual, gate=gate, branch=branch)
+        if _checks.floating(op, 3, residual=residual, gate=gate, branch=branch):
+            residual = residual.double() if operands.needs_fp64(residual, gate, branch) else residual
         taken = operands.gated(op, residual, gate, branch)
     if taken is None:
         gated = Gated(branch, gate, gate_table, gate_activation, branch_norm, branch_weight, branch_eps, out_dtype)

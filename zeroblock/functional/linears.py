@@ -91,12 +91,12 @@ def linear_gate_residual(
     Source: facebookresearch/DiT `DiTBlock` (proj, fc2).
     """
     op = "linear_gate_residual"
-    _checks.floating(op, 2, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
+    mixed = _checks.floating(op, 2, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
     _checks.tokens(op, "h", h)
     _checks.linear(op, h.shape[2], weight, bias)
     _checks.choice(op, "activation", activation, _checks.ACTIVATIONS)
-    frames = gate is not None and gate.dim() == 3 and operands.has_frames(h.shape[1], gate)
-    if frames or not (gate_table is index is None):
+    plain = gate_table is index is None and not (mixed and operands.needs_fp64(weight, gate, residual))
+    if not plain or (gate is not None and gate.dim() == 3 and operands.has_frames(h.shape[1], gate)):
         branch = linear_gate_residual(h, weight, bias, None, None, activation=activation, zero_skip=zero_skip)
         onto = branch.new_zeros(()).expand(branch.shape) if residual is None else residual
         gated = Gated(branch, gate, gate_table)

@@ -10,7 +10,8 @@
 namespace zeroblock {
 namespace {
 
-// tanh to the last bits of fp32, near 0 too, where gates begin: a polynomial below 0.625, else 1 - 2 / (exp(2 |x|) + 1).
+// tanh to the last bits of fp32, near 0 too, where gates begin: a polynomial below 0.625, else 1 - 2 / (exp(2 |x|) +
+// 1).
 ZB_INLINE Vec tanh_of(Vec x) {
   const Vec one = set1(1.0f), size = magnitude(x), square = x * x;
   Vec p = fmadd(set1(-5.70498872745e-3f), square, set1(2.06390887954e-2f));
@@ -94,7 +95,8 @@ class OperandCursor {
     const float* const table = a_.table;
     const void* const row = row_at(a_.dtype, a_.ptr, 1, offset_);
     if (table != nullptr) {
-      each_value(a_.dtype, row, D, [&](int64_t i, Vec v, auto lanes) ZB_BODY { f(i, v + load(table + i, lanes), lanes); });
+      each_value(a_.dtype, row, D,
+                 [&](int64_t i, Vec v, auto lanes) ZB_BODY { f(i, v + load(table + i, lanes), lanes); });
     } else {
       each_value(a_.dtype, row, D, f);
     }
