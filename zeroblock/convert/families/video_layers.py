@@ -58,7 +58,9 @@ def pixel_norm(norm: Any) -> Activate | None:
 
 
 def group(norm: Any, per_frame: bool = False) -> Activate | None:
-    return video.group(norm, per_frame) if is_group_norm(norm) else None
+    if not is_group_norm(norm):
+        return None
+    return video.FrameGroup(norm) if per_frame else video.group(norm)
 
 
 def frame_group(norm: Any, inner: str | None = None) -> Activate | None:
@@ -66,7 +68,7 @@ def frame_group(norm: Any, inner: str | None = None) -> Activate | None:
     held = norm if inner is None else getattr(norm, inner)
     plain = isinstance(held, nn.GroupNorm) and held._parameters.get("weight") is not None
     known = computes(norm, _FRAME_NORMS) and (inner is None or is_group_norm(held))
-    return video.group(held, True) if plain and known else None
+    return video.FrameGroup(held) if plain and known else None
 
 
 def group_in(norm: Any, inner: str) -> Activate | None:
