@@ -30,5 +30,6 @@ from . import (  # noqa: F401
     timm_resnet,
     timm_nfnet,
     var,
+    wan,
     zero_layers,
 )
