@@ -59,6 +59,18 @@ BLOCKS = {
     "original-wan": ("wan", "ResidualBlock", (C, 16, 0.2), {}, {"x": VIDEO}, None, "ResidualBlock"),
     "original-wan-pieces": ("wan", "ResidualBlock", (C, C), {}, {"x": (2, C, 6, 3, 4)}, "list", "ResidualBlock"),
     "qwen": ("kl_qwenimage", "QwenImageResidualBlock", (C, 16), {}, {"x": (2, C, 1, 5, 4)}, None, "WanResidualBlock"),
+    "qwen-2.1": (
+        "kl_qwenimage21", "QwenImage21ResidualBlock", (C, 16, 0.2), {}, {"x": (2, C, 1, 5, 4)}, None,
+        "QwenImage21ResidualBlock",
+    ),
+    "ltx-2-audio": (
+        "kl_ltx2_audio", "LTX2AudioResnetBlock", (C, 16), {"temb_channels": 0, "norm_type": "pixel", "dropout": 0.2},
+        {"x": (2, C, 5, 4)}, None, "LTX2AudioResnetBlock",
+    ),
+    "ltx-2-audio-group": (
+        "kl_ltx2_audio", "LTX2AudioResnetBlock", (32, 32), {"temb_channels": 0, "causality_axis": None},
+        {"x": IMAGE}, None, "LTX2AudioResnetBlock",
+    ),
     "hunyuan-1.5": (
         "kl_hunyuanvideo15", "HunyuanVideo15ResnetBlock", (C, 16), {}, {"hidden_states": VIDEO}, None,
         "HunyuanVideo15ResnetBlock",
@@ -122,7 +134,15 @@ BLOCKS = {
     ),
 }  # fmt: skip
 # Without gradients the original's steps are taken one by one, or its last convolution is the original.
-NOT_SKIPPED = ("wan-pieces", "original-wan-pieces", "minimax-h3", "ltx-2-reflect", "cogvideox", "easyanimate")
+NOT_SKIPPED = (
+    "wan-pieces",
+    "original-wan-pieces",
+    "qwen-2.1",
+    "minimax-h3",
+    "ltx-2-reflect",
+    "cogvideox",
+    "easyanimate",
+)
 
 
 def case(name):
@@ -241,6 +261,10 @@ MODELS = {
     "AutoencoderKLQwenImage": (
         {"base_dim": C, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]},
         (1, 3, 1, 8, 8), "WanResidualBlock",
+    ),
+    "AutoencoderKLLTX2Audio": (
+        {"base_channels": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "latent_channels": 4, "mel_bins": 8},
+        (1, 2, 8, 8), "LTX2AudioResnetBlock",
     ),
     "AutoencoderKLHunyuanVideo15": (
         {"latent_channels": 4, "block_out_channels": (16, 16, 16, 16), "layers_per_block": 1,

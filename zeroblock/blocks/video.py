@@ -77,9 +77,12 @@ def stream_half(
     half: Half, x: Tensor, cache: Tensor | None, residual: Tensor | None = None, zero_skip: str = UNTESTED
 ) -> tuple[Tensor, Tensor]:
     """(residual + conv(dropout(activate(x))), what the convolution reads) of a piece of a video; `cache`: what it read
-    before, or None. For one `Conv`."""
-    h = _activated(half, x)
-    return half.convs[0](h, residual, cache, zero_skip=zero_skip), h
+    before, or None. For one convolution: a `Conv`, or a module that takes the cache."""
+    h, conv = _activated(half, x), half.convs[0]
+    if isinstance(conv, Conv):
+        return conv(h, residual, cache, zero_skip=zero_skip), h
+    y = conv(h, cache)
+    return y if residual is None else y + residual, h
 
 
 def forward(layers: Layers, x: Tensor) -> Tensor:

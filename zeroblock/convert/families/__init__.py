@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     diffusers_adaln,
     diffusers_attention,
     diffusers_controlnet,
+    diffusers_frames,
     diffusers_mmdit,
     diffusers_motion,
     diffusers_resnet,

@@ -30,6 +30,7 @@ _COGVIDEOX: Forwards = {}
 _SAFE: Forwards = {}
 _EASYANIMATE: Forwards = {}
 _LTX: Forwards = {}
+_LTX_AUDIO: Forwards = {}
 _COSMOS: Forwards = {}
 _COSMOS_PAIRS: Forwards = {}
 
@@ -125,6 +126,12 @@ def ltx(conv: Any, causal: bool) -> Conv | None:
     reach = conv.kernel_size[0] - 1
     time = (reach, 0) if causal else (reach // 2, reach // 2)
     return Conv(inner, (time, *inner.padding[1:]), _FIRST_FRAME)
+
+
+def ltx_audio(conv: Any) -> Conv | None:
+    inner = conv.conv
+    plain = computes(conv, _LTX_AUDIO) and fits_fused(inner) and not any(inner.padding)
+    return Conv(inner, _sides(conv.padding)) if plain else None
 
 
 def easyanimate(conv: Any) -> Conv | None:
