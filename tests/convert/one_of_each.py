@@ -7,7 +7,7 @@ from torch import nn
 
 from zeroblock.testing import eager
 
-from . import oracles_compvis, oracles_edm, oracles_flux, oracles_gated, oracles_glide, oracles_tokens
+from . import oracles_compvis, oracles_edm, oracles_flux, oracles_gated, oracles_glide, oracles_tokens, oracles_wan
 
 
 def diffusers_block(module, kind, *args, **options):
@@ -81,6 +81,9 @@ BLOCKS = {
     "ResnetBlockCondNorm2D": diffusers_block(
         "resnet", "ResnetBlockCondNorm2D", in_channels=16, groups=4, temb_channels=16, time_embedding_norm="ada_group"
     ),
+    "ResidualBlock": lambda: oracles_wan.ResidualBlock(8, 16),
+    "QwenImage21ResidualBlock": autoencoder_block("kl_qwenimage21", "QwenImage21ResidualBlock", 8, 16),
+    "LTX2AudioResnetBlock": autoencoder_block("kl_ltx2_audio", "LTX2AudioResnetBlock", 8, 16, norm_type="pixel"),
     "WanResidualBlock": autoencoder_block("kl_wan", "WanResidualBlock", 8, 16),
     "CogVideoXResnetBlock3D": autoencoder_block(
         "kl_cogvideox", "CogVideoXResnetBlock3D", 8, 8, 0.0, 0, 4, spatial_norm_dim=4

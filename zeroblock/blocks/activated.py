@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from .. import functional, ops, zero
 from .._autocast import autocast, is_autocast
 from .._checks import convolution
+from .._layout import channels_last_format
 from ..plan.mode import allow_reduced, reduced_allowed, training
 from ..reference import draw_keep, dropout_keep
 from .layers import Owned
@@ -54,19 +55,36 @@ def activated_conv(
     residual: Tensor | None = None,
     *,
     dropout: Any = None,
+    framewise: bool = False,
     zero_skip: str = "never",
 ) -> Tensor:
     """residual + conv(dropout(activate(*activations))).
 
-    parameters: what activate reads beside its arguments. dropout: has p and training, or None.
+    parameters: what activate reads beside its arguments. dropout: has p and training, or None; `framewise`: eager draws
+    its mask frame by frame.
     """
-    p = dropout.p if dropout is not None and dropout.training else 0.0
+    p = _probability(dropout)
     tensors = residual, conv.layer.weight, conv.layer.bias, *activations, *(t for _, _, t in parameters)
     if is_compiling() or zero.transforms_active() or not _recorded(tensors):
-        h = activate(*activations)
-        return conv(dropout_keep(h, draw_keep(h, p, True), p), residual, zero_skip=zero_skip)
-    plan = _Plan(activate, len(activations), parameters, conv, p, zero_skip)
+        return conv(dropped(activate(*activations), dropout, framewise), residual, zero_skip=zero_skip)
+    plan = _Plan(activate, len(activations), parameters, conv, p, framewise, zero_skip)
     return _Activated.apply(plan, *tensors)
+
+
+def dropped(h: Tensor, dropout: Any, framewise: bool = False) -> Tensor:
+    """dropout(h), its mask drawn as by eager."""
+    p = _probability(dropout)
+    return dropout_keep(h, _draw(h, p, framewise), p)
+
+
+def _probability(dropout: Any) -> float:
+    return dropout.p if dropout is not None and dropout.training else 0.0
+
+
+def _draw(h: Tensor, p: float, framewise: bool) -> Tensor | None:
+    if framewise and p > 0.0 and channels_last_format(h) is None:
+        h = h.new_empty(h.transpose(1, 2).shape).transpose(1, 2)
+    return draw_keep(h, p, True)
 
 
 def _recorded(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -79,6 +97,7 @@ class _Plan(NamedTuple):
     parameters: Sequence[Owned]
     conv: Conv
     p: float
+    framewise: bool
     zero_skip: str
 
 
@@ -96,7 +115,7 @@ class _Activated(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         with training():
             h = plan.activate(*read[: plan.operands])
-            keep = draw_keep(h, plan.p, True)
+            keep = _draw(h, plan.p, plan.framewise)
             w, b, h = autocast(weight, bias, dropout_keep(h, keep, plan.p))
             pad = convolution("conv_residual", h.shape[1], h, w, b, residual, conv.padding, conv.padding_mode)
             ctx.padding, ctx.test = pad, zero.test_of("conv_residual", plan.zero_skip, w)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._autocast import autocast_dtype
 from ..ops.residual_alone import residual_alone
-from .activated import Activate, Conv, activated_conv
+from .activated import Activate, Conv, activated_conv, dropped
 from .decision import ALREADY_JUDGED, RUN, SKIPS, UNTESTED, decide
 from .layers import parameters_of
 
@@ -56,11 +56,11 @@ def run_half(half: Half, x: Tensor, residual: Tensor | None = None, zero_skip: s
             first,
             None if rest else added,
             dropout=half.dropout,
+            framewise=isinstance(half.activate, FrameGroup),
             zero_skip=UNTESTED if rest else zero_skip,
         )
     else:
-        h = half.activate(*activations)
-        h = first(h if half.dropout is None else half.dropout(h))
+        h = first(_activated(half, x))
     for conv in rest:
         if isinstance(conv, Conv):
             h = conv(h, added, zero_skip=zero_skip) if conv is last else conv(h)
@@ -69,14 +69,20 @@ def run_half(half: Half, x: Tensor, residual: Tensor | None = None, zero_skip: s
     return h if residual is None or added is not None else h + residual
 
 
+def _activated(half: Half, x: Tensor) -> Tensor:
+    return dropped(half.activate(x, *half.operands), half.dropout, isinstance(half.activate, FrameGroup))
+
+
 def stream_half(
     half: Half, x: Tensor, cache: Tensor | None, residual: Tensor | None = None, zero_skip: str = UNTESTED
 ) -> tuple[Tensor, Tensor]:
     """(residual + conv(dropout(activate(x))), what the convolution reads) of a piece of a video; `cache`: what it read
-    before, or None. For one `Conv`."""
-    h = half.activate(x, *half.operands)
-    h = h if half.dropout is None else half.dropout(h)
-    return half.convs[0](h, residual, cache, zero_skip=zero_skip), h
+    before, or None. For one convolution: a `Conv`, or a module that takes the cache."""
+    h, conv = _activated(half, x), half.convs[0]
+    if isinstance(conv, Conv):
+        return conv(h, residual, cache, zero_skip=zero_skip), h
+    y = conv(h, cache)
+    return y if residual is None else y + residual, h
 
 
 def forward(layers: Layers, x: Tensor) -> Tensor:
@@ -122,14 +128,22 @@ def channel_rms(norm: Any, eps: float = 1e-12, eps_mode: str = "max") -> Activat
     return activate
 
 
-def group(norm: nn.GroupNorm, per_frame: bool = False) -> Activate:
-    """silu of a group norm, over the clip or over each frame."""
+def group(norm: nn.GroupNorm) -> Activate:
+    """silu of a group norm over the clip."""
 
     def activate(x: Tensor) -> Tensor:
-        if not per_frame:
-            return functional.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        frames = x.transpose(1, 2)
-        h = functional.group_norm_silu(frames.flatten(0, 1), norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return h.unflatten(0, frames.shape[:2]).transpose(1, 2)
+        return functional.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
     return activate
+
+
+class FrameGroup:
+    """silu of a group norm over each frame. Eager's result lies frame by frame in memory: that is the order in which it
+    draws a dropout mask."""
+
+    def __init__(self, norm: nn.GroupNorm):
+        self.norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return functional.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, per_frame=True)

@@ -157,7 +157,9 @@ class VideoResBlock(nn.Module):
         )
 
     def _activate(self, norm: Any) -> Any:
-        return video.group(norm, self.per_frame) if isinstance(norm, nn.GroupNorm) else video.channel_rms(norm)
+        if not isinstance(norm, nn.GroupNorm):
+            return video.channel_rms(norm)
+        return video.FrameGroup(norm) if self.per_frame else video.group(norm)
 
     def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         if not self.per_frame:

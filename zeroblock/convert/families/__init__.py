@@ -14,6 +14,7 @@ ORIGINS = (
     "diffusers_attention",
     "diffusers_controlnet",
     "diffusers_flux",
+    "diffusers_frames",
     "diffusers_hunyuan",
     "diffusers_joint",
     "diffusers_mmdit",
@@ -43,6 +44,7 @@ ORIGINS = (
     "timm_resnet",
     "timm_nfnet",
     "var",
+    "wan",
     "zero_layers",
 )
 

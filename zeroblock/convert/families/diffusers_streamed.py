@@ -3,7 +3,7 @@ and decoded in pieces: Wan's in a list, CogVideoX's and Mochi's in dictionaries,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class WanResidualBlock(VideoResnet):
     """
 
     name = "WanResidualBlock"
-    classes = ("WanResidualBlock", "QwenImageResidualBlock")
+    classes: ClassVar[tuple[str, ...]] = ("WanResidualBlock", "QwenImageResidualBlock")
 
     def norm(self, block: Any, norm: Any) -> Activate | None:
         return layers.channel_rms(norm)
@@ -47,7 +47,7 @@ class WanResidualBlock(VideoResnet):
 
     def options(self, block: Any) -> dict[str, tuple]:
         x = self.images(block, 2)
-        widths = block.conv1.in_channels, block.conv2.in_channels
+        widths = [conv.in_channels for conv in self.members(block).convs]
         kept = [[torch.randn(2, c, frames, *x.shape[3:]) for c in widths] for frames in (1, _KEPT)]
         return {"feat_cache": ([None, None], *kept)}
 
@@ -127,7 +127,8 @@ class CogVideoXResnetBlock3D(VideoResnet):
             return self.eager(block, inputs, temb, zq, conv_cache)
         inputs = inputs if temb is None else same_batch(inputs, temb)[0]
         inputs = inputs if zq is None else same_batch(inputs, zq)[0]
-        cache, kept, h, residual = conv_cache or {}, dict[str, Any](), inputs, None
+        cache, h, residual = conv_cache or {}, inputs, None
+        kept: dict[str, Any] = {}
         for i, half in enumerate(halves, 1):
             norm, conv = f"norm{i}", f"conv{i}"
             if spatial:

@@ -3,7 +3,7 @@ that pad by themselves. A module whose forward is not known is None here (`on_tr
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ...blocks.layers import DROPOUTS, SILUS, Forwards, computes, fits_fused, is
 from ..family import Family, lacks
 from ..report import Obstacle, Reason
 
-_NOT_PLAIN = Obstacle(Reason.LAYERS, "its norms, convolutions or dropout are not those that zeroblock's ops compute")
+NOT_PLAIN = Obstacle(Reason.LAYERS, "its norms, convolutions or dropout are not those that zeroblock's ops compute")
 _FIRST_FRAME = ("replicate", "zeros", "zeros")
 _MODES = {"replicate": "replicate", "constant": "zeros", "zeros": "zeros"}
 
@@ -30,6 +30,7 @@ _COGVIDEOX: Forwards = {}
 _SAFE: Forwards = {}
 _EASYANIMATE: Forwards = {}
 _LTX: Forwards = {}
+_LTX_AUDIO: Forwards = {}
 _COSMOS: Forwards = {}
 _COSMOS_PAIRS: Forwards = {}
 
@@ -58,7 +59,9 @@ def pixel_norm(norm: Any) -> Activate | None:
 
 
 def group(norm: Any, per_frame: bool = False) -> Activate | None:
-    return video.group(norm, per_frame) if is_group_norm(norm) else None
+    if not is_group_norm(norm):
+        return None
+    return video.FrameGroup(norm) if per_frame else video.group(norm)
 
 
 def frame_group(norm: Any, inner: str | None = None) -> Activate | None:
@@ -66,7 +69,7 @@ def frame_group(norm: Any, inner: str | None = None) -> Activate | None:
     held = norm if inner is None else getattr(norm, inner)
     plain = isinstance(held, nn.GroupNorm) and held._parameters.get("weight") is not None
     known = computes(norm, _FRAME_NORMS) and (inner is None or is_group_norm(held))
-    return video.group(held, True) if plain and known else None
+    return video.FrameGroup(held) if plain and known else None
 
 
 def group_in(norm: Any, inner: str) -> Activate | None:
@@ -125,6 +128,12 @@ def ltx(conv: Any, causal: bool) -> Conv | None:
     return Conv(inner, (time, *inner.padding[1:]), _FIRST_FRAME)
 
 
+def ltx_audio(conv: Any) -> Conv | None:
+    inner = conv.conv
+    plain = computes(conv, _LTX_AUDIO) and fits_fused(inner) and not any(inner.padding)
+    return Conv(inner, _sides(conv.padding)) if plain else None
+
+
 def easyanimate(conv: Any) -> Conv | None:
     """The first frame repeated; the frames it keeps are the caller's."""
     plain = is_unit_conv(conv) and conv.padding_mode == "zeros" and conv.t_stride == 1
@@ -146,12 +155,19 @@ def cosmos(pair: Any) -> tuple[Conv, ...] | None:
 # ---- the family of a block that holds them --------------------------------------------------------------------------
 
 
+class Members(NamedTuple):
+    norms: tuple[Any, Any]
+    convs: tuple[Any, Any]
+    silus: tuple[Any, ...]  # the modules that are called for it
+    dropout: Any
+
+
 class VideoResnet(Family):
     """What the families share: `halves` says what a block is made of now."""
 
     parts: ClassVar[tuple[str, ...]] = ("norm1", "conv1", "norm2", "conv2")
     dims: ClassVar[int] = 3
-    channels_of: ClassVar[str] = "conv1"
+    tail: ClassVar[str] = "conv2"  # what a report calls the branch
 
     def norm(self, block: Any, norm: Any) -> Activate | None:
         raise NotImplementedError
@@ -161,10 +177,9 @@ class VideoResnet(Family):
 
     def halves(self, block: Any) -> tuple[video.Half, video.Half] | None:
         """None where the block's layers are not (any more) what the family computes."""
-        norms, convs = (block.norm1, block.norm2), (block.conv1, block.conv2)
-        silu, dropout = getattr(block, "nonlinearity", None), getattr(block, "dropout", None)
-        fits = (silu is None or computes(silu, SILUS)) and (dropout is None or type(dropout).forward in DROPOUTS)
-        if not fits or not bypassable((*norms, *convs, silu, dropout)):
+        norms, convs, silus, dropout = self.members(block)
+        fits = all(computes(m, SILUS) for m in silus) and (dropout is None or type(dropout).forward in DROPOUTS)
+        if not fits or not bypassable((*norms, *convs, *silus, dropout)):
             return None
         acts, found = [self.norm(block, n) for n in norms], [self.convs(block, c) for c in convs]
         if acts[0] is None or acts[1] is None or found[0] is None or found[1] is None:
@@ -174,8 +189,13 @@ class VideoResnet(Family):
             video.Half(acts[1], (norms[1],), found[1], dropout=dropout),
         )
 
+    def members(self, block: Any) -> Members:
+        silu, dropout = getattr(block, "nonlinearity", None), getattr(block, "dropout", None)
+        silus = () if silu is None else (silu,)
+        return Members((block.norm1, block.norm2), (block.conv1, block.conv2), silus, dropout)
+
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
-        return lacks(block, *self.parts) or (None if self.halves(block) else _NOT_PLAIN)
+        return lacks(block, *self.parts) or (None if self.halves(block) else NOT_PLAIN)
 
     def _layer(self, conv: Any) -> Any:
         """The layer that holds the weight of a block's convolution."""
@@ -183,12 +203,13 @@ class VideoResnet(Family):
         return conv if isinstance(conv, (nn.Conv2d, nn.Conv3d)) else getattr(conv, "conv", conv)
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        layer = self._layer(block.conv2)
-        return {"conv2": (layer.weight.detach(),) if is_unit_conv(layer) else (torch.empty(1, device="meta"),)}
+        layer = self._layer(self.members(block).convs[1])
+        return {self.tail: (layer.weight.detach(),) if is_unit_conv(layer) else (torch.empty(1, device="meta"),)}
 
     def images(self, block: Any, side: int) -> Tensor:
         """An example of x: two clips of four frames, or images."""
-        first = getattr(block.conv1, "conv_s", block.conv1)
+        first = self.members(block).convs[0]
+        first = getattr(first, "conv_s", first)
         return torch.randn(2, self._layer(first).in_channels, *(4, 2 * side, 2)[-self.dims :])
 
     def example(self, block: Any, side: int) -> tuple:
