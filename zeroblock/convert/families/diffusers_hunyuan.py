@@ -1,5 +1,5 @@
-"""diffusers' HunyuanVideo (1.0, 1.5, FramePack), HunyuanImage 2.1 and Motif-Video: Flux's blocks with the text behind the
-image, and the blocks that refine the text, whose norms have no modulation."""
+"""diffusers' HunyuanVideo (1.0, 1.5, FramePack), HunyuanImage 2.1 and Motif-Video: Flux's blocks with the text behind
+the image, and the blocks that refine the text, whose norms have no modulation."""
 
 from __future__ import annotations
 

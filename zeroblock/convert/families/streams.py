@@ -109,7 +109,7 @@ class Stream:
             )
         branch, gate = self.waiting
         self.waiting = None
-        x, index, row = self.x, self.index, gate.row
+        x, row = self.x, gate.row
         if self._is_usual(norm, gate, shift, scale) and x.dtype == branch.dtype == row.rows.dtype:  # type: ignore[union-attr]
             self.x, h = functional.gate_residual_layer_norm_modulate(
                 x,
