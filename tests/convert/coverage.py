@@ -75,7 +75,7 @@ def build(name: str) -> Model:
 
 
 def _value(v: Any, generator: torch.Generator) -> Any:
-    """Of the file: {"normal": size}, {dtype: values}, {dtype: size, "all": value}, {dtype: size, "below": bound}, ..."""
+    """Of the file: {"normal": size}, {dtype: values}, {dtype: size, "all": value}, {dtype: size, "below": bound}."""
     if isinstance(v, list):
         return [_value(x, generator) for x in v]
     if isinstance(v, str) and v.startswith("arange "):

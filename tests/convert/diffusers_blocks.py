@@ -141,6 +141,13 @@ _ALL = [
     ),
     *_of("transformer_kandinsky6", "Kandinsky6TransformerEncoderBlock")(16, 12, 32, 8),
     *_of("transformer_minimax_h3", "MiniMaxH3TransformerBlock")(16, 2, 8, 32, 12, 1e-5, 1e-5),
+    *_of("transformer_minimax_h3", "MiniMaxH3TokenRefinerBlock")(16, 2, 8, 32, 1e-5, 1e-5),
+    *_of("transformer_krea2", "Krea2TextFusionBlock")(16, 2, 1, 32, 1e-5),
+    *_of("transformer_bria_fibo2", "BriaFibo2TransformerBlock")(24, 2, 1e-5),
+    *_of("transformer_bria_fibo2", "BriaFibo2TransformerBlock")(24, 2, 1e-5, cross_attention_dim=12),
+    *_of("transformer_qwenimage21", "QwenImage21TransformerBlock")(32, 2, 16),
+    *_of("transformer_stable_audio3", "StableAudio3DiTBlock")(32, 12, dim_heads=16, local_add_cond_dim=5),
+    *_of("transformer_ernie_image", "ErnieImageSharedAdaLNBlock")(16, 2, 32),
 ]
 # By name, numbered where a class is built in several ways.
 BLOCKS: dict[str, Built] = {}

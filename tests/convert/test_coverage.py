@@ -67,8 +67,10 @@ def test_accelerated_model(name):
         (ys, grads), (expected_ys, expected_grads) = run(ours.train(), inputs, True), run(plain.train(), inputs, True)
         assert_close(ys, expected_ys, 1e-5)
         for key, g in expected_grads.items():
-            assert (grads[key] - g).norm() <= 1e-3 * g.norm() + 1e-5 * max(x.norm() for x in expected_grads.values()), key
-    assert zb.restore(ours)
+            assert (grads[key] - g).norm() <= 1e-3 * g.norm() + 1e-5 * max(x.norm() for x in expected_grads.values()), (
+                key
+            )
+    zb.restore(ours)
     assert all(map(torch.equal, run(ours.eval(), inputs, False)[0], expected))
 
 

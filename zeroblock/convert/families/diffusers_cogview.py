@@ -146,7 +146,7 @@ def _easyanimate_variant(block: Any) -> str | None:
     return "it has a norm after the feed-forward" if block.norm3 is not None else None
 
 
-for name, given, ff in (
+for name, rows_given, ff in (
     ("CogVideoXBlock", _cogvideox, _together),
     ("ConsisIDBlock", _consisid, _together),
     ("EasyAnimateTransformerBlock", _consisid, _of_each),
@@ -154,7 +154,7 @@ for name, given, ff in (
     described(
         name,
         (joint("attn1", "norm1.norm", "norm1.norm", 0), joint("ff", "norm2.norm", "norm2.norm", 3, ff)),
-        given=given,
+        given=rows_given,
         example=_cogvideo_example,
         options=lambda block: {"image_rotary_emb": (rotary(block.attn1, SMALL**2),), "attention_kwargs": ({},)},
         variant=_easyanimate_variant if ff is _of_each else None,

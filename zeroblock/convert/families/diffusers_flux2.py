@@ -1,5 +1,5 @@
-"""diffusers' Chroma, FLUX.2 and FLUX.3 (`models/transformers/transformer_{chroma,flux2,flux3}.py`): Flux's blocks, whose
-rows come with the call."""
+"""diffusers' Chroma, FLUX.2 and FLUX.3 (`models/transformers/transformer_{chroma,flux2,flux3}.py`): Flux's blocks,
+whose rows come with the call."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _qwen(
     attn = {"encoder_hidden_states_mask": encoder_hidden_states_mask, "image_rotary_emb": image_rotary_emb}
     layers = {"attn": attn | (joint_attention_kwargs or {})}
     index = None if modulate_index is None else (modulate_index != 0).int()
-    return Given((hidden_states, encoder_hidden_states), rows, layers, index=(index, None))
+    return Given((hidden_states, encoder_hidden_states), rows, layers, which=(index, None))
 
 
 def _qwen_example(block: Any, side: int) -> tuple:
@@ -179,8 +179,8 @@ def _hidream_attends(block: Any, h: Any, layers: dict[str, Any]) -> Any:
 
 def _hidream_example(block: Any, side: int) -> tuple:
     linear, attn = block.adaLN_modulation[-1], block.attn1
-    x, context = tokens(linear.in_features, side)
-    context = None if attn.single else context
+    x, text = tokens(linear.in_features, side)
+    context = None if attn.single else text
     n = side**2 + (0 if attn.single else TEXT)
     angles = torch.randn(1, n, 1, attn.inner_dim // attn.heads // 2, 2, 2)
     return x, None, context, torch.randn(2, linear.in_features), angles

@@ -87,7 +87,7 @@ def _minimax(
     attention_mask: Any = None,
 ) -> Given:
     layers = {"attn": (rotary_emb, attention_mask)}
-    return Given((hidden_states,), block.adaln_proj(temb), layers, index=(adaln_indices,))
+    return Given((hidden_states,), block.adaln_proj(temb), layers, which=(adaln_indices,))
 
 
 def _minimax_example(block: Any, side: int) -> tuple:

@@ -41,7 +41,7 @@ def _fibo2(
         rows, index = both.chunk(4, dim=-1), (noise_mask == 1).int()
     if block.cross_attention is not None:
         rows = (*rows, Row(None, block.cross_attn_gate.expand(x.shape[-1])))
-    return Given((x,), rows, layers | {"cross_attention": cross}, index=(index,))
+    return Given((x,), rows, layers | {"cross_attention": cross}, which=(index,))
 
 
 def _fibo2_example(block: Any, side: int) -> tuple:
@@ -104,7 +104,7 @@ def _qwen21(
         "segments": segments,
         "key_valid": key_valid,
     }
-    return Given((x,), modulation.chunk(4, dim=-1), {"attn": attn}, index=(index,))
+    return Given((x,), modulation.chunk(4, dim=-1), {"attn": attn}, which=(index,))
 
 
 def _qwen21_example(block: Any, side: int) -> tuple:

@@ -177,7 +177,7 @@ def _z_image(
     if noise_mask is None:
         return Given((x,), block.adaLN_modulation(adaln_input).chunk(4, dim=1), layers)
     both = torch.stack([block.adaLN_modulation(c) for c in (adaln_clean, adaln_noisy)], dim=1)
-    return Given((x,), both.chunk(4, dim=-1), layers, index=((noise_mask == 1).int(),))
+    return Given((x,), both.chunk(4, dim=-1), layers, which=((noise_mask == 1).int(),))
 
 
 def _z_image_example(block: Any, side: int) -> tuple:
