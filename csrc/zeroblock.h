@@ -129,6 +129,48 @@ struct GateResidualLayerNormModulate {
   float* workspace;
 };
 
+// A shift, scale or gate in any of its forms, in its own type: one row for everything, one of each sample, of each
+// token, or of which token (b, t) takes row index[b, t] of `count`. Rows are stride_r apart, those of samples stride_b.
+enum class RowKind : int32_t { kNone, kOne, kSample, kToken, kIndexed };
+struct RowOperand {
+  RowKind kind;
+  DType dtype;
+  const void* ptr;
+  int64_t stride_b, stride_r, count;
+  const float* table;  // [D] added to every row, or null
+  void* grad;          // kToken: of dtype, [B, T, D]; else fp32, [D], [B, D] or [B, count, D]; or null
+  float* dtable;       // [D] or null
+};
+
+// x_new = residual + act(gate) * norm_b(branch); y = norm(x_new) [* weight + bias] * (1 + scale) + shift. act: tanh or
+// nothing; norm_b: the RMS norm, or nothing, times branch_weight. x_new is rounded to its type before its statistics
+// are taken. All dense [B, T, D], each of its own type. Without branch the norm is of residual, and x_new null; with no
+// norm y is null.
+// Backward, with dx_new the gradient that reaches x_new directly: dresidual = dx_new + norm-backward(dy), and on to
+// branch and gate. x: what the norm was of.
+struct ResidualNormModulate {
+  int64_t B, T, D;
+  const void* residual;
+  const void* branch;
+  void* x_new;
+  void* y;
+  DType residual_dtype, branch_dtype, x_dtype, y_dtype;
+  RowOperand gate, shift, scale;
+  bool tanh, branch_rms, norm, rms;
+  float branch_eps, eps;
+  const float *branch_weight, *weight, *bias;  // [D] or null
+  const int32_t* index;                        // [B, T] or null; out of range: the nearest row
+  float *mean, *rstd, *branch_rstd;            // [B, T]; null where there is no such norm, mean also for rms
+  // backward
+  const void* x;
+  const void* dx_new;  // or null (0)
+  const void* dy;      // or null (0)
+  void* dresidual;     // of type residual_dtype, or null
+  void* dbranch;       // or null
+  float *dbranch_weight, *dweight, *dbias;
+  float* workspace;
+};
+
 enum class Act : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 
 // fwd: y = act(x). bwd: dx = dy * act'(x), and y = act(x) again when y is not null (one read of x serves both).
@@ -201,6 +243,9 @@ struct CpuKernels {
   void (*gate_residual_layer_norm_modulate_fwd)(const GateResidualLayerNormModulate&, ParallelFor);
   void (*gate_residual_layer_norm_modulate_bwd)(const GateResidualLayerNormModulate&, ParallelFor);
   int64_t (*gate_residual_layer_norm_modulate_bwd_workspace)(const GateResidualLayerNormModulate&);
+  void (*residual_norm_modulate_fwd)(const ResidualNormModulate&, ParallelFor);
+  void (*residual_norm_modulate_bwd)(const ResidualNormModulate&, ParallelFor);
+  int64_t (*residual_norm_modulate_bwd_workspace)(const ResidualNormModulate&);
   void (*activation_fwd)(const Activation&, ParallelFor);
   void (*activation_bwd)(const Activation&, ParallelFor);
   void (*add_bias)(const AddBias&, ParallelFor);

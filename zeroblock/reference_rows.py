@@ -4,9 +4,15 @@ specification (`reference.py`), by the same rules."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import compute_dtype, modulation, row_moments
+
+
+def flat_index(index: Tensor, rows: int) -> Tensor:
+    """Of rows [B, K, D] seen as [B K, D]; the nearest row of an index that is out of range."""
+    return index.long().clamp(0, rows - 1) + rows * torch.arange(index.shape[0], device=index.device)[:, None]
 
 
 def operand_rows(rows: Tensor | None, table: Tensor | None, index: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -15,8 +21,7 @@ def operand_rows(rows: Tensor | None, table: Tensor | None, index: Tensor | None
         return None if table is None else table.to(dtype)
     rows = rows.to(dtype)
     if rows.dim() == 3 and index is not None:
-        samples = torch.arange(rows.shape[0], device=rows.device)[:, None]
-        rows = rows[samples, index.long()]  # whose gradient is summed in a fixed order, where gather's is not
+        rows = F.embedding(flat_index(index, rows.shape[1]), rows.flatten(0, 1))  # sums gradients in a fixed order
     rows = modulation(rows)
     return rows if table is None else rows + table.to(dtype)
 

@@ -7,6 +7,7 @@
 #include "group_norm_silu_bwd.h"
 #include "is_zero.h"
 #include "layer_norm_modulate.h"
+#include "residual_norm_modulate_bwd.h"
 #include "vec/convert.h"
 #include "winograd/wgrad.h"
 
@@ -28,6 +29,9 @@ const CpuKernels ZB_TABLE = {
     gate_residual_layer_norm_modulate_fwd,
     gate_residual_layer_norm_modulate_bwd,
     gate_residual_layer_norm_modulate_bwd_workspace,
+    residual_norm_modulate_fwd,
+    residual_norm_modulate_bwd,
+    residual_norm_modulate_bwd_workspace,
     activation_fwd,
     activation_bwd,
     add_bias,

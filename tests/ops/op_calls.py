@@ -42,6 +42,14 @@ def maker(dtype: torch.dtype, layout: str) -> Make:
     return make
 
 
+_NO_GATE = (None, None, False, False, None, 1e-6)
+
+
+def _residual_norm(residual: torch.Tensor, *operands: object, index: bool = False) -> tuple:
+    rows = torch.tensor([[0, 2, 2, 0, 0], [2, 0, 0, 0, 2]], dtype=torch.int32) if index else None  # of three
+    return (residual, *operands, rows, 1e-6, residual.dtype, residual.dtype)
+
+
 def forward_calls(make: Make) -> dict[str, list[tuple]]:
     """Arguments of every forward op: everything given, the least given, zero paths, per-token operands."""
     n = make
@@ -73,6 +81,13 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             (t, n(2, 5, 8), n(2, 5, 8), n(2, 5, 8), n(2, 5, 8), 1e-6),
             (t, n(1), n(2, 5, 8), n(2, 8), n(2, 8), 1e-6),
             (t, v, n(2, 5, 8), n(2, 8), n(2, 8), 1e-6),
+        ],
+        "residual_norm_modulate": [
+            # gate, table, tanh, branch norm, weight, eps; norm, weight, bias, shift, table, scale, table; index, eps
+            _residual_norm(t, n(2, 5, 8), u, v, True, True, n(8), 1e-6, 1, n(8), n(8), n(2, 8), n(8), n(2, 8), n(8)),
+            _residual_norm(t, n(2, 5, 8), *_NO_GATE, 2, n(8), None, n(2, 3, 8), None, v, n(8), index=True),
+            _residual_norm(t, None, *_NO_GATE, 1, None, n(8), n(2, 5, 8), n(8), n(2, 5, 8), n(8)),
+            _residual_norm(t, n(2, 5, 8), n(2, 3, 8), n(8), False, False, n(8), 1e-6, 0, *[None] * 6, index=True),
         ],
         "conv_residual": [
             (x, n(6, 8, 3, 3), n(6), n(2, 6, 5, 3), [1, 1], HOST),
@@ -123,6 +138,18 @@ def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
         _, gate, branch, shift, scale, _ = args
         rest = (like(*out[1].shape), out[0], *out[2:], gate, branch, shift, scale)
         return [(dy, *rest), (None, *rest)]
+    if op == "residual_norm_modulate":
+        x = args[0] if args[1] is None else out[0]
+        saved = (x if args[8] else None, *out[2:])
+        given = [isinstance(args[i], torch.Tensor) for i in (0, 1, 2, 3, 6, 9, 10, 11, 12, 13, 14)]
+        grads = (dy if args[1] is not None else None, like(*out[1].shape) if args[8] else None)
+        rest, alone = (*saved, *args[1:], args[0].dtype), [False, *given[1:]]  # of dx_new alone: it is the residual's
+        both = [(*grads, *rest, given if args[8] else alone)]
+        return (
+            both
+            if args[1] is None or not args[8]
+            else [*both, (grads[0], None, *rest, alone), (None, grads[1], *rest, given)]
+        )
     if op == "conv_residual":
         h, w, b, _, padding, skip = args
         masks = ([True, True, b is not None], [True, False, False])
@@ -173,5 +200,6 @@ def public_call(op: str, dtype: torch.dtype) -> tuple[tuple, dict]:
         "gate_residual": ((t, w, t), {}),
         "gate_residual_layer_norm_modulate": ((t, w, t, w, w), {}),
         "layer_norm_modulate_linear": ((t, w, w, linear), {}),
+        "residual_norm_modulate": ((t, t), {"gate": w, "shift": w, "scale": w}),
         "linear_gate_residual": ((t, linear, None, w, t), {"activation": "silu"}),
     }[op]

@@ -25,7 +25,9 @@ from .op_calls import (
 FORWARD = tuple(forward_calls(maker(F32, "contiguous")))
 ALL_OPS = (*FORWARD, *(f"{op}_bwd" for op in FORWARD))
 # The derivative is tested where it is registered: the backward ops themselves carry none.
-DIFFERENTIABLE = {op: 2 if op == "gate_residual_layer_norm_modulate" else 1 for op in FORWARD}
+DIFFERENTIABLE = {
+    op: 2 if op in ("gate_residual_layer_norm_modulate", "residual_norm_modulate") else 1 for op in FORWARD
+}
 
 
 def _calls(op: str, dtype: torch.dtype, layout: str) -> list[tuple]:
@@ -95,7 +97,9 @@ def _grad_function(op: str, args: tuple) -> tuple[Callable, list[torch.Tensor]]:
         for i, t in zip(places, tensors, strict=True):
             full[i] = t
         out = registered(op)(*full)
-        return out if isinstance(out, torch.Tensor) else out[: DIFFERENTIABLE[op]]
+        if isinstance(out, torch.Tensor):
+            return out
+        return tuple(t for t in out[: DIFFERENTIABLE[op]] if t.numel())
 
     return function, [args[i].detach().clone().requires_grad_() for i in places]
 
@@ -133,6 +137,10 @@ SCHEMAS = {
     "gate_residual": "(Tensor residual, Tensor gate, Tensor branch) -> Tensor",
     "gate_residual_layer_norm_modulate": "(Tensor residual, Tensor gate, Tensor branch, Tensor shift, Tensor scale, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "residual_norm_modulate": "(Tensor residual, Tensor? branch, Tensor? gate, Tensor? gate_table, bool tanh, "
+    "bool branch_rms, Tensor? branch_weight, float branch_eps, int norm, Tensor? weight, Tensor? bias, Tensor? shift, "
+    "Tensor? shift_table, Tensor? scale, Tensor? scale_table, Tensor? index, float eps, ScalarType x_dtype, "
+    "ScalarType y_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "conv_residual": "(Tensor h, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip) "
     "-> (Tensor, Tensor)",
     "group_norm_silu_conv_residual": f"({_FUSED}) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -76,6 +76,21 @@ def gate_norm(draw):
 
 
 @st.composite
+def residual_norm(draw):
+    """Frames are as many as divide the tokens; an index is of all operands."""
+    sizes, K = draw(tokens()), draw(st.integers(2, 5))
+    sizes["T"] *= K
+    rows = st.sampled_from(draw(st.sampled_from(((None, "d", "bd", "bfd", "btd"), (None, "d", "kd", "bkd")))))
+    sizes |= {"gate": draw(rows), "kind": draw(rows), "K": K, "tables": draw(yes_or_no)}
+    tanh = draw(yes_or_no) and sizes["gate"] is not None
+    norm, branch_norm = draw(st.sampled_from(("layer", "rms"))), draw(st.sampled_from((None, "rms")))
+    sizes |= {"affine": draw(affines if norm == "layer" else st.sampled_from(("weight", "neither")))}
+    sizes["branch_weight"] = draw(yes_or_no)
+    options = {"eps": draw(epsilons), "norm": norm, "branch_norm": branch_norm}
+    return sizes, {**options, "gate_activation": "tanh" if tanh else None}
+
+
+@st.composite
 def norm_linear(draw):
     sizes = {**draw(tokens()), "out": draw(st.integers(1, 90)), "bias": draw(yes_or_no)}
     return {**sizes, "kind": draw(kinds)}, {"eps": draw(epsilons)}
@@ -97,6 +112,7 @@ CALLS = {
     "rms_norm_modulate": row_norm(),
     "gate_residual": gate_residual(),
     "gate_residual_layer_norm_modulate": gate_norm(),
+    "residual_norm_modulate": residual_norm(),
     "layer_norm_modulate_linear": norm_linear(),
     "linear_gate_residual": linear_gate(),
 }

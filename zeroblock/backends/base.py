@@ -184,7 +184,7 @@ class Backend:
         residual_dtype: torch.dtype,
         needed: Needed,
     ) -> ResidualNormGrads:
-        """x: what the norm was of. dx_new or dy may be None, a gradient of zero; not both."""
+        """x: what the norm was of; norm is None where no dy reaches it, and the residual's gradient then dx_new."""
         raise NotImplementedError
 
     # ---- activations, biases, the zero test ---------------------------------------------------------------------

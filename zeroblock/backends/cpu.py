@@ -28,8 +28,8 @@ from ..plan.planned import Explanation
 from ..reference import promoted
 from ..steps.linear import LINEAR, LinearCall
 from .base import MaybeTensor, Step, WinogradKernels
+from .cpu_rows import CpuRows
 from .dense import with_dtype
-from .reference import Reference
 
 _native = getattr(torch.ops, NAMESPACE)
 # Bound once: looking an overload up costs as much as a small kernel (benchmarks/overhead.py).
@@ -74,7 +74,7 @@ def _gate_row(gate: Tensor, x: Tensor) -> Tensor:
     return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _gate(gate, x)
 
 
-class Cpu(Reference):
+class Cpu(CpuRows):
     """An op without a kernel here runs the reference's."""
 
     name = "cpu"

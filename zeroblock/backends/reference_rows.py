@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import compute_dtype, row_moments
-from ..reference_rows import gated_branch, norm_modulate, operand_rows, rms_rstd
+from ..reference_rows import flat_index, gated_branch, norm_modulate, operand_rows, rms_rstd
 from .base import MaybeTensor
 from .residual_norm import Branch, Norm, ResidualNorm, ResidualNormGrads, Rows, Stats
 
@@ -39,11 +39,9 @@ def backward(
     d * norm_b(branch) through act to gate."""
     grads = ResidualNormGrads()
     d = dx_new
-    if norm is not None and dy is not None:
-        assert x is not None and stats.rstd is not None
+    if norm is not None:
+        assert dy is not None and x is not None
         grads, d = _norm_backward(dx_new, dy, x, stats, norm, index)
-    elif norm is not None:
-        grads = _no_gradient(norm)
     assert d is not None
     if branch is not None:
         grads = _branch_backward(grads, d, stats, branch, index)
@@ -96,7 +94,7 @@ def _branch_backward(
     if rstd is not None:
         dh = rstd[..., None] * (dh - hhat * (dh * hhat).mean(-1, keepdim=True))
     return grads._replace(
-        branch=dh.to(branch.branch.dtype).contiguous(),
+        branch=dh.to(branch.branch.dtype, copy=dh is d).contiguous(),
         gate=dgate[0],
         gate_table=dgate[1],
         branch_weight=_sum(dnormed * hhat, branch.weight),
@@ -118,23 +116,7 @@ def _sums(grad: Tensor, operand: Rows, index: MaybeTensor) -> tuple[MaybeTensor,
     elif index is None:
         total = grad
     else:
-        samples = torch.arange(rows.shape[0], device=rows.device)[:, None]
-        total = grad.new_zeros(rows.shape).index_put_((samples, index.long()), grad, accumulate=True)
+        B, K = rows.shape[:2]
+        total = torch.ops.aten.embedding_dense_backward(grad, flat_index(index, K), B * K, -1, False).view(rows.shape)
     drows = total.to(rows.dtype, copy=total is grad).contiguous()
     return drows, _sum(grad, table)
-
-
-def _no_gradient(norm: Norm) -> ResidualNormGrads:
-    """Where none reaches y."""
-
-    def zeros(t: MaybeTensor) -> MaybeTensor:
-        return None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-
-    return ResidualNormGrads(
-        weight=zeros(norm.weight),
-        bias=zeros(norm.bias),
-        shift=zeros(norm.shift.rows),
-        shift_table=zeros(norm.shift.table),
-        scale=zeros(norm.scale.rows),
-        scale_table=zeros(norm.scale.table),
-    )

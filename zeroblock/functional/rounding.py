@@ -3,13 +3,13 @@ every form that ours take."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
 from ..backends.base import MaybeTensor
 from ..ops.residual_norm_modulate import RMS
+from ..reference_rows import flat_index
 from .frames import settled
 from .general import Gated, Modulated, check_branch, check_norm, rows_of
 
@@ -60,7 +60,7 @@ def eager_rows(op: str, arg: str, x: Tensor, rows: MaybeTensor, table: MaybeTens
     if v is None:
         return None
     if v.dim() == 3 and forms.index is not None:
-        v = v[torch.arange(v.shape[0], device=v.device)[:, None], forms.index.long()]
+        v = F.embedding(flat_index(forms.index, v.shape[1]), v.flatten(0, 1))
     v = v[:, None] if v.dim() == 2 else v
     v = v if table is None else v + table
     return v if v.dim() == 1 else v.expand(forms.tokens[0].shape).reshape(forms.size)

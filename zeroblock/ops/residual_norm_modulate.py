@@ -101,8 +101,8 @@ def residual_norm_modulate(residual: Tensor, *operands: Any, direct: bool = Fals
 @FORWARD.fake
 def _fake(residual: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     given = Operands(*operands)
-    size, tokens, absent = residual.shape, residual.shape[:2], shapes.empty(residual)
-    x_new = y = mean = rstd = branch_rstd = absent
+    size, tokens = residual.shape, residual.shape[:2]
+    x_new, y, mean, rstd, branch_rstd = (shapes.empty(residual) for _ in range(5))
     normed = residual
     if given.branch is not None:
         normed = x_new = residual.new_empty(size, dtype=given.x_dtype)
@@ -110,7 +110,7 @@ def _fake(residual: Tensor, *operands: Any) -> tuple[Tensor, ...]:
             branch_rstd = shapes.statistics(given.branch, *tokens)
     if given.norm != NO_NORM:
         y, rstd = residual.new_empty(size, dtype=given.y_dtype), shapes.statistics(normed, *tokens)
-        mean = shapes.statistics(normed, *tokens) if given.norm == LAYER else absent
+        mean = shapes.statistics(normed, *tokens) if given.norm == LAYER else mean
     return x_new, y, mean, rstd, branch_rstd
 
 
@@ -131,18 +131,27 @@ def residual_norm_modulate_bwd(
     tensors = (dx_new, dy, x, mean, rstd, branch_rstd)
     if not direct and (route := BACKWARD.route(*tensors, *given.differentiable(), given.index)):
         return route(*tensors, *operands)
-    first = given.branch if given.branch is not None else x
-    assert first is not None
+    branch, norm = given.parts()
+    if dy is None:
+        norm = None
     stats = Stats(
-        mean if given.norm == LAYER else None,
-        rstd if given.norm != NO_NORM else None,
+        mean if norm is not None and not norm.rms else None,
+        rstd if norm is not None else None,
         branch_rstd if given.branch_rms else None,
     )
-    x = x if given.norm != NO_NORM else None
+    x = x if norm is not None else None
+    first = given.branch if given.branch is not None else x
+    assert first is not None
     grads = select("residual_norm_modulate_bwd", first).residual_norm_modulate_bwd(
-        dx_new, dy, x, stats, *given.parts(), given.index, residual_dtype, Needed(*needed)
+        dx_new, dy, x, stats, branch, norm, given.index, residual_dtype, Needed(*needed)
     )
+    if dy is None:
+        grads = ResidualNormGrads(*grads[:5], *(_zeros(t) for t in given.differentiable()[4:]))
     return ResidualNormGrads(*(g if n else None for g, n in zip(grads, needed, strict=True)))
+
+
+def _zeros(t: MaybeTensor) -> MaybeTensor:
+    return None if t is None else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
 
 
 @BACKWARD.fake
@@ -179,7 +188,8 @@ def _double_backward(
     inputs: Sequence[Any], needed: Sequence[bool], grads: Sequence[MaybeTensor], extra: Sequence[MaybeTensor]
 ) -> Grads:
     """x, a saved output where there is a branch, carries the graph of residual, gate and branch."""
-    given, (dx, dy) = Operands(*inputs[1:]), grads
+    given = Operands(*inputs[1:])
+    dx, dy = _of_results(given, *grads)
     tensors = given.differentiable()
     of_branch: list[MaybeTensor] = [None] * 4
     of_norm: list[MaybeTensor] = [None] * 6
@@ -189,6 +199,11 @@ def _double_backward(
     if given.branch is not None and dx is not None:
         of_branch = _grads(_added, (*tensors[:4], given), dx.to(compute_dtype(given.branch)))[:4]
     return _in_place((dx, *of_branch, *of_norm))
+
+
+def _of_results(given: Operands, dx_new: MaybeTensor, dy: MaybeTensor) -> tuple[MaybeTensor, MaybeTensor]:
+    """The gradients of what there is: a compiler has one for an absent result, too."""
+    return None if given.branch is None else dx_new, None if given.norm == NO_NORM else dy
 
 
 def _in_place(grads: Sequence[MaybeTensor]) -> list[MaybeTensor]:
@@ -209,5 +224,8 @@ def _backward(
     inputs: Sequence[Any], needed: Sequence[bool], dx_new: MaybeTensor, dy: MaybeTensor, *saved: MaybeTensor
 ) -> Grads:
     given, residual_dtype = Operands(*inputs[1:]), inputs[0]
-    wanted = Needed(needed[0], *(needed[1 + i] for i in _AT))
-    return _in_place(residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(wanted)))
+    dx_new, dy = _of_results(given, dx_new, dy)
+    # Without dy the gradient of the residual is dx_new.
+    wanted = Needed(needed[0] and dy is not None, *(needed[1 + i] for i in _AT))
+    dresidual, *grads = residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(wanted))
+    return _in_place((dresidual if wanted.residual else None, *grads))
