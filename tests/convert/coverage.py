@@ -23,19 +23,19 @@ import torch
 from torch import Tensor, nn
 
 import zeroblock as zb
-from zeroblock.convert.family import FAMILIES
+from zeroblock.convert.families import known
 
 HERE = Path(__file__).parent
 TABLE = HERE / "coverage.csv"
 FIELDS = ("class", "level", "blocks", "left alone")
 # Classes that are not run, and why.
 NOT_RUN = {
+    "BriaFibo2Transformer2DModel": "chooses how many tokens of the text it keeps",
     "DreamLiteTransformer2DModel": "an inner model of DreamLite's U-Net",
     "HunyuanDiT2DControlNetModel": "takes the residuals of a HunyuanDiT2DModel",
     "HunyuanDiT2DMultiControlNetModel": "several HunyuanDiT2DControlNetModel",
     "Kandinsky6SRTransformer3DModel": "its attention is flex attention over blocks of 64 tokens",
     "Kandinsky6Transformer3DModel": "takes latents of a video and of its audio, packed",
-    "LongCatAudioDiTVae": "an autoencoder",
     "RFD4ProteinaTransformer": "takes the atoms of a protein",
     "SanaWMLTX2RefinerTransformer3DModel": "takes the latents of LTX-2's autoencoder",
     "SanaWMTransformer3DModel": "takes rays of a camera",
@@ -52,16 +52,9 @@ def classes() -> list[str]:
     """The names of diffusers' transformers."""
     import diffusers
 
-    found = []
-    for name in dir(diffusers):
-        kind = getattr(diffusers, name, None)
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, diffusers.ModelMixin)
-            and ("ransformer" in name or "DiT" in name)
-        ):
-            found.append(name)
-    return found
+    kinds = {name: getattr(diffusers, name, None) for name in dir(diffusers)}
+    models = [name for name, k in kinds.items() if isinstance(k, type) and issubclass(k, diffusers.ModelMixin)]
+    return [n for n in models if ("ransformer" in n or "DiT" in n) and not n.endswith("Vae")]
 
 
 def sizes() -> dict[str, dict[str, Any]]:
@@ -82,7 +75,7 @@ def build(name: str) -> Model:
 
 
 def _value(v: Any, generator: torch.Generator) -> Any:
-    """Of the file: {"normal": size}, {dtype: values}, {dtype: size, "all": value}, {dtype: size, "below": bound}, ..."""
+    """Of the file: {"normal": size}, {dtype: values}, {dtype: size, "all": value}, {dtype: size, "below": bound}."""
     if isinstance(v, list):
         return [_value(x, generator) for x in v]
     if isinstance(v, str) and v.startswith("arange "):
@@ -140,7 +133,7 @@ def row(model: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str]:
     report = zb.accelerate(model)
     with _Originals(model) as originals, torch.no_grad():
         call(model)
-    blocks = collections.Counter(b.family for b in report.branches if not FAMILIES[b.family].inner)
+    blocks = collections.Counter(b.family for b in report.branches if not known()[b.family].inner)
     left = collections.Counter(f"{b.block}: {b.kind.title}" for b in report.left_alone)
     left.update(f"{name}: runs the original" for name in originals.ran)
     open_ = originals.ran or any(b.path in has_norms for b in report.left_alone)
@@ -157,6 +150,7 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def renew() -> None:
+    torch.set_num_threads(1)
     lines = []
     for name in sorted(classes()):
         if name in NOT_RUN:

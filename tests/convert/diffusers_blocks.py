@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from zeroblock.convert import FAMILIES
+from zeroblock.convert.families import known
 
 from .model_cases import Case
 
@@ -37,7 +37,7 @@ class Built(NamedTuple):
     def inputs(self, generator: torch.Generator) -> dict[str, Any]:
         """What the family's example passes and, for as many tokens, a value of each option."""
         torch.manual_seed(generator.initial_seed())
-        family, block = FAMILIES[self.name](), self.make()
+        family, block = known()[self.name](), self.make()
         names = list(inspect.signature(family.forward).parameters)[1:]
         return dict(zip(names, family.example(block, SIDE), strict=False))
 
@@ -141,6 +141,13 @@ _ALL = [
     ),
     *_of("transformer_kandinsky6", "Kandinsky6TransformerEncoderBlock")(16, 12, 32, 8),
     *_of("transformer_minimax_h3", "MiniMaxH3TransformerBlock")(16, 2, 8, 32, 12, 1e-5, 1e-5),
+    *_of("transformer_minimax_h3", "MiniMaxH3TokenRefinerBlock")(16, 2, 8, 32, 1e-5, 1e-5),
+    *_of("transformer_krea2", "Krea2TextFusionBlock")(16, 2, 1, 32, 1e-5),
+    *_of("transformer_bria_fibo2", "BriaFibo2TransformerBlock")(24, 2, 1e-5),
+    *_of("transformer_bria_fibo2", "BriaFibo2TransformerBlock")(24, 2, 1e-5, cross_attention_dim=12),
+    *_of("transformer_qwenimage21", "QwenImage21TransformerBlock")(32, 2, 16),
+    *_of("transformer_stable_audio3", "StableAudio3DiTBlock")(32, 12, dim_heads=16, local_add_cond_dim=5),
+    *_of("transformer_ernie_image", "ErnieImageSharedAdaLNBlock")(16, 2, 32),
 ]
 # By name, numbered where a class is built in several ways.
 BLOCKS: dict[str, Built] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import zeroblock as zb
-from zeroblock.convert import FAMILIES
+from zeroblock.convert.families import known
 from zeroblock.convert.proof import _tensors as outputs
 from zeroblock.testing import counters, reset_counters
 
@@ -69,7 +69,7 @@ def assert_close(got, expected):
 def test_no_original_and_no_eager_norm_runs(name):
     plain, inputs = made(name)
     ours, _ = accelerated(plain)
-    family = FAMILIES[BLOCKS[name].name]
+    family = known()[BLOCKS[name].name]
     asked = []
     eager, ours_family = family.eager, type(ours)._zeroblock.family
     ours_family.eager = lambda *args, **kwargs: asked.append(1) or eager(ours_family, *args, **kwargs)
@@ -80,8 +80,8 @@ def test_no_original_and_no_eager_norm_runs(name):
     assert not asked
 
 
-ZERO = [name for name, built in BLOCKS.items() if getattr(FAMILIES[built.name], "description", None) is not None]
-ZERO = [name for name in ZERO if FAMILIES[BLOCKS[name].name].description.linears]
+ZERO = [name for name, built in BLOCKS.items() if getattr(known()[built.name], "description", None) is not None]
+ZERO = [name for name in ZERO if known()[BLOCKS[name].name].description.linears]
 
 
 # Rows by index, and streams of different widths, are not skipped.
@@ -95,7 +95,7 @@ def is_skipped(branch):
 @pytest.mark.parametrize("name", ZERO)
 def test_zero_gates_are_skipped(name):
     plain, inputs = made(name)
-    family = FAMILIES[BLOCKS[name].name]()
+    family = known()[BLOCKS[name].name]()
     branches = family.branches(plain)
     with torch.no_grad():
         for tensors in branches.values():

@@ -5,24 +5,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .. import _checks, zero
-from .._dtypes import FLOATING
 from ..backends import available as _backends
 from ..backends.select import select
-from ..blocks.decision import is_watched
-from ..blocks.layers import is_distributed, is_own, is_whole, on_trial, sharded_weights_count
-from . import proof, residual
+from ..blocks.layers import sharded_weights_count
 from .families import known
 from .families.described import family_of
-from .families.description import GatedBlock, GatedBranch, Given
+from .families.description import GatedBlock, GatedBranch, Given, Row
 from .family import Family, accelerated_class, applied, register
-from .report import Branch, LeftAlone, Obstacle, Reason, Report
+from .report import Branch, LeftAlone, Reason, Report
+from .search import Found, in_order, search
 
 __all__ = [
     "Branch",
@@ -33,6 +29,7 @@ __all__ = [
     "LeftAlone",
     "Reason",
     "Report",
+    "Row",
     "accelerate",
     "coverage",
     "families",
@@ -134,7 +131,7 @@ def accelerate(
     restore(model)
     try:
         with sharded_weights_count(model):
-            found, left_alone = _search(model, [family(zero_skip, backend, precision) for family in _in_order()])
+            found, left_alone = search(model, [family(zero_skip, backend, precision) for family in in_order()])
         if strict and (left_alone or not found):
             rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
             raise RuntimeError(f"accelerate: strict, and not everything could be accelerated:\n{rest}")
@@ -166,10 +163,10 @@ def coverage(model: nn.Module) -> Report:
         if applied(m) is not None:
             raise RuntimeError(f"coverage: {path or 'the model'} is accelerated already; call restore first")
     with sharded_weights_count(model):
-        return _report(*_search(model, [family() for family in _in_order()]))
+        return _report(*search(model, [family() for family in in_order()]))
 
 
-def _report(found: list[_Found], left_alone: list[LeftAlone]) -> Report:
+def _report(found: list[Found], left_alone: list[LeftAlone]) -> Report:
     rows = [row for path, block, family, _ in found for row in _rows(path, block, family)]
     return Report(tuple(rows), tuple(left_alone), len(found))
 
@@ -193,11 +190,6 @@ def restore(model: nn.Module) -> int:
     return len(blocks)
 
 
-def _in_order() -> list[type[Family]]:
-    """The families as they are asked: those of whole blocks before those of their parts."""
-    return sorted(known().values(), key=lambda family: family.inner)
-
-
 def _is_ours(block: nn.Module) -> bool:
     """The class is the one accelerate gave it, not one derived of it since."""
     return "_zeroblock" in vars(type(block))
@@ -210,103 +202,6 @@ def _refuse_compiled(what: str, model: nn.Module) -> None:
     for path, m in model.named_modules():
         if type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None:
             raise RuntimeError(f"{what}: {path or 'the model'} is compiled, and its code would stay as it is; {advice}")
-
-
-class _Found(NamedTuple):
-    path: str
-    block: nn.Module
-    family: Family
-    options: frozenset[str] | None  # see proof.Verdict
-
-
-def _search(model: nn.Module, known: list[Family]) -> tuple[list[_Found], list[LeftAlone]]:
-    found: list[_Found] = []
-    obstacles: dict[nn.Module, Obstacle] = {}
-    blocks: set[nn.Module] = set()  # that families know, no parts of blocks
-    taken: set[nn.Module] = set()  # what belongs to a block that was found already
-    for path, block in model.named_modules():
-        if is_own(block):
-            taken.update(block.modules())
-            continue
-        for family in known:
-            if block in taken and family.inner or not family.knows(block):
-                continue
-            verdict = _verdict(block, path, model, family)
-            if verdict.obstacle is None:
-                found.append(_Found(path, block, family, verdict.options))
-                taken.update(family.inner_modules(block))
-                obstacles.pop(block, None)
-                if not family.inner and family.branches(block):
-                    blocks.add(block)
-                break
-            # Another part of a block by the name of a known one (Attention) is no block that was left alone.
-            if not family.inner:
-                blocks.add(block)
-            elif verdict.obstacle.reason is Reason.NAMESAKE:
-                continue
-            # Families share names of classes: the one that has the block's structure knows more.
-            first = obstacles.setdefault(block, verdict.obstacle)
-            if first.reason is Reason.NAMESAKE and verdict.obstacle.reason is not Reason.NAMESAKE:
-                obstacles[block] = verdict.obstacle
-    names = {f.block: f.family.name for f in found}
-    for block in residual.blocks_beside(model, blocks, taken):
-        parts = sorted({names[m] for m in block.modules() if m in names})
-        said = f"no family knows it, but parts of it: {', '.join(parts)}" if parts else "no family knows it"
-        obstacles[block] = Obstacle(Reason.PARTS if parts else Reason.UNKNOWN, said)
-    rows = [(path, block, obstacles[block]) for path, block in model.named_modules() if block in obstacles]
-    return found, [LeftAlone(path, type(block).__name__, o.found, o.reason) for path, block, o in rows]
-
-
-def _verdict(block: nn.Module, path: str, model: nn.Module, family: Family) -> proof.Verdict:
-    """Whether the family can have the block."""
-    if isinstance(block, torch.jit.ScriptModule):
-        return proof.Verdict(Obstacle(Reason.CLASS, "it is a ScriptModule"))
-    if applied(block) is not None:
-        return proof.Verdict(Obstacle(Reason.CLASS, f"its class became {type(block).__name__} after accelerate"))
-    with on_trial() as keep:
-        verdict = _tried(block, path, model, family)
-        if verdict.obstacle is None:
-            keep()
-    return verdict
-
-
-def _tried(block: nn.Module, path: str, model: nn.Module, family: Family) -> proof.Verdict:
-    entry = family.entry(type(block))
-    try:
-        obstacle = family.match(block, path, model)
-    except Exception as error:  # foreign attributes can be anything
-        said = f"its attributes are not those of {family.name}: {type(error).__name__}: {error}"
-        obstacle = Obstacle(Reason.NAMESAKE, said)
-    if obstacle is not None:
-        state = _state(block) if obstacle.reason is Reason.LAYERS else None
-        return proof.Verdict(state or obstacle)
-    if vars(block).keys() & {"forward", entry, "_hf_hook"}:
-        said = f"its {entry} is replaced on the instance (an offloading or casting hook)"
-        return proof.Verdict(Obstacle(Reason.WATCHED, said))
-    try:
-        accelerated_class(type(block), family)
-    except TypeError as error:
-        return proof.Verdict(Obstacle(Reason.CLASS, f"its class cannot be extended: {error}"))
-    verdict = proof.verdict(family.proof_target(block), family)
-    state = None if verdict.obstacle is None else _state(block)
-    return verdict if state is None else proof.Verdict(state)
-
-
-def _state(block: nn.Module) -> Obstacle | None:
-    """What may keep a family from having the block that is not of its kind but of its modules' state now."""
-    for path, t in block.named_parameters():
-        if is_distributed(t):
-            return Obstacle(Reason.DISTRIBUTED, f"its {path} is a DTensor when it is called")
-        if t.dtype not in FLOATING:
-            return Obstacle(Reason.STORAGE, f"its {path} is stored as {t.dtype}")
-        if type(t.data) is not Tensor and not is_whole(t):
-            return Obstacle(Reason.STORAGE, f"its {path} is a {type(t.data).__name__}")
-    for path, m in block.named_modules():
-        if is_watched(m) and m is not block:
-            return Obstacle(Reason.WATCHED, f"its {path} has hooks, or a forward replaced on the instance")
-        if parametrize.is_parametrized(m):
-            return Obstacle(Reason.LAYERS, f"its {path or 'own weight'} is parametrised")
-    return None
 
 
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:

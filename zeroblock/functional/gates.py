@@ -121,10 +121,24 @@ def residual_norm_modulate(
     gated = Gated(branch, gate, gate_table, gate_activation, branch_norm, branch_weight, branch_eps, out_dtype)
     modulated = Modulated(NORMS[norm], weight, bias, shift, scale, shift_table, scale_table, eps, y_dtype)
     check_gated(op, residual, gated, modulated)
+    plain = gate_table is gate_activation is branch_norm is branch_weight is weight is bias is shift_table is None
+    if plain and scale_table is index is out_dtype is y_dtype is None and norm == "layer" and rounding == "once":
+        if _has_one_row_each(residual, branch, gate, shift, scale):
+            _checks.eps_value(op, eps)
+            assert gate is not None and shift is not None and scale is not None
+            return gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
     if rounding == "eager":
         x_new = eager_gated(op, residual, gated, index)
         return x_new, eager_norm(op, x_new, modulated, index)
     return residual_norm(op, residual, gated, modulated, index)
+
+
+def _has_one_row_each(residual: Tensor, branch: Tensor, *operands: Tensor | None) -> bool:
+    """Whether all operands are given, for each sample or for each token."""
+    size = residual.shape
+    if len(size) != 3 or branch.shape != size:
+        return False
+    return all(v is not None and (v.shape == (size[0], size[2]) or v.shape == size) for v in operands)
 
 
 def gate_residual_layer_norm_modulate(

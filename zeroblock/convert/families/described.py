@@ -77,7 +77,7 @@ class DescribedFamily(Family):
             streams = [Stream(given.streams[0][None], d.fp32)]
             rows = [Row(None if r.rows is None else r.rows[None], r.table) for r in rows]
         else:
-            index = given.index or (None,) * len(given.streams)
+            index = given.which or (None,) * len(given.streams)
             streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(given.streams, index, strict=True)]
         for branch in d.branches:
             if branch.optional and submodule(block, branch.layer) is None:

@@ -24,7 +24,7 @@ class Given(NamedTuple):
     rows: the vectors of the modulation, [B, D], [B, 1, D] or [B, T, D], or a `Row` of such a vector and a table.
     layers: {name of a branch's layer: keyword arguments that it takes beside the streams}.
     more: whatever `GatedBlock.finish` needs.
-    index: of each stream, which row serves which token ([B, T], int): its rows are then [K, D] or [B, K, D]; None: one
+    which: of each stream, which row serves which token ([B, T], int): its rows are then [K, D] or [B, K, D]; None: one
         row for all.
     """
 
@@ -32,7 +32,7 @@ class Given(NamedTuple):
     rows: Sequence[Tensor | Row] = ()
     layers: dict[str, Any] = {}  # noqa: RUF012
     more: Any = None
-    index: Sequence[Tensor | None] = ()
+    which: Sequence[Tensor | None] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""diffusers' HunyuanVideo (1.0, 1.5, FramePack), HunyuanImage 2.1 and Motif-Video: Flux's blocks with the text behind the
-image, and the blocks that refine the text, whose norms have no modulation."""
+"""diffusers' HunyuanVideo (1.0, 1.5, FramePack), HunyuanImage 2.1 and Motif-Video: Flux's blocks with the text behind
+the image, and the blocks that refine the text, whose norms have no modulation."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def _replaced(
     rows = (*own, *rows_of(block.norm1_context, temb, 6))
     layers = {"attn": {"attention_mask": attention_mask, "image_rotary_emb": freqs_cis}}
     streams = (hidden_states, encoder_hidden_states)
-    return Given(streams, rows, layers, index=(_is_first(hidden_states, num_tokens), None))
+    return Given(streams, rows, layers, which=(_is_first(hidden_states, num_tokens), None))
 
 
 def _replaced_single(
@@ -224,7 +224,7 @@ def _replaced_single(
     assert token_replace_emb is not None and num_tokens is not None
     given = _one(block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
     rows = _with_own_rows(block.norm, temb, token_replace_emb, 3)
-    return given._replace(rows=rows, index=(_is_first(given.streams[0], num_tokens),))
+    return given._replace(rows=rows, which=(_is_first(given.streams[0], num_tokens),))
 
 
 def _replaced_example(block: Any, side: int) -> tuple:

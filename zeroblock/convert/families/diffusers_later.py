@@ -1,5 +1,5 @@
-"""diffusers' blocks of Bria Fibo 2, Qwen-Image 2.1 and Stable Audio 3, and those without modulation that refine the text
-of Krea 2 and MiniMax-H3."""
+"""diffusers' blocks of Bria Fibo 2, Qwen-Image 2.1 and Stable Audio 3, and those without modulation that refine the
+text of Krea 2 and MiniMax-H3; ERNIE-Image."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _fibo2(
         rows, index = both.chunk(4, dim=-1), (noise_mask == 1).int()
     if block.cross_attention is not None:
         rows = (*rows, Row(None, block.cross_attn_gate.expand(x.shape[-1])))
-    return Given((x,), rows, layers | {"cross_attention": cross}, index=(index,))
+    return Given((x,), rows, layers | {"cross_attention": cross}, which=(index,))
 
 
 def _fibo2_example(block: Any, side: int) -> tuple:
@@ -104,7 +104,7 @@ def _qwen21(
         "segments": segments,
         "key_valid": key_valid,
     }
-    return Given((x,), modulation.chunk(4, dim=-1), {"attn": attn}, index=(index,))
+    return Given((x,), modulation.chunk(4, dim=-1), {"attn": attn}, which=(index,))
 
 
 def _qwen21_example(block: Any, side: int) -> tuple:
@@ -210,4 +210,46 @@ described(
     given=lambda block, hidden_states: Given((hidden_states,)),
     example=lambda block, side: (torch.randn(2, side**2, block.attn.to_q.in_features),),
     about="diffusers models/transformers/transformer_minimax_h3.py.",
+)
+
+# ---- ERNIE-Image: tokens before samples -----------------------------------------------------------------------------
+
+
+def _ernie(block: Any, x: Tensor, rotary_pos_emb: Any, temb: Any, attention_mask: Any = None) -> Given:
+    # A row for each token of each sample, all as one sample.
+    rows = [row.expand_as(x).reshape(1, -1, x.shape[-1]) for row in temb]
+    attend = {"attention_mask": attention_mask, "image_rotary_emb": rotary_pos_emb}
+    return Given((x.reshape(1, -1, x.shape[-1]),), rows, {"self_attention": (x.shape, attend)}, x.shape)
+
+
+def _ernie_attends(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
+    size, attend = layers["self_attention"]
+    y = block.self_attention(h.view(size).permute(1, 0, 2), **attend)
+    return y.permute(1, 0, 2).reshape(h.shape)
+
+
+def _ernie_feeds(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
+    size, _ = layers["self_attention"]
+    return block.mlp(h.view(size)).view(h.shape)
+
+
+def _ernie_example(block: Any, side: int) -> tuple:
+    attn, T = block.self_attention, side**2
+    D = attn.to_q.in_features
+    angles = torch.randn(3, T, 1, D // attn.heads)
+    return torch.randn(T, 3, D), angles, tuple(torch.randn(T, 3, D) for _ in range(6))
+
+
+described(
+    "ErnieImageSharedAdaLNBlock",
+    (
+        GatedBranch("self_attention", "adaLN_sa_ln", 0, 1, 2, call=_ernie_attends),
+        GatedBranch("mlp", "adaLN_mlp_ln", 3, 4, 5, call=_ernie_feeds),
+    ),
+    given=_ernie,
+    example=_ernie_example,
+    options=lambda block: {"attention_mask": (torch.ones(3, 1, 1, SMALL**2, dtype=torch.bool),)},
+    fp32=True,
+    finish=lambda block, streams, size: streams[0].view(size),
+    about="diffusers models/transformers/transformer_ernie_image.py.",
 )

@@ -58,7 +58,7 @@ def _rows(table: Tensor, temb: Tensor, batch: int) -> list[Row]:
 
 @register
 class LTX2VideoTransformerBlock(Family):
-    """x + gate * attn(modulate(norm x)), x + attn2(norm x, text), x + gate * attn(modulate(norm x), audio), x + gate * ff
+    """x + gate * attn(h), x + attn2(norm x, text), x + gate * attn(h, audio), x + gate * ff(h), h = modulate(norm x)
 
     The block of LTX-2, with RMS norms, of video and of audio. Source: diffusers models/transformers/
     transformer_ltx2.py. Where attention is perturbed the original runs.

@@ -1,4 +1,4 @@
-"""diffusers' blocks that add a table of their own to the vectors of the timestep, in the dtype of the tokens: LTX-Video,
+"""diffusers' blocks that add a table of their own to the vectors of the timestep, in the tokens' dtype: LTX-Video,
 SANA and SANA-Video, Allegro, LongCat's AudioDiT, Krea 2."""
 
 from __future__ import annotations

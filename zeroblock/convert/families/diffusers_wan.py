@@ -1,4 +1,5 @@
-"""diffusers' Wan 2.1 and 2.2 and what was built on it: VACE, Animate, ChronoEdit, SkyReels-V2, AnyFlow, Helios, ACE-Step.
+"""diffusers' Wan 2.1 and 2.2 and what was built on it: VACE, Animate, ChronoEdit, SkyReels-V2, AnyFlow, Helios,
+ACE-Step.
 
 A table of six vectors is added to the timestep's (of every token in Wan 2.2 TI2V), norms and gates are computed in
 float32, and between self-attention and feed-forward stands a cross-attention without gate.

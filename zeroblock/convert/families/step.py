@@ -85,9 +85,10 @@ class Step:
                     judged.append(t)
                     if may_grow(s.x, (t,)) or not fits_gate(t, s.x.shape):
                         return NOT_ALLOWED
-        last, weights = self.last, ()
+        last: Any = self.last
+        weights: tuple[Tensor, ...] = ()
         if is_plain_linear(last) and self.streams[0].x.shape[-1] == last.weight.shape[0]:
-            weights = (last.weight,)  # type: ignore[assignment]
+            weights = (last.weight,)
         return decide(name, policy, weights, tuple(judged), _Lazily(self))
 
     def _skip(self, answer: Answer) -> None:

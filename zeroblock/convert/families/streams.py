@@ -50,7 +50,7 @@ def row_of(value: Any) -> Row:
 def whole_row(row: Row, index: Tensor | None, fp32: bool = False) -> Tensor:
     """The vector as eager computes it, to be broadcast over tokens."""
     rows, table = (t.float() if fp32 and t is not None else t for t in row)
-    v = table if rows is None else rows if table is None else rows + table
+    v: Any = table if rows is None else rows if table is None else rows + table
     if index is None or v.dim() == 1:
         return modulation(v)
     if v.dim() == 2:
@@ -109,7 +109,7 @@ class Stream:
             )
         branch, gate = self.waiting
         self.waiting = None
-        x, index, row = self.x, self.index, gate.row
+        x, row = self.x, gate.row
         if self._is_usual(norm, gate, shift, scale) and x.dtype == branch.dtype == row.rows.dtype:  # type: ignore[union-attr]
             self.x, h = functional.gate_residual_layer_norm_modulate(
                 x,
@@ -226,7 +226,7 @@ def _weight(norm: Any) -> Tensor | None:
     name = type(norm).__name__
     if name == "StableAudio3RMSNorm":
         return norm.gamma
-    weight = getattr(norm, "weight", None)
+    weight: Any = getattr(norm, "weight", None)
     return weight + 1.0 if name == "Krea2RMSNorm" else weight
 
 
@@ -235,7 +235,7 @@ def _keeps_dtype(norm: Any) -> bool:
     return type(norm).__name__ in ("Krea2RMSNorm", "StableAudio3RMSNorm")
 
 
-def _rows(name: str, row: Row | None) -> dict[str, Tensor | None]:
+def _rows(name: str, row: Row | None) -> dict[str, Any]:
     return {} if row is None else {name: row.rows, f"{name}_table": row.table}
 
 

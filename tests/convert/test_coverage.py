@@ -1,0 +1,100 @@
+"""Every transformer of the installed diffusers, tiny, accelerated, against itself; and the table of what is covered."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zeroblock as zb
+from zeroblock.convert import Reason
+
+from . import coverage
+from .cases import Net, guided_block
+from .test_left_alone import Convs
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+SIZES = coverage.sizes()
+LEVELS = ("nothing", "parts", "some blocks", "blocks")
+# The original has no backward pass here.
+NOT_TRAINED = {"AnyFlowFARTransformer3DModel"}
+
+
+def test_every_transformer_is_in_the_table():
+    """A class that is new in diffusers fails here: write its size into diffusers_models.json, renew the table."""
+    known = {*SIZES, *coverage.NOT_RUN}
+    assert {n for n in coverage.classes() if n not in known} == set()
+    lines = coverage.table()
+    assert set(lines) >= set(coverage.classes())
+    assert len(coverage.NOT_RUN) <= 10
+
+
+def run(model: nn.Module, inputs: dict, gradients: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    with torch.set_grad_enabled(gradients):
+        ys = coverage.tensors(model(**inputs))
+    if gradients:
+        generator = torch.Generator().manual_seed(1)
+        sum((y * torch.randn(y.shape, generator=generator)).sum() for y in ys).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [y.detach() for y in ys], grads
+
+
+def assert_close(got, expected, tolerance):
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(n for n in SIZES if hasattr(diffusers, n)))
+def test_accelerated_model(name):
+    plain, inputs = coverage.build(name)
+    ours = copy.deepcopy(plain)
+    found = coverage.row(ours.eval(), lambda model: model(**inputs))
+    line = coverage.table()[name]
+    assert LEVELS.index(found["level"]) >= LEVELS.index(line["level"]), "coverage was lost"
+    if diffusers.__version__ == "0.42.1":
+        assert found == {k: line[k] for k in found}, "renew the table: python -m tests.convert.coverage"
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    expected, _ = run(plain.eval(), inputs, False)
+    for model in (ours, copy.deepcopy(ours)):
+        assert_close(run(model, inputs, False)[0], expected, 1e-5)
+    if name not in NOT_TRAINED:
+        (ys, grads), (expected_ys, expected_grads) = run(ours.train(), inputs, True), run(plain.train(), inputs, True)
+        assert_close(ys, expected_ys, 1e-5)
+        for key, g in expected_grads.items():
+            assert (grads[key] - g).norm() <= 1e-3 * g.norm() + 1e-5 * max(x.norm() for x in expected_grads.values()), (
+                key
+            )
+    zb.restore(ours)
+    assert all(map(torch.equal, run(ours.eval(), inputs, False)[0], expected))
+
+
+# ---- coverage() -----------------------------------------------------------------------------------------------------
+
+
+def test_coverage_says_what_accelerate_does_and_changes_nothing():
+    net = Net(guided_block(), Convs(32))
+    kinds = [type(m) for m in net.modules()]
+    report = zb.coverage(net)
+    assert [type(m) for m in net.modules()] == kinds
+    assert (report.blocks, len(report.branches)) == (1, 1)
+    assert [(b.path, b.kind) for b in report.left_alone] == [("blocks.1", Reason.UNKNOWN)]
+    assert zb.accelerate(net) == report
+
+
+def test_coverage_refuses():
+    with pytest.raises(TypeError, match="coverage: model must be an nn.Module"):
+        zb.coverage(3)
+    net = Net()
+    zb.accelerate(net)
+    with pytest.raises(RuntimeError, match=r"coverage: blocks\.0 is accelerated already"):
+        zb.coverage(net)
+    zb.restore(net)
+    net.compile()
+    with pytest.raises(RuntimeError, match="coverage: .* is compiled"):
+        zb.coverage(net)
