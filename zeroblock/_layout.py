@@ -117,12 +117,12 @@ def of_each_frame(v: Tensor | None, frames: int) -> Tensor | None:
     return v if v is None else v[:, None].expand(-1, frames, -1).flatten(0, 1)
 
 
-def over_frames(grad: Tensor | None, frames: int) -> Tensor | None:
-    """The gradient [N, C] of what each of the frames has had, from theirs."""
+def over_frames(grad: Tensor | None, x: Tensor) -> Tensor | None:
+    """The gradient [N, C] of what each of the frames of x has had, from theirs."""
     if grad is None:
         return None
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    return grad.unflatten(0, (grad.shape[0] // max(1, frames), frames)).sum(1, dtype=wide).to(grad.dtype)
+    N, C, T = x.shape[:3]
+    return grad.reshape(N, T, C).sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
 
 
 def of_frames(y: Tensor, x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class CpuImages(Reference):
         dx, dweight, dbias, dscale, dshift = _group_norm_silu_bwd(
             dy, x, mean, rstd, *operands, num_groups, silu, False, True
         )
-        return dx, dweight, dbias, over_frames(dscale, T), over_frames(dshift, T)
+        return dx, dweight, dbias, over_frames(dscale, x), over_frames(dshift, x)
 
     def channel_rms_norm_silu(
         self,

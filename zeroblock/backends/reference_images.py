@@ -112,7 +112,7 @@ class ImageNorms(DenseSteps):
         dx, dweight, dbias, dscale, dshift = self.group_norm_silu_bwd(
             as_frames(dy), as_frames(x), mean, rstd, *operands, num_groups, silu
         )
-        return of_frames(dx, x), dweight, dbias, over_frames(dscale, T), over_frames(dshift, T)
+        return of_frames(dx, x), dweight, dbias, over_frames(dscale, x), over_frames(dshift, x)
 
     def channel_rms_norm_silu(
         self,
