@@ -28,6 +28,7 @@ CSRC = ROOT / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 NATIVE = (
     "group_norm_silu",
+    "channel_rms_norm_silu",
     "layer_norm_modulate",
     "rms_norm_modulate",
     "gate_residual",
@@ -95,7 +96,7 @@ def avx2_library(tmp_path_factory):
 @pytest.fixture
 def avx2(avx2_library, monkeypatch):
     """The cpu backend on the AVX2 kernels."""
-    modules = [importlib.import_module(f"zeroblock.backends.{name}") for name in ("cpu", "cpu_rows")]
+    modules = [importlib.import_module(f"zeroblock.backends.{name}") for name in ("cpu", "cpu_images", "cpu_rows")]
     replaced = 0
     of_avx2 = lambda op: getattr(avx2_library, op._opname).default  # noqa: E731
     for module in modules:
