@@ -86,6 +86,6 @@ ours = copy.deepcopy(model)
 report = zb.accelerate(ours, strict=True)
 print("with the right one:\n", report, "\n", sep="")
 for got, expected in zip(results(ours), results(model), strict=True):
-    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-6)
+    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.detach().abs().max()) + 1e-6)
 before, after = (seconds(lambda m=m: results(m), 1 if args.quick else 5) for m in (model, ours))
 print(f"forward and backward: {before * 1e3:.1f} ms, accelerated {after * 1e3:.1f} ms; results agree")
