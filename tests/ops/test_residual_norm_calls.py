@@ -206,6 +206,27 @@ def test_compiled_and_exported():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("trained", ("x", "row"))
+def test_double_backward_beside_frozen_operands(trained):
+    leaves = {"x": X.double().requires_grad_(trained == "x"), "row": ROW.double().requires_grad_(trained == "row")}
+
+    def penalty(function, **options):
+        x, row = leaves["x"], leaves["row"]
+        gate = row if trained == "x" else row.detach()
+        x_new, y = function(x, gate, BRANCH.double(), row, row.detach(), **options)
+        first = torch.autograd.grad(y.square().sum() + x_new.square().sum(), leaves[trained], create_graph=True)
+        return torch.autograd.grad(first[0].square().sum(), leaves[trained])[0]
+
+    def eager(x, gate, branch, shift, scale):
+        x_new = x + gate[:, None] * branch
+        return x_new, F.layer_norm(x_new, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    expected = penalty(eager)
+    torch.testing.assert_close(penalty(zb.gate_residual_layer_norm_modulate), expected)
+    table = torch.zeros(D, dtype=torch.float64)
+    torch.testing.assert_close(penalty(zb.gate_residual_layer_norm_modulate, scale_table=table), expected)
+
+
 def test_vmap():
     rows = torch.randn(3, B, 4, D)
     got = torch.func.vmap(lambda v: zb.layer_norm_modulate(X, v, v, index=INDEX))(rows)

@@ -55,8 +55,8 @@ def layer_norm_modulate_linear(
     _checks.same_dtype(op, weight=weight, bias=bias)
     if taken is None:
         a = Modulated(NORMS["layer"], None, None, shift, scale, shift_table, scale_table, eps, weight.dtype)
-        _checks.floating(op, 1, x=x, **a.tensors())
-        return _recomputed(lambda: F.linear(residual_norm(op, x, None, a, index)[1], weight, bias))
+        mixed = _checks.floating(op, 1, x=x, **a.tensors())
+        return _recomputed(lambda: F.linear(residual_norm(op, x, None, a, index, mixed)[1], weight, bias))
     x, shift, scale = taken
     if mixed and operands.needs_fp64(x, shift, scale):
         x = x.double()
@@ -112,8 +112,7 @@ def linear_gate_residual(
         branch = linear_gate_residual(h, weight, bias, None, None, activation=activation, zero_skip=zero_skip)
         onto = branch.new_zeros(()).expand(branch.shape) if residual is None else residual
         gated = Gated(branch, gate, gate_table)
-        check_gated(op, onto, gated)
-        return residual_norm(op, onto, gated, None, index)[0]
+        return residual_norm(op, onto, gated, None, index, check_gated(op, onto, gated))[0]
     h, gate, residual = operands.around_linear(op, h, weight.shape[0], gate, residual)
     weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
