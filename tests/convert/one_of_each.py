@@ -7,7 +7,16 @@ from torch import nn
 
 from zeroblock.testing import eager
 
-from . import oracles_compvis, oracles_edm, oracles_flux, oracles_gated, oracles_glide, oracles_tokens, oracles_wan
+from . import (
+    diffusers_blocks,
+    oracles_compvis,
+    oracles_edm,
+    oracles_flux,
+    oracles_gated,
+    oracles_glide,
+    oracles_tokens,
+    oracles_wan,
+)
 
 
 def diffusers_block(module, kind, *args, **options):
@@ -120,4 +129,6 @@ BLOCKS = {
     "ResNetBlock": torchvision_block,
     "NormFreeBlock": timm_nfnet,
     "LoRA": lora,
+    "ZImageFinalLayer": diffusers_block("transformers.transformer_z_image", "FinalLayer", 16, 4),
 }
+BLOCKS |= {name: built.make for name, built in diffusers_blocks.BLOCKS.items() if name == built.name}

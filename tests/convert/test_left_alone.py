@@ -206,19 +206,8 @@ def test_a_block_without_source_is_no_row():
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
-def wan():
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+def prior():
+    return diffusers.PriorTransformer(2, 4, 2, embedding_dim=8, num_embeddings=7)
 
 
 def unet():
@@ -234,7 +223,7 @@ def unet():
     )
 
 
-IN_PARTS = {"wan": (wan, "WanTransformerBlock", 2), "unet": (unet, "BasicTransformerBlock", 4)}
+IN_PARTS = {"prior": (prior, "BasicTransformerBlock", 2), "unet": (unet, "BasicTransformerBlock", 4)}
 
 
 @pytest.mark.parametrize("name", IN_PARTS)
