@@ -252,7 +252,6 @@ CASES |= {
         f"residual_norm_modulate_bwd-{rows}": _residual_norm(rows, True)
         for rows in ("sample", "token", "indexed", "rms")
     },
-    "residual_norm_modulate_bwd-many": _residual_norm("sample", True, B=1, T=27280, D=64),
     **{f"gate_residual-{kind}": _gate(kind, False) for kind in ("sample", "token", "channel")},
     **{f"gate_residual_bwd-{kind}": _gate(kind, True) for kind in ("sample", "token", "channel")},
     **{f"conv_residual-3x3-{plan}": _conv(3, plan) for plan in range(3)},

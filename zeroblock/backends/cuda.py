@@ -81,6 +81,8 @@ class Cuda(CudaConvs, Reference):
         return getattr(torch.ops, NAMESPACE)._cuda_archs()
 
     def why_not(self, op: str, x: Tensor) -> str | None:
+        if op.startswith("residual_norm"):
+            return "the CUDA kernels have no operands with tables or an index: Triton's have"
         return "the tensor is empty" if x.numel() == 0 and op != "is_zero" else None
 
     # ---- norms --------------------------------------------------------------------------------------------------
