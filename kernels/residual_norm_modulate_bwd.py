@@ -54,7 +54,7 @@ from ._modulation import (
     vector,
 )
 from ._rows import PER_SAMPLE, cdiv, row_norm_grad, token_rows
-from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, per_thread_choices, tile
+from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, tile
 from .residual_norm_modulate import COMPILED, case_name, example
 from .residual_norm_modulate_sums import Grads, Want, Wants, finish, in_order, needed_sums
 
@@ -261,7 +261,6 @@ def backward(
     index: Tensor | None,
     dtype: torch.dtype,
     needed: Sequence[bool],
-    per_thread: int = BACKWARD_PER_THREAD[0],
 ) -> Grads:
     """x is what the norm was of; dtype that of the residual; needed as in Grads. dx_new, dy and x are dense; where no
     gradient reaches y, dy and norm are None; the index as in forward."""
@@ -287,14 +286,13 @@ def backward(
     sums = needed_sums(wants, GATE, SCALE, bias is not None)
     if branch is not None and norm is not None and not _holds(sums, branch, like_x.dtype, index):
         first = [True, *[False] * 4, *needed[5:]]
-        norms = backward(dx_new, dy, x, mean, rstd, None, None, norm, index, torch.float32, first, per_thread)
+        norms = backward(dx_new, dy, x, mean, rstd, None, None, norm, index, torch.float32, first)
         dx = norms.residual
-        branches = backward(dx, None, None, None, None, branch_rstd, branch, None, index, dtype, needed, per_thread)
+        branches = backward(dx, None, None, None, None, branch_rstd, branch, None, index, dtype, needed)
         return Grads(*branches[:5], *norms[5:])
-    if (
-        D > MAX_TUNED_D and branch is not None and norm is not None
-    ):  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
-        per_thread = max(BACKWARD_PER_THREAD)
+    # Long rows: half as many threads, each with twice the registers (spills: python -m tests.triton.static).
+    together = branch is not None and norm is not None
+    per_thread = (max if D > MAX_TUNED_D and together else min)(BACKWARD_PER_THREAD)
     rows, block, warps = tile(D, per_thread)
     if index is not None:
         rows, warps = 1, max(1, block // (32 * per_thread))
@@ -366,9 +364,8 @@ def _compile(*case: Any) -> None:
     branch, norm, index = example(*case)
     x = branch.branch
     stat = x.new_empty(x.shape[:2], dtype=torch.float32)
-    for per_thread in per_thread_choices(case[0], BACKWARD_PER_THREAD):
-        stats = stat, stat, stat if branch.rms else None
-        backward(x, x, x, *stats, branch, norm, index, x.dtype, [True] * len(Grads._fields), per_thread)
+    stats = stat, stat, stat if branch.rms else None
+    backward(x, x, x, *stats, branch, norm, index, x.dtype, [True] * len(Grads._fields))
 
 
 COMPILE_CASES = {case_name("residual_norm_modulate_bwd", *case): partial(_compile, *case) for case in COMPILED}
