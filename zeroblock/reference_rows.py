@@ -11,8 +11,8 @@ from .reference import compute_dtype, modulation, row_moments
 
 
 def flat_index(index: Tensor, rows: int) -> Tensor:
-    """Of rows [B, K, D] seen as [B K, D]."""
-    return index.long() + rows * torch.arange(index.shape[0], device=index.device)[:, None]
+    """Of rows [B, K, D] seen as [B K, D]; the nearest row of an index that is out of range."""
+    return index.long().clamp(0, rows - 1) + rows * torch.arange(index.shape[0], device=index.device)[:, None]
 
 
 def operand_rows(rows: Tensor | None, table: Tensor | None, index: Tensor | None, dtype: torch.dtype) -> Tensor | None:

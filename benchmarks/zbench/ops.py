@@ -58,6 +58,30 @@ def _gate_modulate(op: Callable) -> Callable:
     return call
 
 
+def _indexed_seam(op: Callable) -> Callable:
+    """Two rows of modulation to choose from, and a table: as Wan 2.2 has them, with a clean first frame."""
+
+    def call(residual: Tensor, branch: Tensor, rows: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+        gate, shift, scale = rows.chunk(3, dim=2)
+        modulation = {"shift": shift, "scale": scale, "shift_table": tables[1], "scale_table": tables[2]}
+        tokens = residual.shape[1]
+        index = (torch.arange(tokens, device=residual.device) >= tokens // 4).long().expand(len(residual), tokens)
+        return op(residual, branch, gate=gate, gate_table=tables[0], index=index, eps=1e-6, **modulation)
+
+    return call
+
+
+def _tanh_seam(op: Callable) -> Callable:
+    """The gate through tanh, RMS norms of the branch and of the sum: as Lumina 2 and Z-Image have them."""
+    options = {"gate_activation": "tanh", "branch_norm": "rms", "norm": "rms"}
+
+    def call(residual: Tensor, branch: Tensor, modulation: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        gate, scale = modulation.chunk(2, dim=1)
+        return op(residual, branch, gate=gate, scale=scale, branch_weight=weights[0], weight=weights[1], **options)
+
+    return call
+
+
 def _normal(shape: Shape, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
     return (mean + std * torch.randn(shape)).to(dtype)
 
@@ -84,6 +108,17 @@ def _gate_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _gate_modulate_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return _normal(shape, dtype), _normal(shape, dtype), _normal((shape[0], 3 * shape[2]), dtype, std=0.1)
+
+
+def _indexed_seam_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    batch, _, width = shape
+    rows, tables = _normal((batch, 2, 3 * width), dtype, std=0.1), _normal((3, width), dtype, std=0.1)
+    return _normal(shape, dtype), _normal(shape, dtype), rows, tables
+
+
+def _tanh_seam_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    rows, weights = _normal((shape[0], 2 * shape[2]), dtype, std=0.1), _normal((2, shape[2]), dtype, 1.0, 0.1)
+    return _normal(shape, dtype), _normal(shape, dtype), rows, weights
 
 
 IMAGE_OPS = {
@@ -117,6 +152,18 @@ TOKEN_OPS = {
         _gate_modulate(eager_ops.gate_residual_layer_norm_modulate),
         _gate_modulate(zb.gate_residual_layer_norm_modulate),
         _gate_modulate_inputs,
+        {"inference": 4, "training": 10},
+    ),
+    "residual_norm_modulate_index": Op(
+        _indexed_seam(eager_ops.residual_norm_modulate),
+        _indexed_seam(zb.residual_norm_modulate),
+        _indexed_seam_inputs,
+        {"inference": 4, "training": 10},
+    ),
+    "residual_norm_modulate_tanh": Op(
+        _tanh_seam(eager_ops.residual_norm_modulate),
+        _tanh_seam(zb.residual_norm_modulate),
+        _tanh_seam_inputs,
         {"inference": 4, "training": 10},
     ),
 }

@@ -16,6 +16,8 @@ OP_LABELS = (
     "layer_norm_\nmodulate",
     "gate_\nresidual",
     "gate_residual_\nlayer_norm_\nmodulate",
+    "residual_norm_\nmodulate,\nindex",
+    "residual_norm_\nmodulate,\ntanh",
 )
 BLOCKS = {
     "resblock": "ResBlock",

@@ -16,6 +16,8 @@ OP_TARGETS = {
     "layer_norm_modulate": (2.3, 2.0),
     "gate_residual": (1.5, 1.6),
     "gate_residual_layer_norm_modulate": (1.6, 1.5),
+    "residual_norm_modulate_index": (1.8, 1.4),
+    "residual_norm_modulate_tanh": (1.8, 1.4),
 }
 WORST_OP = 1.1  # no case below this ...
 COPY_PERCENT = 85.0  # ... unless it runs at this percentage of the copy bandwidth

@@ -33,6 +33,7 @@ def test_explain_names_the_backend_that_runs(op, monkeypatch):
             "layer_norm_modulate",
             "gate_residual",
             "gate_residual_layer_norm_modulate",
+            "residual_norm_modulate",
             "activation",
             "is_zero",
         ):

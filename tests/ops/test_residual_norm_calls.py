@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import zeroblock as zb
 from zeroblock.testing import CPU_MISSING, assert_bitwise_equal, saved_activation_bytes, use_backend
 
+from .test_memory import allocations, most
+
 B, T, D = 2, 12, 40
 BF16 = torch.bfloat16
 
@@ -20,30 +22,33 @@ X, BRANCH, ROW, FRAMES, CHOICE = _drawn((B, T, D), (B, T, D), (B, D), (B, 3, D),
 INDEX = torch.arange(T) % 4
 
 
+norm, gated, both = zb.layer_norm_modulate, zb.gate_residual, zb.residual_norm_modulate
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: zb.layer_norm_modulate(X, CHOICE, None, index=INDEX + 1), ValueError, r"index must be in \[0, 4\), got 4"),
-        (lambda: zb.layer_norm_modulate(X, CHOICE, None, index=INDEX - 1), ValueError, r"index must be in .*, got -1"),
-        (lambda: zb.layer_norm_modulate(X, CHOICE, None, index=INDEX.float()), TypeError, "index must be int32 or int64"),
-        (lambda: zb.layer_norm_modulate(X, CHOICE, None, index=INDEX[:5]), ValueError, r"index must have shape \[T\]"),
-        (lambda: zb.layer_norm_modulate(X, CHOICE, None, index=[0]), TypeError, "index must be a Tensor, got list"),
-        (lambda: zb.layer_norm_modulate(X, CHOICE[:, :, 1:], None, index=INDEX), ValueError, "shift must have shape"),
-        (lambda: zb.layer_norm_modulate(X, FRAMES[:, :0], None), ValueError, "shift must have shape"),
-        (lambda: zb.layer_norm_modulate(X, ROW, ROW, shift_table=ROW), ValueError, r"shift_table must have shape \[D\]"),
-        (lambda: zb.layer_norm_modulate(X, ROW, ROW, scale_table=[1.0]), TypeError, "scale_table must be a Tensor"),
-        (lambda: zb.layer_norm_modulate(X, ROW, ROW, y_dtype=torch.int32), TypeError, "y_dtype must be float32"),
-        (lambda: zb.layer_norm_modulate(X, ROW, ROW, rounding="twice"), ValueError, "rounding must be one of"),
-        (lambda: zb.layer_norm_modulate(X, ROW, ROW, second=ROW), TypeError, "second must be"),
-        (lambda: zb.gate_residual(X, ROW, BRANCH, gate_activation="silu"), ValueError, "gate_activation must be one of"),
-        (lambda: zb.gate_residual(X, None, BRANCH, gate_activation="tanh"), ValueError, "gate_activation must be None"),
-        (lambda: zb.gate_residual(X, ROW, BRANCH, branch_norm="layer"), ValueError, "branch_norm must be one of"),
-        (lambda: zb.gate_residual(X, ROW, BRANCH[:, 1:], out_dtype=BF16), ValueError, "branch must have the shape of"),
-        (lambda: zb.gate_residual(X, ROW, BRANCH, branch_weight=ROW), ValueError, r"branch_weight must have shape \[D\]"),
-        (lambda: zb.residual_norm_modulate(X, BRANCH, norm="batch"), ValueError, "norm must be one of"),
-        (lambda: zb.residual_norm_modulate(X, BRANCH, eps=-1.0), ValueError, "eps must be finite"),
-        (lambda: zb.residual_norm_modulate(X, BRANCH, branch_eps=-1.0), ValueError, "eps must be finite"),
-        (lambda: zb.residual_norm_modulate(X, BRANCH, out_dtype="bf16"), TypeError, "out_dtype must be float32"),
+        (lambda: norm(X, CHOICE, None, index=INDEX + 1), ValueError, r"index must be in \[0, 4\), got 4"),
+        (lambda: norm(X, CHOICE, None, index=INDEX - 1), ValueError, r"index must be in .*, got -1"),
+        (lambda: norm(X, CHOICE, None, index=INDEX.float()), TypeError, "index must be int32 or int64"),
+        (lambda: norm(X, CHOICE, None, index=INDEX[:5]), ValueError, r"index must have shape \[T\]"),
+        (lambda: norm(X, CHOICE, None, index=[0]), TypeError, "index must be a Tensor, got list"),
+        (lambda: norm(X, CHOICE[:, :, 1:], None, index=INDEX), ValueError, "shift must have shape"),
+        (lambda: norm(X, FRAMES[:, :0], None), ValueError, "shift must have shape"),
+        (lambda: norm(X, ROW, ROW, shift_table=ROW), ValueError, r"shift_table must have shape \[D\]"),
+        (lambda: norm(X, ROW, ROW, scale_table=[1.0]), TypeError, "scale_table must be a Tensor"),
+        (lambda: norm(X, ROW, ROW, y_dtype=torch.int32), TypeError, "y_dtype must be float32"),
+        (lambda: norm(X, ROW, ROW, rounding="twice"), ValueError, "rounding must be one of"),
+        (lambda: norm(X, ROW, ROW, second=ROW), TypeError, "second must be"),
+        (lambda: gated(X, ROW, BRANCH, gate_activation="silu"), ValueError, "gate_activation must be one of"),
+        (lambda: gated(X, None, BRANCH, gate_activation="tanh"), ValueError, "gate_activation must be None"),
+        (lambda: gated(X, ROW, BRANCH, branch_norm="layer"), ValueError, "branch_norm must be one of"),
+        (lambda: gated(X, ROW, BRANCH[:, 1:], out_dtype=BF16), ValueError, "branch must have the shape of"),
+        (lambda: gated(X, ROW, BRANCH, branch_weight=ROW), ValueError, r"branch_weight must have shape \[D\]"),
+        (lambda: both(X, BRANCH, norm="batch"), ValueError, "norm must be one of"),
+        (lambda: both(X, BRANCH, eps=-1.0), ValueError, "eps must be finite"),
+        (lambda: both(X, BRANCH, branch_eps=-1.0), ValueError, "eps must be finite"),
+        (lambda: both(X, BRANCH, out_dtype="bf16"), TypeError, "out_dtype must be float32"),
     ],
 )  # fmt: skip
 def test_error_names_argument_and_requirement(call, error, message):
@@ -159,6 +164,21 @@ def test_saved_for_backward():
     assert saved_activation_bytes(forward, exclude=[x, branch, packed, ROW]) <= tokens + 2 * B * 64 * 4
 
 
+def test_norm_before_a_linear_is_computed_again():
+    """Nothing of the size of the tokens is kept."""
+    x, weight = X.detach().requires_grad_(), torch.randn(8, D, requires_grad=True)
+
+    def forward():
+        return zb.layer_norm_modulate_linear(x, CHOICE, CHOICE, weight, index=INDEX)
+
+    assert saved_activation_bytes(forward, exclude=[x, weight, CHOICE]) == 0
+    y = forward()
+    y.sum().backward()
+    expected = zb.layer_norm_modulate(x, CHOICE, CHOICE, index=INDEX)
+    torch.testing.assert_close(y, F.linear(expected, weight))
+    torch.testing.assert_close(weight.grad, torch.ones(8, B * T) @ expected.detach().flatten(0, 1))
+
+
 def test_compiled_and_exported():
     def call(x, branch, rows, frames, table):
         x_new, y = zb.residual_norm_modulate(
@@ -186,8 +206,57 @@ def test_compiled_and_exported():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("trained", ("x", "row"))
+def test_double_backward_beside_frozen_operands(trained):
+    leaves = {"x": X.double().requires_grad_(trained == "x"), "row": ROW.double().requires_grad_(trained == "row")}
+
+    def penalty(function, **options):
+        x, row = leaves["x"], leaves["row"]
+        gate = row if trained == "x" else row.detach()
+        x_new, y = function(x, gate, BRANCH.double(), row, row.detach(), **options)
+        first = torch.autograd.grad(y.square().sum() + x_new.square().sum(), leaves[trained], create_graph=True)
+        return torch.autograd.grad(first[0].square().sum(), leaves[trained])[0]
+
+    def eager(x, gate, branch, shift, scale):
+        x_new = x + gate[:, None] * branch
+        return x_new, F.layer_norm(x_new, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    expected = penalty(eager)
+    torch.testing.assert_close(penalty(zb.gate_residual_layer_norm_modulate), expected)
+    table = torch.zeros(D, dtype=torch.float64)
+    torch.testing.assert_close(penalty(zb.gate_residual_layer_norm_modulate, scale_table=table), expected)
+
+
 def test_vmap():
     rows = torch.randn(3, B, 4, D)
     got = torch.func.vmap(lambda v: zb.layer_norm_modulate(X, v, v, index=INDEX))(rows)
     for y, v in zip(got, rows, strict=True):
         torch.testing.assert_close(y, zb.layer_norm_modulate(X, v, v, index=INDEX))
+
+
+def _wan_block(x, packed, table):
+    """A block whose modulation is scale_shift_table + temb: [D] and [B, T, D] six times, or rows and an index."""
+    rows, index = packed
+    shift, scale, gate, shift2, scale2, gate2 = rows.unbind(2)
+    t = table.unbind(0)
+    h = zb.layer_norm_modulate(x, shift, scale, shift_table=t[0], scale_table=t[1], index=index)
+    modulated = {"shift": shift2, "scale": scale2, "shift_table": t[3], "scale_table": t[4]}
+    x, h = zb.residual_norm_modulate(x, h, gate=gate, gate_table=t[2], index=index, out_dtype=x.dtype, **modulated)
+    return zb.gate_residual(x, gate2, h, gate_table=t[5], index=index, out_dtype=x.dtype)
+
+
+@pytest.mark.skipif(CPU_MISSING is not None, reason=f"the native kernels: {CPU_MISSING}")
+@pytest.mark.parametrize("form", ("tokens", "index"))
+def test_a_block_never_materialises_table_plus_temb(form):
+    """Beyond temb and its one gradient nothing is as large; with rows and an index nothing is of its size at all."""
+    n = 256
+    x, table = torch.randn(2, n, 64, requires_grad=True), torch.randn(6, 64, requires_grad=True)
+    rows = torch.randn(2, n if form == "tokens" else 2, 6, 64, requires_grad=True)
+    packed = (rows, None if form == "tokens" else (torch.arange(n) >= 64).long())
+    temb = 2 * n * 6 * 64 * 4
+    dy = torch.randn(2, n, 64)
+    sizes = allocations(lambda: torch.autograd.grad(_wan_block(x, packed, table), (x, rows, table), dy))
+    large = [size for size in sizes if size >= temb]
+    assert len(large) == (1 if form == "tokens" else 0)
+    if form == "index":
+        assert most(sizes) < 1.5 * temb

@@ -31,7 +31,14 @@ class Forms(NamedTuple):
 
 def settled(op: str, tokens: list[Tensor], rows: Named, index: MaybeTensor) -> Forms:
     """All for one batch; a batch of 1 expands as in eager."""
-    T = tokens[0].shape[1]
+    size = tokens[0].shape
+    B, T, D = size
+    if index is None and (len(tokens) == 1 or tokens[1].shape == size):
+        for v in rows.values():
+            if v is not None and v.shape != (B, D) and v.shape != size and v.shape != (D,):
+                break
+        else:
+            return Forms(tokens, list(rows.values()), None, size)
     at = 3 if index is not None else 2  # dimensions of an operand that has a batch
     batches = [t.shape[0] for t in tokens] + [v.shape[0] for v in rows.values() if v is not None and v.dim() >= at]
     if index is not None:
@@ -89,13 +96,21 @@ def _indexed(op: str, tokens: list[Tensor], rows: list[MaybeTensor], index: Tens
     if not chosen:
         return Forms(tokens, rows, None, tokens[0].shape)
     in_range(op, index, min(v.shape[-2] for v in chosen))
-    index = index.to(torch.int32).expand(B, T)
+    index = index if index.dtype is torch.int32 else index.to(torch.int32)
     if all(v.dim() == 2 or v.shape[0] == 1 for v in chosen):  # of all samples: their gradients are summed in one go
-        one = [t.reshape(1, B * T, D) for t in tokens]
+        one = tokens if B == 1 else [t.reshape(1, B * T, D) for t in tokens]
         forms = [v if v is None or v.dim() == 1 else v.reshape(1, *v.shape[-2:]) for v in rows]
-        return Forms(one, forms, index.reshape(1, B * T).contiguous(), tokens[0].shape)
-    forms = [v if v is None or v.dim() == 1 else v.expand(B, *v.shape[-2:]) for v in rows]
+        return Forms(one, forms, index.expand(B, T).reshape(1, B * T).contiguous(), tokens[0].shape)
+    forms = [
+        v if v is None or v.dim() == 1 or (v.dim() == 3 and v.shape[0] == B) else v.expand(B, *v.shape[-2:])
+        for v in rows
+    ]
+    index = index if index.shape == (B, T) else index.expand(B, T)
     return Forms(tokens, forms, index.contiguous(), tokens[0].shape)
+
+
+def _of_samples(v: Tensor, B: int) -> Tensor:
+    return v if v.dim() == 3 and v.shape[0] == B else v.expand(B, *v.shape[-2:])
 
 
 def in_range(op: str, index: Tensor, rows: int) -> None:

@@ -62,13 +62,12 @@ def gate_residual(
 
 
 def _gate_residual(op: str, residual: Tensor, gated: Gated, index: Tensor | None) -> Tensor:
-    check_gated(op, residual, gated)
-    size = residual.shape
+    mixed, size = check_gated(op, residual, gated), residual.shape
     if len(size) == 3 or len(size) == 0 or size != gated.branch.shape:
-        return residual_norm(op, residual, gated, None, index)[0]
+        return residual_norm(op, residual, gated, None, index, mixed)[0]
     flat = (1, -1 if residual.numel() else 0, size[-1])
     gated = gated._replace(branch=gated.branch.reshape(flat))
-    return residual_norm(op, residual.reshape(flat), gated, None, index)[0].view(size)
+    return residual_norm(op, residual.reshape(flat), gated, None, index, mixed)[0].view(size)
 
 
 def residual_norm_modulate(
@@ -120,11 +119,25 @@ def residual_norm_modulate(
     _checks.choice(op, "rounding", rounding, ("once", "eager"))
     gated = Gated(branch, gate, gate_table, gate_activation, branch_norm, branch_weight, branch_eps, out_dtype)
     modulated = Modulated(NORMS[norm], weight, bias, shift, scale, shift_table, scale_table, eps, y_dtype)
-    check_gated(op, residual, gated, modulated)
+    mixed = check_gated(op, residual, gated, modulated)
+    plain = gate_table is gate_activation is branch_norm is branch_weight is weight is bias is shift_table is None
+    if plain and scale_table is index is out_dtype is y_dtype is None and norm == "layer" and rounding == "once":
+        if _has_one_row_each(residual, branch, gate, shift, scale):
+            _checks.eps_value(op, eps)
+            assert gate is not None and shift is not None and scale is not None
+            return gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
     if rounding == "eager":
         x_new = eager_gated(op, residual, gated, index)
         return x_new, eager_norm(op, x_new, modulated, index)
-    return residual_norm(op, residual, gated, modulated, index)
+    return residual_norm(op, residual, gated, modulated, index, mixed)
+
+
+def _has_one_row_each(residual: Tensor, branch: Tensor, *operands: Tensor | None) -> bool:
+    """Whether all operands are given, for each sample or for each token."""
+    size = residual.shape
+    if len(size) != 3 or branch.shape != size:
+        return False
+    return all(v is not None and (v.shape == (size[0], size[2]) or v.shape == size) for v in operands)
 
 
 def gate_residual_layer_norm_modulate(
@@ -164,8 +177,8 @@ def gate_residual_layer_norm_modulate(
     if with_gate is None or with_norm is None:
         gated = Gated(branch, gate, gate_table)
         modulated = Modulated(NORMS["layer"], None, None, shift, scale, shift_table, scale_table, eps)
-        check_gated(op, residual, gated, modulated)
-        return residual_norm(op, residual, gated, modulated, index)
+        mixed = check_gated(op, residual, gated, modulated)
+        return residual_norm(op, residual, gated, modulated, index, mixed)
     residual, gate, branch = with_gate
     x, shift_rows, scale_rows = with_norm
     _checks.eps_value(op, eps)

@@ -44,14 +44,15 @@ class Modulated(NamedTuple):
     dtype: torch.dtype | None = None  # of y; None: that of x
 
     def tensors(self) -> dict[str, MaybeTensor]:
-        names = ("weight", "bias", "shift", "scale", "shift_table", "scale_table")
-        return {name: getattr(self, name) for name in names}
+        tables = {"shift_table": self.shift_table, "scale_table": self.scale_table}
+        return {"weight": self.weight, "bias": self.bias, "shift": self.shift, "scale": self.scale, **tables}
 
 
 def residual_norm(
-    op: str, residual: Tensor, gated: Gated | None, modulated: Modulated | None, index: MaybeTensor = None
+    op: str, residual: Tensor, gated: Gated | None, modulated: Modulated | None, index: MaybeTensor, mixed: bool
 ) -> tuple[Any, Any]:
-    """(x_new, y); None what there is not. The tensors have been checked to be tensors of a floating dtype."""
+    """(x_new, y); None what there is not. The tensors have been checked to be tensors of a floating dtype; mixed:
+    whether of more than one."""
     name = "x" if gated is None else "residual"
     _checks.tokens(op, name, residual)
     D, tokens, rows = residual.shape[2], [residual], {}
@@ -74,8 +75,12 @@ def residual_norm(
     x_dtype = residual.dtype
     if gated is not None:
         branch, gate = forms.tokens[1], next(taken)
-        x_dtype = gated.dtype or ref.promoted(*(t for t in (residual, branch, gate, gate_table) if t is not None))
-        if any(t is not None and t.dtype == wide for t in (residual, branch, gate, gate_table, gated.weight)):
+        added = (residual, branch, gate, gate_table)
+        if gated.dtype is not None:
+            x_dtype = gated.dtype
+        elif mixed:
+            x_dtype = ref.promoted(*(t for t in added if t is not None))
+        if mixed and any(t is not None and t.dtype == wide for t in (*added, gated.weight)):
             x, branch = x.double(), branch.double()
         rms = gated.norm == "rms"
         branch_part = (branch, gate, gate_table, gated.activation == "tanh", rms, gated.weight, float(gated.eps))
@@ -85,12 +90,13 @@ def residual_norm(
         shift, scale = next(taken), next(taken)
         y_dtype, eps = modulated.dtype or x_dtype, float(modulated.eps)
         norm_part = (modulated.norm, modulated.weight, modulated.bias, shift, shift_table, scale, scale_table)
-        if any(t is not None and t.dtype == wide for t in norm_part[1:]) and (branch is None or x_dtype != wide):
+        if mixed and x_dtype != wide and any(t is not None and t.dtype == wide for t in norm_part[1:]):
             if branch is None:
                 x = x.double()
             else:  # the norm is wider than what it is of
-                x_new, _ = residual_norm(op, residual, gated, None, index)
-                return x_new, residual_norm(op, x_new.double(), None, modulated._replace(dtype=y_dtype), index)[1]
+                x_new, _ = residual_norm(op, residual, gated, None, index, True)
+                modulated = modulated._replace(dtype=y_dtype)
+                return x_new, residual_norm(op, x_new.double(), None, modulated, index, True)[1]
     arguments = (x, *branch_part, *norm_part, forms.index, eps, x_dtype, y_dtype)
     run = definition if zero.transforms_active() else ops.residual_norm_modulate
     x_new, y = run(*arguments)[:2]
@@ -102,10 +108,10 @@ def _view(t: MaybeTensor, size: torch.Size) -> Tensor:
     return t if t.shape == size else t.view(size)
 
 
-def check_gated(op: str, residual: Any, a: Gated, norm: Modulated | None = None) -> None:
-    """That all are tensors of a floating dtype, on one device."""
+def check_gated(op: str, residual: Any, a: Gated, norm: Modulated | None = None) -> bool:
+    """That all are tensors of a floating dtype, on one device. Whether there is more than one dtype."""
     named = {"branch": a.branch, "gate": a.gate, "gate_table": a.table, "branch_weight": a.weight}
-    _checks.floating(op, 2, residual=residual, **named, **({} if norm is None else norm.tensors()))
+    return _checks.floating(op, 2, residual=residual, **named, **({} if norm is None else norm.tensors()))
 
 
 def rows_of(rows: MaybeTensor, table: MaybeTensor) -> tuple[MaybeTensor, MaybeTensor]:

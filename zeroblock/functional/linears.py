@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils.checkpoint import checkpoint
 
 from .. import _checks, ops, zero
 from .. import reference as ref
@@ -33,7 +37,7 @@ def layer_norm_modulate_linear(
         weight: [O, D], of the dtype of bias.
         bias: [O] or None.
         eps: >= 0, added to the variance.
-        shift_table, scale_table, index: as for layer_norm_modulate; the modulated tensor is then kept for backward.
+        shift_table, scale_table, index: as for layer_norm_modulate.
 
     Returns y [B, T, O] in the dtype of weight. Saved for backward: x, mean, rstd.
     Raises TypeError (kind, dtype), ValueError (shape, eps, device).
@@ -51,14 +55,22 @@ def layer_norm_modulate_linear(
     _checks.same_dtype(op, weight=weight, bias=bias)
     if taken is None:
         a = Modulated(NORMS["layer"], None, None, shift, scale, shift_table, scale_table, eps, weight.dtype)
-        _checks.floating(op, 1, x=x, **a.tensors())
-        return F.linear(residual_norm(op, x, None, a, index)[1], weight, bias)
+        mixed = _checks.floating(op, 1, x=x, **a.tensors())
+        return _recomputed(lambda: F.linear(residual_norm(op, x, None, a, index, mixed)[1], weight, bias))
     x, shift, scale = taken
     if mixed and operands.needs_fp64(x, shift, scale):
         x = x.double()
     if zero.transforms_active():
         return ref.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps=eps)
     return ops.layer_norm_modulate_linear(x, shift, scale, weight, bias, eps)[0]
+
+
+def _recomputed(call: Callable[[], Tensor]) -> Tensor:
+    """call() with its intermediate tensor computed again in backward; the linear is not."""
+    if not torch.is_grad_enabled() or is_compiling() or zero.transforms_active():
+        return call()
+    result: Tensor = checkpoint(call, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def linear_gate_residual(
@@ -100,8 +112,7 @@ def linear_gate_residual(
         branch = linear_gate_residual(h, weight, bias, None, None, activation=activation, zero_skip=zero_skip)
         onto = branch.new_zeros(()).expand(branch.shape) if residual is None else residual
         gated = Gated(branch, gate, gate_table)
-        check_gated(op, onto, gated)
-        return residual_norm(op, onto, gated, None, index)[0]
+        return residual_norm(op, onto, gated, None, index, check_gated(op, onto, gated))[0]
     h, gate, residual = operands.around_linear(op, h, weight.shape[0], gate, residual)
     weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)

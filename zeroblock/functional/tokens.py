@@ -74,13 +74,13 @@ def layer_norm_modulate(
 def _modulated(op: str, x: Tensor, a: Modulated, index: Tensor | None, second: Any, rounding: Any) -> Any:
     """What is not the plain form."""
     _checks.choice(op, "rounding", rounding, ("once", "eager"))
-    _checks.floating(op, 1, x=x, **a.tensors())
+    mixed = _checks.floating(op, 1, x=x, **a.tensors())
     if second is not None:
         if not isinstance(second, tuple) or len(second) != 2:
             raise TypeError(f"{op}: second must be (shift, scale), got {type(second).__name__}")
         other = a._replace(shift=second[0], scale=second[1])
         return _modulated(op, x, a, index, None, rounding), _modulated(op, x, other, index, None, rounding)
-    return eager_norm(op, x, a, index) if rounding == "eager" else residual_norm(op, x, None, a, index)[1]
+    return eager_norm(op, x, a, index) if rounding == "eager" else residual_norm(op, x, None, a, index, mixed)[1]
 
 
 def rms_norm_modulate(

@@ -14,7 +14,7 @@ from ..backends.base import MaybeTensor
 from ..backends.select import select
 from . import shapes
 from .gate_residual import gate_residual_bwd
-from .register import Grads, Op, reference_grads
+from .register import Grads, Op, recorded_grads
 
 
 def _x_new_and_statistics(inputs: Sequence[Any], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -118,10 +118,10 @@ def _double_backward(
         def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
             return ref.layer_norm_modulate(x, shift, scale, eps=eps)
 
-        dx, dshift, dscale = reference_grads(norm, (extra[0], shift, scale), (True, True, True), (dy,))
-        assert dx is not None
-        dresidual = dx if dx_new is None else dx + dx_new
-    assert dresidual is not None
+        dx, dshift, dscale = recorded_grads(norm, (extra[0], shift, scale), dy)
+        dresidual = dx if dx_new is None else dx_new if dx is None else dx + dx_new
+    if dresidual is None:  # shift and scale alone have a gradient
+        return None, None, None, dshift, dscale, None
     return dresidual, *reference_backend.gate_residual_bwd(dresidual, gate, branch, True, True), dshift, dscale, None
 
 

@@ -252,6 +252,12 @@ def reference_grads(
     return [next(found) if n and isinstance(t, Tensor) else None for t, n in zip(aliases, needed, strict=True)]
 
 
+def recorded_grads(fn: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor) -> list[MaybeTensor]:
+    """`reference_grads` for the inputs that record one: saved outputs carry the graph of what they were made of."""
+    wanted = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
+    return reference_grads(fn, inputs, wanted, (grad,)) if any(wanted) else [None] * len(inputs)
+
+
 def through(reference: Callable[..., Any]) -> DoubleBackward:
     """The double backward of an op: its gradients through reference(*inputs)."""
 

@@ -5,7 +5,7 @@ x_new alone. The plain forms have ops of their own (`layer_norm_modulate.py`, `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from ..backends.select import select
 from ..reference import compute_dtype
 from ..reference_rows import gated_branch, norm_modulate
 from . import shapes
-from .register import Grads, Op, reference_grads
+from .register import Grads, Op, recorded_grads
 
 NO_NORM, LAYER, RMS = 0, 1, 2
 
@@ -194,10 +194,10 @@ def _double_backward(
     of_branch: list[MaybeTensor] = [None] * 4
     of_norm: list[MaybeTensor] = [None] * 6
     if dy is not None:
-        through, *of_norm = _grads(_norm, (extra[0], *tensors[4:], given), dy)[:7]
+        through, *of_norm = recorded_grads(_norm, (extra[0], *tensors[4:], given), dy)[:7]
         dx = through if dx is None else dx if through is None else dx + through
     if given.branch is not None and dx is not None:
-        of_branch = _grads(_added, (*tensors[:4], given), dx.to(compute_dtype(given.branch)))[:4]
+        of_branch = recorded_grads(_added, (*tensors[:4], given), dx.to(compute_dtype(given.branch)))[:4]
     return _in_place((dx, *of_branch, *of_norm))
 
 
@@ -212,11 +212,6 @@ def _in_place(grads: Sequence[MaybeTensor]) -> list[MaybeTensor]:
     for i, grad in zip((0, *(1 + i for i in _AT)), grads, strict=True):
         results[i] = grad
     return results
-
-
-def _grads(fn: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor) -> list[MaybeTensor]:
-    wanted = [isinstance(t, Tensor) and t.requires_grad for t in inputs]
-    return reference_grads(fn, inputs, wanted, (grad,)) if any(wanted) else [None] * len(inputs)
 
 
 @FORWARD.backward(_double_backward)

@@ -156,7 +156,8 @@ def residual_norm_modulate(
         if rows is None:
             return table
         if index is not None and rows.dim() == 3:
-            rows = rows.expand(len(residual), -1, -1)[torch.arange(len(residual))[:, None], index.long()]
+            samples = torch.arange(len(residual), device=residual.device)[:, None]
+            rows = rows.expand(len(residual), -1, -1)[samples, index.long()]
         elif index is not None and rows.dim() == 2:
             rows = rows[index.long()]
         elif rows.dim() == 3:
