@@ -53,8 +53,8 @@ from ._modulation import (
     strides,
     vector,
 )
-from ._rows import cdiv, row_norm_grad, token_rows
-from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, per_thread_choices, tile
+from ._rows import PER_SAMPLE, cdiv, row_norm_grad, token_rows
+from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, tile
 from .residual_norm_modulate import COMPILED, case_name, example
 from .residual_norm_modulate_sums import Grads, Want, Wants, finish, in_order, needed_sums
 
@@ -119,8 +119,8 @@ def _backward(
     TANH: tl.constexpr,
     RMS: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64) // programs
-    chunk = tl.program_id(0).to(tl.int64) % programs
+    b = (tl.program_id(0) // programs).to(tl.int64)
+    chunk = (tl.program_id(0) % programs).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     sum_dy = tl.zeros([BLOCK_D], tl.float32)
     sum_uxhat = tl.zeros([BLOCK_D], tl.float32)
@@ -152,10 +152,9 @@ def _backward(
             g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
             row_rstd = tl.load(rstd + row)
             xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            if RMS:
-                xhat *= row_rstd[:, None]
-            else:
-                xhat = tl.where(mask, (xhat - tl.load(mean + row)[:, None]) * row_rstd[:, None], 0.0)
+            if not RMS:  # beyond D, g is 0: what xhat is there does not matter
+                xhat -= tl.load(mean + row)[:, None]
+            xhat *= row_rstd[:, None]
             if dshift is not None:
                 tl.store(dshift + at, g, mask=mask)
             if part_dy is not None:
@@ -194,6 +193,8 @@ def _backward(
             if branch_rstd is not None:
                 h_rstd = tl.load(branch_rstd + row)
                 h *= h_rstd[:, None]
+            if GATE != 2 and part_branch is not None:
+                sum_branch += tl.sum(dx * h, 0)
             v = dx
             if gate is not None or gate_table is not None:
                 gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
@@ -212,8 +213,6 @@ def _backward(
                         sum_dgate += tl.sum(product, 0)
                 if part_branch is not None:
                     sum_branch += tl.sum(v * h, 0)
-            elif part_branch is not None:
-                sum_branch += tl.sum(dx * h, 0)
             if dbranch is not None:
                 if branch_weight is not None:
                     v *= vector(branch_weight, d, D)
@@ -238,12 +237,16 @@ def backward_steps(B: int, T: int, rows: int) -> int:
 
 def _holds(sums: dict[str, bool], branch: Branch, dtype: torch.dtype, index: Tensor | None) -> bool:
     """Whether a program has the registers for the gradients of norm and branch at once, so many sums among them
-    (spills: python -m tests.triton.static)."""
-    count, half = sum(sums.values()), dtype != torch.float32
+    (spills: python -m tests.triton.static; of rows longer than MAX_TUNED_D 16 bytes, on sm_120 alone)."""
+    count, half, per_token = sum(sums.values()), dtype != torch.float32, sums["part_dscale"] or sums["part_dgate"]
     if branch.branch.shape[-1] <= MAX_TUNED_D:
-        return count <= (4 if half else 3)
-    per_token = sums["part_dscale"] or sums["part_dgate"]
+        return count <= 4 if half else count <= 3 and not per_token
     return half and count <= 3 and not (branch.rms or per_token or index is not None)
+
+
+def _folded(v: Rows, kind: int) -> Rows:
+    """A row per sample and its table in one, [B, D]: a program then has one of both in registers (long rows)."""
+    return Rows(v.rows.float() + v.table) if v.rows is not None and v.table is not None and kind == PER_SAMPLE else v
 
 
 def backward(
@@ -258,7 +261,6 @@ def backward(
     index: Tensor | None,
     dtype: torch.dtype,
     needed: Sequence[bool],
-    per_thread: int = BACKWARD_PER_THREAD[0],
 ) -> Grads:
     """x is what the norm was of; dtype that of the residual; needed as in Grads. dx_new, dy and x are dense; where no
     gradient reaches y, dy and norm are None; the index as in forward."""
@@ -284,14 +286,13 @@ def backward(
     sums = needed_sums(wants, GATE, SCALE, bias is not None)
     if branch is not None and norm is not None and not _holds(sums, branch, like_x.dtype, index):
         first = [True, *[False] * 4, *needed[5:]]
-        norms = backward(dx_new, dy, x, mean, rstd, None, None, norm, index, torch.float32, first, per_thread)
+        norms = backward(dx_new, dy, x, mean, rstd, None, None, norm, index, torch.float32, first)
         dx = norms.residual
-        branches = backward(dx, None, None, None, None, branch_rstd, branch, None, index, dtype, needed, per_thread)
+        branches = backward(dx, None, None, None, None, branch_rstd, branch, None, index, dtype, needed)
         return Grads(*branches[:5], *norms[5:])
-    if (
-        D > MAX_TUNED_D and branch is not None and norm is not None
-    ):  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
-        per_thread = max(BACKWARD_PER_THREAD)
+    # Long rows: half as many threads, each with twice the registers (spills: python -m tests.triton.static).
+    together = branch is not None and norm is not None
+    per_thread = (max if D > MAX_TUNED_D and together else min)(BACKWARD_PER_THREAD)
     rows, block, warps = tile(D, per_thread)
     if index is not None:
         rows, warps = 1, max(1, block // (32 * per_thread))
@@ -310,7 +311,8 @@ def backward(
     order = bounds = None
     if index is not None and K is not None:
         order, bounds = in_order(index, K)
-    (gate_b, gate_t), (scale_b, scale_t) = strides(gate), strides(scale)
+    read_gate, read_scale = (_folded(v, kind) if D > MAX_TUNED_D else v for v, kind in ((gate, GATE), (scale, SCALE)))
+    (gate_b, gate_t), (scale_b, scale_t) = strides(read_gate), strides(read_scale)
     launch(
         _backward,
         (B * programs,),
@@ -322,13 +324,13 @@ def backward(
         rstd=rstd,
         branch_rstd=branch_rstd,
         branch=None if branch is None else branch.branch,
-        gate=gate.rows,
-        gate_table=gate.table,
+        gate=read_gate.rows,
+        gate_table=read_gate.table,
         branch_weight=branch_weight,
         weight=weight,
         bias=bias,
-        scale=scale.rows,
-        scale_table=scale.table,
+        scale=read_scale.rows,
+        scale_table=read_scale.table,
         index=index,
         order=order,
         dresidual=dresidual,
@@ -362,8 +364,8 @@ def _compile(*case: Any) -> None:
     branch, norm, index = example(*case)
     x = branch.branch
     stat = x.new_empty(x.shape[:2], dtype=torch.float32)
-    for per_thread in per_thread_choices(case[0], BACKWARD_PER_THREAD):
-        backward(x, x, x, stat, stat, stat, branch, norm, index, x.dtype, [True] * len(Grads._fields), per_thread)
+    stats = stat, stat, stat if branch.rms else None
+    backward(x, x, x, *stats, branch, norm, index, x.dtype, [True] * len(Grads._fields))
 
 
 COMPILE_CASES = {case_name("residual_norm_modulate_bwd", *case): partial(_compile, *case) for case in COMPILED}

@@ -156,12 +156,11 @@ def _finish(
     TANH: tl.constexpr,
 ):
     """The gradients of the rows of group (b, k), and what it adds to those that all groups share."""
-    group = tl.program_id(0).to(tl.int64)
-    b = group // K
-    k = group % K
+    b = (tl.program_id(0) // K).to(tl.int64)
+    k = (tl.program_id(0) % K).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = d < D
-    at = group * D + d
+    at = (b * K + k) * D + d
     first = b * slots
     count = slots
     if bounds is not None:

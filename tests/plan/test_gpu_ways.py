@@ -33,6 +33,7 @@ NORMS = (
     "gate_residual_layer_norm_modulate-gate-bd",
 )
 CHANNELS = "channel_rms_norm_silu-film-prime"  # no CUDA kernel
+ROWS = "residual_norm_modulate-index", "residual_norm_modulate-affine-ungated"
 CONVS = (
     "conv_residual-3x3",
     "conv_residual-1x1-no-bias",
@@ -55,9 +56,9 @@ LINEARS = (
 )
 BY_NAME = {str(case): case for case in (*CASES, *POINTS)}
 # way: the cases that it takes; the rest of a case's steps are the library's.
-WAYS: dict[str, tuple[str, ...]] = {"library": (*NORMS, CHANNELS, *CONVS, *LINEARS)}
+WAYS: dict[str, tuple[str, ...]] = {"library": (*NORMS, CHANNELS, *ROWS, *CONVS, *LINEARS)}
 if INTERPRETS:
-    WAYS["triton"] = (*NORMS, CHANNELS)
+    WAYS["triton"] = (*NORMS, CHANNELS, *ROWS)
     WAYS["triton split"] = (NORMS[0], "group_norm_silu-film-prime")  # 143 pixels: a tile is cut
     WAYS["triton folded"] = CONVS[3:]
     # 3x3 only with the smallest tiles: tests/triton/test_gemm_kernels.py has them with all.

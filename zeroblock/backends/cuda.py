@@ -83,6 +83,8 @@ class Cuda(CudaConvs, Reference):
     def why_not(self, op: str, x: Tensor) -> str | None:
         if op.startswith("channel_rms_norm"):
             return "it has no kernel of the norm over channels"
+        if op.startswith("residual_norm"):
+            return "the CUDA kernels have no operands with tables or an index: Triton's have"
         return "the tensor is empty" if x.numel() == 0 and op != "is_zero" else None
 
     # ---- norms --------------------------------------------------------------------------------------------------

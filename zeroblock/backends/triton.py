@@ -40,14 +40,12 @@ PER_THREAD: dict[str, tuple[int, ...]] = {
     "gate_residual_bwd": _gate_residual.PER_THREAD,
     "gate_residual_layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
     "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
-    "residual_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
-    "residual_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
 }
 
 
 def why_not_tile(op: str, x: Tensor) -> str | None:
     """Why a call of a norm or gate has one choice of `per_thread`, else None."""
-    return _layer_norm.why_not_tile(x.shape[-1]) if "norm_modulate" in op else None
+    return _layer_norm.why_not_tile(x.shape[-1]) if "layer_norm" in op else None
 
 
 def _per_token_shift_grad(dy: Tensor, shift: Tensor, dshift: Tensor) -> Tensor:

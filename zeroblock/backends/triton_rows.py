@@ -44,11 +44,11 @@ def _takes(x: MaybeTensor, branch: Branch | None, norm: Norm | None, index: Mayb
 
 class TritonRows(Reference):
     def residual_norm_modulate(
-        self, residual: Tensor, branch: Branch | None, norm: Norm | None, index: MaybeTensor, **tile: int
+        self, residual: Tensor, branch: Branch | None, norm: Norm | None, index: MaybeTensor
     ) -> ResidualNorm:
         if not _takes(residual, branch, norm, index):
             return super().residual_norm_modulate(residual, branch, norm, index)
-        x_new, y, *stats = _forward.forward(residual.contiguous(), *_parts(branch, norm), index, **tile)
+        x_new, y, *stats = _forward.forward(residual.contiguous(), *_parts(branch, norm), index)
         return ResidualNorm(x_new, y, Stats(*stats))
 
     def residual_norm_modulate_bwd(
@@ -62,10 +62,9 @@ class TritonRows(Reference):
         index: MaybeTensor,
         residual_dtype: torch.dtype,
         needed: Needed,
-        **tile: int,
     ) -> ResidualNormGrads:
         if residual_dtype == torch.float64 or not _takes(x, branch, norm, index):
             return super().residual_norm_modulate_bwd(dx_new, dy, x, stats, branch, norm, index, residual_dtype, needed)
         dx_new, dy, x = (None if t is None else t.contiguous() for t in (dx_new, dy, x))
-        grads = _backward.backward(dx_new, dy, x, *stats, *_parts(branch, norm), index, residual_dtype, needed, **tile)
+        grads = _backward.backward(dx_new, dy, x, *stats, *_parts(branch, norm), index, residual_dtype, needed)
         return ResidualNormGrads(*grads)

@@ -170,11 +170,8 @@ def _rows_backward(backend: Backend) -> Callable[..., ResidualNormGrads]:
         index: MaybeTensor,
         residual_dtype: torch.dtype,
         needed: Needed,
-        **tile: int,
     ) -> ResidualNormGrads:
-        return backend.residual_norm_modulate_bwd(
-            dx_new, dy, x, stats, branch, norm, index, residual_dtype, needed, **tile
-        )
+        return backend.residual_norm_modulate_bwd(dx_new, dy, x, stats, branch, norm, index, residual_dtype, needed)
 
     return residual_norm_modulate_bwd
 
