@@ -28,12 +28,14 @@ using ParallelBody = void (*)(void* ctx, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* ctx);
 
 // y = act(((x - mean) * rstd * weight + bias) * (1 + scale) + shift), statistics over one group of one sample.
-// x is [N, C, S] (channels_last == false) or [N, S, C] (true), dense. mean, rstd: [N, G].
+// x is [N, C, S] (channels_last == false) or [N, S, C] (true), dense. mean, rstd: [N, G]. With `frames`, which divide
+// N, the samples are those of videos: x is [N / frames, C, frames, S], not channels_last.
 struct GroupNormSilu {
   DType dtype;
   bool channels_last;
   bool silu;  // false: no activation
   int64_t N, C, G, S;
+  int64_t frames = 1;
   float eps;
   const void* x;
   const float* weight;  // [C] or null (1)

@@ -12,8 +12,9 @@ grid    one read, for groups of up to 40960 16-bit or 20480 fp32 values: `_one_r
         keeps x and dy of its groups in registers. 3ns bytes.
         split, for larger groups: `_sums`, (pixel parts, channel blocks, N), partial sums [N, parts, C]; `_combine`,
         (G, N); `_apply`, (pixel blocks, channel blocks, N), reads x and dy again. 5ns bytes.
-        `_reduce.parameter_gradients` ends both: dweight, dbias, dscale and dshift follow from the two sums and from
-        the operands alone.
+        `_reduce.parameter_gradients` ends both:
+        dweight, dbias, dscale and dshift follow from the two sums and from the operands alone, by one small kernel
+        that adds dweight and dbias over the samples.
 order   tiles of a channel, parts and samples first to last. No atomics.
 zero    flag != 0 (the branch is zero): every gradient is 0, x and dy are not read.
 """

@@ -117,6 +117,14 @@ def of_each_frame(v: Tensor | None, frames: int) -> Tensor | None:
     return v if v is None else v[:, None].expand(-1, frames, -1).flatten(0, 1)
 
 
+def over_frames(grad: Tensor | None, x: Tensor) -> Tensor | None:
+    """The gradient [N, C] of what each of the frames of x has had, from theirs."""
+    if grad is None:
+        return None
+    N, C, T = x.shape[:3]
+    return grad.reshape(N, T, C).sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+
+
 def of_frames(y: Tensor, x: Tensor) -> Tensor:
     """A result for the frames of x as one of x, in its format."""
     y, layout = y.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2), pointwise_format(x)

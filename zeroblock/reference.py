@@ -102,8 +102,16 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: str | None = "silu",
+    per_frame: bool = False,
 ) -> Tensor:
-    """act(group_norm(x) * (1 + scale) + shift); x [N, C, *S], weight/bias [C], scale/shift [N, C]."""
+    """act(group_norm(x) * (1 + scale) + shift); x [N, C, *S], weight/bias [C], scale/shift [N, C]; per_frame: of each
+    frame of [N, C, T, H, W]."""
+    if per_frame:
+        N, T = x.shape[0], x.shape[2]
+        scale, shift = (v if v is None else v[:, None].expand(-1, T, -1).flatten(0, 1) for v in (scale, shift))
+        frames = x.movedim(2, 1).flatten(0, 1)
+        y = group_norm_silu(frames, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
+        return y.unflatten(0, (N, T)).movedim(1, 2)
     mean, rstd = group_moments(x, num_groups, eps)
     per_channel = x.shape[1] // num_groups
     mean, rstd = (channel_view(m.repeat_interleave(per_channel, dim=1), x.dim()) for m in (mean, rstd))

@@ -99,6 +99,12 @@ IMAGE_OPS = {
         _film_norm_inputs,
         {"inference": 2, "training": 5},
     ),
+    "channel_rms_norm_silu": Op(
+        eager_ops.channel_rms_norm_silu,
+        zb.channel_rms_norm_silu,
+        lambda shape, dtype: _norm_inputs(shape, dtype)[:2],
+        {"inference": 2, "training": 5},
+    ),
 }
 TOKEN_OPS = {
     "layer_norm_modulate": Op(

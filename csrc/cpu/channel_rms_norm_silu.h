@@ -15,9 +15,12 @@
 namespace zeroblock {
 namespace {
 
-constexpr int64_t kSummedChannels = 32;            // squares added to one fp32 sum before it is added to the pixel's
-constexpr int64_t kTileBytes = int64_t{192} << 10;  // a dense tile: most of an L2 (measured: benchmarks/run.py)
+constexpr int64_t kSummedChannels = 32;  // squares added to one fp32 sum before it is added to the pixel's
+// A dense tile, in L2: longer runs of a channel are worth more than what of L2 it leaves (measured: python
+// benchmarks/run.py --group memory_bound --filter channel_rms_norm_silu, as is kRunsAhead).
+constexpr int64_t kTileBytes = int64_t{192} << 10;
 constexpr int64_t kMaxPixels = 512, kMinPixels = 16;
+constexpr int64_t kRunsAhead = 4;   // channels: how far ahead a run is prefetched
 constexpr int64_t kKeptRow = 1024;  // channels of four rows of dz in 16 KB
 
 // rstd of four pixels from their sums of squares.
@@ -131,7 +134,6 @@ inline int64_t pixels_of_tile(int64_t C, int64_t bytes) {
 }
 
 // Hardware does not see a run coming: it is in another page than the one before.
-constexpr int64_t kRunsAhead = 4;
 template <class T>
 ZB_INLINE void prefetch_run(const T* run, int64_t pixels) {
   for (int64_t i = 0; i < pixels; i += 64 / static_cast<int64_t>(sizeof(T))) {

@@ -30,7 +30,14 @@ ZB_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 ZB_INLINE int64_t group_norm_grain(int64_t elements) { return larger(1, kGroupNormGrain / larger(1, elements)); }
 
 // With one position per channel both layouts are the same memory, and rows of C fill the vectors better.
-ZB_INLINE bool group_norm_by_rows(const GroupNormSilu& p) { return p.channels_last || p.S == 1; }
+ZB_INLINE bool group_norm_by_rows(const GroupNormSilu& p) { return p.channels_last || (p.S == 1 && p.frames == 1); }
+
+// From a channel of [N, C, S] to the next, and where group g of sample n begins.
+ZB_INLINE int64_t channel_stride(const GroupNormSilu& p) { return p.frames * p.S; }
+ZB_INLINE int64_t start_of_group(const GroupNormSilu& p, int64_t n, int64_t g) {
+  const int64_t video = n / p.frames, frame = n - video * p.frames;
+  return (video * p.C + g * (p.C / p.G)) * channel_stride(p) + frame * p.S;
+}
 
 // Elements of a chunk of rows, 64 KB of fp32, but at least kMinRows of them: the statistics of 12 rows took a quarter
 // of their chunk's time (measured: python benchmarks/run.py --group memory_bound --filter group_norm_silu).
@@ -88,29 +95,35 @@ struct MeanRstd {
   float mean, rstd;
 };
 
+// Of the group of [N, C, S] that begins at x: one run of elements or, of a frame, a run for each channel.
 template <class T>
-ZB_LOOPS MeanRstd group_statistics(const T* x, int64_t n, float eps) {
+ZB_LOOPS MeanRstd group_statistics(const GroupNormSilu& p, const T* x) {
+  const int64_t D = p.C / p.G, runs = p.frames == 1 ? 1 : D, n = D / runs * p.S, stride = channel_stride(p);
   const int64_t first = smaller(kFirstElements, n);
   const TwoSums s =
       sum_block(first, [&](BlockSums& sums, int64_t i, auto lanes) { add_to(sums.first, load(x + i, lanes)); });
   double mean = 0, squares = 0;
   float centre = static_cast<float>(s.first / static_cast<double>(first));
-  for (int64_t begin = 0; begin < n; begin += kGroupNormBlock) {
-    const T* block = x + begin;
-    const int64_t size = smaller(kGroupNormBlock, n - begin);
-    const double count = static_cast<double>(size);
-    const TwoSums d = sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) {
-      const auto d = keep_first(product_unit_minus(load(block + i, lanes), set1(centre)), lanes);
-      add_to(sums.first, d);
-      add_product_to(sums.second, d, d);
-    });
-    const double missed = d.first / count;
-    const double delta = centre + missed - mean, part = count / static_cast<double>(begin + size);
-    mean += delta * part;
-    squares += d.second - d.first * missed + delta * delta * part * static_cast<double>(begin);
-    centre = static_cast<float>(centre + missed);
+  int64_t before = 0;
+  for (int64_t run = 0; run < runs; ++run, x += stride) {
+    for (int64_t begin = 0; begin < n; begin += kGroupNormBlock) {
+      const T* block = x + begin;
+      const int64_t size = smaller(kGroupNormBlock, n - begin);
+      const double count = static_cast<double>(size);
+      const TwoSums d = sum_block(size, [&](BlockSums& sums, int64_t i, auto lanes) {
+        const auto d = keep_first(product_unit_minus(load(block + i, lanes), set1(centre)), lanes);
+        add_to(sums.first, d);
+        add_product_to(sums.second, d, d);
+      });
+      const double missed = d.first / count;
+      const double delta = centre + missed - mean, part = count / static_cast<double>(before + size);
+      mean += delta * part;
+      squares += d.second - d.first * missed + delta * delta * part * static_cast<double>(before);
+      centre = static_cast<float>(centre + missed);
+      before += size;
+    }
   }
-  return {static_cast<float>(mean), rstd_of(squares, static_cast<double>(n), eps)};
+  return {static_cast<float>(mean), rstd_of(squares, static_cast<double>(runs * n), p.eps)};
 }
 
 // weight * (1 + scale) and bias * (1 + scale) + shift of channel c of sample n.
@@ -149,19 +162,19 @@ ZB_LOOPS void apply_channel(const T* x, T* y, int64_t n, float mean, float a, fl
 
 template <bool kSilu, class T>
 void group_norm_silu_fwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
-  const int64_t D = p.C / p.G, size = D * p.S;
-  parallel(run, 0, p.N * p.G, group_norm_grain(size), [&](int64_t begin, int64_t end) {
+  const int64_t D = p.C / p.G, stride = channel_stride(p);
+  parallel(run, 0, p.N * p.G, group_norm_grain(D * p.S), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / p.G, first_channel = item % p.G * D;
-      const T* x = static_cast<const T*>(p.x) + item * size;
-      T* y = static_cast<T*>(p.y) + item * size;
-      const MeanRstd s = group_statistics(x, size, p.eps);
+      const int64_t n = item / p.G, first_channel = item % p.G * D, start = start_of_group(p, n, item % p.G);
+      const T* x = static_cast<const T*>(p.x) + start;
+      T* y = static_cast<T*>(p.y) + start;
+      const MeanRstd s = group_statistics(p, x);
       p.mean[item] = s.mean;
       p.rstd[item] = s.rstd;
       for (int64_t d = 0; d < D; ++d) {
         const int64_t c = first_channel + d;
         const float a = s.rstd * channel_gain(p, n, c), b = channel_offset(p, n, c);
-        apply_channel<kSilu>(x + d * p.S, y + d * p.S, p.S, s.mean, a, b);
+        apply_channel<kSilu>(x + d * stride, y + d * stride, p.S, s.mean, a, b);
       }
     }
   });
@@ -355,11 +368,10 @@ void group_norm_statistics(const GroupNormSilu& p, ParallelFor run) {
       row_statistics(p, run, type);
       return;
     }
-    const int64_t size = p.C / p.G * p.S;
-    parallel(run, 0, p.N * p.G, group_norm_grain(size), [&](int64_t begin, int64_t end) {
+    parallel(run, 0, p.N * p.G, group_norm_grain(p.C / p.G * p.S), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
-        const MeanRstd s =
-            group_statistics(static_cast<decltype(type)>(const_cast<void*>(p.x)) + item * size, size, p.eps);
+        const auto* const x = static_cast<decltype(type)>(const_cast<void*>(p.x));
+        const MeanRstd s = group_statistics(p, x + start_of_group(p, item / p.G, item % p.G));
         p.mean[item] = s.mean;
         p.rstd[item] = s.rstd;
       }

@@ -91,7 +91,8 @@ ZB_LOOPS void tiny_group_gradient(const GroupNormSilu& p, T* type) {
     double g[2], sum_g = 0, sum_g_xhat = 0;
     for (int64_t k = 0; k < size; ++k) {
       const int64_t c = item % p.G * D + k / p.S, s = k % p.S;
-      at[k] = p.channels_last ? (n * p.S + s) * p.C + c : (n * p.C + c) * p.S + s;
+      at[k] = p.channels_last ? (n * p.S + s) * p.C + c
+                              : start_of_group(p, n, item % p.G) + k / p.S * channel_stride(p) + s;
       const float centred = first_lane(load(static_cast<const T*>(p.x) + at[k], 1)) - mean;
       const float gain = channel_gain(p, n, c), z = centred * (rstd * gain) + channel_offset(p, n, c);
       const float slope = kSilu ? first_lane(silu_slope(set1(z), type)) : 1.0f;
@@ -116,21 +117,21 @@ struct ChannelSums {
 
 template <bool kSilu, class T>
 void group_norm_silu_bwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
-  const int64_t D = p.C / p.G, size = D * p.S;
+  const int64_t D = p.C / p.G, size = D * p.S, stride = channel_stride(p);
   const ChannelSums sums(p);
   parallel(run, 0, p.N * p.G, group_norm_grain(size), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / p.G, first_channel = item % p.G * D;
+      const int64_t n = item / p.G, first_channel = item % p.G * D, start = start_of_group(p, n, item % p.G);
       const float mean = p.mean[item], rstd = p.rstd[item];
-      const T* x = static_cast<const T*>(p.x) + item * size;
-      const T* dy = static_cast<const T*>(p.dy) + item * size;
-      T* dx = p.dx ? static_cast<T*>(p.dx) + item * size : nullptr;
+      const T* x = static_cast<const T*>(p.x) + start;
+      const T* dy = static_cast<const T*>(p.dy) + start;
+      T* dx = p.dx ? static_cast<T*>(p.dx) + start : nullptr;
       double m1 = 0, m2 = 0;
       for (int64_t d = 0; d < D; ++d) {
         const int64_t c = first_channel + d;
         const float gain = channel_gain(p, n, c);
-        const TwoSums s = channel_gradient_sums<kSilu>(x + d * p.S, dy + d * p.S, dx ? dx + d * p.S : nullptr, p.S,
-                                                       mean, rstd * gain, channel_offset(p, n, c));
+        const TwoSums s = channel_gradient_sums<kSilu>(x + d * stride, dy + d * stride, dx ? dx + d * stride : nullptr,
+                                                       p.S, mean, rstd * gain, channel_offset(p, n, c));
         sums.dz[n * p.C + c] = static_cast<float>(s.first);
         sums.dz_xhat[n * p.C + c] = static_cast<float>(s.second * rstd);
         m1 += gain * s.first;
@@ -140,7 +141,7 @@ void group_norm_silu_bwd_nchw(const GroupNormSilu& p, ParallelFor run, T*) {
       const float m1_rstd = static_cast<float>(m1 / static_cast<double>(size) * rstd);
       const float m2_rstd2 = static_cast<float>(m2 / static_cast<double>(size) * rstd * rstd);
       for (int64_t d = 0; d < D; ++d) {
-        const int64_t c = first_channel + d, at = d * p.S;
+        const int64_t c = first_channel + d, at = d * stride;
         channel_gradient<kSilu>(x + at, dy + at, dx + at, p.S, mean, rstd * channel_gain(p, n, c), m1_rstd, m2_rstd2);
       }
     }

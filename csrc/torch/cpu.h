@@ -71,8 +71,14 @@ inline Tensor as_gradient(const Tensor& grad, const MaybeTensor& operand) {
 // The parameters of group_norm_silu that forward, backward and statistics share.
 inline GroupNormSilu group_norm_params(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                                        const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, bool silu,
-                                       bool channels_last, std::vector<Tensor>& copies) {
+                                       bool channels_last, std::vector<Tensor>& copies, bool per_frame = false) {
   GroupNormSilu p = image_params<GroupNormSilu>(x, groups, silu, channels_last);
+  if (per_frame) {
+    STD_TORCH_CHECK(x.dim() == 5 && !channels_last, "zeroblock: the frames of a contiguous [N, C, T, H, W]");
+    p.frames = x.size(2) > 0 ? x.size(2) : 1;
+    p.N *= x.size(2);
+    p.S = x.size(3) * x.size(4);
+  }
   p.weight = as_f32(weight, p.C, copies, "weight");
   p.bias = as_f32(bias, p.C, copies, "bias");
   p.scale = as_f32(scale, p.N * p.C, copies, "scale");

@@ -38,9 +38,9 @@ Tensor pixel_statistics(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight, MaybeTensor bias, MaybeTensor scale,
                                                    MaybeTensor shift, int64_t groups, double eps, bool silu,
-                                                   bool channels_last) {
+                                                   bool channels_last, bool per_frame) {
   std::vector<Tensor> copies;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies);
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies, per_frame);
   Tensor y = dense_like(x), mean = f32(x, {p.N, p.G}), rstd = f32(x, {p.N, p.G});
   const Workspace workspace(kernels().group_norm_silu_fwd_workspace(p));
   p.eps = static_cast<float>(eps);
@@ -55,9 +55,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(Tensor x, MaybeTensor weight,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
                                                                        MaybeTensor weight, MaybeTensor bias,
                                                                        MaybeTensor scale, MaybeTensor shift,
-                                                                       int64_t groups, bool silu, bool channels_last) {
+                                                                       int64_t groups, bool silu, bool channels_last,
+                                                                       bool per_frame) {
   std::vector<Tensor> copies;
-  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies);
+  GroupNormSilu p = group_norm_params(x, weight, bias, scale, shift, groups, silu, channels_last, copies, per_frame);
   p.mean = const_cast<float*>(as_f32(mean, p.N * p.G, copies, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.N * p.G, copies, "rstd"));
   const NormGradients grads(p, dy, x, weight, bias, scale, shift);
@@ -127,10 +128,10 @@ Tensor group_norm_affine(Tensor x, Tensor mean, Tensor rstd, MaybeTensor weight,
 STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
   m.def(
       "_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, "
-      "bool silu, bool channels_last) -> (Tensor, Tensor, Tensor)");
+      "bool silu, bool channels_last, bool per_frame=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "_group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
-      "Tensor? scale, Tensor? shift, int groups, bool silu, bool channels_last) "
+      "Tensor? scale, Tensor? shift, int groups, bool silu, bool channels_last, bool per_frame=False) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_channel_rms_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps, "

@@ -56,6 +56,7 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
         "group_norm_silu": [
             (x, 4, v, n(8), 1e-5, u, n(2, 8), True),
             (n(2, 8, 7), 2, None, None, 1e-3, None, None, False),
+            (n(2, 8, 3, 5, 3), 4, v, n(8), 1e-5, u, n(2, 8), True, True),
         ],
         "channel_rms_norm_silu": [
             (x, v, n(8), 1e-12, False, u, n(2, 8), True),
@@ -119,8 +120,8 @@ def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
     """The calls of `op`_bwd that the backward of the op makes after op(*args) gave out."""
     dy = like(*out[0].shape).to(out[0].dtype)
     if op == "group_norm_silu":
-        x, groups, w, b, _, scale, shift, silu = args
-        return [(dy, x, *out[1:], w, b, scale, shift, groups, silu)]
+        x, groups, w, b, _, scale, shift, *rest = args
+        return [(dy, x, *out[1:], w, b, scale, shift, groups, *rest)]
     if op == "channel_rms_norm_silu":
         x, w, b, _, _, scale, shift, silu = args
         return [(dy, x, out[1], w, b, scale, shift, silu)]

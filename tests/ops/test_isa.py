@@ -28,6 +28,7 @@ CSRC = ROOT / "csrc"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 NATIVE = (
     "group_norm_silu",
+    "channel_rms_norm_silu",
     "layer_norm_modulate",
     "rms_norm_modulate",
     "gate_residual",
@@ -94,17 +95,18 @@ def avx2_library(tmp_path_factory):
 @pytest.fixture
 def avx2(avx2_library, monkeypatch):
     """The cpu backend on the AVX2 kernels."""
-    module = importlib.import_module("zeroblock.backends.cpu")
+    modules = [importlib.import_module(f"zeroblock.backends.{name}") for name in ("cpu", "cpu_images")]
     replaced = 0
     of_avx2 = lambda op: getattr(avx2_library, op._opname).default  # noqa: E731
-    for name, op in vars(module).copy().items():
-        if isinstance(op, torch._ops.OpOverload) and op.namespace == "zeroblock":
-            monkeypatch.setattr(module, name, of_avx2(op))
-            replaced += 1
-    backend = module.CPU
+    for module in modules:
+        for name, op in vars(module).copy().items():
+            if isinstance(op, torch._ops.OpOverload) and op.namespace == "zeroblock":
+                monkeypatch.setattr(module, name, of_avx2(op))
+                replaced += 1
+    backend = modules[0].CPU
     monkeypatch.setattr(backend, "winograd", type(backend.winograd)(*map(of_avx2, backend.winograd)))
     monkeypatch.setattr(backend, "residual_if_zero", of_avx2(backend.residual_if_zero))
-    assert replaced >= 11 and select("group_norm_silu", torch.empty(1)) is backend
+    assert replaced >= 13 and select("group_norm_silu", torch.empty(1)) is backend
     assert avx2_library._cpu_isa() == "avx2"
     with use_backend("cpu"):
         yield backend

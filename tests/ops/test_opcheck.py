@@ -126,7 +126,7 @@ _FUSED = (
     "Tensor? keep, float dropout_p, Tensor weight, Tensor? bias, Tensor? residual, int[] padding, int zero_skip"
 )
 SCHEMAS = {
-    "group_norm_silu": f"({_NORM}, bool silu) -> (Tensor, Tensor, Tensor)",
+    "group_norm_silu": f"({_NORM}, bool silu, bool per_frame=False) -> (Tensor, Tensor, Tensor)",
     "channel_rms_norm_silu": "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool eps_inside, Tensor? scale, "
     "Tensor? shift, bool silu) -> (Tensor, Tensor)",
     "layer_norm_modulate": "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "

@@ -8,8 +8,9 @@ import zeroblock as zb
 GROUPS = 4
 
 
-def test_frames_of_channels_last_are_not_copied(backend, device):
-    x = torch.randn(2, 8, 3, 4, 5, device=device).to(memory_format=torch.channels_last_3d).requires_grad_()
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last_3d), ids=str)
+def test_what_is_saved_is_x(backend, device, layout):
+    x = torch.randn(2, 8, 3, 4, 5, device=device).to(memory_format=layout).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         zb.group_norm_silu(x, GROUPS, per_frame=True)
@@ -17,14 +18,19 @@ def test_frames_of_channels_last_are_not_copied(backend, device):
     assert large and all(t.data_ptr() == x.data_ptr() for t in large)
 
 
-def test_a_frame_is_what_an_image_is(backend, device):
-    x = torch.randn(2, 8, 3, 4, 5, device=device)
+@pytest.mark.parametrize("size", ((2, 8, 3, 4, 5), (2, 4, 3, 1, 2), (1, 8, 2, 1, 1)), ids=str)
+def test_a_frame_is_what_an_image_is(backend, device, size):
+    """Groups of two elements too, and frames of one pixel."""
+    x, dy = torch.randn(size, device=device), torch.randn(size, device=device)
     for layout in (torch.contiguous_format, torch.channels_last_3d):
-        y = zb.group_norm_silu(x.to(memory_format=layout), GROUPS, per_frame=True)
-        for t in range(3):
-            last = layout is torch.channels_last_3d
-            image = x[:, :, t].contiguous(memory_format=torch.channels_last if last else layout)
-            assert torch.equal(y[:, :, t], zb.group_norm_silu(image, GROUPS))
+        video = x.to(memory_format=layout).requires_grad_()
+        y = zb.group_norm_silu(video, GROUPS, per_frame=True)
+        (dx,) = torch.autograd.grad(y, video, dy)
+        for t in range(size[2]):
+            image = x[:, :, t].contiguous().requires_grad_()
+            expected = zb.group_norm_silu(image, GROUPS)
+            torch.testing.assert_close(y[:, :, t], expected)
+            torch.testing.assert_close(dx[:, :, t], torch.autograd.grad(expected, image, dy[:, :, t])[0])
 
 
 def test_compiles_whole():

@@ -2,8 +2,7 @@
 
 `reference`, `eager`, `cpu`, `triton`, `cuda` and `gpu` are its subclasses. An op asks `select` for a call's backend and
 calls one method. A result that does not apply is None.
-`flag`, where a method takes it, is an int32 tensor [1] on the device of the op: while it is not 0 the kernel leaves
-early, and its result is not used. Backends whose kernels cannot read it ignore it.
+`flag`, an int32 [1] on the op's device: kernels that can read it leave early while it is not 0; no one uses the result.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..plan.planned import Explanation, PlannedOp
 
 MaybeTensor = Tensor | None
+NormGrads = tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]  # of x and four operands
 Step = tuple[PlannedOp[..., Any], tuple[Any, ...]]  # and the arguments it is called with
 ConvGrads = tuple[MaybeTensor, MaybeTensor, MaybeTensor]  # of (h, weight, bias), each where a mask asks for it
 
@@ -52,6 +52,8 @@ class Backend:
     missing: str | None = None  # why it cannot run anything here
     winograd: WinogradKernels | None = None
     uses_packed_linears: bool = False  # whether `linear` computes with the copies that freeze keeps (steps/packed.py)
+    group_norm_silu_frames: Callable[..., tuple[Tensor, Tensor, Tensor]]  # of [N, C, T, H, W]; mean and rstd [N * T, G]
+    group_norm_silu_frames_bwd: Callable[..., NormGrads]
     residual_if_zero: Callable[..., Tensor | None] | None = None  # test and sum in one pass (`blocks/one_pass.py`)
 
     def why_not(self, op: str, x: Tensor) -> str | None:
@@ -68,7 +70,7 @@ class Backend:
         """Why no flag on the device stops the convolution or linear of an op; None where one does."""
         raise NotImplementedError
 
-    # ---- norms --------------------------------------------------------------------------------------------------
+    # ---- norms and gates ----------------------------------------------------------------------------------------
 
     def group_norm_silu(
         self,
@@ -98,7 +100,7 @@ class Backend:
         num_groups: int,
         silu: bool,
         flag: MaybeTensor = None,
-    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+    ) -> NormGrads:
         """The gradients of (x, weight, bias, scale, shift)."""
         raise NotImplementedError
 
@@ -126,7 +128,7 @@ class Backend:
         scale: MaybeTensor,
         shift: MaybeTensor,
         silu: bool,
-    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+    ) -> NormGrads:
         """The gradients of (x, weight, bias, scale, shift)."""
         raise NotImplementedError
 
@@ -154,11 +156,9 @@ class Backend:
         weight: MaybeTensor,
         bias: MaybeTensor,
         rms: bool,
-    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+    ) -> NormGrads:
         """The gradients of (x, shift, scale, weight, bias)."""
         raise NotImplementedError
-
-    # ---- gates --------------------------------------------------------------------------------------------------
 
     def gate_residual(self, residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         """residual + gate * branch."""

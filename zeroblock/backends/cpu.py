@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from .._layout import (
-    as_layout,
-    as_norm_input,
     dense_rows,
     dense_view,
     gate_gradient,
@@ -28,15 +26,11 @@ from ..plan.planned import Explanation
 from ..reference import promoted
 from ..steps.linear import LINEAR, LinearCall
 from .base import MaybeTensor, Step, WinogradKernels
+from .cpu_images import CpuImages, to_dtype
 from .dense import with_dtype
-from .reference import Reference
 
 _native = getattr(torch.ops, NAMESPACE)
 # Bound once: looking an overload up costs as much as a small kernel (benchmarks/overhead.py).
-_group_norm_silu = _native._group_norm_silu.default
-_group_norm_silu_bwd = _native._group_norm_silu_bwd.default
-_channel_rms_norm_silu = _native._channel_rms_norm_silu.default
-_channel_rms_norm_silu_bwd = _native._channel_rms_norm_silu_bwd.default
 _layer_norm_modulate = _native._layer_norm_modulate.default
 _layer_norm_modulate_bwd = _native._layer_norm_modulate_bwd.default
 _gate_residual = _native._gate_residual.default
@@ -52,21 +46,17 @@ _is_zero = _native._is_zero.default
 _ACTIVATION_IDS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
 
-def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype is dtype else t.to(dtype)
-
-
 def _operand(v: MaybeTensor, x: Tensor) -> MaybeTensor:
     """A per-token operand with dense rows, in the dtype of x or in fp32, which holds every other one; per-sample ones
     are converted by the binding."""
     if v is None or v.dim() != 3:
         return v
-    return dense_rows(v if v.dtype is x.dtype else _to(v, torch.float32))
+    return dense_rows(v if v.dtype is x.dtype else to_dtype(v, torch.float32))
 
 
 def _gate(gate: Tensor, x: Tensor) -> Tensor:
     """A per-token gate with dense rows, in the dtype of x: x has come to the one that holds both."""
-    rows = dense_rows(_to(gate, x.dtype)) if gate.dim() == 3 else gate
+    rows = dense_rows(to_dtype(gate, x.dtype)) if gate.dim() == 3 else gate
     assert rows is not None
     return rows
 
@@ -76,7 +66,7 @@ def _gate_row(gate: Tensor, x: Tensor) -> Tensor:
     return gate.expand(x.shape[-1]).contiguous() if gate.dim() == 1 else _gate(gate, x)
 
 
-class Cpu(Reference):
+class Cpu(CpuImages):
     """An op without a kernel here runs the reference's."""
 
     name = "cpu"
@@ -99,68 +89,6 @@ class Cpu(Reference):
             h = with_dtype(arguments["h" if op == "linear_gate_residual" else "x"], weight.dtype)
             yield LINEAR, (LinearCall(self, h, weight, arguments["bias"], None),)
         yield from super().steps(op, arguments, training)
-
-    def group_norm_silu(
-        self,
-        x: Tensor,
-        num_groups: int,
-        weight: MaybeTensor,
-        bias: MaybeTensor,
-        eps: float,
-        scale: MaybeTensor,
-        shift: MaybeTensor,
-        silu: bool,
-        flag: MaybeTensor = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, last = as_norm_input(x)
-        return _group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, last)
-
-    def group_norm_silu_bwd(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        weight: MaybeTensor,
-        bias: MaybeTensor,
-        scale: MaybeTensor,
-        shift: MaybeTensor,
-        num_groups: int,
-        silu: bool,
-        flag: MaybeTensor = None,
-    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-        layout = pointwise_format(x)
-        x, dy, last = as_layout(x, layout), as_layout(_to(dy, x.dtype), layout), layout is not None
-        return _group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, last)
-
-    def channel_rms_norm_silu(
-        self,
-        x: Tensor,
-        weight: MaybeTensor,
-        bias: MaybeTensor,
-        eps: float,
-        eps_inside: bool,
-        scale: MaybeTensor,
-        shift: MaybeTensor,
-        silu: bool,
-    ) -> tuple[Tensor, Tensor]:
-        x, last = as_norm_input(x)
-        return _channel_rms_norm_silu(x, weight, bias, scale, shift, eps, eps_inside, silu, last)
-
-    def channel_rms_norm_silu_bwd(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        rstd: Tensor,
-        weight: MaybeTensor,
-        bias: MaybeTensor,
-        scale: MaybeTensor,
-        shift: MaybeTensor,
-        silu: bool,
-    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-        layout = pointwise_format(x)
-        x, dy, last = as_layout(x, layout), as_layout(_to(dy, x.dtype), layout), layout is not None
-        return _channel_rms_norm_silu_bwd(dy, x, rstd, weight, bias, scale, shift, silu, last)
 
     def layer_norm_modulate(
         self,
@@ -188,7 +116,7 @@ class Cpu(Reference):
         bias: MaybeTensor,
         rms: bool,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
-        x, dy = x.contiguous(), _to(dy, x.dtype).contiguous()
+        x, dy = x.contiguous(), to_dtype(dy, x.dtype).contiguous()
         row_shift = shift if shift is None or shift.dim() == 2 else None
         grads = _layer_norm_modulate_bwd(dy, x, mean, rstd, row_shift, _operand(scale, x), weight, bias, rms)
         if row_shift is shift and (scale is None or grads[2].dtype is scale.dtype):

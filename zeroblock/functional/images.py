@@ -11,7 +11,6 @@ from torch import Tensor
 from .. import _checks, ops, zero
 from .. import reference as ref
 from .._autocast import autocast
-from .._layout import as_frames, of_each_frame, of_frames
 from .operands import needs_fp64
 
 Padding = int | Sequence[int | Sequence[int]]
@@ -39,10 +38,10 @@ def group_norm_silu(
         eps: >= 0, added to the variance.
         scale, shift: [N, C] (FiLM), any strides and floating dtype, or None.
         activation: "silu" or None.
-        per_frame: statistics of each frame of [N, C, T, H, W], over H and W: a view of a channels-last x; a contiguous
-            one is copied, and the result copied back.
+        per_frame: statistics of each frame of [N, C, T, H, W], over H and W. On a GPU a contiguous x and its result
+            are copied, a channels-last one is not.
 
-    Returns y like x. Saved for backward: x (or that copy), mean, rstd.
+    Returns y like x. Saved for backward: x, mean, rstd.
     Raises TypeError (kind, dtype), ValueError (shape, eps, group count, activation, device).
     Source: Wu & He 2018; FiLM as in openai/guided-diffusion `ResBlock`.
 
@@ -55,18 +54,16 @@ def group_norm_silu(
     _checks.choice(op, "activation", activation, ("silu", None))
     if per_frame:
         _checks.video(op, x)
-        frames, T = as_frames(x), x.shape[2]
-        scale, shift = of_each_frame(scale, T), of_each_frame(shift, T)
-        y = group_norm_silu(frames, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-        return of_frames(y, x)
     if mixed and needs_fp64(x, weight, bias, scale, shift):
-        wide = group_norm_silu(
-            x.double(), num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation
-        )
-        return wide.to(x.dtype)
+        wide = x.double()
+        return group_norm_silu(
+            wide, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation, per_frame=per_frame
+        ).to(x.dtype)
     if zero.transforms_active():
-        return ref.group_norm_silu(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
-    return ops.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu")[0]
+        return ref.group_norm_silu(
+            x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation, per_frame=per_frame
+        )
+    return ops.group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation == "silu", per_frame)[0]
 
 
 def channel_rms_norm_silu(

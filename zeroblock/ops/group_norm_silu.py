@@ -1,4 +1,4 @@
-"""group_norm_silu: act(group_norm(x) * (1 + scale) + shift)."""
+"""group_norm_silu: act(group_norm(x) * (1 + scale) + shift); per_frame: statistics of each frame of [N, C, T, H, W]."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .register import Grads, Op, through
 
 FORWARD = Op(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift, "
-    "bool silu) -> (Tensor, Tensor, Tensor)"
+    "bool silu, bool per_frame=False) -> (Tensor, Tensor, Tensor)"
 )
 BACKWARD = Op(
     "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? scale, "
-    "Tensor? shift, int num_groups, bool silu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? shift, int num_groups, bool silu, bool per_frame=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     device_arg=1,
 )
 
@@ -35,13 +35,16 @@ def group_norm_silu(
     scale: MaybeTensor,
     shift: MaybeTensor,
     silu: bool,
+    per_frame: bool = False,
     *,
     direct: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd)"""
+    """(y, mean, rstd), the statistics [N, G] or, per frame, [N * T, G]"""
     if not direct and (route := FORWARD.route(x, weight, bias, scale, shift)):
-        return route(x, num_groups, weight, bias, eps, scale, shift, silu)
-    return select("group_norm_silu", x).group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, silu)
+        return route(x, num_groups, weight, bias, eps, scale, shift, silu, per_frame)
+    backend = select("group_norm_silu", x)
+    run = backend.group_norm_silu_frames if per_frame else backend.group_norm_silu
+    return run(x, num_groups, weight, bias, eps, scale, shift, silu)
 
 
 @FORWARD.fake
@@ -54,8 +57,9 @@ def _fake(
     scale: MaybeTensor,
     shift: MaybeTensor,
     silu: bool,
+    per_frame: bool = False,
 ) -> tuple[Tensor, ...]:
-    N = x.shape[0]
+    N = x.shape[0] * x.shape[2] if per_frame else x.shape[0]
     return empty_like_dense(x), shapes.statistics(x, N, num_groups), shapes.statistics(x, N, num_groups)
 
 
@@ -71,14 +75,16 @@ def group_norm_silu_bwd(
     shift: MaybeTensor,
     num_groups: int,
     silu: bool,
+    per_frame: bool = False,
     *,
     direct: bool = False,
 ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
     """The gradients of (x, weight, bias, scale, shift)."""
     if not direct and (route := BACKWARD.route(dy, x, mean, rstd, weight, bias, scale, shift)):
-        return route(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
+        return route(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, per_frame)
     backend = select("group_norm_silu_bwd", x)
-    return backend.group_norm_silu_bwd(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
+    run = backend.group_norm_silu_frames_bwd if per_frame else backend.group_norm_silu_bwd
+    return run(dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu)
 
 
 @BACKWARD.fake
@@ -93,6 +99,7 @@ def _fake_bwd(
     shift: MaybeTensor,
     num_groups: int,
     silu: bool,
+    per_frame: bool = False,
 ) -> tuple[Tensor, ...]:
     return empty_like_dense(x), *shapes.small_grads(weight, bias, scale, shift, like=x)
 
@@ -106,15 +113,18 @@ def _reference(
     scale: MaybeTensor,
     shift: MaybeTensor,
     silu: bool,
+    per_frame: bool = False,
 ) -> Tensor:
     activation = "silu" if silu else None
-    return ref.group_norm_silu(x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation)
+    return ref.group_norm_silu(
+        x, num_groups, weight, bias, eps, scale=scale, shift=shift, activation=activation, per_frame=per_frame
+    )
 
 
 @FORWARD.backward(through(_reference))
 def _backward(inputs: Sequence[Any], needed: Sequence[bool], dy: Tensor, mean: Tensor, rstd: Tensor) -> Grads:
-    x, num_groups, weight, bias, _, scale, shift, silu = inputs
+    x, num_groups, weight, bias, _, scale, shift, silu, per_frame = inputs
     dx, dweight, dbias, dscale, dshift = group_norm_silu_bwd(
-        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu
+        dy, x, mean, rstd, weight, bias, scale, shift, num_groups, silu, per_frame
     )
-    return dx, None, dweight, dbias, None, dscale, dshift, None
+    return dx, None, dweight, dbias, None, dscale, dshift, None, None

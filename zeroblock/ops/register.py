@@ -214,6 +214,9 @@ class _Autograd:
         residual_dtype = None if residual is None else inputs[residual]
         extra = saved[len(self.saved_at) :]
         needed = list(ctx.needs_input_grad[:count])
+        given = len(needed)
+        if given < count:  # a call through the dispatcher that left arguments to their defaults
+            needed += [False] * (count - given)
         if torch.is_grad_enabled():
             if residual is not None:
                 inputs[residual] = None  # its gradient is dy: what is recomputed goes without it
@@ -224,7 +227,7 @@ class _Autograd:
         if residual is not None and needed[residual] and results[residual] is None and grads[0] is not None:
             results[residual] = grads[0].to(residual_dtype)
         # Through the dispatcher what is absent comes back as an empty tensor.
-        return tuple([r if n else None for r, n in zip(results, needed, strict=True)])
+        return tuple([r if n else None for r, n in zip(results, needed, strict=True)][:given])
 
 
 # ---- gradients through the reference --------------------------------------------------------------------------------
