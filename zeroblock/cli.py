@@ -139,13 +139,17 @@ def _write(path: str, text: str) -> None:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Exit status 1 if the accelerated model gives other results. Raises CommandError where the model cannot be run."""
-    from .tools.bench import bench
+    from .tools.bench import bench, draw
 
     model, batch, loss = build(options)
     try:
-        comparison = bench(model, batch, loss or random_target_loss, options.seconds)
-    except (ValueError, TypeError, RuntimeError) as error:
+        comparison = bench(model, batch, loss or random_target_loss, options.seconds, not options.no_compile)
+        if options.picture:
+            draw(comparison, options.picture)
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raise CommandError(str(error)) from error
+    if options.json:
+        _write(options.json, comparison.to_json())
     print(comparison)
     return 0 if comparison.equal else 1
 
@@ -234,11 +238,15 @@ def parser() -> argparse.ArgumentParser:
     command = model_command(
         "bench",
         run_bench,
-        "your own model before and after zeroblock.accelerate",
-        "Times a model and an accelerated copy of it in interleaved pairs, counts the bytes saved for backward, and "
-        "compares loss and gradients. Exit status 1 if they differ.",
+        "your own model in eager mode, compiled, accelerated, both, and frozen: which to use",
+        "Times a model and an accelerated copy of it in turns, each as it is and under torch.compile, for inference "
+        "also frozen; counts the bytes saved for backward and the most that a training step allocates; compares loss "
+        "and gradients, and says which to use. Exit status 1 if they differ.",
     )
     command.add_argument("--seconds", type=positive(float), default=5.0, help="for inference and for training each")
+    command.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
+    command.add_argument("--json", metavar="FILE", help="write everything measured as JSON")
+    command.add_argument("--picture", metavar="FILE", help="draw it, by the ending as PNG, SVG or PDF")
 
     command = commands.add_parser("info", help="what is built and why not", description="What is built and why not.")
     command.add_argument("family", nargs="?", help="a family of blocks that accelerate knows, or all")

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ COMPILED = {
 }
 # Of --baselines: the keys of COMPILED that are tried beside eager.
 BASELINES: dict[str, tuple[str, ...]] = {"eager": (), "default": ("compile",), "all": tuple(COMPILED)}
+COMPILED_TOO = ("models", "whole")  # groups in which zeroblock is timed under torch.compile as well
 BOTH_LAYOUTS = ("dense", "frozen")  # groups in which --baselines all tries images in both memory formats
 AGREEMENT = {"fp32": 1e-4, HIGH: 1e-4, "bf16": 5e-2}  # of all results together; a guard, not a test
 
@@ -25,7 +26,7 @@ AGREEMENT = {"fp32": 1e-4, HIGH: 1e-4, "bf16": 5e-2}  # of all results together;
 class Candidate:
     """One of the ways that are timed in turns."""
 
-    name: str  # "eager", a key of COMPILED, "zeroblock" or "floor"
+    name: str  # "eager", a key of COMPILED, "zeroblock", "zeroblock_compile" or "floor"
     step: Callable[[], object]
     other_layout: bool = False  # a baseline with images and weights in the other memory format
 
@@ -36,7 +37,7 @@ class Candidate:
 
     @property
     def is_baseline(self) -> bool:
-        return self.name not in ("zeroblock", "floor")
+        return self.name not in ("zeroblock", "zeroblock_compile", "floor")
 
 
 @contextlib.contextmanager
@@ -95,6 +96,9 @@ def candidates(case: Case, work: Work, baselines: tuple[str, ...], limit: float)
     if case.same_work:
         check_agreement(case, work.eager.step(case.mode), own.step)
         found = [own, *baseline_candidates(case, work.eager, baselines, limit)]
+        if case.group in COMPILED_TOO and any(candidate.name == "compile" for candidate in found):
+            both = compiled_candidates(case, work.own, ("compile",), limit)
+            found += [replace(candidate, name="zeroblock_compile") for candidate in both]
     else:
         found = [own, Candidate("eager", work.eager.step(case.mode))]
     if work.floor is not None:

@@ -25,6 +25,7 @@ def time_columns(timing: Timing, candidates: list[Candidate]) -> dict:
     best = timing.fastest([c.label for c in baselines if c.name in ("eager", "compile") and not c.other_layout])
     best_of_all = timing.fastest([c.label for c in baselines])
     ratio, ratio_all = timing.ratio(best, "zeroblock"), timing.ratio(best_of_all, "zeroblock")
+    both = timing.ratio("compile", "zeroblock_compile") if "zeroblock_compile" in medians else None
     return {
         "unit": "us",
         **medians,
@@ -38,6 +39,8 @@ def time_columns(timing: Timing, candidates: list[Candidate]) -> dict:
         "best_all": best_of_all,
         "ratio_all": ratio_all.median,
         "lo_all": ratio_all.lo,
+        "ratio_compile": NAN if both is None else both.median,
+        "lo_compile": NAN if both is None else both.lo,
         "floor_percent": 100 / timing.ratio("zeroblock", "floor").median if "floor" in medians else NAN,
         "rounds": ratio.rounds,
         "dropped": timing.dropped(best, "zeroblock"),
@@ -56,11 +59,13 @@ def line(row: dict) -> str:
     """What is printed of a row while the others are measured."""
     if row["unit"] == "bytes":
         return f"eager {row['eager']:.0f}  zeroblock {row['zeroblock']:.0f} bytes   {1 / row['ratio']:.3f} of eager"
-    names = ("eager", *COMPILED, "other_layout", "zeroblock", "floor")
+    names = ("eager", *COMPILED, "other_layout", "zeroblock", "zeroblock_compile", "floor")
     times = "  ".join(f"{name} {row[name]:.4g}" for name in names if not math.isnan(row[name]))
     text = f"{times} us   {row['ratio']:.2f}x [{row['lo']:.2f}, {row['hi']:.2f}] vs {row['best']}"
     if row["best_all"] != row["best"]:
         text += f"   {row['ratio_all']:.2f}x [{row['lo_all']:.2f}] vs {row['best_all']}"
+    if not math.isnan(row["ratio_compile"]):
+        text += f"   both compiled {row['ratio_compile']:.2f}x [{row['lo_compile']:.2f}]"
     if not math.isnan(row["floor_percent"]):
         text += f"   {row['floor_percent']:.0f} % of floor"
     return text

@@ -25,9 +25,10 @@ COLUMNS = (
     "group", "case", "op", "shape", "layout", "dtype", "mode", "threads", "allocator", "unit",
     "eager", "compile", "max_autotune", "freezing", "max_autotune_freezing",  # medians, in `unit`
     "other_layout",  # the fastest of these with images and weights in the other layout
-    "zeroblock", "floor",
+    "zeroblock", "zeroblock_compile", "floor",
     "best", "ratio", "lo", "hi", "p20", "p80",  # zeroblock against the better of eager and compile
     "best_all", "ratio_all", "lo_all",  # against the best of all baselines
+    "ratio_compile", "lo_compile",  # zeroblock under torch.compile against torch.compile alone
     "floor_percent",  # 100 * floor / zeroblock: the percentage of the copy bandwidth that is reached
     "rounds", "dropped",
     "machine", "torch", "zeroblock_version", "backend", "commit", "date",

@@ -161,10 +161,10 @@ def fork(**changes):
 @pytest.fixture
 def registry():
     """Families as they were before the test."""
-    before, added = dict(zb.convert.FAMILIES), set(zb.convert._added)
+    before, added = dict(zb.convert.known()), set(zb.convert._added)
     yield
-    zb.convert.FAMILIES.clear()
-    zb.convert.FAMILIES.update(before)
+    zb.convert.known().clear()
+    zb.convert.known().update(before)
     zb.convert._added.clear()
     zb.convert._added.update(added)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock import testing
-from zeroblock.convert.family import FAMILIES
+from zeroblock.convert.families import known
 
 from .model_cases import Case, accelerated, infer, normal, outputs, prepared, three_tests
 from .test_diffusers_models import CONDITIONED, MODELS, UNET, Controlled, conditions, diffusers, flux_inputs
@@ -270,7 +270,7 @@ def test_controlnet_with_another_forward_is_left_alone():
 
 
 def test_a_controlnet_that_returns_something_else_is_not_skipped(monkeypatch):
-    family = FAMILIES["ControlNetModel"]
+    family = known()["ControlNetModel"]
     original = family._results
     monkeypatch.setattr(family, "_results", lambda *args: [t + 1e-6 for t in original(*args)])
     model, inputs = _control("zero")

@@ -8,8 +8,7 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock.convert import proof as _proof
-from zeroblock.convert.families import diffusers_adaln
-from zeroblock.convert.family import FAMILIES
+from zeroblock.convert.families import diffusers_adaln, known
 
 from .model_cases import Case, check, evaluate, normal, rows, three_tests
 
@@ -221,6 +220,6 @@ def test_one_wrong_gradient_is_found(monkeypatch):
 
 def test_the_proof_of_a_model_copies_one_block():
     model = diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=5, sample_size=4, num_embeds_ada_norm=10)
-    family = FAMILIES["DiTTransformer2DModel"]()
+    family = known()["DiTTransformer2DModel"]()
     assert len(family.proof_target(model).transformer_blocks) == 1 and len(model.transformer_blocks) == 5
     assert len(zb.accelerate(model).branches) == 11

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zeroblock as zb
-from zeroblock.convert.family import FAMILIES
+from zeroblock.convert.families import known
 from zeroblock.testing import eager
 
 from . import oracles_tokens
@@ -95,7 +95,7 @@ TAKEN = {
 def test_optional_arguments_of_the_known_blocks_are_proved(name):
     torch.manual_seed(0)
     block = BLOCKS[name]()
-    family = FAMILIES[name]()
+    family = known()[name]()
     verdict = zb.convert.proof.verdict(block, family)
     assert set(family.options(block)) == TAKEN[name] <= verdict.options
 

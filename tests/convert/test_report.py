@@ -22,12 +22,26 @@ def test_report_says_what_is_zero_now():
         ("blocks.1.out_layers.3", "ResBlock", False),
     ]
     header, _, titles, first, second = str(report).splitlines()
-    assert header.startswith("zeroblock: 2 blocks accelerated, 2 residual branches, 1 zero now, 0 blocks left alone")
+    assert header == (
+        "zeroblock: 2 blocks accelerated, 2 residual branches fused, 0 only skipped while zero, 1 zero now, "
+        "0 blocks left alone"
+    )
     assert titles.split() == ["branch", "family", "zero", "now", "backend"]
     assert first.split()[:3] == ["blocks.0.out_layers.3", "ResBlock", "yes"] and second.split()[2] == "no"
     reset_counters()
     net(*example())
     assert report.counters() == {"ResBlock": (1, 1)}
+
+
+def test_what_is_only_skipped_stands_apart():
+    conv = nn.Conv2d(8, 8, 1)
+    nn.init.zeros_(conv.weight)
+    report = zb.accelerate(nn.Sequential(Net(), conv))
+    lines = str(report).splitlines()
+    assert ", 2 residual branches fused, 1 only skipped while zero, 3 zero now, " in lines[0]
+    at = next(i for i, line in enumerate(lines) if line.startswith("only skipped "))
+    assert lines[at + 1].split() == ["1", "ZeroLayer", "yes"]
+    assert [b.fused for b in report.branches if b.family == "ZeroLayer"] == [False]
 
 
 def test_backend_of_the_forward():
@@ -96,7 +110,7 @@ def is_zero(block):
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(name, monkeypatch):
     """By the comparison with the untouched copy, where the proof is switched off."""
-    family = zb.convert.family.FAMILIES["ResBlock"]
+    family = zb.convert.known()["ResBlock"]
     monkeypatch.setattr(family, "forward", PLANTED[name](family.forward))
     monkeypatch.setattr(zb.convert.proof, "verdict", lambda *_: zb.convert.proof.Verdict(None))
     monkeypatch.setattr(zb.convert.family, "_classes", {})

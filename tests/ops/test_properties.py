@@ -116,11 +116,7 @@ def test_every_op_is_drawn():
     assert set(CALLS) == set(OPS)
 
 
-@pytest.mark.skipif(CPU_MISSING is not None, reason=f"the cpu backend cannot run: {CPU_MISSING}")
-@pytest.mark.parametrize("op", OPS)
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_any_shape_layout_dtype_and_option(op, data):
+def assert_drawn_case(op, data):
     sizes, options = data.draw(CALLS[op], label="sizes and options")
     if "padding" in sizes:
         options = {**options, "padding": sizes["padding"]}
@@ -131,3 +127,11 @@ def test_any_shape_layout_dtype_and_option(op, data):
         assert_parity(
             Case(op, "drawn", sizes, options), dtype, layout, seed=data.draw(st.integers(0, 99), label="seed")
         )
+
+
+@pytest.mark.skipif(CPU_MISSING is not None, reason=f"the cpu backend cannot run: {CPU_MISSING}")
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_shape_layout_dtype_and_option(op, data):
+    assert_drawn_case(op, data)

@@ -272,15 +272,6 @@ def test_the_rule_of_a_point_convolution_is_the_own_one(backends):
         assert backends["triton"].flags == [0], "the library's where no flag is read"
 
 
-def test_compiled_calls_go_by_the_rule(backends):
-    torch._dynamo.reset()
-    given = inputs("gate_residual")
-    function = torch.compile(lambda **t: zb.gate_residual(**t), fullgraph=True, backend="aot_eager")
-    with _plan.use(timer=never), torch.no_grad():  # in training on a CPU, which stands for the GPU, the op is traced
-        function(**given)
-    assert backends["triton"].calls == ["gate_residual"]
-
-
 def test_small_tensors_go_by_the_rule(backends, monkeypatch):
     monkeypatch.setattr(norms_gates.GATE_RESIDUAL, "worth", norms_gates.WORTH)
     with _plan.use(timer=never):

@@ -72,6 +72,36 @@ def test_a_slow_measurement_ends_early(monkeypatch):
     assert len(calls) == 2 * 3
 
 
+def _compiled_linear(device):
+    torch._dynamo.reset()
+    weight = torch.randn(512, 512, device=device)
+    h = torch.randn(1, 256, 512, device=device)
+    function = torch.compile(
+        lambda h: zb.linear_gate_residual(h, weight, None, None, None), fullgraph=True, backend="aot_eager"
+    )
+    return function, h, weight
+
+
+def test_a_compiled_call_on_a_cpu_takes_what_an_eager_one_does():
+    function, h, weight = _compiled_linear("cpu")
+    timer = FakeTimer(library=1.0, oneDNN=0.5)
+    with _plan.use(timer=timer), torch.no_grad():
+        function(h)
+        count = len(timer.calls)
+        assert count
+        function(h)
+        zb.linear_gate_residual(h, weight, None, None, None)
+    assert len(timer.calls) == count
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+def test_a_compiled_call_on_a_gpu_goes_by_the_rule():
+    function, h, _ = _compiled_linear("cuda")
+    with _plan.use(timer=never), torch.no_grad():
+        function(h)
+
+
 # ---- what makes another situation ----------------------------------------------------------------------------------
 
 

@@ -183,20 +183,34 @@ def test_info(capsys, monkeypatch):
     assert cli.main(["info", "Other"]) == 2 and "known: DiTBlock, ResBlock" in capsys.readouterr().err
 
 
-def test_bench(folder, monkeypatch, capsys):
+def test_bench(folder, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(bench, "accelerate", lambda model: "1 block accelerated")
-    assert cli.main(["bench", "factories:healthy", "--seconds", "0.05"]) == 0
+    files = tmp_path / "found.json", tmp_path / "found.svg"
+    command = ["bench", "factories:healthy", "--seconds", "0.05", "--no-compile"]
+    assert cli.main([*command, "--json", str(files[0]), "--picture", str(files[1])]) == 0
     printed = capsys.readouterr().out
-    assert "1 block accelerated" in printed and "equality    ok" in printed
-    for row in ("inference", "training", "saved"):
-        assert any(line.startswith(row) and "x" in line for line in printed.splitlines()), row
+    assert "1 block accelerated" in printed and "equality: ok" in printed and "\nUse for inference " in printed
+    for way in ("eager", "accelerate", "accelerate + freeze"):
+        assert any(line.startswith(f"{way} ") and "x" in line for line in printed.splitlines()), way
+    found = json.loads(files[0].read_text())
+    assert found["equal"] and found["advice"] in printed and set(found["peak_bytes"]) == {"eager", "accelerate"}
+    assert "<svg" in files[1].read_text()
 
     def wrong(model):
         model[0].forward = lambda x, layer=model[0]: 1.01 * nn.functional.linear(x, layer.weight, layer.bias)
 
     monkeypatch.setattr(bench, "accelerate", wrong)
-    assert cli.main(["bench", "factories:healthy", "--seconds", "0.05"]) == 1
-    assert "equality    DIFFERENT" in capsys.readouterr().out
+    assert cli.main(command) == 1
+    assert "equality: DIFFERENT" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_compiles(folder, capsys):
+    assert cli.main(["bench", "factories:healthy", "--seconds", "0.05"]) == 0
+    printed = capsys.readouterr().out
+    for way in ("torch.compile", "accelerate + torch.compile"):
+        assert any(line.startswith(f"{way} ") and "x" in line for line in printed.splitlines()), printed
 
 
 def test_bench_measures_the_models_it_is_given():
@@ -210,13 +224,32 @@ def test_bench_measures_the_models_it_is_given():
         nn.init.normal_(p, std=0.05)
     after.load_state_dict(before.state_dict())
     batch = (torch.randn(2, 1, 16, 16), torch.tensor([3, 500]), torch.tensor([1, 2]))
-    found = bench.compare({"before": before, "after": after}, batch, random_target_loss, 0.05, "")
-    assert found.equal and found.saved_bytes[1] < found.saved_bytes[0]
-    assert set(found.times) == {"inference", "training"} and all(t[2].rounds >= 5 for t in found.times.values())
+    found = bench.compare(before, after, batch, random_target_loss, 0.05, "")
+    assert found.equal and not found.left_out
+    for counted in (found.saved_bytes, found.peak_bytes):
+        assert 0 < counted["accelerate"] < counted["eager"]
+    assert [set(found.times[mode]) for mode in ("inference", "training")] == [
+        {"eager", "accelerate", "accelerate + freeze"},
+        {"eager", "accelerate"},
+    ]
+    assert all(time.ms > 0 for times in found.times.values() for time in times.values())
     with torch.no_grad():
         after.final_layer.linear.weight.mul_(1.05)
-    worse = bench.compare({"before": before, "after": after}, batch, random_target_loss, 0.05, "")
-    assert not worse.equal
+    assert not bench.compare(before, after, batch, random_target_loss, 0.05, "").equal
+
+
+def test_what_bench_advises():
+    Time = bench.Time
+    fast, slow, noisy = Time(1.0, 2.0, 1.9, 2.1), Time(3.0, 0.7, 0.6, 0.8), Time(2.0, 1.01, 0.9, 1.1)
+    times = {
+        "inference": {"eager": Time(2.0, 1.0, 1.0, 1.0), "accelerate": fast, "torch.compile": slow},
+        "training": {"eager": Time(2.0, 1.0, 1.0, 1.0), "accelerate": noisy},
+    }
+    found = bench.Comparison("", times, {"eager": 100, "accelerate": 40}, {}, {}, True, {})
+    assert found.advice == (
+        "Use for inference accelerate (2.00x eager), for training eager (1.00x eager). "
+        "accelerate saves 0.40x of eager's bytes for backward."
+    )
 
 
 def test_python_m(folder):

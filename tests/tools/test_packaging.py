@@ -273,15 +273,6 @@ def test_importing_pulls_in_no_test_or_demo_package():
     assert run(sys.executable, "-c", code, cwd=ROOT.parent).strip() == "[]"
 
 
-def test_readme_example_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks, "README.md has no python example"
-    for i, block in enumerate(blocks):
-        (tmp_path / f"example{i}.py").write_text(block)
-    code = f"import runpy; [runpy.run_path(f'example{{i}}.py', run_name='__main__') for i in range({len(blocks)})]"
-    run(sys.executable, "-c", code, cwd=tmp_path)
-
-
 def test_every_variable_the_code_reads_is_documented():
     read = set()
     for path in [ROOT / "setup.py", *(ROOT / "zeroblock").rglob("*.py")]:

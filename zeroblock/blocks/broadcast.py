@@ -28,7 +28,9 @@ def same_batch(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
 def tokens_and_condition(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
     """`same_batch` for a block whose first layer is a norm without parameters, of which eager saves nothing: training
     takes an x that was made in inference mode too."""
-    return same_batch(x.clone() if cannot_be_saved(x) else x, condition)
+    if torch.is_grad_enabled() and cannot_be_saved(x):
+        x = x.clone()
+    return (x, condition) if x.size(0) == condition.size(0) else same_batch(x, condition)
 
 
 def cannot_be_saved(x: Tensor) -> bool:

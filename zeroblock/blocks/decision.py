@@ -25,7 +25,7 @@ from torch.nn.modules.module import (
 )
 
 from .. import zero
-from .layers import draws
+from .layers import draws, undeclared
 
 
 class Answer(enum.Enum):
@@ -139,9 +139,10 @@ def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bo
             or "forward" in fields  # offloading and casting hooks replace it on the instance
         ):
             return False
-        if fields["training"] and isinstance(m, nn.modules.batchnorm._NormBase):  # updates running statistics
-            return False
-        if not may_draw and draws(m):
+        if fields["training"]:
+            if isinstance(m, nn.modules.batchnorm._NormBase) or not may_draw and draws(m):  # learns, or draws
+                return False
+        elif not may_draw and (type(m) not in undeclared or "draws_random_numbers" in fields) and draws(m):
             return False
         children = fields["_modules"]
         if children:

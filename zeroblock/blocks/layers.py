@@ -250,6 +250,9 @@ _DETERMINISTIC = {
     "pooling upsampling".split()
 }
 _RANDOM = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+# Classes of torch.nn and of zeroblock that were met and declare nothing. A skip that has to know asks every module of
+# its branch (benchmarks/overhead.py), and the attribute that a class lacks is found out slowly.
+undeclared: set[type[nn.Module]] = set()
 
 
 def may_draw(module: nn.Module, trusted: str | None = None) -> bool:
@@ -259,13 +262,27 @@ def may_draw(module: nn.Module, trusted: str | None = None) -> bool:
     trusted: how the names of Python modules begin (of attention processors too) whose code draws through layers of
     torch alone; "" is all of them.
     """
-    return any(draws(m, trusted) for m in module.modules())
+    waiting: list[nn.Module | None] = [module]
+    for m in waiting:  # grows by the children of each
+        if m is None:
+            continue
+        if (type(m) not in undeclared or m.training or "draws_random_numbers" in m.__dict__) and draws(m, trusted):
+            return True
+        children = m._modules
+        if children:
+            waiting.extend(children.values())
+    return False
 
 
 def draws(m: nn.Module, trusted: str | None = None) -> bool:
     """`may_draw` for m itself, its submodules aside."""
+    kind, fields = type(m), m.__dict__
     # On the class or the instance: asking the module itself for an attribute it lacks costs ten times as much.
-    declared = getattr(type(m), "draws_random_numbers", m.__dict__.get("draws_random_numbers"))
+    declared = getattr(kind, "draws_random_numbers", None)
+    if declared is None:
+        if kind.__module__.startswith("torch.nn.") or is_own(m):
+            undeclared.add(kind)
+        declared = fields.get("draws_random_numbers")
     return m.training and not _is_deterministic(m, trusted) if declared is None else declared
 
 

@@ -18,7 +18,7 @@ from ..backends.select import select
 from ..blocks.decision import is_watched
 from ..blocks.layers import is_distributed, is_own, is_whole, on_trial, sharded_weights_count
 from . import proof, residual
-from .families import FAMILIES
+from .families import known
 from .families.described import GatedBlock, GatedBranch, family_of
 from .family import Family, accelerated_class, applied, register
 from .report import Branch, LeftAlone, Obstacle, Reason, Report
@@ -42,7 +42,7 @@ PRECISIONS = ("strict", "fast")
 
 def families() -> dict[str, str]:
     """{name: what it computes, how it is used, what is skipped while zero} of every family accelerate knows."""
-    return {name: inspect.cleandoc(family.__doc__ or "") for name, family in FAMILIES.items()}
+    return {name: inspect.cleandoc(family.__doc__ or "") for name, family in known().items()}
 
 
 def register_family(family: GatedBlock | type[Family]) -> type[Family]:
@@ -73,9 +73,9 @@ def register_family(family: GatedBlock | type[Family]) -> type[Family]:
     kind = family_of(family) if isinstance(family, GatedBlock) else family
     if not (isinstance(kind, type) and issubclass(kind, Family)):
         raise TypeError(f"register_family: family must be a GatedBlock or a subclass of Family, got {family!r}")
-    if kind.name in FAMILIES and kind.name not in _added:
+    if kind.name in known() and kind.name not in _added:
         raise TypeError(f"register_family: {kind.name} is a family of zeroblock's own; give it another name")
-    FAMILIES.pop(kind.name, None)
+    known().pop(kind.name, None)
     _added.add(kind.name)
     return register(kind)
 
@@ -166,7 +166,7 @@ def restore(model: nn.Module) -> int:
 
 def _in_order() -> list[type[Family]]:
     """The families as they are asked: those of whole blocks before those of their parts."""
-    return sorted(FAMILIES.values(), key=lambda family: family.inner)
+    return sorted(known().values(), key=lambda family: family.inner)
 
 
 def _is_ours(block: nn.Module) -> bool:
@@ -283,8 +283,8 @@ def _state(block: nn.Module) -> Obstacle | None:
 def _rows(path: str, block: nn.Module, family: Family) -> Iterator[Branch]:
     for name, tensors in family.branches(block).items():
         chosen = select("group_norm_silu", tensors[0]).name if family.backend == "auto" else family.backend
-        backend = "eager" if family.only_skips else chosen
-        yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend)
+        backend, fused = ("eager", False) if family.only_skips else (chosen, True)
+        yield Branch(".".join(filter(None, (path, name))), family.name, _zero_now(tensors), backend, fused)
 
 
 def _zero_now(tensors: tuple[Tensor, ...]) -> bool | None:

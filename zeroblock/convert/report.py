@@ -13,12 +13,13 @@ from .. import zero
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """One residual branch of an accelerated block. `zero`: whether it is skipped now; None where that cannot be told
-    (weights on meta, sharded or quantised)."""
+    (weights on meta, sharded or quantised). `fused`: not so where the original forward runs it while it is not zero."""
 
     path: str
     family: str
     zero: bool | None
     backend: str
+    fused: bool = True
 
 
 class Reason(enum.Enum):
@@ -123,14 +124,19 @@ class Report:
 
     def __str__(self) -> str:
         zeros = sum(b.zero is True for b in self.branches)
+        fused = [b for b in self.branches if b.fused]
+        skipped = [b for b in self.branches if not b.fused]
         lines = [
-            f"zeroblock: {self.blocks} blocks accelerated, {len(self.branches)} residual branches, {zeros} zero now, "
-            f"{len(self.left_alone)} blocks left alone"
+            f"zeroblock: {self.blocks} blocks accelerated, {len(fused)} residual branches fused, {len(skipped)} only "
+            f"skipped while zero, {zeros} zero now, {len(self.left_alone)} blocks left alone"
         ]
         words = {True: "yes", False: "no", None: "unknown"}
-        if self.branches:
-            rows = [(b.path, b.family, words[b.zero], b.backend) for b in self.branches]
+        if fused:
+            rows = [(b.path, b.family, words[b.zero], b.backend) for b in fused]
             lines += ["", *_table(("branch", "family", "zero now", "backend"), rows)]
+        if skipped:
+            pairs = [(b.path, b.family, words[b.zero]) for b in skipped]
+            lines += ["", *_table(("only skipped", "family", "zero now"), pairs)]
         if self.left_alone:
             rows = [(b.path, b.block, b.kind.title, b.reason) for b in self.left_alone]
             lines += ["", *_table(("left alone", "class", "reason", "what was found"), rows), ""]

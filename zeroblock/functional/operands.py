@@ -41,15 +41,16 @@ def around_linear(
     op: str, h: Tensor, out: int, gate: MaybeTensor, residual: MaybeTensor
 ) -> tuple[Tensor, MaybeTensor, MaybeTensor]:
     """The three of residual + gate * linear(h), whose result has `out` features."""
-    size = (h.shape[0], h.shape[1], out)
-    if size[0] == 1:
-        h = with_batch(h, _batch(1, gate, residual))
-        size = (h.shape[0], size[1], out)
-    if residual is not None:
+    batch, T, _ = h.shape
+    if batch == 1:
+        batch = _batch(1, gate, residual)
+        h = with_batch(h, batch)
+    size = (batch, T, out)
+    if residual is not None and residual.shape != size:
         if residual.dim() == 3:
-            residual = with_batch(residual, size[0])
+            residual = with_batch(residual, batch)
         _checks.same_shape(op, "residual", residual, "the output", size)
-    if gate is not None and gate.shape != (size[0], out):
+    if gate is not None and gate.shape != (batch, out):
         gate = gate_rows(op, gate, size)
     return h, gate, residual
 

@@ -14,6 +14,7 @@ with autograd, as long as the smaller kernels themselves (benchmarks/overhead.py
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -81,9 +82,13 @@ class Op:
         """Decorates the op's function run(*inputs, direct=False), which begins with `route`."""
 
         def from_the_dispatcher(*args: Any) -> Any:
-            with fixed_rule():
+            like = args[self.device_arg]
+            # On a CPU a compiled graph chooses as an eager call does, which costs a compiled model nothing that it had
+            # (benchmarks/run.py --group models); on a GPU it may be about to be captured.
+            chooses = isinstance(like, Tensor) and like.is_cpu
+            with contextlib.nullcontext() if chooses else fixed_rule():
                 results = run(*args, direct=True)
-            return filled(results, args[self.device_arg]) if isinstance(results, tuple) else results
+            return filled(results, like) if isinstance(results, tuple) else results
 
         _registry.impl(self.name, from_the_dispatcher, "CompositeExplicitAutograd")
         self._run = run

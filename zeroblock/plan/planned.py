@@ -9,7 +9,7 @@ way stays unless another was really faster. The choice is shared by everything i
 
 The fixed rule (each step's `rule`, a function of the shapes alone, and before it the `rule` that a candidate may bring)
 decides instead of a measurement
-- in calls that come through the dispatcher: torch.compile, export, tensor subclasses, dispatch modes;
+- on a GPU in calls that come through the dispatcher: torch.compile, export, tensor subclasses, dispatch modes;
 - under torch.use_deterministic_algorithms, and with ZEROBLOCK_PLAN=fixed (read once, at import);
 - while another thread is measuring;
 - under torch.distributed with more than one rank where no choice is stored or shared (`share.py` says why);

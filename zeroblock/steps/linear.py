@@ -29,6 +29,7 @@ _pointwise_binary: Any = torch.ops.mkldnn._linear_pointwise.binary if ONEDNN els
 # Products below which oneDNN's call costs more than its arithmetic saves (measured: python benchmarks/run.py --group
 # dense).
 _FEW_PRODUCTS = 1 << 20
+_FEW_ROWS = 64
 # oneDNN's names of the activations as post-ops.
 _POST_OPS: dict[str | None, tuple] = {
     None: ("none", [], ""),
@@ -151,7 +152,11 @@ def _with_packed_weight(call: LinearCall) -> Tensor:
 def _rule(call: LinearCall) -> str:
     if packed.is_frozen(call.weight):
         return "packed"
-    return "oneDNN" if call.x.numel() * call.weight.shape[0] > _FEW_PRODUCTS else "library"
+    x = call.x
+    # In pieces, or of few rows, oneDNN's is behind MKL's where MKL uses AVX-512 (measured: ZEROBLOCK_PLAN=fixed python
+    # benchmarks/run.py --group models --filter dit).
+    whole = x.shape[-1] <= LONGEST and x.numel() >= _FEW_ROWS * x.shape[-1]
+    return "oneDNN" if whole and x.numel() * call.weight.shape[0] > _FEW_PRODUCTS else "library"
 
 
 LINEAR = PlannedOp(

@@ -1,36 +1,49 @@
-"""The kinds of blocks in other people's models, one file per origin. Importing this registers them, in this order."""
+"""The kinds of blocks in other people's models, one file per origin."""
 
-from ..family import FAMILIES as FAMILIES
+from __future__ import annotations
 
-# isort: split
-# isort: off
-from . import (  # noqa: F401
-    compvis,
-    diffusers_adaln,
-    diffusers_attention,
-    diffusers_controlnet,
-    diffusers_frames,
-    diffusers_mmdit,
-    diffusers_motion,
-    diffusers_resnet,
-    diffusers_streamed,
-    diffusers_transformer,
-    diffusers_video,
-    dit,
-    edm,
-    edm2,
-    f5_tts,
-    fixup_rezero,
-    flux,
-    guided_diffusion,
-    ldm,
-    mar,
-    mdt,
-    peft_lora,
-    pixart,
-    timm_resnet,
-    timm_nfnet,
-    var,
-    wan,
-    zero_layers,
+import functools
+import importlib
+
+from ..family import FAMILIES, Family
+
+# In the order in which they are asked.
+ORIGINS = (
+    "compvis",
+    "diffusers_adaln",
+    "diffusers_attention",
+    "diffusers_controlnet",
+    "diffusers_frames",
+    "diffusers_mmdit",
+    "diffusers_motion",
+    "diffusers_resnet",
+    "diffusers_streamed",
+    "diffusers_transformer",
+    "diffusers_video",
+    "dit",
+    "edm",
+    "edm2",
+    "f5_tts",
+    "fixup_rezero",
+    "flux",
+    "guided_diffusion",
+    "ldm",
+    "mar",
+    "mdt",
+    "peft_lora",
+    "pixart",
+    "timm_resnet",
+    "timm_nfnet",
+    "var",
+    "wan",
+    "zero_layers",
 )
+
+
+@functools.cache
+def known() -> dict[str, type[Family]]:
+    """{name: family}, registered ones too. The files are read at the first call: who never calls `accelerate` need not
+    wait for them."""
+    for origin in ORIGINS:
+        importlib.import_module(f".{origin}", __name__)
+    return FAMILIES
