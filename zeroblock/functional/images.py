@@ -157,9 +157,17 @@ def group_norm_silu_conv_residual(
     """
     op = "group_norm_silu_conv_residual"
     mixed = _checks.floating(
-        op, 2, x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, residual=residual,
-        scale=scale, shift=shift,
-    )  # fmt: skip
+        op,
+        2,
+        x=x,
+        weight=weight,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        bias=bias,
+        residual=residual,
+        scale=scale,
+        shift=shift,
+    )
     _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
     _checks.eps_value(op, eps)
     _checks.probability(op, dropout_p)
