@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dtypes import INTEGERS
+from ._padding import padded
 
 Padding = int | Sequence[int]
 
@@ -170,17 +171,8 @@ def activated_affine(
     return apply_activation(z, activation)
 
 
-def padded(h: Tensor, padding: Sequence[int]) -> Tensor:
-    """h with `padding` in the long form of `_checks.convolution`."""
-    first = range(len(padding) - 3, -1, -3)  # of each dimension's three, the last dimension first
-    for repeated, mode in enumerate(("constant", "replicate")):
-        widths = [n if padding[i + 2] == repeated else 0 for i in first for n in padding[i : i + 2]]
-        h = F.pad(h, widths, mode=mode) if any(widths) else h
-    return h
-
-
 def conv(h: Tensor, weight: Tensor, bias: Tensor | None, padding: Padding) -> Tensor:
-    """Stride-1 convolution in as many dimensions as the weight has; padding in either form of `_checks.convolution`."""
+    """Stride-1 convolution in as many dimensions as the weight has; padding in either form (`_padding.py`)."""
     dims, ones = weight.dim() - 2, [1] * (weight.dim() - 2)
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
     h, pad = (h, pad) if len(pad) == dims else (padded(h, pad), [0] * dims)

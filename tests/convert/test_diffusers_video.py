@@ -44,6 +44,7 @@ class Pieces(nn.Module):
 
 # Without gradients the original's steps are taken one by one, or its last convolution is the original.
 NOT_SKIPPED = (
+    "dc",
     "wan-pieces",
     "original-wan-pieces",
     "qwen-2.1",
@@ -58,7 +59,15 @@ def case(name):
     block = BLOCKS[name]
     none = {"temb": None} if "kvae" in name else {}
     inputs = lambda g: {k: normal(g, *size) for k, size in block.given.items()} | none  # noqa: E731
-    tail = "conv2.conv_t." if "cosmos" in name else "residual.6." if "original" in name else "conv2.*"
+    tail = (
+        "norm."
+        if name == "dc"
+        else "conv2.conv_t."
+        if "cosmos" in name
+        else "residual.6."
+        if "original" in name
+        else "conv2.*"
+    )
     build = (lambda: Pieces(block.make(), block.cache)) if block.cache else block.make
     skipped = 0 if name.startswith(NOT_SKIPPED) else 1
     return Case(build, inputs, ((f"*{tail}weight", 0.0, 1.0),), {block.family: 0}, {block.family: skipped})
@@ -152,7 +161,8 @@ class RoundTrip(nn.Module):
         self.vae = vae
 
     def forward(self, x):
-        z = self.vae.encode(x).latent_dist.mode()
+        encoded = self.vae.encode(x)
+        z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         y = self.vae.decode(z, return_dict=False)[0]
         return z, y
 

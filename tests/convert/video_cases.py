@@ -127,6 +127,16 @@ BLOCKS = {
         output_scale_factor=2.0,
         dropout=0.2,
     ),
+    "dc": _block(
+        "dc",
+        "ResBlock",
+        8,
+        8,
+        norm_type="rms_norm",
+        act_fn="silu",
+        given={"hidden_states": (2, 8, 5, 3)},
+        family="DCResBlock",
+    ),
     "kvae": _block(
         "kl_kvae", "KVAEResnetBlock2D", given={"x": IMAGE}, in_channels=32, out_channels=64, temb_channels=0
     ),
@@ -225,6 +235,22 @@ MODELS = {
         ),
         (1, 3, 9, 16, 16),
         "LTXVideoResnetBlock3d",
+    ),
+    "AutoencoderDC": (
+        dict(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types=("ResBlock", "ResBlock"),
+            decoder_block_types=("ResBlock", "ResBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+        ),
+        (1, 3, 16, 16),
+        "DCResBlock",
     ),
     "AutoencoderKLKVAE": (
         dict(channels=32, num_enc_blocks=1, num_dec_blocks=1, z_channels=4, ch_mult=(1, 2), sample_size=32),

@@ -16,7 +16,7 @@ from ..support import ROOT
 # Lowest first. A room is a folder or a file of the root of zeroblock/; two files of `backends` are rooms of their
 # own. A file imports from its own room and from rooms of lower rows; what stands in one row does not import each other.
 ROWS = (
-    ("_version", "_dtypes", "kernels"),
+    ("_version", "_dtypes", "_padding", "kernels"),
     ("reference", "_layout", "_checks", "_autocast"),
     ("reference_rows",),
     ("plan",),

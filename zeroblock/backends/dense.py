@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._padding import is_padded
 from ..steps.conv import CONV, ConvCall, unit_geometry
 from ..steps.conv_bwd import CONV_BWD, ConvGradsCall
 from ..steps.flag import EXECUTED, skipped
 from ..steps.linear import LinearGateCall, library_linear_gate
 from ..steps.norm_conv import NORM_CONV, NORM_CONV_BWD, NormConvCall, NormConvGradsCall, norm_grads
 from ..steps.padded import calls as padded_calls
-from ..steps.padded import is_padded
 from .base import Backend, ConvGrads, GroupNorm, MaybeTensor, Step
 
 

@@ -40,33 +40,34 @@ class Layers(NamedTuple):
     first: Half
     second: Half
     shortcut: Callable[[Tensor], Tensor]
-    between: Callable[[Tensor], Tensor] | None = None  # adds an embedding to what conv1 gives
 
 
 def run_half(half: Half, x: Tensor, residual: Tensor | None = None, zero_skip: str = UNTESTED) -> Tensor:
     """residual + convs(dropout(activate(x)))"""
     first, *rest = half.convs
-    activations, last = (x, *half.operands), first if not rest else rest[-1]
-    added = residual if isinstance(last, Conv) else None
-    if isinstance(first, Conv):
-        h = activated_conv(
-            half.activate,
-            activations,
-            parameters_of(*half.modules),
-            first,
-            None if rest else added,
-            dropout=half.dropout,
-            framewise=isinstance(half.activate, FrameGroup),
-            zero_skip=UNTESTED if rest else zero_skip,
-        )
-    else:
-        h = first(_activated(half, x))
-    for conv in rest:
-        if isinstance(conv, Conv):
-            h = conv(h, added, zero_skip=zero_skip) if conv is last else conv(h)
-        else:
-            h = conv(h)
-    return h if residual is None or added is not None else h + residual
+    if not (isinstance(first, Conv) and torch.is_grad_enabled()):
+        return _convolved(half.convs, _activated(half, x), residual, zero_skip)
+    h = activated_conv(
+        half.activate,
+        (x, *half.operands),
+        parameters_of(*half.modules),
+        first,
+        None if rest else residual,
+        dropout=half.dropout,
+        framewise=isinstance(half.activate, FrameGroup),
+        zero_skip=UNTESTED if rest else zero_skip,
+    )
+    return _convolved(rest, h, residual, zero_skip) if rest else h
+
+
+def _convolved(convs: Sequence[Any], h: Tensor, residual: Tensor | None, zero_skip: str) -> Tensor:
+    *front, last = convs
+    for conv in front:
+        h = conv(h)
+    if isinstance(last, Conv):
+        return last(h, residual, zero_skip=zero_skip)
+    h = last(h)
+    return h if residual is None else h + residual
 
 
 def _activated(half: Half, x: Tensor) -> Tensor:
@@ -86,20 +87,23 @@ def stream_half(
 
 
 def forward(layers: Layers, x: Tensor) -> Tensor:
-    _, policy, first, second, shortcut, between = layers
+    _, policy, first, second, shortcut = layers
     skipped, policy = _skipped(layers, x)
     if skipped is not None:
         return skipped
     h = run_half(first, x)
-    return run_half(second, h if between is None else between(h), shortcut(x), policy)
+    if torch.is_grad_enabled():
+        return run_half(second, h, shortcut(x), policy)
+    h = _activated(second, h)  # what conv1 gave is not held while conv2 runs
+    return _convolved(second.convs, h, shortcut(x), policy)
 
 
 def _skipped(layers: Layers, x: Tensor) -> tuple[Tensor | None, str]:
     """Without gradients, y of a branch that is zero; and the policy for its last convolution."""
-    name, policy, first, second, shortcut, between = layers
+    name, policy, first, second, shortcut = layers
     tail, dropout = second.convs[-1], second.dropout
     draws = dropout is not None and dropout.training and dropout.p > 0.0
-    if torch.is_grad_enabled() or draws or between is not None or not isinstance(tail, Conv):
+    if torch.is_grad_enabled() or draws or not isinstance(tail, Conv):
         return None, policy
     weight, bias = tail.layer.weight, tail.layer.bias
     bypassed = [*first.modules, *_layers(first.convs), *second.modules, *_layers(second.convs), dropout]

@@ -151,14 +151,23 @@ def group_norm_silu_conv_residual(
 
     Returns y in the dtype and memory format eager gives (residual and weight promoted). The convolution is not executed
     while weight is exactly zero. Saved for backward: x, mean, rstd and the mask; the activated tensor is recomputed.
+    What padding copies: `conv_residual`. Video in pieces takes that function, with group_norm_silu before it.
     Raises TypeError (kind, dtype), ValueError (shape, value, device), RuntimeError ("sync" during CUDA-graph capture).
     Source: openai/guided-diffusion `ResBlock.in_layers`, `out_layers`.
     """
     op = "group_norm_silu_conv_residual"
     mixed = _checks.floating(
-        op, 2, x=x, weight=weight, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias, residual=residual,
-        scale=scale, shift=shift,
-    )  # fmt: skip
+        op,
+        2,
+        x=x,
+        weight=weight,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        bias=bias,
+        residual=residual,
+        scale=scale,
+        shift=shift,
+    )
     _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
     _checks.eps_value(op, eps)
     _checks.probability(op, dropout_p)
@@ -202,7 +211,7 @@ def conv_residual(
         padding: one number or one per dimension: of zeros on both sides, or a pair (front, back).
         padding_mode: "zeros" or "replicate" (repeats the edge), or one per dimension. ((2, 0), 1, 1) is causal in time.
         conv_cache: [N, Cin, F, *S[1:]] or None: the F frames that came before h, for video that comes in pieces. They
-            take the place of F frames of the padding in front. h[:, :, -F:] is the next piece's, of at least F frames.
+            take the place of F frames of the padding in front. For the next piece: the last frames of cache and h.
         zero_skip: "auto", "sync" or "never": how the weight is tested for zero (zeroblock/zero.py).
 
     Returns y in the promoted dtype of residual and weight, in eager's memory format. Saved for backward: h, weight.
@@ -230,7 +239,10 @@ def _with_cache(op: str, h: Tensor, cache: Tensor, padding: Any, dims: int) -> t
     _checks.floating(op, 2, h=h, conv_cache=cache)
     size = (*h.shape[:2], cache.shape[2] if cache.dim() == h.dim() else 0, *h.shape[3:])
     _checks.shapes(op, size, "[N, Cin, F, *S[1:]]", conv_cache=cache)
-    time, *space = [padding] * dims if isinstance(padding, int) else padding
+    sides = [padding] * dims if isinstance(padding, int) else padding
+    if not isinstance(sides, (list, tuple)) or len(sides) != dims:
+        return h, padding  # which is refused
+    time, *space = sides
     front, back = (time, time) if isinstance(time, int) else time
     if size[2] > front:
         raise _checks.fail(op, "conv_cache", f"have at most as many frames as the padding in front, {front}", size[2])

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks, functional, reference
+from .. import _checks, functional
+from .._padding import padded
 from ..blocks import video
 from ..blocks.activated import Conv
 from ..blocks.decision import bypassable
@@ -67,7 +68,7 @@ class CausalConv3d(nn.Conv3d):
             x, front = torch.cat([cache.to(x), x], 2), front - cache.shape[2]
         sides = ((front, 0), *self.sides[1:])
         numbers = [n for side, mode in zip(sides, self.modes, strict=True) for n in (*side, mode == "replicate")]
-        return super().forward(reference.padded(x, numbers))
+        return super().forward(padded(x, numbers))
 
     def as_conv(self) -> Conv:
         return Conv(self, self.sides, self.modes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference as ref
+from .._padding import is_padded
 from ..backends.base import Backend, ConvGrads, MaybeTensor
 from ..backends.select import select
 from ..steps import padded
@@ -37,7 +38,7 @@ def conv_residual_alone(
     """The result while the weight is zero; of h the shape and layout are used."""
 
     def empty() -> Tensor:
-        if padded.is_padded(padding, weight):
+        if is_padded(padding, weight):
             return padded.empty_output(h, weight, padding, weight.dtype)
         return empty_conv_output(h, weight, unit_geometry(padding), weight.dtype)
 
@@ -61,7 +62,7 @@ def conv_residual(
     if weight_is_zero("conv_residual", zero_skip, weight):
         return conv_residual_alone(h, weight, bias, residual, padding), skipped(h, ZERO_WEIGHT)
     backend = select("conv_residual", h)
-    if padded.is_padded(padding, weight):
+    if is_padded(padding, weight):
         return padded.conv_residual(backend, h, weight, bias, residual, padding)
     return backend.conv_residual(h, weight, bias, residual, tuple(padding), zero_skip)
 
@@ -95,10 +96,10 @@ def conv_residual_bwd(
         _, dweight, dbias = library_grads(backend, dy, h, weight, has_bias, padding, mask[1:])  # eager's, exactly
         dh = None
         if mask[0]:
-            known = padded.layout_of if padded.is_padded(padding, weight) else _layout_of
+            known = padded.layout_of if is_padded(padding, weight) else _layout_of
             dh = torch.zeros_like(h, memory_format=known(h, weight, padding) or torch.contiguous_format)
         return dh, dweight, dbias
-    if padded.is_padded(padding, weight):
+    if is_padded(padding, weight):
         return padded.conv_grads(backend, dy, h, weight, has_bias, padding, mask)
     flag = skipped if zero_skip == DEVICE else None
     return backend.conv_grads(dy, h, weight, flag, has_bias, tuple(padding), mask)
@@ -119,7 +120,7 @@ def library_grads(
 ) -> ConvGrads:
     """The gradients of (weight, bias) alone, of a branch that is skipped."""
     mask = (False, *mask)
-    if padded.is_padded(padding, weight):
+    if is_padded(padding, weight):
         return padded.conv_grads(backend, dy, h, weight, has_bias, padding, mask)
     return conv_grads(dy, h, weight, has_bias, padding, mask)
 

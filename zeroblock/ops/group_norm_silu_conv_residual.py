@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference as ref
 from .._layout import as_norm_input, empty_like_dense
+from .._padding import is_padded
 from ..backends.base import GroupNorm, MaybeTensor
 from ..backends.select import select
 from ..steps import padded
@@ -68,7 +69,7 @@ def group_norm_silu_conv_residual(
         moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
         return y, moments[0].clone(), moments[1].clone(), report(x, ZERO_WEIGHT)
     backend = select("group_norm_silu_conv_residual", x)
-    if padded.is_padded(padding, weight):
+    if is_padded(padding, weight):
         return padded.norm_conv_residual(backend, x, norm, weight, bias, residual, padding)
     return backend.norm_conv_residual(x, norm, weight, bias, residual, tuple(padding), zero_skip)
 
@@ -131,7 +132,7 @@ def group_norm_silu_conv_residual_bwd(
         _, dweight, dbias = library_grads(backend, dy, h, weight, has_bias, padding, mask[1:])
         upstream = (x, norm_weight, norm_bias, scale, shift) if mask[0] else (None,) * 5
         return *(None if t is None else zero_grad(t) for t in upstream), dweight, dbias
-    if padded.is_padded(padding, weight):
+    if is_padded(padding, weight):
         return padded.norm_conv_grads(backend, dy, x, mean, rstd, norm, weight, has_bias, padding, mask)
     flag = skipped if zero_skip == DEVICE else None
     return backend.norm_conv_grads(dy, x, mean, rstd, norm, weight, flag, has_bias, tuple(padding), mask)

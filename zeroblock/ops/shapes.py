@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import reference as ref
 from .._layout import channels_last_format
+from .._padding import is_padded, sides
 from ..backends.base import ConvGrads
 from ..reference import compute_dtype
-from ..steps import padded
 from ..steps.conv_bwd import conv_grads as library_grads
 
 
@@ -63,9 +63,9 @@ def conv_grads(
 
 def _library_input(h: Tensor, weight: Tensor, padding: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
     """Input and padding of the library's convolution that gives the same shapes and strides."""
-    if not padded.is_padded(padding, weight):
+    if not is_padded(padding, weight):
         return h, padding
-    sides = zip(h.shape[2:], padded.sides(padding), strict=True)
-    size = (*h.shape[:2], *(n + front + back for n, (front, back, _) in sides))
+    dims = zip(h.shape[2:], sides(padding), strict=True)
+    size = (*h.shape[:2], *(n + front + back for n, (front, back, _) in dims))
     layout = channels_last_format(h) or torch.contiguous_format
     return torch.empty(size, dtype=h.dtype, device=h.device, memory_format=layout), [0] * (weight.dim() - 2)

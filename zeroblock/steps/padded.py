@@ -1,7 +1,5 @@
-"""Convolutions whose padding is not zeros of one width on both sides, made of convolutions whose padding is.
-
-Ops are told a padding as integers: one for each dimension (zeros on both sides), or three: in front, behind, and 1
-where the edge is repeated (`_checks.convolution`).
+"""Convolutions whose padding is not zeros of one width on both sides, made of convolutions whose padding is. Paddings
+are in the long form of `_padding.py`.
 
 In time nothing is padded. Where a kernel reaches beyond the first or last frame, what lies outside is left out of the
 kernel: a frame of zeros adds nothing, a repeated one adds its tap to that of the frame itself. So a causal 3x3x3
@@ -18,24 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference as ref
 from .._layout import add_residual, in_layout
+from .._padding import Sides, padded, sides
 from ..backends.base import Backend, ConvGrads, GroupNorm, MaybeTensor
 from .conv import conv_layout, empty_conv_output, unit_geometry
 from .flag import EXECUTED, NEVER, skipped
 from .norm_conv import norm_grads, normalised
 from .packed import Geometry
-
-Sides = list[tuple[int, int, int]]  # front, back, repeated: of each dimension
-
-
-def is_padded(padding: Sequence[int], weight: Tensor) -> bool:
-    """Whether this is the long form."""
-    return len(padding) != weight.dim() - 2
-
-
-def sides(padding: Sequence[int]) -> Sides:
-    return list(zip(padding[::3], padding[1::3], padding[2::3], strict=True))
 
 
 def _size(h: Tensor, weight: Tensor, padding: Sequence[int]) -> tuple[int, ...]:
@@ -133,8 +120,7 @@ class Split(NamedTuple):
 
 
 def _padded(h: Tensor, padding: Sides) -> Tensor:
-    """A copy of h with its padding; h itself where there is none."""
-    return ref.padded(h, [n for dimension in padding for n in dimension])
+    return padded(h, [n for dimension in padding for n in dimension])
 
 
 def _unpad(dh: Tensor, h: Tensor, padding: Sides) -> Tensor:
@@ -223,26 +209,26 @@ def conv_grads(
 ) -> ConvGrads:
     """The gradients of (h, weight, bias), each only where mask asks."""
     split = Split.of(h, weight, padding)
-    padded = _padded(h, split.copied) if mask[0] or mask[1] else h
-    dpadded = dweight = None
+    whole = _padded(h, split.copied) if mask[0] or mask[1] else h
+    dwhole = dweight = None
     layout = layout_of(h, weight, padding) or torch.contiguous_format
     for part in split.parts if mask[0] or mask[1] else ():
-        call = Call.of(part, padded, weight, split)
+        call = Call.of(part, whole, weight, split)
         wanted = [bool(mask[0]), bool(mask[1]), False]
         dx, dw, _ = backend.conv_grads(call.output(dy), call.h, call.weight, None, False, call.padding, wanted)
         if dx is not None:
-            if dpadded is None:  # the first part reads every frame, and uses every tap, if any does
-                dpadded = dx if dx.shape == padded.shape else torch.zeros_like(padded)
-            if dpadded is not dx:
-                dpadded[:, :, part.inputs] += call.frames(dx)
+            if dwhole is None:  # the first part reads every frame, and uses every tap, if any does
+                dwhole = dx if dx.shape == whole.shape else torch.zeros_like(whole)
+            if dwhole is not dx:
+                dwhole[:, :, part.inputs] += call.frames(dx)
         if dw is not None:
             if dweight is None:
                 dweight = dw if dw.shape == weight.shape else torch.zeros_like(weight, memory_format=layout)
             if dweight is not dw:
                 _add_kernel_grad(dweight, call.frames(dw), part.taps, split.repeated)
     dh = None
-    if dpadded is not None:
-        dh = in_layout(_unpad(dpadded, h, split.copied), None if layout is torch.contiguous_format else layout)
+    if dwhole is not None:
+        dh = in_layout(_unpad(dwhole, h, split.copied), None if layout is torch.contiguous_format else layout)
     return dh, dweight, dy.sum([0, *range(2, dy.dim())]) if mask[2] and has_bias else None
 
 

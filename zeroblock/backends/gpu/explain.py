@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..._layout import as_frames, of_each_frame
+from ..._padding import is_padded
 from ...steps.conv import CONV, ConvCall, empty_conv_output, unit_geometry
 from ...steps.flag import DEVICE, NEVER
 from ...steps.linear import LinearGateCall
 from ...steps.padded import calls as padded_calls
-from ...steps.padded import is_padded
 from ..base import Backend, GroupNorm, MaybeTensor, Step
 from ..dense import ConvArguments
 from . import norms_gates as steps

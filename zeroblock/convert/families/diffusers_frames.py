@@ -1,14 +1,20 @@
-"""Residual blocks of diffusers' autoencoders of one frame, and of spectrograms, that were made of those of video."""
+"""Residual blocks of diffusers' autoencoders of images, of clips of one frame and of spectrograms that are made of the
+parts of those of video."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ...blocks.activated import Activate
-from ..family import register
+from ... import functional
+from ...blocks.activated import Activate, Conv, activated_conv
+from ...blocks.decision import bypassable
+from ...blocks.layers import SILUS, computes
+from ..family import Family, lacks, register
+from ..report import Obstacle, Reason
 from . import video_layers as layers
 from .diffusers_streamed import WanResidualBlock
 from .video_layers import Members, VideoResnet
@@ -58,12 +64,12 @@ class LTX2AudioResnetBlock(VideoResnet):
         return super().members(block)._replace(silus=(block.non_linearity,))
 
     def norm(self, block: Any, norm: Any) -> Activate | None:
-        if isinstance(norm, torch.nn.GroupNorm):
+        if isinstance(norm, nn.GroupNorm):
             return layers.group(norm)
         return layers.pixel_norm(norm) if norm.dim == 1 else None
 
     def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
-        found = layers.plain(conv) if isinstance(conv, torch.nn.Conv2d) else layers.ltx_audio(conv)
+        found = layers.plain(conv) if isinstance(conv, nn.Conv2d) else layers.ltx_audio(conv)
         return None if found is None else (found,)
 
     def forward(self, block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -74,3 +80,48 @@ class LTX2AudioResnetBlock(VideoResnet):
         if block.in_channels == block.out_channels:
             return x
         return block.conv_shortcut(x) if block.use_conv_shortcut else block.nin_shortcut(x)
+
+
+@register
+class DCResBlock(Family):
+    """y = x + rms(conv2(silu(conv1 x))) * weight + bias, the RMS norm over channels, of images
+
+    Source: diffusers `ResBlock` of AutoencoderDC (SANA), with rms_norm and silu.
+    Use: zb.accelerate(vae), before torch.compile.
+    Inference while the norm's weight is zero: as while it is not.
+    Training forward while zero: as while it is not.
+    Training backward while zero: as while it is not.
+    """
+
+    name = "DCResBlock"
+    classes = ("ResBlock",)
+
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
+        missing = lacks(block, "conv1", "conv2", "norm", "nonlinearity", "norm_type")
+        if missing is None and block.norm_type != "rms_norm":
+            return Obstacle(Reason.VARIANT, "its norm is none over channels")
+        return missing or (None if self._convs(block) else layers.NOT_PLAIN)
+
+    def _convs(self, block: Any) -> tuple[Conv, Conv] | None:
+        known = computes(block.nonlinearity, SILUS) and layers.is_pixel_norm(block.norm)
+        if not known or not bypassable((block.conv1, block.nonlinearity, block.conv2, block.norm)):
+            return None
+        first, second = layers.plain(block.conv1), layers.plain(block.conv2)
+        return None if first is None or second is None else (first, second)
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"norm": (block.norm.weight.detach(),)}
+
+    def example(self, block: Any, side: int) -> tuple:
+        return (torch.randn(2, block.conv1.in_channels, 2 * side, 2),)
+
+    def forward(self, block: Any, hidden_states: Tensor) -> Tensor:
+        convs = self._convs(block) if hidden_states.dim() == 4 else None
+        if convs is None:
+            return self.eager(block, hidden_states)
+        norm, (first, second) = block.norm, convs
+        h = activated_conv(F.silu, (first(hidden_states),), (), second)
+        h = functional.channel_rms_norm_silu(
+            h, norm.weight, norm.bias, eps=norm.eps, eps_mode="inside", activation=None
+        )
+        return h + hidden_states

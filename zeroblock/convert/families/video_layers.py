@@ -46,10 +46,14 @@ def channel_rms(norm: Any) -> Activate | None:
     return video.channel_rms(norm) if norm.scale == gamma.shape[0] ** 0.5 else None
 
 
+def is_pixel_norm(norm: Any) -> bool:
+    return computes(norm, _PIXEL_NORMS)
+
+
 def pixel_norm(norm: Any) -> Activate | None:
     """LTX's: x / sqrt(mean(x^2) + eps) over channels, with a weight [C] or none."""
     weight = norm._parameters.get("weight")
-    if not computes(norm, _PIXEL_NORMS) or norm._parameters.get("bias") is not None:
+    if not is_pixel_norm(norm) or norm._parameters.get("bias") is not None:
         return None
 
     def activate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
