@@ -18,7 +18,7 @@ CASES = {
     "zero": 16,
     "dense": 22,
     "frozen": 11,
-    "overhead": 30,
+    "overhead": 32,
     "saved": 32,
     "models": 24,
     "whole": 12,
