@@ -237,8 +237,8 @@ def backward_steps(B: int, T: int, rows: int) -> int:
 
 def _holds(sums: dict[str, bool], branch: Branch, dtype: torch.dtype, index: Tensor | None) -> bool:
     """Whether a program has the registers for the gradients of norm and branch at once, so many sums among them
-    (spills: python -m tests.triton.static). Rows longer than MAX_TUNED_D are not in that table: the usual forms spill 16
-    bytes on sm_120, rare ones (per token, affine, with tables) more than 100."""
+    (spills: python -m tests.triton.static). Rows longer than MAX_TUNED_D are not in that table: the usual forms spill
+    16 bytes on sm_120, rare ones (per token, affine, with tables) more than 100."""
     count, half, per_token = sum(sums.values()), dtype != torch.float32, sums["part_dscale"] or sums["part_dgate"]
     if branch.branch.shape[-1] <= MAX_TUNED_D:
         return count <= 4 if half else count <= 3 and not per_token
