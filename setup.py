@@ -136,7 +136,7 @@ def cuda_archs() -> tuple[list[str], str]:
 def cpu_jobs(folder: Path) -> dict[Path, list[str]]:
     """{object: command} of the torch-free CPU sources, one object of kernels per instruction set."""
     # No contraction: a product that must cancel exactly (g - mean(g)) must not be kept in higher precision.
-    common = [*CXX, "-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", *HIDDEN, *CXXFLAGS]
+    common = [*CXX, "-std=c++17", "-O3", "-ffp-contract=off", "-fno-exceptions", "-Wall", "-Wextra", *HIDDEN, *CXXFLAGS]
     if not any("clang" in word for word in CXX):
         common += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms in the headers of the intrinsics
     jobs = {}

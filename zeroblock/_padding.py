@@ -25,5 +25,5 @@ def padded(h: Tensor, padding: Sequence[int]) -> Tensor:
     """h with padding in the long form: a copy; h itself where there is none."""
     for repeated, mode in enumerate(("constant", "replicate")):
         widths = [n if s[2] == repeated else 0 for s in reversed(sides(padding)) for n in s[:2]]
-        h = F.pad(h, widths, mode=mode) if any(widths) else h
+        h = F.pad(h, widths, mode=mode).to(h.dtype) if any(widths) else h  # autocast repeats edges in float32
     return h

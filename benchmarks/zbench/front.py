@@ -86,10 +86,8 @@ def _block(axis) -> None:
         ("y", 1.6, INK, ""),
     )
     for text, y, color, note in boxes:
-        axis.text(
-            2.6, y, text, ha="center", va="center", color="white", fontsize=9,
-            bbox={"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "none"},
-        )  # fmt: skip
+        box = {"boxstyle": "round,pad=0.5", "facecolor": color, "edgecolor": "none"}
+        axis.text(2.6, y, text, ha="center", va="center", color="white", fontsize=9, bbox=box)
         axis.text(5.3, y, note, va="center", fontsize=8, color=INK)
     for (_, above, *_), (_, below, *_) in zip(boxes, boxes[1:], strict=False):
         axis.annotate("", (2.6, below + 0.45), (2.6, above - 0.45), arrowprops={"arrowstyle": "->", "color": INK})

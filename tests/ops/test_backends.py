@@ -16,7 +16,7 @@ from zeroblock.kernels._torch import OLDEST_NATIVE, VERSION
 
 METHODS = [
     name
-    for name, method in vars(Backend).items()
+    for name, method in inspect.getmembers(Backend)
     if inspect.isfunction(method) and "raise NotImplementedError" in inspect.getsource(method)
 ]
 FOUND = [backend for backend in (REFERENCE, EAGER, CPU, triton(), cuda(), GPU) if backend is not None]

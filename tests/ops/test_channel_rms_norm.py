@@ -27,21 +27,25 @@ def _with_gradient(run, x, weight, dy, dtype, *rest):
 @pytest.mark.parametrize("layout", ("dense", "nhwc"))
 def test_the_divisor_of_pixels_below_eps_is_a_constant(backend, device, layout):
     """Of pixels of all sizes a third lies below eps, and some are zero: their gradient does not go through the norm."""
-    x = Draw(torch.float32, layout, device=device).tensor(2, 40, 9, 11)
-    x *= torch.logspace(-3, 3, 11, device=device)
-    x[:, :, 4] = 0
-    weight, dy = torch.randn(40, 1, 1, device=device), torch.randn(x.shape, device=device)
-    eps = 0.5
-    below = x.norm(dim=1) <= eps
-    assert 0.2 < below.float().mean() < 0.8
-    got = _with_gradient(lambda x, w: zb.channel_rms_norm_silu(x, w, eps=eps), x, weight, dy, torch.float32)
-    eager, exact = (_with_gradient(_wan, x, weight, dy, dtype, eps) for dtype in (torch.float32, torch.float64))
-    for pixels in (below, ~below):
-        for name, results in (("y", 0), ("dx", 1)):
-            parts = [r[results].movedim(1, -1)[pixels] for r in (got, eager, exact)]
-            assert_error_budget(*parts, name)
-    assert_error_budget(got[2], eager[2], exact[2], "dweight")
-    assert got[2].shape == weight.shape
+    found, eps = {}, 0.5
+    for seed in range(4):  # of few numbers eager may have the best by luck
+        draw = Draw(torch.float32, layout, seed, device)
+        x = draw.tensor(2, 40, 9, 11)
+        x *= torch.logspace(-3, 3, 11, device=device)
+        x[:, :, 4] = 0
+        weight, dy = draw.normal(40, 1, 1), draw.normal(*x.shape)
+        below = x.norm(dim=1) <= eps
+        assert 0.2 < below.float().mean() < 0.8
+        got = _with_gradient(lambda x, w: zb.channel_rms_norm_silu(x, w, eps=eps), x, weight, dy, torch.float32)
+        eager, exact = (_with_gradient(_wan, x, weight, dy, dtype, eps) for dtype in (torch.float32, torch.float64))
+        for which, pixels in (("below", below), ("above", ~below)):
+            for name, i in (("y", 0), ("dx", 1)):
+                parts = [r[i].movedim(1, -1)[pixels].flatten() for r in (got, eager, exact)]
+                found.setdefault(f"{name} {which}", []).append(parts)
+        found.setdefault("dweight", []).append([r[2].flatten() for r in (got, eager, exact)])
+        assert got[2].shape == weight.shape
+    for name, triples in found.items():
+        assert_error_budget(*(torch.cat(column) for column in zip(*triples, strict=True)), name)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=lambda d: str(d)[6:])

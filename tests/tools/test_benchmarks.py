@@ -14,7 +14,7 @@ from ..support import BENCHMARKS, HANG
 pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
 
 CASES = {
-    "memory_bound": 36,
+    "memory_bound": 44,
     "zero": 16,
     "dense": 22,
     "frozen": 11,

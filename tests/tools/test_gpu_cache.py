@@ -36,7 +36,7 @@ with cache.meta_goes_as_a_gpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", (0, 1, 8))
+@pytest.mark.parametrize("index", (0, 1, 10))
 def test_launches_are_recorded_without_a_gpu(index):
     """In a process of its own, which changes what meta tensors are; a measured plan starts more than one way."""
     pytest.importorskip("triton")

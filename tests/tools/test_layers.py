@@ -21,6 +21,7 @@ ROWS = (
     ("reference_rows",),
     ("plan",),
     ("backends.residual_norm",),
+    ("backends.base_norms",),
     ("backends.base",),
     ("steps",),
     ("backends",),
@@ -37,7 +38,7 @@ ROWS = (
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 
-ROOT_FILES = 14
+ROOT_FILES = 15
 KERNEL_LINES, LINES = 400, 300
 FMT_SKIPS = 25
 WORDS = ("hasattr(", ".NAME ==")

@@ -84,6 +84,7 @@ class ChannelRMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, 1, 1, 1)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, self.gamma.dtype))  # as eager's product with gamma has it
         return functional.channel_rms_norm_silu(x, self.gamma, self.bias, activation=None)
 
 
