@@ -58,7 +58,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "conv_residual": (("x", "conv", "bias", "image"), zb.conv_residual),
     "channel_rms_norm_silu": (
         ("x", "weight", "scale", "shift"),
-        lambda x, w, scale, shift: zb.channel_rms_norm_silu(x, w[:, None, None], scale=scale, shift=shift),
+        lambda x, w, scale, shift: zb.channel_rms_norm_silu(x, w.view(-1, 1, 1), scale=scale, shift=shift),
     ),
     "layer_norm_modulate": (("t", "shift", "scale"), zb.layer_norm_modulate),
     "rms_norm_modulate": (
