@@ -14,7 +14,6 @@ from ..backends import available as _backends
 from ..backends.select import select
 from ..blocks.layers import sharded_weights_count
 from .families import known
-from .families.described import family_of
 from .families.description import GatedBlock, GatedBranch, Given, Row
 from .family import Family, accelerated_class, applied, register
 from .report import Branch, LeftAlone, Reason, Report
@@ -70,6 +69,8 @@ def register_family(family: GatedBlock | type[Family]) -> type[Family]:
     ...     )
     ... )  # doctest: +SKIP
     """
+    from .families.described import family_of  # with what all of them compute with: read when first needed
+
     kind = family_of(family) if isinstance(family, GatedBlock) else family
     if not (isinstance(kind, type) and issubclass(kind, Family)):
         raise TypeError(f"register_family: family must be a GatedBlock or a subclass of Family, got {family!r}")
