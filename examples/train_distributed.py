@@ -6,6 +6,7 @@ Accelerate first, then wrap. With more than one rank nothing is measured during 
 rank what rank 0 has measured before, so that all run the same kernels. Without torchrun it runs as one process.
 """
 
+import gc
 import os
 
 import torch
@@ -60,5 +61,8 @@ mean = loss.detach().clone()
 dist.all_reduce(mean)
 if rank == 0:
     print(f"{args.engine}, {ranks} rank{'s' * (ranks > 1)}: last loss, mean of the ranks: {mean.item() / ranks:.4f}")
-dist.barrier()  # a rank that leaves while another still talks to it can take it down
+# What holds the group goes first, and the ranks leave together: else a thread of gloo may outlive the group, and abort.
+del trained, model, optimizer, loss, mean
+gc.collect()
+dist.barrier()
 dist.destroy_process_group()
