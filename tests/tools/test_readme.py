@@ -40,6 +40,25 @@ def test_its_numbers_are_the_stored_ones(monkeypatch):
     assert front.PICTURE.exists()
 
 
+@pytest.mark.parametrize(
+    "row, models",
+    (
+        ("a U-Net on a CPU", ("unet", "adm_unet", "unet2d")),
+        ("a transformer on a CPU", ("dit", "sd3", "flux", "dit_s2", "dit_s2_diffusers")),
+    ),
+)
+def test_what_to_expect_is_the_range_of_the_stored_results(monkeypatch, row, models):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from zbench import front, store
+
+    rows = [r for r in store.read_all(front.MACHINE, ("models", "whole", "saved")) if r["op"] in models]
+    times = [r["ratio"] for r in rows if r["unit"] == "us" and (r["threads"], r["allocator"]) == ("2", "pinned")]
+    saved = [r["zeroblock"] / r["eager"] for r in rows if r["unit"] == "bytes"]
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| {row} |"))
+    said = [float(number) for number in re.findall(r"\d\.\d\d", line)]
+    assert said == pytest.approx([min(times), max(times), min(saved), max(saved)], abs=0.006)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
