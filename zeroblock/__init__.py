@@ -5,7 +5,10 @@ modules; while the last weight (or gate) of a residual branch is exactly zero, t
 """
 
 # ruff: noqa: E402
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 # In a checkout kernels/ stands beside this folder, in an installation in it.
 if not (_Path(__file__).parent / "kernels").is_dir():
@@ -15,10 +18,7 @@ from .kernels import _torch as _torch  # first: says so where torch is too old
 
 # isort: split
 from . import nn
-from ._explain import explain, info
-from ._freeze import FreezeReport, freeze, unfreeze
 from ._version import __version__ as __version__
-from .convert import accelerate, coverage, register_family, restore
 from .doctor import doctor
 from .functional import (
     channel_rms_norm_silu,
@@ -35,6 +35,11 @@ from .functional import (
     rms_norm_modulate,
 )
 from .plan.share import share_plans
+
+if _TYPE_CHECKING:
+    from ._explain import explain, info
+    from ._freeze import FreezeReport, freeze, unfreeze
+    from .convert import accelerate, coverage, register_family, restore
 
 __all__ = [
     "accelerate",
@@ -62,3 +67,23 @@ __all__ = [
     "share_plans",
     "unfreeze",
 ]
+
+# What models are prepared and looked at with is imported when first wanted: a quarter of the import's time (measured:
+# benchmarks/overhead.py).
+_LATER = {
+    **dict.fromkeys(("explain", "info"), "._explain"),
+    **dict.fromkeys(("FreezeReport", "freeze", "unfreeze"), "._freeze"),
+    **dict.fromkeys(("accelerate", "convert", "coverage", "register_family", "restore"), ".convert"),
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _importlib.import_module(_LATER[name], __name__)
+    globals()[name] = value = module if name == "convert" else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

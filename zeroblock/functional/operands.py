@@ -53,10 +53,13 @@ def around_linear(
 ) -> tuple[Tensor, MaybeTensor, MaybeTensor]:
     """The three of residual + gate * linear(h), whose result has `out` features."""
     batch, T, _ = h.shape
+    size = (batch, T, out)
+    if (residual is None or residual.shape == size) and (gate is None or gate.shape == (batch, out)):
+        return h, gate, residual
     if batch == 1:
         batch = _batch(1, gate, residual)
         h = with_batch(h, batch)
-    size = (batch, T, out)
+        size = (batch, T, out)
     if residual is not None and residual.shape != size:
         if residual.dim() == 3:
             residual = with_batch(residual, batch)

@@ -73,7 +73,8 @@ class Op:
         self.differentiable, self.device_arg, self.residual, self.save = differentiable, device_arg, residual, save
         _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, STRIDES_TAG))
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
-        self._function: type[torch.autograd.Function] | None = None
+        self._autograd: _Autograd | None = None
+        self._function: type[torch.autograd.Function] | None = None  # made by the first call that needs it
         self._definition: Callable[..., Any] | None = None
 
     # ---- registration -------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class Op:
             torch.library.register_autograd(
                 f"{NAMESPACE}::{self.name}", autograd.run, setup_context=autograd.setup_context, lib=_registry
             )
-            self._function = _eager_function(self.name, self._run, self.differentiable, autograd)
+            self._autograd = autograd
             return backward
 
         return register
@@ -139,7 +140,9 @@ class Op:
                     needs_grad = True
             elif t is not None:
                 return self.overload
-        if needs_grad and self._function is not None and is_grad_enabled():
+        if needs_grad and self._autograd is not None and is_grad_enabled():
+            if self._function is None:
+                self._function = _eager_function(self.name, self._run, self.differentiable, self._autograd)
             return self._function.apply
         return None
 
@@ -190,14 +193,14 @@ class _Autograd:
         is_tensor = [str(a.type) in ("Tensor", "Optional[Tensor]") for a in arguments]
         self.saved_at = [i for i in range(self.count) if is_tensor[i] and i != op.residual]
         self.kept_at = [i for i in range(self.count) if i not in self.saved_at]
+        stored = [*self.saved_at, *self.kept_at]
+        self.place = [stored.index(i) for i in range(self.count)]  # of an input among those stored
 
     def save_inputs(self, ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         op = self.op
-        kept = [inputs[i] for i in self.kept_at]
-        if op.residual is not None and inputs[op.residual] is not None:
-            kept[self.kept_at.index(op.residual)] = inputs[op.residual].dtype
-        ctx.kept = kept
+        residual = None if op.residual is None else inputs[op.residual]
+        ctx.kept = [inputs[i] if i != op.residual or residual is None else residual.dtype for i in self.kept_at]
         saved = output[op.differentiable :] if op.save is None else op.save(inputs, output)
         ctx.save_for_backward(*[inputs[i] for i in self.saved_at], *saved)
 
@@ -209,16 +212,13 @@ class _Autograd:
     def run(self, ctx: Any, *grads: MaybeTensor) -> tuple[MaybeTensor, ...]:
         residual, count = self.op.residual, self.count
         grads = grads[: self.op.differentiable]
-        if all(g is None for g in grads):
+        if grads[0] is None and all(g is None for g in grads):
             return (None,) * count
-        saved = ctx.saved_tensors
-        inputs: list[Any] = [None] * count
-        for i, t in zip(self.saved_at, saved, strict=False):
-            inputs[i] = t
-        for i, value in zip(self.kept_at, ctx.kept, strict=True):
-            inputs[i] = value
+        saved, tensors_saved = ctx.saved_tensors, len(self.saved_at)
+        stored = [*saved[:tensors_saved], *ctx.kept]
+        inputs = [stored[i] for i in self.place]
         residual_dtype = None if residual is None else inputs[residual]
-        extra = saved[len(self.saved_at) :]
+        extra = saved[tensors_saved:]
         needed = list(ctx.needs_input_grad[:count])
         given = len(needed)
         if given < count:  # a call through the dispatcher that left arguments to their defaults
