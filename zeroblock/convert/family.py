@@ -36,9 +36,9 @@ forward does not agree with the family's, unless it has its default value.
 Nested blocks are all visited, outer first. `inner` families (single zero layers, attention of any block) leave those in
 `inner_modules(block)` (default: all submodules) to the block, which may need to find them unchanged.
 
-An accelerated block changes nothing but its class: to a subclass of its own class, created once for each family and
-set of options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay;
-pickle and torch.save write the original class; copy and deepcopy stay accelerated.
+An accelerated block changes only its class: to a subclass of its own, one for each family and set of options, which
+holds the replaced method. Attributes, parameters, hooks and `isinstance` relations stay; pickle and torch.save write
+the original class; copy and deepcopy stay accelerated.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ from torch.compiler import is_compiling
 
 from ..backends import available as _backends
 from ..plan import mode as _mode
+from . import registries
 from .report import Obstacle, Reason
 
 FAMILIES: dict[str, type[Family]] = {}
@@ -163,8 +164,7 @@ _classes: dict[tuple, type] = {}
 
 def accelerated_class(original: type, family: Family, proved: frozenset[str] | None = None) -> type:
     """The subclass of `original` whose method is the family's; one per class, family, options and `proved`, the
-    optional arguments that the family's forward may be given (None: all). TypeError when the class cannot be
-    extended."""
+    arguments beyond the required ones that its forward may be given (None: all). TypeError for a final class."""
     key = (original, type(family), family.zero_skip, family.backend, family.precision, proved)
     if key not in _classes:
         known = _Applied(original, family)
@@ -179,6 +179,7 @@ def accelerated_class(original: type, family: Family, proved: frozenset[str] | N
             known.name: _replacement(known, proved),
         }
         _classes[key] = types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(body))
+        registries.enter(_classes[key], original)
         family.on_class_created(_classes[key])
     return _classes[key]
 
