@@ -67,8 +67,16 @@ def test_families_have_texts():
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "model": (lambda: zb.accelerate([]), TypeError, "accelerate: model must be an nn.Module, got list"),
-    "restore": (lambda: zb.restore(None), TypeError, "restore: model must be an nn.Module, got NoneType"),
+    "model": (
+        lambda: zb.accelerate([]),
+        TypeError,
+        "accelerate: model must be an nn.Module, or a pipeline .*, got list",
+    ),
+    "restore": (
+        lambda: zb.restore(None),
+        TypeError,
+        "restore: model must be an nn.Module, or a pipeline .*, got NoneType",
+    ),
     "zero_skip": (lambda: zb.accelerate(Net(), zero_skip="yes"), ValueError, "zero_skip must be one of"),
     "backend": (lambda: zb.accelerate(Net(), backend="tpu"), ValueError, "backend must be one of"),
     "precision": (lambda: zb.accelerate(Net(), precision="low"), ValueError, "precision must be one of"),

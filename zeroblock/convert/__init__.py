@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,13 @@ __all__ = [
 ]
 
 PRECISIONS = ("strict", "fast")
+
+
+class Pipeline(Protocol):
+    """What diffusers' pipelines have: their models are among the components."""
+
+    @property
+    def components(self) -> dict[str, Any]: ...
 
 
 def families() -> dict[str, str]:
@@ -86,7 +94,7 @@ _added: set[str] = set()
 
 
 def accelerate(
-    model: nn.Module,
+    model: nn.Module | Pipeline,
     *,
     zero_skip: str = "auto",
     backend: str = "auto",
@@ -102,7 +110,8 @@ def accelerate(
     as they are; only `type(block)` changes, to a subclass. zeroblock.nn's own modules need nothing and are not listed.
 
     Args:
-        model: any module; blocks at every depth are found, the module itself included.
+        model: any module; blocks at every depth are found, the module itself included. Or a pipeline of diffusers, of
+            which every model is meant; their paths in the report begin with the component's name.
         zero_skip: "auto", "sync" or "never", as in zeroblock/zero.py.
         backend: "auto", or the one that runs the blocks' forwards.
         precision: "strict", the accuracy of eager, or "fast", which allows ways of reduced float32 precision in the
@@ -120,8 +129,7 @@ def accelerate(
 
     >>> print(zb.accelerate(unet))  # doctest: +SKIP
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
+    model = _as_module("accelerate", model)
     _checks.choice("accelerate", "zero_skip", zero_skip, zero.POLICIES)
     _checks.choice("accelerate", "backend", backend, ("auto", *_backends.BACKENDS))
     _checks.choice("accelerate", "precision", precision, PRECISIONS)
@@ -146,19 +154,18 @@ def accelerate(
     return report
 
 
-def coverage(model: nn.Module) -> Report:
+def coverage(model: nn.Module | Pipeline) -> Report:
     """What `accelerate(model)` would do, and why it would leave blocks alone; nothing is changed.
 
     Args:
-        model: any module that is not accelerated (`restore` first) and not compiled.
+        model: any module, or pipeline of diffusers, that is not accelerated (`restore` first) and not compiled.
 
     Returns the report that accelerate would return: print it, or read `branches`, `left_alone` and `blocks`.
-    Raises TypeError when model is no module, RuntimeError when it is accelerated or compiled.
+    Raises TypeError when model is neither, RuntimeError when it is accelerated or compiled.
 
     >>> print(zb.coverage(transformer))  # doctest: +SKIP
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"coverage: model must be an nn.Module, got {type(model).__name__}")
+    model = _as_module("coverage", model)
     _refuse_compiled("coverage", model)
     for path, m in model.named_modules():
         if applied(m) is not None:
@@ -172,13 +179,12 @@ def _report(found: list[Found], left_alone: list[LeftAlone]) -> Report:
     return Report(tuple(rows), tuple(left_alone), len(found))
 
 
-def restore(model: nn.Module) -> int:
+def restore(model: nn.Module | Pipeline) -> int:
     """Gives every block of `model` its own class back, parameters as they are now; returns how many blocks there were.
 
     Raises RuntimeError when the model is compiled, or a block's class was extended after accelerate (fully_shard).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"restore: model must be an nn.Module, got {type(model).__name__}")
+    model = _as_module("restore", model)
     _refuse_compiled("restore", model)
     blocks = [(path, m, was) for path, m in model.named_modules() if (was := applied(m)) is not None]
     for path, m, _ in blocks:
@@ -189,6 +195,21 @@ def restore(model: nn.Module) -> int:
     for _, m, was in blocks:
         m.__class__ = was.original
     return len(blocks)
+
+
+def _as_module(what: str, model: nn.Module | Pipeline) -> nn.Module:
+    """The model, or a pipeline's models under the names of its components."""
+    if isinstance(model, nn.Module):
+        return model
+    components = getattr(model, "components", None)
+    models = components.items() if isinstance(components, dict) else ()
+    named = {name: m for name, m in models if isinstance(m, nn.Module)}
+    if not named:
+        raise TypeError(
+            f"{what}: model must be an nn.Module, or a pipeline with modules among its components, got "
+            f"{type(model).__name__}"
+        )
+    return nn.ModuleDict(named)
 
 
 def _is_ours(block: nn.Module) -> bool:
