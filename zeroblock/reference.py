@@ -248,7 +248,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch in their promoted dtype, rounded once; gate [B, D], [B, T, D], [D] or [1]."""
     out = promoted(residual, gate, branch)
     wide = torch.promote_types(out, torch.float32)
-    return (residual.to(wide) + modulation(gate).to(wide) * branch.to(wide)).to(out)
+    return added(residual.to(wide), modulation(gate).to(wide) * branch.to(wide)).to(out)
 
 
 def gate_residual_layer_norm_modulate(
@@ -291,7 +291,13 @@ def add_gated(residual: Tensor | None, gate: Tensor | None, branch: Tensor) -> T
         return gate_residual(residual, gate, branch)
     if gate is not None:
         branch = modulation(gate) * branch
-    return branch if residual is None else residual + branch
+    return branch if residual is None else added(residual, branch)
+
+
+def added(residual: Tensor, branch: Tensor) -> Tensor:
+    """residual + branch; of tokens in the layout of the branch. A sum has that of its first operand, and the residual
+    may be transposed, as patch embeddings hand it over, which every later norm would read with strides."""
+    return branch + residual if branch.dim() == 3 else residual + branch
 
 
 def is_zero(*tensors: Tensor) -> Tensor:

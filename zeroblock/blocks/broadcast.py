@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from .._layout import is_settled
-from ..reference import modulation
+from ..reference import added, modulation
 
 
 def same_batch(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def fits_gate(gate: Tensor, size: torch.Size) -> bool:
 
 def add_gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch, whatever is broadcast."""
-    # The op returns what is dense; to a permuted residual eager adds in its own order.
+    # The op returns what is dense; a permuted residual is added to.
     if residual.shape == branch.shape and fits_gate(gate, branch.shape) and is_settled(residual):
         return functional.gate_residual(residual, gate, branch)
-    return residual + modulation(gate) * branch
+    return added(residual, modulation(gate) * branch)
