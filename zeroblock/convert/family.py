@@ -7,7 +7,7 @@ file of its own in `families/`; it never imports the package whose blocks it kno
     classes    the names of the classes it may know (of the block's class or one of its bases)
     method     the method that accelerate replaces, "forward" unless the class has an inner one ("_forward"; `entry`,
                where it is one or the other)
-    inner      whether it leaves blocks alone that belong to an outer block (see below)
+    inner      whether it leaves alone what belongs to an outer block (see below)
     only_skips  whether its forward is the original unless it skips: the original runs what is not zero, and under
                torch.compile, where no branch is skipped as a whole, everything
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
@@ -27,18 +27,16 @@ and four methods, `block` being the foreign module:
                                  arguments), beside example(block, SMALL)
 
 Nobody can tell by its name whether a block computes what its namesake does, so `accelerate` proves it: a copy of the
-block with random parameters runs both forwards, and their results and the gradients of their inputs must agree
-(`proof.py`). A family that needs no proof, because it calls the original and only skips, returns None from `example`.
-The proof makes subclasses and modified forwards safe: they fit or are left alone. At a call, what the proof has not
-seen goes to the original: an argument that is neither in `example` nor in `options`, or about which the block's own
-forward does not agree with the family's, unless it has its default value.
+block with random parameters runs both forwards, and their results and gradients must agree (`proof.py`). A family that
+needs no proof, because it only skips, returns None from `example`. At a call, what the proof has not seen goes to the
+original: an argument that is neither in `example` nor in `options`, or about which both forwards do not agree, unless
+it has its default value. So does a call for which the original is faster (`choice.py`).
 
-Nested blocks are all visited, outer first. `inner` families (single zero layers, attention of any block) leave those in
-`inner_modules(block)` (default: all submodules) to the block, which may need to find them unchanged.
+Outer blocks come first. `inner` families (zero layers, attention) leave `inner_modules(block)` (default: all) to it.
 
-An accelerated block changes nothing but its class: to a subclass of its own class, created once for each family and
-set of options, which holds the replaced method. Its attributes, parameters, hooks and `isinstance` relations stay;
-pickle and torch.save write the original class; copy and deepcopy stay accelerated.
+An accelerated block changes nothing but its class: to a subclass, created once for each family and set of options,
+which holds the replaced method. Attributes, parameters, hooks and `isinstance` stay; pickle and torch.save write the
+original class; copy and deepcopy stay accelerated.
 """
 
 from __future__ import annotations
@@ -60,6 +58,7 @@ from torch.compiler import is_compiling
 
 from ..backends import available as _backends
 from ..plan import mode as _mode
+from .choice import choice_of
 from .report import Obstacle, Reason
 
 FAMILIES: dict[str, type[Family]] = {}
@@ -77,8 +76,8 @@ class Family:
     inner: ClassVar[bool] = False
     only_skips: ClassVar[bool] = False
 
-    def __init__(self, zero_skip: str = "auto", backend: str = "auto", precision: str = "strict"):
-        self.zero_skip, self.backend, self.precision = zero_skip, backend, precision
+    def __init__(self, zero_skip: str = "auto", backend: str = "auto", precision: str = "strict", prefer: str = ""):
+        self.zero_skip, self.backend, self.precision, self.prefer = zero_skip, backend, precision, prefer
 
     def knows(self, block: nn.Module) -> bool:
         """Whether the block could be one of this family's, by the names of its class and bases."""
@@ -114,7 +113,7 @@ class Family:
         return block.modules()
 
     def on_class_created(self, kind: type[nn.Module]) -> None:
-        """Called once for every subclass that `accelerated_class` creates for this family."""
+        """Called once for every subclass that `accelerated_class` creates."""
 
     def eager(self, block: Any, *args: Any, **kwargs: Any) -> Any:
         """The method the block had before accelerate."""
@@ -154,18 +153,18 @@ class _Applied:
     def __init__(self, original: type, family: Family):
         self.original, self.family = original, family
         self.name = family.entry(original)
-        # The function itself: torch.compile cannot look it up on a class marked allow_in_graph (diffusers' Attention).
+        # torch.compile cannot look it up on a class marked allow_in_graph (diffusers' Attention).
         self.method: Callable[..., Any] = getattr(original, self.name)
+        self.choice = choice_of(family, keeps_state=type(family).forget is not Family.forget)
 
 
 _classes: dict[tuple, type] = {}
 
 
 def accelerated_class(original: type, family: Family, proved: frozenset[str] | None = None) -> type:
-    """The subclass of `original` whose method is the family's; one per class, family, options and `proved`, the
-    optional arguments that the family's forward may be given (None: all). TypeError when the class cannot be
-    extended."""
-    key = (original, type(family), family.zero_skip, family.backend, family.precision, proved)
+    """The subclass of `original` whose method is the family's; one per class, family, options and `proved`, which
+    optional arguments the family may be given (None: all). TypeError when the class cannot be extended."""
+    key = (original, type(family), family.zero_skip, family.backend, family.precision, family.prefer, proved)
     if key not in _classes:
         known = _Applied(original, family)
         body = {
@@ -191,7 +190,7 @@ def applied(block: nn.Module) -> _Applied | None:
 def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
     original, family, method, name = known.original, known.family, known.method, known.name
     forward, backend, fast = family.forward, family.backend, family.precision == "fast"
-    only_skips = family.only_skips
+    only_skips, choice = family.only_skips, known.choice
     taken = _Taken(forward, method, proved)
     sure = taken.sure
 
@@ -204,6 +203,8 @@ def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
             return method(self, *args, **kwargs)  # a fork's own argument, or one that was not proved
         if not compiled and getattr(original, name) is not method:
             return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
+        if not compiled and choice is not None and choice.prefers_original(self, forward, method, args, kwargs):
+            return method(self, *args, **kwargs)
         if compiled or backend == "auto" and not fast:  # what runs when it was compiled asks for its backend then
             return forward(self, *args, **kwargs)
         with contextlib.ExitStack() as options:

@@ -71,18 +71,22 @@ class Stream:
             )
         branch, gate = self.waiting
         self.waiting = None
-        x, row = self.x, gate.row
+        row: Any = gate.row
+        x = self.x
+        results: tuple[Tensor | None, ...]
         weight, bias = weight_of(norm), parameter(norm, "bias")
         index = self._index(row, shift, scale)
         if index is None and self._is_settled(branch, weight, bias, parameter(gate.norm, "weight")):
-            if self._is_usual(norm, gate, shift, scale) and x.dtype is branch.dtype is row.rows.dtype:  # type: ignore[union-attr]
-                rows = shift.rows, scale.rows  # type: ignore[union-attr]
-                self.x, h = ops.gate_residual_layer_norm_modulate(x, row.rows, branch, *rows, norm.eps)[:2]  # type: ignore[union-attr]
-                return h
-            kind, dtype = NORMS[norm_kind(norm)], x.dtype  # type: ignore[index]
-            modulation = (kind, weight, bias, *operand(shift), *operand(scale), None, norm.eps, dtype, dtype)
-            self.x, h = ops.residual_norm_modulate(x, *added(branch, gate), *modulation)[:2]
-            return h
+            if self._is_usual(norm, gate, shift, scale) and x.dtype is branch.dtype is row.rows.dtype:
+                first, second = operand(shift)[0], operand(scale)[0]
+                assert first is not None and second is not None
+                results = ops.gate_residual_layer_norm_modulate(x, row.rows, branch, first, second, norm.eps)
+            else:
+                kind, dtype = NORMS[norm_kind(norm)], x.dtype  # type: ignore[index]
+                modulation = (kind, weight, bias, *operand(shift), *operand(scale), None, norm.eps, dtype, dtype)
+                results = ops.residual_norm_modulate(x, *added(branch, gate), *modulation)
+            self.x, h = results[:2]  # type: ignore[assignment]
+            return h  # type: ignore[return-value]
         self.x, h = functional.residual_norm_modulate(
             x,
             branch,
@@ -129,7 +133,7 @@ class Stream:
                         return ops.rms_norm_modulate(x, *rows, weight, norm.eps)[0]
                     return ops.layer_norm_modulate(x, *rows, weight, bias, norm.eps)[0]
                 modulation = (kind, weight, bias, *operand(shift), *operand(scale), None, norm.eps, x.dtype, x.dtype)
-                return ops.residual_norm_modulate(x, *NOTHING_ADDED, *modulation)[1]
+                return ops.residual_norm_modulate(x, *NOTHING_ADDED, *modulation)[1]  # type: ignore[return-value]
             more: dict[str, Any] = {}
             if shift is not None and shift.table is not None or scale is not None and scale.table is not None:
                 more = {"shift_table": shift and shift.table, "scale_table": scale and scale.table}
@@ -150,10 +154,10 @@ class Stream:
                 return x + branch
             index = self._index(gate.row)
             if index is None and self._is_settled(branch, parameter(gate.norm, "weight")):
-                dtype, row = x.dtype, gate.row
-                if gate.is_plain() and row.rows.dim() > 1 and (not fp32 or row.rows.dtype is dtype is branch.dtype):  # type: ignore[union-attr]
-                    return ops.gate_residual(x, row.rows, branch)  # type: ignore[union-attr]
-                return ops.residual_norm_modulate(x, *added(branch, gate), *WITHOUT_NORM, dtype, dtype)[0]
+                rows: Any = None if gate.row is None else gate.row.rows
+                if gate.is_plain() and rows.dim() > 1 and (not fp32 or rows.dtype is x.dtype is branch.dtype):
+                    return ops.gate_residual(x, rows, branch)
+                return ops.residual_norm_modulate(x, *added(branch, gate), *WITHOUT_NORM, x.dtype, x.dtype)[0]  # type: ignore[return-value]
             if gate.is_plain() and self.index is None and (not fp32 or gate.row.rows.dtype == x.dtype):  # type: ignore[union-attr]
                 return add_gated(x, gate.row.rows, branch)  # type: ignore[union-attr, arg-type]
             given = named_gate(gate)
@@ -213,9 +217,9 @@ class Stream:
         return True
 
     def _fits_row(self, row: Row) -> bool:
-        assert self._size is not None
-        B, T, D = self._size
         dtype = self._dtype
+        assert self._size is not None and dtype is not None
+        B, T, D = self._size
         for v in row:
             if v is None:
                 continue
