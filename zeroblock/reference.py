@@ -2,8 +2,7 @@
 
 These functions work for any floating dtype, device and layout, are differentiable to any order, and hold under
 torch.func transforms, forward-mode AD, torch.compile and export. Norms compute in fp32 (fp64 for fp64 input) and
-round once, at the end; shapes are written `[N, C, *S]` (images, any number of spatial dimensions) and `[B, T, D]`
-(tokens).
+round once, at the end; shapes are written `[N, C, *S]` (images, any number of dimensions) and `[B, T, D]` (tokens).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dtypes import INTEGERS
+from ._layout import added
 from ._padding import padded
 
 Padding = int | Sequence[int]
@@ -292,12 +292,6 @@ def add_gated(residual: Tensor | None, gate: Tensor | None, branch: Tensor) -> T
     if gate is not None:
         branch = modulation(gate) * branch
     return branch if residual is None else added(residual, branch)
-
-
-def added(residual: Tensor, branch: Tensor) -> Tensor:
-    """residual + branch; of tokens in the layout of the branch. A sum has that of its first operand, and the residual
-    may be transposed, as patch embeddings hand it over, which every later norm would read with strides."""
-    return branch + residual if branch.dim() == 3 else residual + branch
 
 
 def is_zero(*tensors: Tensor) -> Tensor:

@@ -8,9 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -96,11 +94,10 @@ def _assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"result {i}: {text}")
 
 
-# What torch.compile traces as plain PyTorch on a CPU, for the compiler to fuse with what is around it; what holds a
-# product in training alone.
-NORMS_AND_GATES = "layer_norm_modulate rms_norm_modulate gate_residual gate_residual_layer_norm_modulate"
-LEFT_TO_COMPILER = NORMS_AND_GATES.split() if TELLS_EXPORTS else []
-LEFT_IN_TRAINING = [*LEFT_TO_COMPILER, "layer_norm_modulate_linear"] if TELLS_EXPORTS else []
+# What torch.compile traces as plain PyTorch on a CPU, to fuse it with what is around it; with a product in training only.
+_LEFT = "layer_norm_modulate rms_norm_modulate gate_residual gate_residual_layer_norm_modulate".split()
+LEFT_TO_COMPILER = _LEFT if TELLS_EXPORTS else []
+LEFT_IN_TRAINING = [*_LEFT, "layer_norm_modulate_linear"] if TELLS_EXPORTS else []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -113,10 +110,7 @@ def test_function_compiles_whole(name):
     with torch.no_grad():
         expected, got = function(*tensors), compiled(*tensors)
     for a, b in zip(_tuple(got), _tuple(expected), strict=True):
-        if name in LEFT_TO_COMPILER:
-            torch.testing.assert_close(a, b)
-        else:
-            testing.assert_bitwise_equal(a, b)
+        (torch.testing.assert_close if name in LEFT_TO_COMPILER else testing.assert_bitwise_equal)(a, b)
     whole = {f"zeroblock.{name}.default"}
     in_training, in_inference = (
         {op for op in _op_names(graph.graph) if op.startswith("zeroblock.")} for graph in counter.graphs
@@ -304,35 +298,3 @@ def test_a_compiled_block_trains_out_of_its_zero_phase():
     assert plans == [(1, 1), (2, 0), (2, 0)]  # conv1's op always runs, conv2's is skipped at first
     for a, b in zip(block.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.skipif(not TELLS_EXPORTS, reason="this torch cannot tell an export from a compilation: ops stay whole")
-@pytest.mark.parametrize("name", ["gate_residual", "gate_residual_layer_norm_modulate", "linear_gate_residual"])
-def test_a_transposed_residual_does_not_lay_out_what_follows(name):
-    """Patch embeddings hand over transposed tokens; a sum that took their layout would be read with strides by every
-    norm after it."""
-    operands, function = FUNCTIONS[name]
-    tensors = [_inputs()[k] for k in operands]
-    at = operands.index("tokens") if name == "linear_gate_residual" else 0
-    tensors[at] = tensors[at].mT.contiguous().mT
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for training in (True, False):
-        results = compiled(*(t.clone().requires_grad_(training) for t in tensors))
-        assert not tensors[at].is_contiguous() and all(y.is_contiguous() for y in _tuple(results))
-
-
-@pytest.mark.skipif(not TELLS_EXPORTS, reason="this torch cannot tell an export from a compilation: ops stay whole")
-def test_the_gradients_of_weight_and_bias_are_the_compilers():
-    """Nothing of them can be skipped: in backward an op is called for the gradient of h alone."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph, example):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    operands, function = FUNCTIONS["linear_gate_residual"]
-    tensors = [_inputs()[k].clone().requires_grad_() for k in operands]
-    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-    _assert_same(_results(compiled, tensors), _results(function, tensors))
-    (call,) = [n for n in graphs[-1].graph.nodes if "zeroblock" in str(n.target)]
-    assert call.args[-1] == [True, False, False, False] and call.args[-2] is False
