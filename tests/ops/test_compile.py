@@ -94,7 +94,7 @@ def _assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"result {i}: {text}")
 
 
-# What torch.compile traces as plain PyTorch on a CPU, to fuse it with what is around it; with a product in training only.
+# What torch.compile traces as plain PyTorch on a CPU, to fuse it with what is around it; a product in training only.
 _LEFT = "layer_norm_modulate rms_norm_modulate gate_residual gate_residual_layer_norm_modulate".split()
 LEFT_TO_COMPILER = _LEFT if TELLS_EXPORTS else []
 LEFT_IN_TRAINING = [*_LEFT, "layer_norm_modulate_linear"] if TELLS_EXPORTS else []

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._layout import (
@@ -24,7 +25,8 @@ from .._layout import (
 from .._version import NAMESPACE
 from ..plan.planned import Explanation
 from ..reference import promoted
-from ..steps.linear import LINEAR, LinearCall
+from ..steps.linear import FEW_PRODUCTS, LINEAR, LinearCall
+from ..steps.packed import copies
 from .base import MaybeTensor, Step, WinogradKernels
 from .cpu_images import CpuImages, to_dtype
 from .cpu_rows import CpuRows
@@ -196,6 +198,9 @@ class Cpu(CpuImages, CpuRows):
         return x
 
     def linear(self, x: Tensor, weight: Tensor, bias: MaybeTensor, activation: str | None = None) -> Tensor:
+        if x.numel() * weight.shape[0] <= FEW_PRODUCTS and not copies:  # the library's by rule, and soon done
+            y = F.linear(x, weight, bias)
+            return y if activation is None else self.activation(y, activation)
         return LINEAR(LinearCall(self, x, weight, bias, activation))
 
     def is_zero(self, t: Tensor) -> bool:
