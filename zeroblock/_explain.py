@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import functional, zero
 from ._version import NAMESPACE
@@ -44,17 +44,20 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
+def explain(op_name: str | nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run `zeroblock.<op_name>(*args, **kwargs)`, why not the others, and what its zero path sees.
 
     Nothing is computed (a weight's zero test aside).
 
     Args:
-        op_name: the name of a function of zeroblock.
+        op_name: the name of a function of zeroblock; or a block of an accelerated model: its plan says which forward
+            the call would take, zeroblock's ("fused") or its own ("library").
         *args, **kwargs: its arguments.
 
     Returns an Explanation, printable. Raises ValueError for an unknown function, TypeError for wrong arguments.
     """
+    if isinstance(op_name, nn.Module):
+        return _block(op_name, args, kwargs)
     function = getattr(functional, op_name, None)
     if function is None or op_name.startswith("_") or not inspect.isfunction(function):
         raise ValueError(f"explain: op_name must name a function of zeroblock, got {op_name!r}")
@@ -83,6 +86,16 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> Explanation:
     }
     path = _zero_path(op_name, backend, arguments, plans)
     return Explanation(op_name, name, not_used, path, _counted(op_name), plans)
+
+
+def _block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
+    name = type(block).__name__
+    applied = getattr(type(block), "_zeroblock", None)
+    if applied is None:
+        raise ValueError(f"explain: op_name must be a block that accelerate converted, got {name}")
+    family, choice = applied.family, applied.choice
+    plan = None if choice is None else choice.explain(block, family.forward, applied.method, args, kwargs)
+    return Explanation(name, family.backend, {}, None, _counted(family.name), () if plan is None else (plan,))
 
 
 def _counted(op: str) -> tuple[int, int]:

@@ -2,8 +2,7 @@
 
 These functions work for any floating dtype, device and layout, are differentiable to any order, and hold under
 torch.func transforms, forward-mode AD, torch.compile and export. Norms compute in fp32 (fp64 for fp64 input) and
-round once, at the end; shapes are written `[N, C, *S]` (images, any number of spatial dimensions) and `[B, T, D]`
-(tokens).
+round once, at the end; shapes are written `[N, C, *S]` (images, any number of dimensions) and `[B, T, D]` (tokens).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def channel_view(v: Tensor, ndim: int) -> Tensor:
 
 
 def by_group(x: Tensor, num_groups: int) -> Tensor:
-    """[N, C, *S] as [N, G, C / G * S]; one dimension is never left to be inferred, the batch may be empty."""
+    """[N, C, *S] as [N, G, C / G * S]; nothing is left to be inferred, the batch may be empty."""
     return x.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
 
 
@@ -79,10 +78,8 @@ def apply_activation(h: Tensor, activation: str | None) -> Tensor:
 
 
 def draw_keep(h: Tensor, p: float, training: bool) -> Tensor | None:
-    """The dropout mask eager's F.dropout(h, p, training) would draw, as bool; None when it would keep everything.
-
-    Consumes the random stream exactly as F.dropout does for a tensor of h's shape, dtype and layout.
-    """
+    """The dropout mask that eager's F.dropout(h, p, training) would draw, as bool, consuming the random stream as that
+    does for h's shape, dtype and layout; None when it would keep everything."""
     if not training or p == 0.0:
         return None
     return F.dropout(torch.ones_like(h), p, True) != 0
@@ -248,7 +245,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch in their promoted dtype, rounded once; gate [B, D], [B, T, D], [D] or [1]."""
     out = promoted(residual, gate, branch)
     wide = torch.promote_types(out, torch.float32)
-    return (residual.to(wide) + modulation(gate).to(wide) * branch.to(wide)).to(out)
+    return _added(residual.to(wide), modulation(gate).to(wide) * branch.to(wide)).to(out)
 
 
 def gate_residual_layer_norm_modulate(
@@ -289,9 +286,12 @@ def add_gated(residual: Tensor | None, gate: Tensor | None, branch: Tensor) -> T
     """residual + gate * branch, either of them None where it is absent."""
     if gate is not None and residual is not None:
         return gate_residual(residual, gate, branch)
-    if gate is not None:
-        branch = modulation(gate) * branch
-    return branch if residual is None else residual + branch
+    branch = branch if gate is None else modulation(gate) * branch
+    return branch if residual is None else _added(residual, branch)
+
+
+def _added(residual: Tensor, branch: Tensor) -> Tensor:  # as in _layout.py
+    return branch + residual if branch.dim() == 3 else residual + branch
 
 
 def is_zero(*tensors: Tensor) -> Tensor:

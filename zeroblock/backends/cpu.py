@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._layout import (
@@ -24,7 +25,8 @@ from .._layout import (
 from .._version import NAMESPACE
 from ..plan.planned import Explanation
 from ..reference import promoted
-from ..steps.linear import LINEAR, LinearCall
+from ..steps.linear import FEW_PRODUCTS, LINEAR, LinearCall
+from ..steps.packed import copies
 from .base import MaybeTensor, Step, WinogradKernels
 from .cpu_images import CpuImages, to_dtype
 from .cpu_rows import CpuRows
@@ -196,10 +198,18 @@ class Cpu(CpuImages, CpuRows):
         return x
 
     def linear(self, x: Tensor, weight: Tensor, bias: MaybeTensor, activation: str | None = None) -> Tensor:
+        if x.numel() * weight.shape[0] <= FEW_PRODUCTS and not copies:  # the library's by rule, and soon done
+            y = F.linear(x, weight, bias)
+            return y if activation is None else self.activation(y, activation)
         return LINEAR(LinearCall(self, x, weight, bias, activation))
 
     def is_zero(self, t: Tensor) -> bool:
-        return _is_zero(t if t.is_contiguous() else dense_view(t))
+        if t.is_contiguous():
+            return _is_zero(t)
+        # Of rows with gaps between them (a part of a modulation) the first one mostly tells, and needs no copy.
+        if t.dim() > 1 and t.shape[0] > 0 and not self.is_zero(t.select(0, 0)):
+            return False
+        return _is_zero(dense_view(t))
 
     def are_zero(self, tensors: list[Tensor]) -> Tensor:
         return torch.tensor([self.is_zero(t) for t in tensors], dtype=torch.bool)

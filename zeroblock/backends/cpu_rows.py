@@ -16,6 +16,7 @@ _native = getattr(torch.ops, NAMESPACE)
 _forward = _native._residual_norm_modulate.default
 _backward = _native._residual_norm_modulate_bwd.default
 _DTYPE_IDS = {dtype: i for i, dtype in enumerate(KERNELS)}  # their places in ZB_DTYPES
+_takes = frozenset(KERNELS).issuperset
 
 
 def _rows(a: Rows) -> tuple[MaybeTensor, MaybeTensor]:
@@ -35,10 +36,6 @@ def _modulation(norm: Norm | None) -> tuple[MaybeTensor, ...]:
     return norm.weight, norm.bias, *_rows(norm.shift), *_rows(norm.scale)
 
 
-def _takes(*dtypes: torch.dtype) -> bool:
-    return all(dtype in _DTYPE_IDS for dtype in dtypes)
-
-
 def _row_dtypes(branch: Branch | None, norm: Norm | None) -> list[torch.dtype]:
     rows = [branch.branch, branch.gate.rows] if branch is not None else []
     rows += [norm.shift.rows, norm.scale.rows] if norm is not None else []
@@ -51,7 +48,7 @@ class CpuRows(Reference):
     ) -> ResidualNorm:
         x_dtype = residual.dtype if branch is None else branch.dtype
         y_dtype = x_dtype if norm is None else norm.dtype
-        if not _takes(residual.dtype, x_dtype, y_dtype, *_row_dtypes(branch, norm)):
+        if not _takes((residual.dtype, x_dtype, y_dtype, *_row_dtypes(branch, norm))):
             return super().residual_norm_modulate(residual, branch, norm, index)
         x_new, y, *stats = _forward(
             residual.contiguous(),
@@ -81,7 +78,7 @@ class CpuRows(Reference):
         x = dx_new if x is None else x
         assert x is not None
         dtypes = [t.dtype for t in (dx_new, dy, x) if t is not None]
-        if not _takes(*dtypes, residual_dtype, *_row_dtypes(branch, norm)):
+        if not _takes((*dtypes, residual_dtype, *_row_dtypes(branch, norm))):
             rest = (branch, norm, index, residual_dtype, needed)
             return super().residual_norm_modulate_bwd(dx_new, dy, x, stats, *rest)
         grads = _backward(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._layout import is_settled
+from .._layout import added, is_settled
 from ..reference import modulation
 
 
@@ -66,7 +66,7 @@ def fits_gate(gate: Tensor, size: torch.Size) -> bool:
 
 def add_gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch, whatever is broadcast."""
-    # The op returns what is dense; to a permuted residual eager adds in its own order.
+    # The op returns what is dense; a permuted residual is added to.
     if residual.shape == branch.shape and fits_gate(gate, branch.shape) and is_settled(residual):
         return functional.gate_residual(residual, gate, branch)
-    return residual + modulation(gate) * branch
+    return added(residual, modulation(gate) * branch)

@@ -14,9 +14,11 @@ from .. import _checks, zero
 from ..backends import available as _backends
 from ..backends.select import select
 from ..blocks.layers import sharded_weights_count
+from .accelerated import accelerated_class, applied
+from .choice import PREFERENCES
 from .families import known
 from .families.description import GatedBlock, GatedBranch, Given, Row
-from .family import Family, accelerated_class, applied, register
+from .family import Family, register
 from .report import Branch, LeftAlone, Reason, Report
 from .search import Found, in_order, search
 
@@ -100,6 +102,7 @@ def accelerate(
     backend: str = "auto",
     precision: str = "strict",
     strict: bool = False,
+    prefer: str = "memory",
 ) -> Report:
     """Has zeroblock run the blocks of `model` that it knows, in place; returns what was done, printable as a table.
 
@@ -117,6 +120,9 @@ def accelerate(
         precision: "strict", the accuracy of eager, or "fast", which allows ways of reduced float32 precision in the
             blocks' forward and backward as torch.set_float32_matmul_precision("high") does everywhere (F(4x4) Winograd:
             relative error up to 2e-6 in the L2 norm, 7e-6 in the maximum norm).
+        prefer: what a training step on a CPU is to have less of where both cannot be had: "memory" runs zeroblock's
+            forwards, which keep less for backward; "speed" a block's own where that is measured faster, as inference
+            does in any case. `zeroblock.explain(block, *args)` shows the choice.
         strict: raise when a residual block is left alone, or of one only parts are taken, or none is found.
 
     Called again, the new options replace the old; `restore` undoes it. Accelerate before torch.compile. Before or after
@@ -133,6 +139,7 @@ def accelerate(
     _checks.choice("accelerate", "zero_skip", zero_skip, zero.POLICIES)
     _checks.choice("accelerate", "backend", backend, ("auto", *_backends.BACKENDS))
     _checks.choice("accelerate", "precision", precision, PRECISIONS)
+    _checks.choice("accelerate", "prefer", prefer, PREFERENCES)
     if backend == "cpu" and _backends.CPU_MISSING is not None:
         raise RuntimeError(f"accelerate: the cpu backend cannot run: {_backends.CPU_MISSING}")
     _refuse_compiled("accelerate", model)
@@ -140,7 +147,7 @@ def accelerate(
     restore(model)
     try:
         with sharded_weights_count(model):
-            found, left_alone = search(model, [family(zero_skip, backend, precision) for family in in_order()])
+            found, left_alone = search(model, [family(zero_skip, backend, precision, prefer) for family in in_order()])
         if strict and (left_alone or not found):
             rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
             raise RuntimeError(f"accelerate: strict, and not everything could be accelerated:\n{rest}")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .. import zero
 from ..plan import mode as _mode
-from .family import SMALL, Family, accelerated_class
+from .accelerated import accelerated_class
+from .family import SMALL, Family
 from .random_copy import random_copy
 from .report import Obstacle, Reason
 

@@ -12,7 +12,8 @@ from .._dtypes import FLOATING
 from ..blocks.decision import is_watched
 from ..blocks.layers import is_distributed, is_own, is_whole, on_trial
 from . import families, proof, residual
-from .family import Family, accelerated_class, applied
+from .accelerated import accelerated_class, applied
+from .family import Family
 from .report import LeftAlone, Obstacle, Reason
 
 

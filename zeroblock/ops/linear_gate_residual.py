@@ -19,13 +19,14 @@ from ..steps.flag import HOST, NEVER, ZERO_GATE, ZERO_WEIGHT, found_by_host
 from ..steps.flag import skipped as report
 from ..steps.linear import linear_grads
 from . import shapes
-from .register import Grads, Op, through
+from .register import Grads, Op, is_traced, through
 from .residual_alone import residual_alone, zero_grad
 
 FORWARD = Op(
     "linear_gate_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, str? activation, "
     "int zero_skip, bool save_branch) -> (Tensor, Tensor, Tensor)",
     residual=4,
+    has_product=True,
 )
 BACKWARD = Op(
     "linear_gate_residual_bwd(Tensor dy, Tensor h, Tensor weight, Tensor? gate, Tensor branch, Tensor skipped, "
@@ -193,21 +194,30 @@ def _compiled(
     zero_skip: int,
     save_branch: bool,
 ) -> Tensor:
-    """The product stays an op, for its zero path: alone, or with the gate where a zero gate too would spare it."""
+    """The product stays an op, for its zero path: with the gate where a zero gate too would spare it, else alone. The
+    bias is then added outside: with its gradient it is part of what the compiler fuses."""
     if zero_skip == NEVER:
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
     if gate is not None and not save_branch:
         return FORWARD.overload(h, weight, bias, gate, residual, activation, zero_skip, False)[0]
     h = ref.apply_activation(h, activation)
-    branch = FORWARD.overload(h, weight, bias, None, None, None, zero_skip, False)[0]
-    return ref.add_gated(residual, gate, branch)
+    branch = FORWARD.overload(h, weight, None, None, None, None, zero_skip, False)[0]
+    return ref.add_gated(residual, gate, branch if bias is None else branch + bias)
 
 
 @FORWARD.backward(through(_reference))
 def _backward(inputs: Sequence[Any], needed: Sequence[bool], dy: Tensor, branch: Tensor, skipped: Tensor) -> Grads:
     h, weight, bias, gate, _, activation, zero_skip, _ = inputs
     grads: tuple[MaybeTensor, ...] = (None, None, None, None)
-    if any(needed[:4]):
+    if gate is bias is activation is None and h.is_cpu and is_traced():
+        dh = None
+        if needed[0]:
+            only_h = [True, False, False, False]
+            dh = linear_gate_residual_bwd(dy, h, weight, None, branch, skipped, zero_skip, None, False, only_h)[0]
+        # A plain product, zero or not: the compiler's own.
+        flat = dy.reshape(-1, weight.shape[0])
+        grads = dh, flat.t() @ h.reshape(-1, weight.shape[1]) if needed[1] else None, None, None
+    elif any(needed[:4]):
         grads = linear_gate_residual_bwd(
             dy, h, weight, gate, branch, skipped, zero_skip, activation, bias is not None, needed[:4]
         )

@@ -26,7 +26,7 @@ _OPERANDS = (
     "float branch_eps, int norm, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? shift_table, Tensor? scale, "
     "Tensor? scale_table, Tensor? index, float eps, ScalarType x_dtype, ScalarType y_dtype"
 )
-_AT = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13)  # where `differentiable` stands among the operands
+_AT = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13)  # where `differentiable` stands among the operands; then comes the index
 
 
 def _saved(inputs: Sequence[Any], outputs: Sequence[MaybeTensor]) -> tuple[MaybeTensor, ...]:
@@ -89,9 +89,9 @@ class Operands(NamedTuple):
 @FORWARD.forward
 def residual_norm_modulate(residual: Tensor, *operands: Any, direct: bool = False) -> tuple[MaybeTensor, ...]:
     """(x_new, y, mean, rstd, branch_rstd)"""
-    given = Operands(*operands)
-    if not direct and (route := FORWARD.route(residual, *given.differentiable(), given.index)):
+    if not direct and (route := FORWARD.route(residual, *operands[:3], operands[5], *operands[8:15])):
         return route(residual, *operands)
+    given = Operands(*operands)
     x_new, y, stats = select("residual_norm_modulate", residual).residual_norm_modulate(
         residual, *given.parts(), given.index
     )
@@ -180,7 +180,7 @@ def definition(residual: Tensor, *operands: Any) -> tuple[MaybeTensor, MaybeTens
     x, x_new = residual, None
     if given.branch is not None:
         added = _added(given.branch, given.gate, given.gate_table, given.branch_weight, given)
-        x = x_new = (residual.to(added.dtype) + added).to(given.x_dtype)
+        x = x_new = (added + residual.to(added.dtype)).to(given.x_dtype)  # in the layout of the branch
     return x_new, _norm(x, *given.differentiable()[4:], given) if given.norm != NO_NORM else None
 
 

@@ -28,7 +28,7 @@ _pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if ONEDNN else None
 _pointwise_binary: Any = torch.ops.mkldnn._linear_pointwise.binary if ONEDNN else None
 # Products below which oneDNN's call costs more than its arithmetic saves (measured: python benchmarks/run.py --group
 # dense).
-_FEW_PRODUCTS = 1 << 20
+FEW_PRODUCTS = 1 << 20
 _FEW_ROWS = 64
 # oneDNN's names of the activations as post-ops.
 _POST_OPS: dict[str | None, tuple] = {
@@ -156,7 +156,7 @@ def _rule(call: LinearCall) -> str:
     # In pieces, or of few rows, oneDNN's is behind MKL's where MKL uses AVX-512 (measured: ZEROBLOCK_PLAN=fixed python
     # benchmarks/run.py --group models --filter dit).
     whole = x.shape[-1] <= LONGEST and x.numel() >= _FEW_ROWS * x.shape[-1]
-    return "oneDNN" if whole and x.numel() * call.weight.shape[0] > _FEW_PRODUCTS else "library"
+    return "oneDNN" if whole and x.numel() * call.weight.shape[0] > FEW_PRODUCTS else "library"
 
 
 LINEAR = PlannedOp(

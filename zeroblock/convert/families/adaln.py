@@ -12,11 +12,12 @@ from torch.compiler import is_compiling
 
 from ... import functional, zero
 from ..._dtypes import FLOATING
+from ..._layout import added
 from ...blocks import adaln, layers
 from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import NOT_ALLOWED, bypassable, op_policy
 from ...blocks.residual import residual_branch
-from ...ops.register import left_to_compiler
+from ...ops.register import left_to_compiler, trained_by_compiler
 from ...reference import apply_activation, modulation
 from ..family import Family
 
@@ -119,7 +120,7 @@ def modulated_linear(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, linear:
 def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch; gate [B, D]"""
     fits = not left_to_compiler(residual) and residual.dim() == 3 and is_plain(residual, gate, branch)
-    return add_gated(residual, gate, branch) if fits else residual + modulation(gate) * branch
+    return add_gated(residual, gate, branch) if fits else added(residual, modulation(gate) * branch)
 
 
 def gated_branch(
@@ -176,7 +177,7 @@ def feed_forward(
 
     Saved for backward: x and the first linear's output. Skipped while the gate or the last linear is exactly zero.
     """
-    if left_to_compiler(x):
+    if trained_by_compiler(x):
         return _traced_feed_forward(family.zero_skip, ff, x, modulated(norm, x, shift, scale), gate)
     half = fused_feed_forward(ff, norm, x, shift, scale, gate)
     if half is not None:
@@ -222,13 +223,13 @@ def _traced_feed_forward(policy: str, ff: Any, x: Tensor, h: Tensor, gate: Tenso
         if is_plain_linear(last) and bypassable((last,)) and not any(d.training and d.p for d in more):
             h = dropout(act(h))
             return functional.linear_gate_residual(h, last.weight, last.bias, gate, x, zero_skip=policy)
-    return x + modulation(gate) * ff(h)
+    return added(x, modulation(gate) * ff(h))
 
 
 def fused_feed_forward(ff: nn.Module, norm: Any, x: Tensor, *vectors: Tensor) -> adaln.Half | None:
     """The feed-forward as half of an adaLN block whose norm has no parameters and whose activation the ops know; None:
     it is another one, or watched by hooks. vectors: shift, scale and gate."""
-    if left_to_compiler(x):
+    if trained_by_compiler(x):
         return None
     parts = _split(ff)
     if parts is None or not layers.is_plain_norm(norm):

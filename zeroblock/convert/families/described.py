@@ -19,14 +19,15 @@ from torch.compiler import is_compiling
 from ...blocks import adaln
 from ...blocks.broadcast import fits_gate
 from ...blocks.decision import is_watched
-from ...ops.register import left_to_compiler
+from ...ops.register import trained_by_compiler
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split
 from .description import GatedBlock, Given, Row
 from .dit import mlp_half
+from .operands import row_of, submodule
 from .step import Step
-from .streams import Stream, row_of, submodule
+from .streams import Stream
 
 
 class DescribedFamily(Family):
@@ -35,6 +36,7 @@ class DescribedFamily(Family):
     description: ClassVar[GatedBlock]
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
     calls_functions: ClassVar[bool]  # norms that are no modules
+    alone: ClassVar[bool]  # the layers see nothing but their tokens
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         d = self.description
@@ -91,16 +93,23 @@ class DescribedFamily(Family):
         return results if len(results) > 1 else results[0][0] if flat else results[0]
 
     def _watched(self, block: Any) -> bool:
-        return any(is_watched(submodule(block, path)) for path in self.wrappers)
+        for path in self.wrappers:
+            if is_watched(submodule(block, path)):
+                return True
+        return False
 
     def _takes(self, streams: tuple[Any, ...]) -> bool:
         """[B, T, D]; [N, D] where the layers see nothing but that. For training, a compiler fuses the original as
         well."""
         if self.calls_functions and is_compiling():
             return False  # their stand-ins are made at the first call
-        alone = len(streams) == 1 and all(b.call is None for b in self.description.branches)
         for x in streams:
-            if not isinstance(x, Tensor) or x.dim() != 3 and not (x.dim() == 2 and alone) or left_to_compiler(x):
+            if (
+                not isinstance(x, Tensor)
+                or x.dim() != 3
+                and not (x.dim() == 2 and self.alone and len(streams) == 1)
+                or trained_by_compiler(x)
+            ):
                 return False
         return True
 
@@ -190,6 +199,7 @@ def family_of(description: GatedBlock) -> type[Family]:
     fields = {
         "description": d,
         "calls_functions": any(isinstance(part.norm, float) for b in d.branches for part in b.parts()),
+        "alone": all(b.call is None for b in d.branches),
         "wrappers": tuple(dict.fromkeys(norm.rpartition(".")[0] for norm in norms if "." in norm)),
         "name": d.name,
         "classes": d.classes or (d.name,),

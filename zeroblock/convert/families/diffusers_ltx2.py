@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.register import left_to_compiler
+from ...ops.register import trained_by_compiler
 from ..family import Family, lacks, register
 from ..report import Obstacle
 from .description import Row
 from .diffusers_wan import table_rows
-from .streams import Gate, Stream, submodule
+from .operands import Gate, submodule
+from .streams import Stream
 
 _TEXT = 3
 
@@ -141,7 +142,7 @@ class LTX2VideoTransformerBlock(Family):
         perturbation_mask: Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if left_to_compiler(hidden_states):
+        if trained_by_compiler(hidden_states):
             return self.eager(
                 block,
                 hidden_states,

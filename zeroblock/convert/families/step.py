@@ -17,7 +17,8 @@ from ...blocks.one_pass import copy_of_residual
 from ...blocks.residual import skip_residual
 from .adaln import DIFFUSERS, is_plain, is_plain_linear, projected
 from .description import GatedBranch, Row
-from .streams import Gate, Stream, norm_of, submodule
+from .operands import Gate, norm_of, submodule
+from .streams import Stream
 
 
 class Step:
@@ -27,17 +28,20 @@ class Step:
         self, block: Any, branch: GatedBranch, streams: list[Stream], rows: Sequence[Row], layers: dict[str, Any]
     ):
         self.block, self.branch, self.layers = block, branch, layers
-        parts = branch.parts()
-        self.streams = [streams[part.stream] for part in parts]
+        self.streams: list[Stream] = []
+        self.norms: list[Any] = []
+        self.modulations: list[tuple[Row | None, Row | None]] = []
+        self.gates: list[Gate] = []
+        part: GatedBranch | None = branch
+        while part is not None:
+            stream, shift, scale, gate, after = streams[part.stream], part.shift, part.scale, part.gate, part.after
+            self.streams.append(stream)
+            self.norms.append(norm_of(block, part.norm, stream.x))
+            self.modulations.append((None if shift is None else rows[shift], None if scale is None else rows[scale]))
+            norm = None if after is None else submodule(block, after)
+            self.gates.append(Gate(None if gate is None else rows[gate], part.tanh, norm))
+            part = part.context
         self.read = self.streams if branch.reads is None else [streams[branch.reads]]
-        self.norms = [norm_of(block, p.norm, s.x) for p, s in zip(parts, self.streams, strict=True)]
-        self.modulations = [tuple(None if i is None else rows[i] for i in (p.shift, p.scale)) for p in parts]
-        self.gates = [
-            Gate(
-                None if p.gate is None else rows[p.gate], p.tanh, None if p.after is None else submodule(block, p.after)
-            )
-            for p in parts
-        ]
         self.last = None if branch.last is None else submodule(block, branch.last)
 
     def modules(self) -> list[nn.Module]:
@@ -75,19 +79,23 @@ class Step:
     def _answer(self, name: str, policy: str) -> Answer:
         """Whether the branch is skipped: all of its gates are zero, or its last layer."""
         judged: list[Tensor] = []
-        if len({s.x.shape[-1] for s in self.streams}) > 1:
+        if len(self.streams) > 1 and len({s.x.shape[-1] for s in self.streams}) > 1:
             return NOT_ALLOWED  # `_skip` makes one stream of them
         for s, gate in zip(self.streams, self.gates, strict=True):
-            if gate.row is None or s.index is not None or not is_plain(s.x, *gate.row):
+            row = gate.row
+            if row is None or s.index is not None:
                 return NOT_ALLOWED
-            for t in gate.row:
+            fits = s.fits_rows(row)
+            if not fits and not is_plain(s.x, *row):
+                return NOT_ALLOWED
+            for t in row:
                 if t is not None:
                     judged.append(t)
-                    if may_grow(s.x, (t,)) or not fits_gate(t, s.x.shape):
+                    if not fits and (may_grow(s.x, (t,)) or not fits_gate(t, s.x.shape)):
                         return NOT_ALLOWED
         last: Any = self.last
         weights: tuple[Tensor, ...] = ()
-        if is_plain_linear(last) and self.streams[0].x.shape[-1] == last.weight.shape[0]:
+        if last is not None and is_plain_linear(last) and self.streams[0].x.shape[-1] == last.weight.shape[0]:
             weights = (last.weight,)
         return decide(name, policy, weights, tuple(judged), _Lazily(self))
 

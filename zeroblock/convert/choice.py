@@ -1,0 +1,225 @@
+"""Which forward an accelerated block takes: zeroblock's, or its own where that is measured faster (`plan/`).
+
+A choice between two forwards that are both exact, by the size of the first operand, remembered like that of any other
+step. It is made on a CPU: in inference; in training where `prefer="speed"`, since zeroblock's forward keeps less for
+backward. Both run a few times for it, so it is left out where running a block leaves a trace: hooks, layers that draw
+random numbers, code that is neither torch's nor diffusers'. A block with a branch that is zero runs zeroblock's.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import zero
+from ..blocks.decision import bypassable, runs_eagerly
+from ..blocks.layers import may_draw
+from ..plan.chosen import chosen
+from ..plan.describe import Explanation, describe_rows
+from ..plan.mode import training
+from ..plan.planned import PlannedOp
+
+PREFERENCES = ("memory", "speed")
+_TRUSTED = ("torch.nn.", "diffusers.models.", "zeroblock.")
+
+
+class BlockCall(NamedTuple):
+    """fused(block, *args, **kwargs), or original(...), which gives the same."""
+
+    block: nn.Module
+    x: Tensor  # the first operand
+    kind: str
+    fused: Callable[..., Any]
+    original: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    trained: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def signature(self) -> tuple:
+        x = self.x
+        return self.kind, x.shape, x.dtype, self.trained, torch.is_autocast_enabled("cpu")
+
+    def describe(self) -> str:
+        autocast = ", autocast" if torch.is_autocast_enabled("cpu") else ""
+        return f"{self.kind}: {describe_rows(self.x)}{autocast}"
+
+    def run(self, forward: Callable[..., Any]) -> Any:
+        """One run for a measurement, which nothing counts; for training with a backward, of which nothing is kept."""
+        counts = [(table, dict(table)) for table in (zero.executed, zero.skipped)]
+        try:
+            return self._step(forward) if self.trained else forward(self.block, *self.args, **self.kwargs)
+        finally:
+            for table, before in counts:
+                table.clear()
+                table.update(before)
+
+    def _step(self, forward: Callable[..., Any]) -> Any:
+        with torch.enable_grad():
+            args, kwargs = _leaves(self.args), dict(zip(self.kwargs, _leaves(tuple(self.kwargs.values())), strict=True))
+            results = forward(self.block, *args, **kwargs)
+            results = results if isinstance(results, (tuple, list)) else (results,)
+            wanted = [t for t in (*args, *kwargs.values(), *self.block.parameters()) if _learns(t)]
+            outputs = [t for t in results if _learns(t)]
+            return torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs], allow_unused=True)
+
+
+def _leaves(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(v.detach().requires_grad_() if _learns(v) else v for v in values)
+
+
+def _learns(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.requires_grad
+
+
+# "library": what the block did before accelerate, and takes every call.
+BLOCK: PlannedOp[[BlockCall], Any] = PlannedOp(
+    "block",
+    lambda call: call.run(call.original),
+    signature=BlockCall.signature,
+    describe=BlockCall.describe,
+    work=lambda call: 1,
+    rule=lambda call: "fused",
+    worth=0,
+)
+BLOCK.add("fused", lambda call: call.run(call.fused))
+
+
+class _Part(NamedTuple):
+    """What holds a branch at zero: rows of a parameter."""
+
+    owner: weakref.ref[nn.Module]
+    name: str
+    first: int
+    rows: int
+
+    def may_be_zero(self) -> bool:
+        owner = self.owner()
+        t = None if owner is None else owner._parameters.get(self.name)
+        return t is None or zero.is_exactly_zero(t.detach().narrow(0, self.first, self.rows))
+
+
+class _Known(NamedTuple):
+    """What was found out about a block: its kind in words, and a part of what holds each branch at zero; None: this
+    cannot be told from outside, or the block may not be run twice."""
+
+    kind: str
+    training: bool
+    parts: tuple[_Part, ...] | None
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+class Choice:
+    """The choice for the blocks of one accelerated class."""
+
+    def __init__(self, name: str, branches: Callable[[Any], dict[str, tuple[Tensor, ...]]], prefer: str):
+        self.name, self.branches, self.in_training = name, branches, prefer == "speed"
+
+    def prefers_original(
+        self, block: nn.Module, fused: Callable[..., Any], original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> bool:
+        call = self._call(block, fused, original, args, kwargs)
+        if call is None:
+            return False
+        measurable = functools.partial(_may_be_measured, block)
+        if call.trained:
+            with training():
+                name = chosen(BLOCK, call, measurable=measurable)
+        else:
+            name = chosen(BLOCK, call, measurable=measurable)
+        return name == "library" and not _is_zero(block)
+
+    def explain(self, block: nn.Module, *call: Any) -> Explanation | None:
+        """What prefers_original would say and why; None where there is no choice."""
+        found = self._call(block, *call)
+        if found is None:
+            return None
+        with training(found.trained):
+            return BLOCK.explain(found)
+
+    def _call(
+        self, block: nn.Module, fused: Callable[..., Any], original: Callable[..., Any], args: Any, kwargs: Any
+    ) -> BlockCall | None:
+        """The call as a planned step; None where there is no choice."""
+        trained = torch.is_grad_enabled()
+        if trained and not self.in_training:
+            return None
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        if type(x) not in zero.PLAIN_TYPES or not x.is_cpu or not runs_eagerly():
+            return None
+        known = _known.get(block)
+        if known is None or known.training != block.training:
+            known = _known[block] = self._look_at(block)
+        return None if known.parts is None else BlockCall(block, x, known.kind, fused, original, args, kwargs, trained)
+
+    def _look_at(self, block: nn.Module) -> _Known:
+        count = sum(p.numel() for p in block.parameters())
+        parts = self._parts(block) if leaves_no_trace(block) else None
+        return _Known(f"{self.name}, {count} parameters", block.training, parts)
+
+    def _parts(self, block: nn.Module) -> tuple[_Part, ...] | None:
+        owners = {
+            p.untyped_storage().data_ptr(): (m, name, p)
+            for m in block.modules()
+            for name, p in m._parameters.items()
+            if p is not None
+            and type(p) in zero.PLAIN_TYPES
+            and p.dim() > 0
+            and p.is_contiguous()
+            and p.storage_offset() == 0
+        }
+        parts = []
+        for first, *_ in self.branches(block).values():
+            if first.is_meta or first.untyped_storage().data_ptr() not in owners:
+                return None
+            owner, name, p = owners[first.untyped_storage().data_ptr()]
+            parts.append(_Part(weakref.ref(owner), name, int(first.storage_offset()) // p.stride(0), first.shape[0]))
+        return tuple(parts) or None  # of a norm alone there is nothing to choose
+
+
+def _is_zero(block: nn.Module) -> bool:
+    """Whether a branch may be zero now: its weights decide, at each call."""
+    parts = _known[block].parts
+    return parts is None or any(part.may_be_zero() for part in parts)
+
+
+def _may_be_measured(block: nn.Module) -> bool:
+    if _is_zero(block):
+        return False  # it will not stay so
+    if leaves_no_trace(block):
+        return True
+    _known[block] = _known[block]._replace(parts=None)  # hooked since: not asked again
+    return False
+
+
+def leaves_no_trace(block: nn.Module) -> bool:
+    """Whether the block may be run more often than it is called."""
+    if not bypassable(block.children()) or may_draw(block, "diffusers.models."):
+        return False
+    for m in block.modules():
+        known = getattr(type(m), "_zeroblock", None)
+        home = (type(m) if known is None else known.original).__module__
+        processor = getattr(m, "processor", None)
+        if (
+            not home.startswith(_TRUSTED)
+            or processor is not None
+            and not type(processor).__module__.startswith(_TRUSTED)
+        ):
+            return False
+    return True
+
+
+def choice_of(family: Any, keeps_state: bool) -> Choice | None:
+    """None for a family whose forward always runs: a backend or precision was asked for, or it runs the original."""
+    free = family.backend == "auto" and family.precision == "strict" and not family.only_skips and not keeps_state
+    return Choice(family.name, family.branches, family.prefer) if free else None

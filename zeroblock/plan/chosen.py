@@ -1,0 +1,31 @@
+"""Which way calls of a planned step take, for one who makes the call himself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import planned
+from .mode import FIXED, mode
+
+
+def _key(step: planned.PlannedOp[..., Any], *args: Any) -> tuple | None:
+    """As `PlannedOp.__call__` remembers it; None under the fixed rule."""
+    bits = mode.bits
+    if bits & FIXED:
+        return None
+    bits = ~bits if planned._deterministic() else bits
+    return step.signature(*args), bits, planned._threads(), planned._precision()
+
+
+def chosen(step: planned.PlannedOp[..., Any], *args: Any, measurable: Callable[[], bool]) -> str | None:
+    """The name of the way; None where it is not known and `measurable()` says not to try."""
+    key = _key(step, *args)
+    if key is None:
+        return step._fixed(*args).name
+    run = step._memory.get(key)
+    if run is None:
+        if not measurable():
+            return None
+        run = step._resolve(key, *args)
+    return next(name for name, c in step.candidates.items() if c.run is run)
