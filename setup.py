@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "zeroblock/_version.py").read_text()).group(1)
+LOCAL_VERSION = os.environ.get("ZEROBLOCK_LOCAL_VERSION")  # tells wheels of one version apart
 # The oldest torch whose stable ABI the extension uses, and its encoding.
 OLDEST_TORCH, TORCH_TARGET_VERSION = (2, 10), "0x020a000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -241,7 +242,7 @@ def extension() -> dict:
 
 
 setup(
-    version=VERSION,
+    version=f"{VERSION}+{LOCAL_VERSION}" if LOCAL_VERSION else VERSION,
     packages=[*find_packages(include=["zeroblock", "zeroblock.*"]), "zeroblock.kernels"],
     package_dir={"zeroblock": "zeroblock", "zeroblock.kernels": "kernels"},
     package_data={"zeroblock": ["py.typed"], "zeroblock.doctor": ["report.html"]},

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.one_worker, pytest.mark.usefixtures("benchmark_path")]
 ENTRY = (sys.executable, str(BENCHMARKS / "first_gpu.py"), "--dry-run", "--jobs", "1")
 STEPS = ("machine", "parts", "correct", "headlines", "compiled", "sanitizer", "models")
 # What a dry run may leave out, by a word of the reason.
-SKIPPED = ("a dry run", "was not carried", "no step of this call has that way")
+SKIPPED = ("a dry run", "was not carried", "no step of this call has that way", "diffusers is not installed")
 
 
 def command(*arguments):
@@ -119,6 +119,20 @@ def test_every_op_is_judged_and_timed():
     for name in ("group_norm_silu_film", "group_norm_silu_per_frame", "channel_rms_norm_silu", "layer_norm_modulate"):
         assert timed.count(name) == 4, name
     assert {"gate_residual", "residual_norm_modulate_index", "residual_norm_modulate_tanh", "resblock"} <= set(timed)
+
+
+def test_without_diffusers_its_models_are_left_out_with_a_reason(monkeypatch):
+    from gpurun import Setting, models
+    from gpurun.worker import outcome
+    from zbench import whole
+
+    own = {name: build for name, build in whole.MODELS.items() if name in ("adm_unet", "dit_s2")}
+    monkeypatch.setattr(whole, "diffusers", None)
+    monkeypatch.setattr(whole, "MODELS", own)
+    units = models.units(Setting("cpu", True))
+    assert len(units) == 3 * len(own) + 1
+    row = outcome(units["diffusers"], lambda: None)
+    assert row["status"] == "skipped" and row["error"].startswith("diffusers is not installed")
 
 
 def children(pid):

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import zeroblock as zb
 from zeroblock.kernels._torch import OLDEST, OLDEST_NATIVE, VERSION
@@ -188,6 +189,34 @@ def test_asking_for_cuda_in_vain_fails_loudly(source, value, message):
         [sys.executable, "setup.py", "--quiet", "build_ext"], cwd=source, env=env, capture_output=True, text=True
     )
     assert result.returncode != 0 and message in result.stdout + result.stderr
+
+
+ISOLATED = """
+import importlib.util, runpy, sys, types
+fake = types.ModuleType("setuptools")
+fake.Extension, fake.find_packages = (lambda *a, **k: a), (lambda **k: [])
+fake.setup = lambda **options: print(options["version"], "ext_modules" in options)
+command = types.ModuleType("setuptools.command.build_ext")
+command.build_ext = object
+sys.modules |= {"setuptools": fake, "setuptools.command": types.ModuleType("command"), command.__name__: command}
+sys.path[:] = [path for path in sys.path if "site-packages" not in path]
+assert importlib.util.find_spec("torch") is None
+runpy.run_path("setup.py")
+"""
+
+
+def test_an_isolated_build_takes_the_torch_that_is_there():
+    """And asks for none: pip and uv would download a second one, with its CUDA libraries."""
+    (line,) = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("requires = ")]
+    assert "torch" not in line.partition("#")[0]
+    label = {"ZEROBLOCK_LOCAL_VERSION": "cu130"}
+    found = run(sys.executable, "-c", ISOLATED, cwd=ROOT, PYTHONPATH="", ZEROBLOCK_BUILD_CUDA="0", **label)
+    if VERSION < OLDEST_NATIVE:
+        assert "they need torch 2.10 or newer" in found
+    else:
+        folder = Path(importlib.util.find_spec("torch").origin).parent
+        assert f"building for torch {torch.__version__} in {folder}" in found
+    assert found.split()[-2:] == [f"{zb.__version__}+cu130", str(VERSION >= OLDEST_NATIVE)]
 
 
 def test_checkout_on_the_path(tmp_path):
