@@ -199,6 +199,20 @@ def test_one_that_hangs_or_dies_costs_its_own_result_alone(tmp_path, jobs):
     assert len(results.rows) == 6
 
 
+def test_what_processes_say_does_not_grow_for_ever(tmp_path, monkeypatch):
+    """Within a step, too: a compiler may say much."""
+    from gpurun import pool as gpurun_pool
+
+    monkeypatch.setattr(gpurun_pool, "MOST_LOG", 10_000)
+    chatty = 'found = {"first": lambda: print("word " * 4000), "more": lambda: print("word " * 4000), "die": die}\n'
+    pool, results = pool_of(tmp_path, 1, UNITS.partition("    found = ")[0] + f"    {chatty}    return found\n")
+    now = time.monotonic()
+    pool.run(now + HANG, now + HANG)
+    assert [row["status"] for row in results.rows] == ["ok", "ok", "failed"]
+    assert (tmp_path / "out/log.txt").stat().st_size <= 10_000
+    assert "ended with 3" in results.rows[-1]["error"]
+
+
 def test_when_the_time_is_up_what_runs_has_no_row(tmp_path):
     pool, results = pool_of(tmp_path, 1, UNITS.replace('"first": lambda: {"found": 1}, ', '"first": hang, '), HANG)
     now = time.monotonic()
