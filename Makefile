@@ -11,7 +11,7 @@ CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/
 CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel hub clean
+.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel try-wheels hub clean
 
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock demo
@@ -75,6 +75,10 @@ wheel: $(STAMP)
 	$(if $(CUDA),ZEROBLOCK_BUILD_CUDA=1 ZEROBLOCK_LOCAL_VERSION=$(CUDA) $(WHEEL) -w build/wheel .)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --exclude libc10.so --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	ZEROBLOCK_BUILD_NATIVE=0 $(WHEEL) -w dist .
+
+# They run in another environment: PYTHON has a torch.
+try-wheels:
+	$(PYTHON) tests/tools/wheels.py dist/*.whl
 
 # A package for Hugging Face's kernels hub: Triton kernels and Python, no second copy in the tree.
 hub: $(STAMP)
