@@ -34,7 +34,7 @@ ISA_FLAGS = {
     "avx2": AVX2,
     "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
-KERNELS = ("seams", "images", "rows", "convs")
+KERNELS = ("gated_norms", "rows", "images", "residual_norms", "convs")
 
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))

@@ -276,16 +276,19 @@ struct RowKernels {
   int64_t (*gate_residual_bwd_workspace)(const GateResidual&);
 };
 
-struct SeamKernels {
+struct GatedNormKernels {
   void (*gate_residual_layer_norm_modulate_fwd)(const GateResidualLayerNormModulate&, ParallelFor);
   void (*gate_residual_layer_norm_modulate_bwd)(const GateResidualLayerNormModulate&, ParallelFor);
   int64_t (*gate_residual_layer_norm_modulate_bwd_workspace)(const GateResidualLayerNormModulate&);
+};
+
+struct ResidualNormKernels {
   void (*residual_norm_modulate_fwd)(const ResidualNormModulate&, ParallelFor);
   void (*residual_norm_modulate_bwd)(const ResidualNormModulate&, ParallelFor);
   int64_t (*residual_norm_modulate_bwd_workspace)(const ResidualNormModulate&);
 };
 
-struct CpuKernels : ImageKernels, ConvKernels, RowKernels, SeamKernels {
+struct CpuKernels : ImageKernels, ConvKernels, RowKernels, GatedNormKernels, ResidualNormKernels {
   const char* isa;
 };
 

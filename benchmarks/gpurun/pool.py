@@ -114,6 +114,9 @@ class Pool:
         """Starts units until `share`, and ends by `end` (of time.monotonic). How many were left waiting."""
         if time.monotonic() >= share:
             return 1
+        units = self.results.units(self.step.name)
+        if units is not None and all(map(self.done, units)):
+            return 0
         try:
             self._launch()
             while self.workers and time.monotonic() < end:
@@ -144,6 +147,7 @@ class Pool:
         elif worker.unit is None:
             self.failed_starts = 0
             if self.waiting is None:
+                self.results.set_units(self.step.name, answer["units"])
                 self.waiting = deque(unit for unit in answer["units"] if not self.done(unit))
                 for _ in range(min(self.step.jobs, len(self.waiting)) - 1):
                     self._launch()

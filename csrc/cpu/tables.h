@@ -5,13 +5,14 @@
 
 #include "../zeroblock.h"
 
-#define ZB_TABLES(isa)                    \
-  extern const ImageKernels images_##isa; \
-  extern const ConvKernels convs_##isa;   \
-  extern const RowKernels rows_##isa;     \
-  extern const SeamKernels seams_##isa;
+#define ZB_TABLES(isa)                             \
+  extern const ImageKernels images_##isa;          \
+  extern const ConvKernels convs_##isa;            \
+  extern const RowKernels rows_##isa;              \
+  extern const GatedNormKernels gated_norms_##isa; \
+  extern const ResidualNormKernels residual_norms_##isa;
 // All of them: what initialises a CpuKernels.
-#define ZB_KERNELS(isa) {images_##isa, convs_##isa, rows_##isa, seams_##isa, #isa}
+#define ZB_KERNELS(isa) {images_##isa, convs_##isa, rows_##isa, gated_norms_##isa, residual_norms_##isa, #isa}
 
 #define ZB_JOINED(a, b) a##_##b
 #define ZB_NAME(part, isa) ZB_JOINED(part, isa)

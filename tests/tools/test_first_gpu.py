@@ -53,7 +53,7 @@ def test_a_dry_run_walks_every_step(dry_run):
             assert any(unit.startswith("cpu/" + op) and unit.endswith(dtype) for unit in units)
     for kind in ("graph/cpu/", "measured/", "compile/", "way "):
         assert any(unit.startswith(kind) for unit in units), kind
-    assert {path.name for path in folder.iterdir()} == {"results.jsonl", "log.txt", "summary.txt"}
+    assert {path.name for path in folder.iterdir()} == {"results.jsonl", "units.json", "log.txt", "summary.txt"}
     assert (folder / "summary.txt").read_text() in printed and "0 failed" in printed
     assert "headlines " in printed and "memory_bound/gate_residual-2x4x64-bf16-training" in printed
 
@@ -226,6 +226,27 @@ def test_a_step_whose_share_is_over_starts_nothing_more(tmp_path):
     now = time.monotonic()
     assert pool.run(now, now + HANG) > 0
     assert results.rows == []
+
+
+def test_a_step_of_which_nothing_is_left_does_not_start(tmp_path):
+    """Its processes take seconds until they have their units."""
+    from gpurun import Setting
+    from gpurun.pool import Pool
+    from gpurun.results import UNITS, Results, units_in
+
+    pool, results = pool_of(tmp_path, 1, "units = lambda setting: {'one': lambda: None}")
+    end = time.monotonic() + HANG
+    assert pool.run(end, end) == 0
+    again = Results(results.folder, results.folder)
+    second = Pool(pool.step, Setting("cpu", True), again, {}, lambda unit: again.is_done("some", unit))
+    second.start = lambda: pytest.fail("a process was started")
+    assert second.run(end, end) == 0
+    second.done = lambda unit: False
+    with pytest.raises(pytest.fail.Exception):
+        second.run(end, end)
+    for text in ('{"source": "older", "units": {"some": ["one"]}}', '{"sour'):
+        (results.folder / UNITS).write_text(text)
+        assert units_in(results.folder) == {}
 
 
 def test_a_step_that_does_not_start_says_why(tmp_path):
