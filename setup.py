@@ -2,7 +2,7 @@
 
 Nothing here needs a GPU, the network or an environment variable; csrc/README.md has the variables that are honoured.
 What is built, side by side, and again only where something that it includes has changed:
-  * CPU kernels, when the compiler targets x86-64: csrc/cpu/table.cpp once per instruction set, picked at run time;
+  * CPU kernels, when the compiler targets x86-64: csrc/cpu/table_*.cpp once per instruction set, picked at run time;
   * CUDA kernels, when ZEROBLOCK_BUILD_CUDA (auto | 1 | 0) allows it;
   * their bindings, csrc/torch.
 Without a usable compiler the wheel is pure Python; `python -c "import zeroblock; print(zeroblock.info())"` says why.
@@ -26,6 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "zeroblock/_version.py").read_text()).group(1)
+LOCAL_VERSION = os.environ.get("ZEROBLOCK_LOCAL_VERSION")  # tells wheels of one version apart
 # The oldest torch whose stable ABI the extension uses, and its encoding.
 OLDEST_TORCH, TORCH_TARGET_VERSION = (2, 10), "0x020a000000000000"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -33,6 +34,7 @@ ISA_FLAGS = {
     "avx2": AVX2,
     "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
+KERNELS = ("gated_norms", "rows", "images", "residual_norms", "convs")
 
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 CXXFLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -134,15 +136,16 @@ def cuda_archs() -> tuple[list[str], str]:
 
 
 def cpu_jobs(folder: Path) -> dict[Path, list[str]]:
-    """{object: command} of the torch-free CPU sources, one object of kernels per instruction set."""
+    """{object: command} of the torch-free CPU sources, several objects of kernels per instruction set."""
     # No contraction: a product that must cancel exactly (g - mean(g)) must not be kept in higher precision.
     common = [*CXX, "-std=c++17", "-O3", "-ffp-contract=off", "-fno-exceptions", "-Wall", "-Wextra", *HIDDEN, *CXXFLAGS]
     if not any("clang" in word for word in CXX):
         common += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # false alarms in the headers of the intrinsics
     jobs = {}
     for isa, flags in ISA_FLAGS.items():
-        names = [f"-DZB_TABLE=kernels_{isa}", f'-DZB_ISA_NAME="{isa}"']
-        jobs[folder / f"kernels_{isa}.o"] = [*common, *flags, *names, "-c", "csrc/cpu/table.cpp"]
+        for part in KERNELS:
+            target = folder / f"kernels_{part}_{isa}.o"
+            jobs[target] = [*common, *flags, f"-DZB_ISA={isa}", "-c", f"csrc/cpu/table_{part}.cpp"]
     return {**jobs, folder / "pick_isa.o": [*common, "-c", "csrc/cpu/pick_isa.cpp"]}
 
 
@@ -241,7 +244,7 @@ def extension() -> dict:
 
 
 setup(
-    version=VERSION,
+    version=f"{VERSION}+{LOCAL_VERSION}" if LOCAL_VERSION else VERSION,
     packages=[*find_packages(include=["zeroblock", "zeroblock.*"]), "zeroblock.kernels"],
     package_dir={"zeroblock": "zeroblock", "zeroblock.kernels": "kernels"},
     package_data={"zeroblock": ["py.typed"], "zeroblock.doctor": ["report.html"]},

@@ -24,7 +24,6 @@ from gpurun.results import FILE, Results, latest  # noqa: E402
 FIXED = {"ZEROBLOCK_PLAN": "fixed", "ZEROBLOCK_CACHE_DIR": ""}
 MEASURED = {"ZEROBLOCK_PLAN": "measure", "ZEROBLOCK_CACHE_DIR": str(ROOT / "build/gpu/plans")}
 DRY = {**MEASURED, "ZEROBLOCK_CACHE_DIR": ""}
-MOST_LOG = 8 << 20  # bytes
 
 
 def steps(jobs: int, dry: bool) -> list[Step]:
@@ -72,12 +71,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def trim(log: Path) -> None:
-    """Keeps the end of a log that grew too long (its writers append)."""
-    if log.exists() and log.stat().st_size > MOST_LOG:
-        log.write_bytes(log.read_bytes()[-MOST_LOG // 2 :])
-
-
 def why_no_gpu(results: Results) -> str | None:
     rows = latest(results.rows)
     row = rows.get(("machine", "gpu")) or rows.get(("machine", START_UNIT)) or {"status": "ok"}
@@ -103,7 +96,6 @@ def run(options: argparse.Namespace) -> int:
             pool = Pool(step, setting, results, environment(), done)
             share = 1.0 if everything or len(wanted) == 1 else step.share
             left[step.name] = pool.run(start + share * seconds, start + seconds)
-            trim(results.folder / "log.txt")
             summary.write(results.folder)
             print(f"{step.name}: {time.monotonic() - start:.0f} s, {left[step.name]} left", flush=True)
             if step.name == "machine" and why_no_gpu(results):

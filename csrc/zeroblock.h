@@ -235,45 +235,61 @@ struct Winograd {
   const void* dy;         // wgrad only
 };
 
-// The kernels of one instruction set. Every *_workspace returns a number of floats.
-struct CpuKernels {
-  const char* isa;
+// The kernels of one instruction set, in the parts that are compiled side by side (cpu/tables.h). Every *_workspace
+// returns a number of floats.
+struct ImageKernels {
   void (*group_norm_silu_fwd)(const GroupNormSilu&, ParallelFor);
   void (*group_norm_silu_bwd)(const GroupNormSilu&, ParallelFor);
   int64_t (*group_norm_silu_fwd_workspace)(const GroupNormSilu&);
   int64_t (*group_norm_silu_bwd_workspace)(const GroupNormSilu&);
+  void (*group_norm_statistics)(const GroupNormSilu&, ParallelFor);  // mean and rstd; workspace as for fwd
+  void (*group_norm_affine)(const GroupNormSilu&, float* affine);    // [N, 3, C] from mean and rstd
   void (*channel_rms_norm_silu_fwd)(const ChannelRmsNormSilu&, ParallelFor);
   void (*channel_rms_norm_silu_bwd)(const ChannelRmsNormSilu&, ParallelFor);
   int64_t (*channel_rms_norm_silu_fwd_workspace)(const ChannelRmsNormSilu&);
   int64_t (*channel_rms_norm_silu_bwd_workspace)(const ChannelRmsNormSilu&);
-  void (*layer_norm_modulate_fwd)(const LayerNormModulate&, ParallelFor);
-  void (*layer_norm_modulate_bwd)(const LayerNormModulate&, ParallelFor);
-  int64_t (*layer_norm_modulate_bwd_workspace)(const LayerNormModulate&);
-  void (*gate_residual_fwd)(const GateResidual&, ParallelFor);
-  void (*gate_residual_bwd)(const GateResidual&, ParallelFor);
-  int64_t (*gate_residual_bwd_workspace)(const GateResidual&);
-  void (*gate_residual_layer_norm_modulate_fwd)(const GateResidualLayerNormModulate&, ParallelFor);
-  void (*gate_residual_layer_norm_modulate_bwd)(const GateResidualLayerNormModulate&, ParallelFor);
-  int64_t (*gate_residual_layer_norm_modulate_bwd_workspace)(const GateResidualLayerNormModulate&);
-  void (*residual_norm_modulate_fwd)(const ResidualNormModulate&, ParallelFor);
-  void (*residual_norm_modulate_bwd)(const ResidualNormModulate&, ParallelFor);
-  int64_t (*residual_norm_modulate_bwd_workspace)(const ResidualNormModulate&);
   void (*activation_fwd)(const Activation&, ParallelFor);
   void (*activation_bwd)(const Activation&, ParallelFor);
   void (*add_bias)(const AddBias&, ParallelFor);
-  void (*group_norm_statistics)(const GroupNormSilu&, ParallelFor);  // mean and rstd; workspace as for fwd
-  void (*group_norm_affine)(const GroupNormSilu&, float* affine);    // [N, 3, C] from mean and rstd
+  // Whether all of `tests` are zero by is_zero's rule; if so y has been written as add_bias writes it.
+  bool (*residual_if_zero)(const ZeroBytes* tests, int count, int element_size, const AddBias&, ParallelFor);
+};
+
+struct ConvKernels {
   void (*winograd_fwd)(const Winograd&, ParallelFor);
   void (*winograd_wgrad)(const Winograd&, ParallelFor);
   void (*winograd_pack)(const Winograd&, ParallelFor);
   int64_t (*winograd_packed_size)(const Winograd&);
   // True when every one of the `bytes` bytes, read as elements of `element_size` (2, 4 or 8) bytes, is +0 or -0.
   bool (*is_zero)(const void* data, int64_t bytes, int element_size, ParallelFor);
-  // Whether all of `tests` are zero by is_zero's rule; if so y has been written as add_bias writes it.
-  bool (*residual_if_zero)(const ZeroBytes* tests, int count, int element_size, const AddBias&, ParallelFor);
   // Rows of a small operand, `stride` apart, to dense fp32; a small fp32 gradient to its operand's type.
   void (*widen)(DType, const void* from, int64_t rows, int64_t columns, int64_t stride, float* to);
   void (*narrow)(DType, const float* from, int64_t n, void* to);
+};
+
+struct RowKernels {
+  void (*layer_norm_modulate_fwd)(const LayerNormModulate&, ParallelFor);
+  void (*layer_norm_modulate_bwd)(const LayerNormModulate&, ParallelFor);
+  int64_t (*layer_norm_modulate_bwd_workspace)(const LayerNormModulate&);
+  void (*gate_residual_fwd)(const GateResidual&, ParallelFor);
+  void (*gate_residual_bwd)(const GateResidual&, ParallelFor);
+  int64_t (*gate_residual_bwd_workspace)(const GateResidual&);
+};
+
+struct GatedNormKernels {
+  void (*gate_residual_layer_norm_modulate_fwd)(const GateResidualLayerNormModulate&, ParallelFor);
+  void (*gate_residual_layer_norm_modulate_bwd)(const GateResidualLayerNormModulate&, ParallelFor);
+  int64_t (*gate_residual_layer_norm_modulate_bwd_workspace)(const GateResidualLayerNormModulate&);
+};
+
+struct ResidualNormKernels {
+  void (*residual_norm_modulate_fwd)(const ResidualNormModulate&, ParallelFor);
+  void (*residual_norm_modulate_bwd)(const ResidualNormModulate&, ParallelFor);
+  int64_t (*residual_norm_modulate_bwd_workspace)(const ResidualNormModulate&);
+};
+
+struct CpuKernels : ImageKernels, ConvKernels, RowKernels, GatedNormKernels, ResidualNormKernels {
+  const char* isa;
 };
 
 // The table for this processor, or null when it has neither AVX2+FMA+F16C nor AVX-512 (F, BW, DQ, VL).

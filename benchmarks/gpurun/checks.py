@@ -26,15 +26,28 @@ MEASURED, WAY = "measured", "way "  # of Check.chosen, beside the names of backe
 # steps, rows of several tiles, gates of several column tiles.
 _BOTH, _FILM = ("dense", "nhwc"), {"film": True, "mean": 0.5}
 _UNET = {"N": 2, "C": 320, "S": (64, 64)}
+_FRAMES = {"num_groups": 32, "per_frame": True}
+_BY_NAME = {str(case): case for case in CASES}
+
+
+def _wider(name: str, variant: str, **sizes: int) -> Case:
+    """The case of that name at another size."""
+    case = _BY_NAME[name]
+    return dataclasses.replace(case, variant=variant, sizes={**case.sizes, **sizes}, layouts=("dense",))
+
+
 LARGE = (
     Case("group_norm_silu", "cluster", {**_UNET, **_FILM}, {"num_groups": 32}, _BOTH),
     Case("group_norm_silu", "two-passes", {"N": 1, "C": 128, "S": (512, 512)}, {"num_groups": 32}, _BOTH),
     Case("group_norm_silu", "wide-groups", {"N": 2, "C": 2560, "S": (8, 8), **_FILM}, {"num_groups": 32}, _BOTH),
+    Case("group_norm_silu", "frames", {"N": 1, "C": 512, "S": (4, 60, 104)}, _FRAMES, _BOTH),
     Case("channel_rms_norm_silu", "video", {"N": 1, "C": 96, "S": (4, 120, 208)}, {}, _BOTH),
     Case("layer_norm_modulate", "several-steps", {"B": 4, "T": 4096, "D": 1152}, {}, ("dense",)),
     Case("rms_norm_modulate", "several-tiles", {"B": 2, "T": 64, "D": 5120}, {}, ("dense",)),
     Case("gate_residual", "several-columns", {"size": (2, 4096, 3072), "gate": "bd"}, {}, ("dense",)),
     Case("gate_residual_layer_norm_modulate", "several-steps", {"B": 4, "T": 2048, "D": 1152}, {}, ("dense",)),
+    _wider("residual_norm_modulate-index", "index-several-steps", B=2, T=4096, D=1536),
+    _wider("residual_norm_modulate-tanh-rms", "tanh-rms-several-tiles", B=2, T=64, D=5120),
     Case("linear_gate_residual", "projection", {"B": 2, "T": 1024, "K": 4608, "out": 1152}, {}, ("dense",)),
     Case("conv_residual", "unet", {**_UNET, "out": 320}, {}, ("nhwc",)),
     Case("group_norm_silu_conv_residual", "unet", {**_UNET, "out": 320, "film": True}, {"num_groups": 32}, ("nhwc",)),
@@ -44,6 +57,11 @@ POINTS = (
     Case("conv_residual", "point", _POINT, {"padding": 0}, ("nhwc",)),
     Case("group_norm_silu_conv_residual", "point", _POINT, {"padding": 0, "num_groups": 4}, ("nhwc",)),
 )
+# Options that make other kernels of an op.
+OTHERS = [
+    _BY_NAME[name]
+    for name in ("group_norm_silu-frames-film", "residual_norm_modulate-index", "residual_norm_modulate-tanh-rms")
+]
 QUICK_LARGE = (
     Case("group_norm_silu", "cluster", {"N": 1, "C": 8, "S": (6, 5), **_FILM}, {"num_groups": 2}, ("dense",)),
     Case("layer_norm_modulate", "several-steps", {"B": 1, "T": 9, "D": 24}, {}, ("dense",)),
@@ -80,8 +98,8 @@ def by_place(quick: bool) -> list[Case]:
 
 
 def firsts() -> list[tuple[Case, str]]:
-    """One case of each op, of convolutions a 1x1 as well, in a layout that every backend's own kernels take."""
-    cases = [*(case for place, case in _ranked() if place == 0), *POINTS]
+    """One case of each op, of some of them more, in a layout that every backend's own kernels take."""
+    cases = [*(case for place, case in _ranked() if place == 0), *POINTS, *OTHERS]
     return [(case, "nhwc" if "conv" in case.op else "dense") for case in cases]
 
 

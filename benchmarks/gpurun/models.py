@@ -6,9 +6,14 @@ from collections.abc import Callable
 
 from zbench import whole
 
-from . import Setting
+from . import Setting, Skip
 from .headlines import all_of
 
 
+def missing() -> dict:
+    raise Skip("diffusers is not installed: its models are left out")
+
+
 def units(setting: Setting) -> dict[str, Callable[[], dict]]:
-    return all_of(whole.cases(setting.quick), setting, "eager")
+    left_out = {} if whole.diffusers else {"diffusers": missing}
+    return {**all_of(whole.cases(setting.quick), setting, "eager"), **left_out}

@@ -26,7 +26,14 @@ START = 120  # seconds until a process must have its units
 LAST_WORDS = 10  # seconds that a process may take to end
 TAIL = 600  # bytes of the log that are kept of a process that died
 MOST_FAILED_STARTS = 3
+MOST_LOG = 8 << 20  # bytes
 START_UNIT = "(start)"  # of the row that says why a process did not start
+
+
+def trim(log: Path) -> None:
+    """Keeps the end of a log that grew too long (its writers append)."""
+    if log.exists() and log.stat().st_size > MOST_LOG:
+        log.write_bytes(log.read_bytes()[-MOST_LOG // 2 :])
 
 
 class Step(NamedTuple):
@@ -72,8 +79,10 @@ class Worker:
         return json.loads(line) if line.endswith(b"\n") else None
 
     def said(self) -> str:
-        """The end of what stands in the log since it started (others write there too)."""
-        return self.log.read_bytes()[self.log_start :][-TAIL:].decode(errors="replace")
+        """The end of what stands in the log since it started (others write there too), or since it was trimmed."""
+        text = self.log.read_bytes()
+        start = self.log_start if self.log_start < len(text) else 0
+        return text[start:][-TAIL:].decode(errors="replace")
 
     def stop(self) -> int:
         """Ends it and what it started; again, it changes nothing."""
@@ -105,6 +114,9 @@ class Pool:
         """Starts units until `share`, and ends by `end` (of time.monotonic). How many were left waiting."""
         if time.monotonic() >= share:
             return 1
+        units = self.results.units(self.step.name)
+        if units is not None and all(map(self.done, units)):
+            return 0
         try:
             self._launch()
             while self.workers and time.monotonic() < end:
@@ -135,6 +147,7 @@ class Pool:
         elif worker.unit is None:
             self.failed_starts = 0
             if self.waiting is None:
+                self.results.set_units(self.step.name, answer["units"])
                 self.waiting = deque(unit for unit in answer["units"] if not self.done(unit))
                 for _ in range(min(self.step.jobs, len(self.waiting)) - 1):
                     self._launch()
@@ -175,3 +188,4 @@ class Pool:
 
     def _row(self, unit: str, row: dict) -> None:
         self.results.add({"step": self.step.name, "unit": unit, **row})
+        trim(self.log)

@@ -1,4 +1,5 @@
-"""Rows of results.jsonl, one for each unit: written as they come, read again by the next run."""
+"""Rows of results.jsonl, one for each unit: written as they come, read again by the next run. units.json has the names
+of each step's units, so that a step of which nothing is left need not start to say so."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from . import ROOT
 
-FILE = "results.jsonl"
+FILE, UNITS = "results.jsonl", "units.json"
 SOURCES = ("zeroblock", "kernels", "csrc", "benchmarks/gpurun", "benchmarks/zbench", "benchmarks/gpu.py")
 SETTLED = ("ok", "skipped")
 
@@ -40,6 +41,15 @@ def read(folder: Path) -> list[dict]:
     return rows
 
 
+def units_in(folder: Path) -> dict[str, list[str]]:
+    """{step: names}, unless other sources have them."""
+    try:
+        found = json.loads((folder / UNITS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found["units"] if found["source"] == source_digest() else {}
+
+
 def latest(rows: Iterable[dict]) -> dict[tuple[str, str], dict]:
     """The last row of each unit."""
     return {(row["step"], row["unit"]): row for row in rows}
@@ -56,6 +66,7 @@ class Results:
         draft.replace(folder / FILE)
         self._file = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND)
         self._latest = latest(self.rows)
+        self._units = units_in(folder)
 
     def add(self, row: dict) -> None:
         """On the disk when this returns, in one piece."""
@@ -64,6 +75,16 @@ class Results:
         os.fsync(self._file)
         self.rows.append(row)
         self._latest[row["step"], row["unit"]] = row
+
+    def units(self, step: str) -> list[str] | None:
+        """The units of a step as these sources have them, once a run in this folder has come to it."""
+        return self._units.get(step)
+
+    def set_units(self, step: str, names: list[str]) -> None:
+        self._units[step] = names
+        draft = self.folder / f"{UNITS}.new"
+        draft.write_text(json.dumps({"source": source_digest(), "units": self._units}))
+        draft.replace(self.folder / UNITS)
 
     def is_done(self, step: str, unit: str) -> bool:
         """It passed, or failed with these sources: what failed with others is tried again."""

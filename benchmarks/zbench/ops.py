@@ -42,6 +42,13 @@ def _film_norm(op: Callable) -> Callable:
     return call
 
 
+def _frame_norm(op: Callable) -> Callable:
+    def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return op(x, GROUPS, weight, bias, per_frame=True)
+
+    return call
+
+
 def _modulate(op: Callable) -> Callable:
     def call(x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale = modulation.chunk(2, dim=1)
@@ -173,7 +180,16 @@ TOKEN_OPS = {
         {"inference": 4, "training": 10},
     ),
 }
-OPS = {**IMAGE_OPS, **TOKEN_OPS}
+VIDEO_OPS = {
+    "channel_rms_norm_silu": IMAGE_OPS["channel_rms_norm_silu"],
+    "group_norm_silu_per_frame": Op(
+        _frame_norm(eager_ops.group_norm_silu),
+        _frame_norm(zb.group_norm_silu),
+        _norm_inputs,
+        {"inference": 2, "training": 5},
+    ),
+}
+OPS = {**IMAGE_OPS, **TOKEN_OPS, **VIDEO_OPS}
 
 
 def _copy_of(elements: float, dtype: torch.dtype) -> Callable[[], object]:

@@ -37,10 +37,13 @@ NATIVE = (
     "linear_gate_residual",  # the activations
 )
 PICK_ISA = """
-#include "zeroblock.h"
+#include "cpu/tables.h"
 namespace zeroblock {
-extern const CpuKernels kernels_avx2;
-const CpuKernels* cpu_kernels() { return &kernels_avx2; }
+ZB_TABLES(avx2)
+const CpuKernels* cpu_kernels() {
+  static const CpuKernels avx2 = ZB_KERNELS(avx2);
+  return &avx2;
+}
 }
 """
 
@@ -72,9 +75,12 @@ def avx2_library(tmp_path_factory):
         "-Dzeroblock=zeroblock_avx2",
         TORCH_TARGET,
     ]
-    table = ["-mavx2", "-mfma", "-mf16c", "-DZB_TABLE=kernels_avx2", '-DZB_ISA_NAME="avx2"']
+    avx2 = ["-mavx2", "-mfma", "-mf16c", "-DZB_ISA=avx2"]
     jobs = [
-        [*common, "-O1", *table, "-c", str(CSRC / "cpu/table.cpp"), "-o", "table.o"],
+        *(
+            [*common, "-O1", *avx2, "-c", str(path), "-o", f"{path.stem}.o"]
+            for path in sorted((CSRC / "cpu").glob("table_*.cpp"))
+        ),
         [*common, "-O0", *headers, "-c", "pick_isa.cpp", "-o", "pick_isa.o"],
         *(
             [*common, "-O0", *headers, "-c", str(path), "-o", f"{path.stem}.o"]

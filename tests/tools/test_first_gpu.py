@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.one_worker, pytest.mark.usefixtures("benchmark_path")]
 ENTRY = (sys.executable, str(BENCHMARKS / "first_gpu.py"), "--dry-run", "--jobs", "1")
 STEPS = ("machine", "parts", "correct", "headlines", "compiled", "sanitizer", "models")
 # What a dry run may leave out, by a word of the reason.
-SKIPPED = ("a dry run", "was not carried", "no step of this call has that way")
+SKIPPED = ("a dry run", "was not carried", "no step of this call has that way", "diffusers is not installed")
 
 
 def command(*arguments):
@@ -53,7 +53,7 @@ def test_a_dry_run_walks_every_step(dry_run):
             assert any(unit.startswith("cpu/" + op) and unit.endswith(dtype) for unit in units)
     for kind in ("graph/cpu/", "measured/", "compile/", "way "):
         assert any(unit.startswith(kind) for unit in units), kind
-    assert {path.name for path in folder.iterdir()} == {"results.jsonl", "log.txt", "summary.txt"}
+    assert {path.name for path in folder.iterdir()} == {"results.jsonl", "units.json", "log.txt", "summary.txt"}
     assert (folder / "summary.txt").read_text() in printed and "0 failed" in printed
     assert "headlines " in printed and "memory_bound/gate_residual-2x4x64-bf16-training" in printed
 
@@ -98,6 +98,41 @@ def test_without_a_gpu_it_says_so_and_ends(tmp_path):
     done = subprocess.run(entry, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 1 and "no GPU that torch can use, nothing else is tried" in done.stdout, done.stderr
     assert {row["step"] for row in rows_of(tmp_path)} == {"machine"}
+
+
+def test_every_op_is_judged_and_timed():
+    from gpurun import checks, graphs, sanitized
+    from zbench import headlines
+
+    from zeroblock.testing.cases import OPS
+
+    cases = [case for case, _ in checks.firsts()]
+    assert {case.op for case in cases} == set(OPS) == {check.case.op for check in sanitized.watched("cuda").values()}
+    assert {check.case.op for check in checks.large("cuda", False)} >= {op for op in OPS if "linear" not in op}
+    norms = [case for group in (cases, checks.LARGE) for case in group if case.options.get("per_frame")]
+    assert len(norms) == 2
+    replayed = [name for name, _ in graphs.graphs("cuda", False)]
+    for case in cases:
+        for backend in ("triton", "cuda", graphs.PLANNED):
+            assert any(name.startswith(f"graph/{backend}/{case}/") for name in replayed), case
+    timed = [case.op for case in headlines.cases(False)]
+    for name in ("group_norm_silu_film", "group_norm_silu_per_frame", "channel_rms_norm_silu", "layer_norm_modulate"):
+        assert timed.count(name) == 4, name
+    assert {"gate_residual", "residual_norm_modulate_index", "residual_norm_modulate_tanh", "resblock"} <= set(timed)
+
+
+def test_without_diffusers_its_models_are_left_out_with_a_reason(monkeypatch):
+    from gpurun import Setting, models
+    from gpurun.worker import outcome
+    from zbench import whole
+
+    own = {name: build for name, build in whole.MODELS.items() if name in ("adm_unet", "dit_s2")}
+    monkeypatch.setattr(whole, "diffusers", None)
+    monkeypatch.setattr(whole, "MODELS", own)
+    units = models.units(Setting("cpu", True))
+    assert len(units) == 3 * len(own) + 1
+    row = outcome(units["diffusers"], lambda: None)
+    assert row["status"] == "skipped" and row["error"].startswith("diffusers is not installed")
 
 
 def children(pid):
@@ -164,6 +199,20 @@ def test_one_that_hangs_or_dies_costs_its_own_result_alone(tmp_path, jobs):
     assert len(results.rows) == 6
 
 
+def test_what_processes_say_does_not_grow_for_ever(tmp_path, monkeypatch):
+    """Within a step, too: a compiler may say much."""
+    from gpurun import pool as gpurun_pool
+
+    monkeypatch.setattr(gpurun_pool, "MOST_LOG", 10_000)
+    chatty = 'found = {"first": lambda: print("word " * 4000), "more": lambda: print("word " * 4000), "die": die}\n'
+    pool, results = pool_of(tmp_path, 1, UNITS.partition("    found = ")[0] + f"    {chatty}    return found\n")
+    now = time.monotonic()
+    pool.run(now + HANG, now + HANG)
+    assert [row["status"] for row in results.rows] == ["ok", "ok", "failed"]
+    assert (tmp_path / "out/log.txt").stat().st_size <= 10_000
+    assert "ended with 3" in results.rows[-1]["error"]
+
+
 def test_when_the_time_is_up_what_runs_has_no_row(tmp_path):
     pool, results = pool_of(tmp_path, 1, UNITS.replace('"first": lambda: {"found": 1}, ', '"first": hang, '), HANG)
     now = time.monotonic()
@@ -177,6 +226,27 @@ def test_a_step_whose_share_is_over_starts_nothing_more(tmp_path):
     now = time.monotonic()
     assert pool.run(now, now + HANG) > 0
     assert results.rows == []
+
+
+def test_a_step_of_which_nothing_is_left_does_not_start(tmp_path):
+    """Its processes take seconds until they have their units."""
+    from gpurun import Setting
+    from gpurun.pool import Pool
+    from gpurun.results import UNITS, Results, units_in
+
+    pool, results = pool_of(tmp_path, 1, "units = lambda setting: {'one': lambda: None}")
+    end = time.monotonic() + HANG
+    assert pool.run(end, end) == 0
+    again = Results(results.folder, results.folder)
+    second = Pool(pool.step, Setting("cpu", True), again, {}, lambda unit: again.is_done("some", unit))
+    second.start = lambda: pytest.fail("a process was started")
+    assert second.run(end, end) == 0
+    second.done = lambda unit: False
+    with pytest.raises(pytest.fail.Exception):
+        second.run(end, end)
+    for text in ('{"source": "older", "units": {"some": ["one"]}}', '{"sour'):
+        (results.folder / UNITS).write_text(text)
+        assert units_in(results.folder) == {}
 
 
 def test_a_step_that_does_not_start_says_why(tmp_path):

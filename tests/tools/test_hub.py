@@ -1,5 +1,6 @@
 """The package for the kernels hub: its layers compute what they replace, and it loads beside the installed package."""
 
+import ast
 import copy
 import json
 import os
@@ -68,14 +69,63 @@ def package(tmp_path_factory):
     return folder, hub.write(folder)
 
 
-def test_variants_have_names_of_their_own(package):
-    _, variants = package
+def test_variants_are_the_source_and_a_name_of_their_own(package):
+    folder, variants = package
     assert [v.name for v in variants] == ["torch-cuda", "torch-rocm", "torch-cpu"]
     names = [json.loads((v / "metadata.json").read_text())["id"] for v in variants]
     assert len(set(names)) == 3 and all(name.isidentifier() for name in names)
+    source = contents(folder / "torch-ext/zeroblock")
+    assert {"kernels/layer_norm_modulate.py", "doctor/report.html", "nn/hub.py"} <= set(source)
+    assert not [path for path in source if path.startswith(("tools/", "testing/", "zeroblock/"))]
     for variant, name in zip(variants, names, strict=True):
-        assert f'NAMESPACE = "{name}"' in (variant / "_version.py").read_text()
-        assert (variant / "kernels/layer_norm_modulate.py").exists() and not (variant / "tools").exists()
+        found = contents(variant)
+        assert f"torch.ops.{name}\n" in found.pop("_ops.py").decode() and found.pop("metadata.json")
+        assert found == source
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_second_package_replaces_the_first(package):
+    folder, variants = package
+    before = contents(folder)
+    (variants[0] / "left.py").touch()
+    (folder / "torch-ext/zeroblock/left.py").touch()
+    hub.write(folder)
+    assert contents(folder) == before
+
+
+def test_imports_of_the_package_are_relative(package):
+    """Several versions of it are loaded by names of their own."""
+    for path in (package[0] / "torch-ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            absolute = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            absolute += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in absolute if name.partition(".")[0] in ("zeroblock", "kernels")], path
+
+
+HOLDS = """
+from pathlib import Path
+from kernels._rust import Backend, Build, Digest, DigestAlgorithm, Metadata
+
+folder = Path({folder!r})
+build = Build.open(folder)
+assert build.general.backends == [Backend.CUDA, Backend.ROCm, Backend.CPU]
+for backend in build.general.backends:
+    variant = folder / f"build/torch-{{str(backend).lower()}}"
+    metadata = Metadata.read_from_file(variant / "metadata.json")
+    assert (str(metadata.name), metadata.version, metadata.license) == ("zeroblock", {version}, "Apache-2.0")
+    assert metadata.backend.backend_type == backend and metadata.kernel_depends == []
+    assert f'version = {{metadata.version}}\\n' in (folder / "build.toml").read_text()
+    assert len(metadata.digest.files) > 100
+    metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+"""
+
+
+def test_the_hub_reads_its_files(package, tmp_path):
+    """With the parsers that its builder and its loader use."""
+    run_beside_kernels(HOLDS.format(folder=str(package[0]), version=hub.VERSION), tmp_path)
 
 
 LOAD = """
@@ -86,7 +136,7 @@ from diffusers.models import normalization
 
 folder = Path({folder!r})
 package = kernels.get_local_kernel(folder)
-assert package is not zb and package.__name__ in dir(torch.ops)
+assert package is not zb and package.ops.register.NAMESPACE == package.__name__ in dir(torch.ops)
 x, row = torch.randn(2, 7, 8, requires_grad=True), torch.randn(2, 8)
 y = package.layer_norm_modulate(x, row, row)
 torch.testing.assert_close(y, zb.layer_norm_modulate(x, row, row))
@@ -110,13 +160,40 @@ print(len(own), "layers")
 """
 
 
-def test_a_model_takes_its_layers_from_the_package(package, tmp_path):
-    """With Hugging Face's `kernels` (a folder of that name in the tree is not it), from the local folder."""
+ALONE = """
+import sys
+sys.modules["zeroblock"] = None  # as where it is not installed
+from pathlib import Path
+import kernels, torch
+from diffusers import DiTTransformer2DModel
+
+package = kernels.get_local_kernel(Path({folder!r}))
+sizes = {{"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 1, "sample_size": 4}}
+model = DiTTransformer2DModel(**sizes).eval()
+inputs = torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.tensor([3, 4])
+expected = model(*inputs).sample
+report = package.accelerate(model)
+torch.testing.assert_close(model(*inputs).sample, expected)
+print(len(report.branches), "branches", package.explain("gate_residual", *[torch.randn(2, 3, 8)] * 3).backend)
+"""
+
+
+def run_beside_kernels(code, folder):
+    """What the code prints where Hugging Face's `kernels` is (a folder of that name in the tree is not it)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    probe = [sys.executable, "-c", "import kernels; kernels.get_local_kernel"]
-    if subprocess.run(probe, cwd=tmp_path, env=environment, capture_output=True).returncode:
-        pytest.skip("Hugging Face's kernels is not installed")
-    code = LOAD.format(folder=str(package[0]))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    probe = [sys.executable, "-c", "import kernels._rust"]
+    if subprocess.run(probe, cwd=folder, env=environment, capture_output=True).returncode:
+        pytest.skip("Hugging Face's kernels is not installed, or too old")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) >= 4
+    return done.stdout
+
+
+def test_a_model_takes_its_layers_from_the_package(package, tmp_path):
+    assert int(run_beside_kernels(LOAD.format(folder=str(package[0])), tmp_path).split()[0]) >= 4
+
+
+def test_the_package_stands_alone(package, tmp_path):
+    """All of it, where zeroblock is not installed."""
+    branches, _, backend = run_beside_kernels(ALONE.format(folder=str(package[0])), tmp_path).split()
+    assert int(branches) >= 2 and backend == "reference"
