@@ -1,6 +1,6 @@
-"""Sphinx over the repository as it is: `make docs` writes build/docs from these pages, the READMEs of the folders and the
-docstrings. No file is copied: a link that works in the source tree works on the site, and one that does not fails the
-build. Other files that a page links to (a script, a table) come along as downloads.
+"""Sphinx over the repository as it is: `make docs` writes build/docs from these pages, the READMEs of the folders and
+the docstrings. No file is copied: a link that works in the source tree works on the site, and one that does not fails
+the build. Other files that a page links to (a script, a table) come along as downloads.
 """
 
 import re
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 project, author, copyright = "zeroblock", "the zeroblock developers", "the zeroblock developers, Apache-2.0"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 
 # The pages, in the order of the menu. The README of the repository is the first.
 PAGES = {
@@ -36,7 +36,6 @@ exclude_patterns = [".*", "build", "dist", "*.egg-info"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
-napoleon_numpy_docstring = False
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 default_role = "code"
@@ -57,23 +56,34 @@ def add_menu(app, name, source):
 
 
 def as_text(app, what, name, obj, options, lines):
-    """Docstrings are plain text: stars are products and arguments, not emphasis, and `Returns`, `Raises` new paragraphs."""
-    plain = []
+    """Docstrings are plain text: stars are products and arguments, not emphasis; `Args:` and `Raises:` are lists, whose
+    items keep their names together; `Returns`, `Raises` and `Source` are paragraphs."""
+    found, inside = [], False
     for line in lines:
-        if re.match(r" {0,4}(Returns|Raises|Saved for backward|Source:) ", line) and plain and plain[-1].strip():
-            plain.append("")
-        plain.append(line if line.lstrip().startswith(">>>") else re.sub(r"(?<!`)([*|])(?!`)", r"\\\1", line))
-    lines[:] = plain
+        if not line.lstrip().startswith(">>>"):
+            line = re.sub(r"(?<!`)([*|])(?!`)", r"\\\1", line)
+        inside = inside and (not line or line.startswith(" "))
+        item = re.fullmatch(r" {4}([^\s(:][^(:]*): (.+)", line) if inside else None
+        if line in ("Args:", "Raises:"):
+            inside, line = True, f"**{ {'Args:': 'Arguments', 'Raises:': 'Raises'}[line] }**\n"
+        elif item:
+            line = f"- **{item[1]}**: {item[2]}"
+        elif inside:
+            line = line[6:]
+        elif re.match(r"(Returns|Raises|Saved for backward|Source:) ", line):
+            found.append("")
+        found += line.split("\n")
+    lines[:] = found
 
 
 def first_page(app, error):
     """build/docs/index.html leads to the README's page."""
     if error is None and app.builder.format == "html":
-        page = '<!doctype html><meta charset="utf-8"><title>zeroblock</title><meta http-equiv="refresh" content="0; url={}">'
-        (Path(app.outdir) / "index.html").write_text(page.format(f"{root_doc}.html"))
+        page = '<!doctype html><title>zeroblock</title><meta http-equiv="refresh" content="0; url={}.html">'
+        (Path(app.outdir) / "index.html").write_text(page.format(root_doc))
 
 
 def setup(app):
     app.connect("source-read", add_menu)
-    app.connect("autodoc-process-docstring", as_text, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", as_text)
     app.connect("build-finished", first_page)
