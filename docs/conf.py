@@ -60,7 +60,7 @@ def as_text(app, what, name, obj, options, lines):
     items keep their names together; `Returns`, `Raises` and `Source` are paragraphs."""
     found, inside = [], False
     for line in lines:
-        if not line.lstrip().startswith(">>>"):
+        if not line.lstrip().startswith((">>>", "... ")):
             line = re.sub(r"(?<!`)([*|])(?!`)", r"\\\1", line)
         inside = inside and (not line or line.startswith(" "))
         item = re.fullmatch(r" {4}([^\s(:][^(:]*): (.+)", line) if inside else None
