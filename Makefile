@@ -1,17 +1,17 @@
-# make demo | test | bench | lint: each sets up .venv itself. PYTHON, VENV, TORCH and JOBS choose interpreter, folder,
+# make demo | test | bench | lint | docs: each sets up .venv itself. PYTHON, VENV, TORCH and JOBS choose interpreter, folder,
 # torch and the number of processes that test. `make test-torch TORCH=torch==2.7.1` runs the suite on another torch.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
 JOBS ?= 2
-EXTRAS ?= test,models,demo,lint
+EXTRAS ?= test,models,demo,lint,docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/torch csrc/cuda csrc/cpu csrc/cpu/*)))
 CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-torch bench gpu gpu-cache lint format wheel try-wheels hub clean
+.PHONY: demo test test-torch bench gpu gpu-cache lint format docs wheel try-wheels hub clean
 
 demo: $(STAMP)
 	$(BIN)/python -m zeroblock demo
@@ -62,6 +62,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# In build/docs: the site, from docs/, the READMEs of the folders and the docstrings. A broken link is an error.
+docs: $(STAMP)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . build/docs
+	@echo "build/docs/index.html"
 
 # In dist/, for every Python and torch that the package runs on: a wheel for Linux with the kernels for CPUs; one with
 # those for CUDA too, which its version tells (0.2.0+cu130, after nvcc's), where nvcc is found; and one for all other

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import traceback
@@ -27,6 +28,7 @@ from .convert import families
 from .doctor import doctor
 from .doctor.examine import random_target_loss
 from .doctor.text import render
+from .tools import configured
 from .tools.progress import Progress
 
 DEMO_HELP = (
@@ -34,7 +36,8 @@ DEMO_HELP = (
 )
 FACTORY_HELP = (
     "package.module:factory or file.py:factory, a function without arguments that returns (model, example_batch) or "
-    "(model, example_batch, loss) with loss(model, example_batch) -> scalar; or a model alone, with --shape"
+    "(model, example_batch, loss) with loss(model, example_batch) -> scalar; or a model alone, with --shape; or a "
+    "class of diffusers, or a checkpoint's folder (config.json alone is read), as the class initialises it"
 )
 
 
@@ -82,8 +85,11 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
 
     Raises CommandError where the factory fails or returns something else, no batch is given, or the device is missing.
     """
-    factory = load_factory(options.factory)
+    folder = Path(options.factory)
+    factory: Any = None if folder.is_dir() else load_factory(options.factory)
     torch.manual_seed(options.seed)
+    if factory is None or configured.is_class(factory):
+        return _on_device(*_from_configuration(options, factory, folder), None, options)
     try:
         made = factory()
     except (Exception, SystemExit) as error:
@@ -98,7 +104,22 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
         batch = tuple(torch.randn(shape) for shape in options.shape)
     if batch is None:
         raise CommandError(f"{options.factory} returns a model alone: give the shapes of its inputs with --shape")
-    loss = parts[2] if len(parts) > 2 else None
+    return _on_device(model, batch, parts[2] if len(parts) > 2 else None, options)
+
+
+def _from_configuration(options: argparse.Namespace, cls: Any, folder: Path) -> tuple[nn.Module, Any]:
+    """(model, example_batch) of a class of diffusers, or of what the folder names; says what was made smaller."""
+    try:
+        cls, config = (cls, {}) if cls else configured.of_folder(folder)
+        made = configured.make(cls, config, options.largest)
+    except (ValueError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    if made.changed and not getattr(options, "quiet", False):
+        print(f"zeroblock {options.command}: {made}", file=sys.stderr)
+    return made.model, made.batch
+
+
+def _on_device(model: nn.Module, batch: Any, loss: Any, options: argparse.Namespace) -> tuple[nn.Module, Any, Any]:
     if options.device:
         try:
             model = model.to(options.device)
@@ -210,16 +231,14 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="zeroblock", description="Zero-aware residual blocks for diffusion models.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{doctor,bench,info,demo}")
 
-    def model_command(
-        name: str, run: Callable[[argparse.Namespace], int], help: str, description: str
-    ) -> argparse.ArgumentParser:
+    def model_command(name: str, run: Any, help: str, description: str, largest: float) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=description)
         command.add_argument("factory", help=FACTORY_HELP)
         command.add_argument("--shape", type=shape, action="append", help="a random normal input, as 2,3,32,32; repeat")
         command.add_argument("--device", help="move model and batch there first, as cuda:0 (default: leave them)")
         command.add_argument("--seed", type=int, default=0, help="set before the factory is called (default: 0)")
         command.add_argument("--traceback", action="store_true", help="show where an error comes from")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, largest=largest)
         return command
 
     command = model_command(
@@ -228,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
         "will this initialisation learn, and when does each branch wake up?",
         "Predicts from the zeros of a model when each parameter gets its first gradient, checks it with plain SGD "
         "steps (undone afterwards), and names what is dead or symmetric. Exit status 1 if anything is.",
+        configured.LIMIT,
     )
     command.add_argument("--steps", type=positive(int), default=4, help="SGD steps (default: 4)")
     command.add_argument("--lr", type=positive(float), default=1e-2, help="their learning rate (default: 0.01)")
@@ -242,6 +262,7 @@ def parser() -> argparse.ArgumentParser:
         "Times a model and an accelerated copy of it in turns, each as it is and under torch.compile, for inference "
         "also frozen; counts the bytes saved for backward and the most that a training step allocates; compares loss "
         "and gradients, and says which to use. Exit status 1 if they differ.",
+        math.inf,
     )
     command.add_argument("--seconds", type=positive(float), default=5.0, help="for inference and for training each")
     command.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
@@ -274,8 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CommandError as error:
         if options.traceback:
             traceback.print_exception(error.__cause__ or error)
-        message = str(error).removeprefix(f"{options.command}: ")
-        print(f"zeroblock {options.command}: {message}", file=sys.stderr)
+        print(f"zeroblock {options.command}: {str(error).removeprefix(f'{options.command}: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

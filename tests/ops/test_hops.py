@@ -1,5 +1,5 @@
 """How many functions a call passes on its way to the kernel: `ZEROBLOCK_PLAN=fixed python -m tests.ops.test_hops` lists
-them, with TRITON_INTERPRET=1 those on a GPU too. CONTRIBUTING.md shows the lists of SHOWN as they are printed.
+them, with TRITON_INTERPRET=1 those on a GPU too. docs/architecture.md shows the lists of SHOWN as they are printed.
 
 A hop is a function that a reader has to open to follow the call. In Python these are the frames of zeroblock's files
 that stand on the stack when the first native op is called, or a Triton kernel started. No Python sees the native ones
@@ -65,7 +65,7 @@ NATIVE = {
 }
 MOST = {"layer_norm_modulate": 6, "conv_residual": 7}
 ON_A_GPU, MOST_ON_A_GPU = "layer_norm_modulate", 7
-SHOWN = ("layer_norm_modulate", "conv_residual")  # in CONTRIBUTING.md, and the one ON_A_GPU
+SHOWN = ("layer_norm_modulate", "conv_residual")  # in docs/architecture.md, and the one ON_A_GPU
 
 
 def _file(path: str) -> str | None:
@@ -148,7 +148,7 @@ def listing(name: str, found: list[str]) -> str:
 
 
 def assert_shown(text: str) -> None:
-    assert text in (ROOT / "CONTRIBUTING.md").read_text(), f"CONTRIBUTING.md does not show this list:\n{text}"
+    assert text in (ROOT / "docs/architecture.md").read_text(), f"docs/architecture.md does not show this list:\n{text}"
 
 
 needs_cpu = pytest.mark.skipif(CPU_MISSING is not None, reason=f"the cpu backend cannot run: {CPU_MISSING}")

@@ -57,9 +57,10 @@ def families() -> dict[str, str]:
 def register_family(family: GatedBlock | type[Family]) -> type[Family]:
     """Has accelerate know another kind of block from now on: a fork of your own, or a block that has no family yet.
 
-    family: a description (`zeroblock.convert.GatedBlock`: rows of a modulation, and gated branches that use them), or a
-        subclass of `zeroblock.convert.Family` with methods of its own. It replaces a family that was registered under
-        the same name before; those that zeroblock comes with stay.
+    Args:
+        family: a description (`zeroblock.convert.GatedBlock`: rows of a modulation, and gated branches that use them),
+            or a subclass of `zeroblock.convert.Family` with methods of its own. It replaces a family that was
+            registered under the same name before; those that zeroblock comes with stay.
 
     accelerate proves it on every block like its own families: where it computes something else than the block, the
     block is left alone, and the report says so.

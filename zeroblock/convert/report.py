@@ -25,11 +25,11 @@ class Branch:
 class Reason(enum.Enum):
     """Why blocks are left alone: a name, and what can be done. They run as they did before, in every case."""
 
-    UNKNOWN = "unknown block", "zeroblock has no family for it; write one (CONTRIBUTING.md, Adding a family)"
+    UNKNOWN = "unknown block", "zeroblock has no family for it; write one (docs/extending.md, Adding a family)"
     PARTS = (
         "only parts",
         "zeroblock runs some of its layers (or skips them while they are zero), the original forward calls them; the "
-        "block itself takes a family of its own (CONTRIBUTING.md, Adding a family)",
+        "block itself takes a family of its own (docs/extending.md, Adding a family)",
     )
     NAMESAKE = (
         "another block",

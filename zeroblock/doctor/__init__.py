@@ -40,15 +40,16 @@ def doctor(
 ) -> Diagnosis:
     """Says which zero and constant parameters of a model learn, and in which step each parameter first moves.
 
-    model: any nn.Module, or a function without arguments that returns (model, example_batch) or (model,
-        example_batch, loss).
-    example_batch: what the model is called with; a tuple or list gives positional, a dict keyword arguments. Tensors
-        of any shape and dtype, on the model's device.
-    loss: loss(model, example_batch) -> Tensor of one element; None: the mean square of (output - a fixed random
-        target), over all floating outputs.
-    steps: plain SGD steps to take, at least 1, in training mode and in place.
-    lr: their learning rate, positive and finite.
-    progress: progress(phase, done, total, note), called after each step; None: nothing is shown.
+    Args:
+        model: any nn.Module, or a function without arguments that returns (model, example_batch) or (model,
+            example_batch, loss).
+        example_batch: what the model is called with; a tuple or list gives positional, a dict keyword arguments.
+            Tensors of any shape and dtype, on the model's device.
+        loss: loss(model, example_batch) -> Tensor of one element; None: the mean square of (output - a fixed random
+            target), over all floating outputs.
+        steps: plain SGD steps to take, at least 1, in training mode and in place.
+        lr: their learning rate, positive and finite.
+        progress: progress(phase, done, total, note), called after each step; None: nothing is shown.
 
     Returns a `Diagnosis`. A parameter moves first in the step of its first gradient that is not exactly zero. The
     model, its gradients, the batch and the random number generators are put back bit for bit afterwards, also when

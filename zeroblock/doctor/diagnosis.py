@@ -95,18 +95,19 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Everything found, in plain containers, for programs. Every key is there for every model.
 
-        schema: 1; a key that changes its meaning gets another number. New keys may come.
-        healthy: bool, what decides the exit status. alarms, unused, not_seen, mismatches: the names of the parameters
-            that never learn, that the loss does not depend on, that got no gradient in the steps without a proof that
-            they never do, and whose prediction the steps contradict; all lists are empty for a model without fault.
-        model: str; steps: int; losses: [float], NaN or infinite where they were; predicted_steps: int or None.
-        parameters: [{name, shape, kind, role, is_zero, max_abs, predicted, measured, proved, agrees, waits_for,
-            ranks}] in the model's order, as in `ParameterReport`: predicted and measured are steps, counted from 1, or
-            None; waits_for: [[name]]; ranks: None or {h, dy, grad, unit_differences}, each None or [rank, most].
-        near_zero: the same of those that are close to zero.
-        savings: None or {branches: [{parameters, by, flops, steps}], inference_flops, inference_saved, training_flops,
-            training_saved, activation_bytes, activation_saved}.
-        findings, explanation: sentences for people, which may be worded otherwise in another version.
+        - schema: 1; a key that changes its meaning gets another number. New keys may come.
+        - healthy: bool, what decides the exit status.
+        - alarms, unused, not_seen, mismatches: the names of the parameters that never learn, that the loss does not
+          depend on, that got no gradient in the steps without a proof that they never do, and whose prediction the
+          steps contradict; all lists are empty for a model without fault.
+        - model: str; steps: int; losses: [float], NaN or infinite where they were; predicted_steps: int or None.
+        - parameters: [{name, shape, kind, role, is_zero, max_abs, predicted, measured, proved, agrees, waits_for,
+          ranks}] in the model's order, as in `ParameterReport`: predicted and measured are steps, counted from 1, or
+          None; waits_for: [[name]]; ranks: None or {h, dy, grad, unit_differences}, each None or [rank, most].
+        - near_zero: the same of those that are close to zero.
+        - savings: None or {branches: [{parameters, by, flops, steps}], inference_flops, inference_saved,
+          training_flops, training_saved, activation_bytes, activation_saved}.
+        - findings, explanation: sentences for people, which may be worded otherwise in another version.
         """
         return {
             "schema": 1,

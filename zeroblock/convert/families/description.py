@@ -20,12 +20,13 @@ class Row(NamedTuple):
 class Given(NamedTuple):
     """What a call of a block gave.
 
-    streams: what the branches are added to, [B, T, D] each.
-    rows: the vectors of the modulation, [B, D], [B, 1, D] or [B, T, D], or a `Row` of such a vector and a table.
-    layers: {name of a branch's layer: keyword arguments that it takes beside the streams}.
-    more: whatever `GatedBlock.finish` needs.
-    which: of each stream, which row serves which token ([B, T], int): its rows are then [K, D] or [B, K, D]; None: one
-        row for all.
+    Args:
+        streams: what the branches are added to, [B, T, D] each.
+        rows: the vectors of the modulation, [B, D], [B, 1, D] or [B, T, D], or a `Row` of such a vector and a table.
+        layers: {name of a branch's layer: keyword arguments that it takes beside the streams}.
+        more: whatever `GatedBlock.finish` needs.
+        which: of each stream, which row serves which token ([B, T], int): its rows are then [K, D] or [B, K, D];
+            None: one row for all.
     """
 
     streams: tuple[Tensor, ...]
