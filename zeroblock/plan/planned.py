@@ -21,8 +21,7 @@ and loaded, which a capture does not allow. Where none did, the graph gets the l
 A way that fails, while it is measured or later, gives way to the library's, with a warning; the library's own error is
 the caller's.
 
-A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
-(`mode.measuring`): a branch that is zero at its first call will not stay so.
+A measurement runs the candidates on the call's own tensors.
 
 Candidates round differently, so that a first measurement may decide last bits as cudnn.benchmark does; the disk cache
 keeps the decision for later processes. The fastest is measured for each number of threads; the fixed rule is the same
@@ -116,6 +115,11 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def bits_are_free() -> bool:
+    """Whether the last bits of a result may depend on the moment at which it is computed."""
+    return _policy != "fixed" and not _deterministic() and _ranks() == 1
+
+
 class PlannedOp(Generic[P, R]):
     """A step with several ways, called as step(*args); all ways take the same arguments and return the same.
 
@@ -124,6 +128,7 @@ class PlannedOp(Generic[P, R]):
     the argument whose `device` is the call's.
     rule(*args): the name of the candidate to run where nothing is measured and no candidate's own rule holds; the
     library's where that one does not take the call.
+    unmeasured: why nothing of this step is measured, where that is so: its rule decides always.
     """
 
     def __init__(
@@ -137,9 +142,10 @@ class PlannedOp(Generic[P, R]):
         rule: Callable[P, str] = the_library,
         device_arg: int = 0,
         worth: int = WORTH_MEASURING,
+        unmeasured: str | None = None,
     ):
         self.name, self.signature, self.describe, self.work, self.rule = name, signature, describe, work, rule
-        self.device_arg, self.worth = device_arg, worth
+        self.device_arg, self.worth, self.unmeasured = device_arg, worth, unmeasured
         self.library = Candidate("library", library)
         self.candidates = {"library": self.library}
         self._memory: dict[tuple, Callable[P, R]] = {}
@@ -163,7 +169,7 @@ class PlannedOp(Generic[P, R]):
             return self.library.run(*args, **kwargs)
         bits = mode.bits
         key: tuple | None = None
-        if bits & FIXED:
+        if bits & FIXED and self.unmeasured is None:
             run = self._fixed(*args, **kwargs).run
         else:
             if _deterministic():
@@ -237,6 +243,8 @@ class PlannedOp(Generic[P, R]):
         self, fixed: str, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> tuple[str | None, str]:
         """The choice, None where the call has to measure, and why."""
+        if self.unmeasured is not None:
+            return fixed, self.unmeasured
         if is_fixed() or _deterministic():
             return fixed, "fixed rule: deterministic algorithms are asked for"
         if _policy == "fixed":
@@ -266,12 +274,8 @@ class PlannedOp(Generic[P, R]):
         if entry is not None and entry.choice in takers:  # another thread has measured it meanwhile
             return entry.choice
         runs = {name: functools.partial(c.run, *args, **kwargs) for name, c in takers.items()}
-        before, mode.measuring = mode.measuring, True
-        try:
-            with torch.no_grad():
-                times = measure(runs, self._device(args), _timer)
-        finally:
-            mode.measuring = before
+        with torch.no_grad():
+            times = measure(runs, self._device(args), _timer)
         choice = choose(times, preferred)
         if times["library"] is not None:  # else a lack of memory, of this moment: for this process alone
             store.add(situation, Entry(choice, times))
