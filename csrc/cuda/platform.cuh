@@ -109,8 +109,9 @@ unsigned cluster_limit(Kernel kernel) {
 #ifdef ZB_SIMT
 
 inline void check_aligned(const void* p, size_t bytes) { simt::check_aligned(p, bytes); }
-inline unsigned char load_relaxed(const unsigned char* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-inline void store_relaxed(unsigned char* p, unsigned char v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+using Word = unsigned long long;
+inline Word load_relaxed(const Word* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void store_relaxed(Word* p, Word v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 inline void copy_async_16(void* dst, const void* src, bool valid) { simt::copy_async_16(dst, src, valid); }
 inline void copy_async_commit() { simt::copy_async_commit(); }
 template <int N>
@@ -132,12 +133,9 @@ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (
 #else
 
 __device__ __forceinline__ void check_aligned(const void*, size_t) {}
-__device__ __forceinline__ unsigned char load_relaxed(const unsigned char* p) {
-  return *reinterpret_cast<const volatile unsigned char*>(p);
-}
-__device__ __forceinline__ void store_relaxed(unsigned char* p, unsigned char v) {
-  *reinterpret_cast<volatile unsigned char*>(p) = v;
-}
+using Word = unsigned long long;
+__device__ __forceinline__ Word load_relaxed(const Word* p) { return *reinterpret_cast<const volatile Word*>(p); }
+__device__ __forceinline__ void store_relaxed(Word* p, Word v) { *reinterpret_cast<volatile Word*>(p) = v; }
 // 16 bytes from global to shared memory, zeros when not valid; past L1, since no other thread of the block reads them.
 __device__ __forceinline__ void copy_async_16(void* dst, const void* src, bool valid) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(dst));
