@@ -228,13 +228,15 @@ def test_what_was_measured_before_holds_in_capture(backends, monkeypatch):
 
 
 @ops
-@pytest.mark.parametrize("policy", ("measure", "fixed", "deterministic"))
+@pytest.mark.parametrize("policy", ("measure", "fixed", "deterministic", "dispatcher"))
 def test_nothing_runs_first_in_a_capture(op, policy, backends, monkeypatch):
     """It might have to be compiled and loaded: the library's runs, and is not remembered."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_plan.use("fixed" if policy == "fixed" else "measure", timer=FakeTimer()))
         if policy == "deterministic":
             stack.enter_context(_deterministic())
+        if policy == "dispatcher":  # as in a compiled model
+            stack.enter_context(mode.fixed_rule())
         with monkeypatch.context() as patch:
             _capture(patch)
             with pytest.warns(

@@ -49,7 +49,7 @@ from . import store as _store
 from .candidate import Candidate, P, R, no, takes_all, the_library
 from .describe import Explanation
 from .measure import NOT_USED, CallersError, choose, measure, place, release, time_call
-from .mode import FIXED, capturing, is_fixed, is_training, mode, reduced_allowed, warn_of_capture
+from .mode import capturing, is_fixed, is_training, mode, reduced_allowed, warn_of_capture
 from .store import Entry, Store
 
 SEPARATOR = " | "  # between the parts of a situation; none of them holds it
@@ -168,15 +168,11 @@ class PlannedOp(Generic[P, R]):
         if len(self.candidates) == 1:
             return self.library.run(*args, **kwargs)
         bits = mode.bits
-        key: tuple | None = None
-        if bits & FIXED and self.unmeasured is None:
-            run = self._fixed(*args, **kwargs).run
-        else:
-            if _deterministic():
-                bits = ~bits  # a situation of its own
-            key = self.signature(*args, **kwargs), bits, _threads(), _precision()
-            found = self._memory.get(key)
-            run = self._resolve(key, *args, **kwargs) if found is None else found
+        if _deterministic():
+            bits = ~bits  # a situation of its own
+        key = self.signature(*args, **kwargs), bits, _threads(), _precision()
+        found = self._memory.get(key)
+        run = self._resolve(key, *args, **kwargs) if found is None else found
         try:
             return run(*args, **kwargs)
         except CallersError:
@@ -187,15 +183,14 @@ class PlannedOp(Generic[P, R]):
             why = f"{error}"
         return self._without(key, run, why, *args, **kwargs)
 
-    def _without(self, key: tuple | None, run: Callable[P, R], why: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def _without(self, key: tuple, run: Callable[P, R], why: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """The library's result where the way that was chosen has failed, as from now on in this process: a choice that
         was stored or shared comes from a moment with more memory, or from another machine's libraries."""
         release(self._device(args))
         result = self.library.run(*args, **kwargs)  # its own error is the caller's
         name = next((c.name for c in self.candidates.values() if c.run is run), "chosen")
         warnings.warn(NOT_USED.format(name, why), stacklevel=4)
-        if key is not None:
-            self._memory[key] = self.library.run
+        self._memory[key] = self.library.run
         return result
 
     def takers(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Candidate[P, R]]:
