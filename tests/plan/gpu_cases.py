@@ -96,6 +96,10 @@ class StandIn(FlaggedSteps, Eager):
         self.calls.append("zero_flag")
         return is_zero(*tensors).to(torch.int32).max().view(1)
 
+    def add_bias(self, x, bias, dim, residual=None):
+        y = x + (0 if bias is None else bias[:, None, None])
+        return y if residual is None else y + residual
+
     def _own(self, y: Tensor, alone: Tensor, flag: Tensor | None) -> Tensor:
         self.flags.append(flag if flag is None else int(flag))
         return alone if self.flags[-1] else y

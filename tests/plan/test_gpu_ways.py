@@ -61,6 +61,7 @@ if INTERPRETS:
     WAYS["triton"] = (*NORMS, CHANNELS, *ROWS)
     WAYS["triton split"] = (NORMS[0], "group_norm_silu-film-prime")  # 143 pixels: a tile is cut
     WAYS["triton folded"] = CONVS[3:]
+    WAYS["library in one pass"] = CONVS[:1] + CONVS[2:3]
     # 3x3 only with the smallest tiles: tests/triton/test_gemm_kernels.py has them with all.
     WAYS |= {f"triton {config}": (CONVS[1], CONVS[3], *LINEARS) for config in _gpu_gemms.CONFIGS}
     WAYS |= {config: (*CONVS, *LINEARS) for config in ("triton 64x64x64", "triton 64x64x32")}

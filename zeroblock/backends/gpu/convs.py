@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._layout import alignment
+from ..._layout import alignment, as_layout, channels_last_format, is_settled
 from ...plan.describe import describe_alignment, dtype_name
 from ...plan.planned import PlannedOp
-from ...steps.conv import CONV, ConvCall, unit_conv_size, unit_geometry
+from ...steps.conv import CONV, ConvCall, conv_layout, unit_conv_size, unit_geometry
 from ...steps.flag import DEVICE, NEVER, executed
 from ...steps.norm_conv import describe_norm, normalised
 from .. import available
@@ -22,6 +22,7 @@ from .gemms import FOLDS, OWN_GEMMS, UNMEASURED, OwnGemm, library_settings, own_
 from .hinted import HintedStep
 
 _OP = "conv_residual"  # what all of these ask a backend for
+ONE_PASS = "library in one pass"
 
 
 class FlaggedConvCall(NamedTuple):
@@ -61,6 +62,22 @@ class FlaggedConvCall(NamedTuple):
         pixels = torch.Size(unit_conv_size(h, weight, padding)).numel() // weight.shape[0]
         return own_way(_OP, pixels, weight, h, weight, None, residual, padding)
 
+    def library_way(self) -> str:
+        return ONE_PASS if self.why_not_one_pass() is None else "library"
+
+    def why_not_one_pass(self) -> str | None:
+        _, h, weight, bias, residual, padding, _ = self
+        if bias is None or residual is None:
+            return "a bias or a residual alone takes one pass as it is"
+        reason = available.why_not("triton", "add_bias", h)
+        if reason is not None:
+            return reason
+        size = unit_conv_size(h, weight, padding)
+        layout = conv_layout(h, weight, unit_geometry(padding)) or torch.contiguous_format
+        fits = residual.dtype == weight.dtype and residual.shape == size and h.dim() > 3
+        fits = fits and is_settled(residual) and residual.is_contiguous(memory_format=layout)
+        return None if fits else "the residual is not in the dtype and layout of the result"
+
     def tested(self) -> list[Tensor]:
         return [self.weight]
 
@@ -77,6 +94,16 @@ class FlaggedConvCall(NamedTuple):
 
 def _library_conv(call: FlaggedConvCall) -> tuple[Tensor, Tensor]:
     return CONV(call.conv), executed(call.h)
+
+
+def _one_pass(call: FlaggedConvCall) -> tuple[Tensor, Tensor]:
+    """The library's convolution, then bias and residual in one pass, where torch takes two."""
+    _, h, weight, bias, residual, padding, _ = call
+    y, triton = CONV(call.conv._replace(bias=None, residual=None)), available.triton()
+    assert triton is not None and residual is not None
+    if y.stride() != residual.stride():  # the library has chosen another layout than was foreseen
+        y = as_layout(y, channels_last_format(residual))
+    return triton.add_bias(y, bias, 1, residual), executed(h)
 
 
 def _own_conv(gemm: OwnGemm, call: FlaggedConvCall) -> tuple[Tensor, Tensor]:
@@ -96,7 +123,9 @@ CONV_RESIDUAL = PlannedOp(
     signature=FlaggedConvCall.signature,
     describe=FlaggedConvCall.describe,
     work=FlaggedConvCall.work,
+    rule=FlaggedConvCall.library_way,
 )
+CONV_RESIDUAL.add(ONE_PASS, _one_pass, FlaggedConvCall.why_not_one_pass)
 FLAGGED_CONV = PlannedOp(
     "flagged conv_residual",
     _library_conv,
@@ -146,6 +175,12 @@ class FlaggedNormConvCall(NamedTuple):
     def work(self) -> int:
         return self.conv.work()
 
+    def library_way(self) -> str:
+        return self.conv.library_way()
+
+    def why_not_one_pass(self) -> str | None:
+        return self.conv.why_not_one_pass()
+
     def own_way(self) -> str:
         return self.conv.own_way()
 
@@ -168,6 +203,12 @@ NormConvResult = tuple[Tensor, Tensor, Tensor, Tensor]
 def _library_norm_conv(call: FlaggedNormConvCall) -> NormConvResult:
     h, mean, rstd = normalised(call.backend, call.x, call.norm, call.weight.dtype)
     return CONV(call.conv.conv._replace(h=h)), mean, rstd, executed(call.x)
+
+
+def _norm_one_pass(call: FlaggedNormConvCall) -> NormConvResult:
+    h, mean, rstd = normalised(call.backend, call.x, call.norm, call.weight.dtype)
+    y, reported = _one_pass(call.conv._replace(h=h))
+    return y, mean, rstd, reported
 
 
 def _own_norm_conv(gemm: OwnGemm, call: FlaggedNormConvCall) -> NormConvResult:
@@ -228,7 +269,9 @@ NORM_CONV_RESIDUAL = PlannedOp(
     signature=FlaggedNormConvCall.signature,
     describe=FlaggedNormConvCall.describe,
     work=FlaggedNormConvCall.work,
+    rule=FlaggedNormConvCall.library_way,
 )
+NORM_CONV_RESIDUAL.add(ONE_PASS, _norm_one_pass, FlaggedNormConvCall.why_not_one_pass)
 FLAGGED_NORM_CONV = PlannedOp(
     "flagged group_norm_silu_conv_residual",
     _library_norm_conv,

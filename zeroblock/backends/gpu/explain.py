@@ -134,7 +134,7 @@ def _convolution(backend: Backend, a: ConvArguments, zero_skip: int, training: b
     if norm is not None:
         choice = step.explain(*args).choice
         if "fused" not in choice and "folded" not in choice:
-            yield _group_norm(x, norm, True, False, None if choice == "library" else flag)
+            yield _group_norm(x, norm, True, False, None if choice.startswith("library") else flag)
     yield CONV, (ConvCall(backend, h, weight, bias, residual, unit_geometry(padding)),)
     if not training:
         return
