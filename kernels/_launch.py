@@ -100,15 +100,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages
     """kernel[grid](**arguments) on the device of its tensors, num_warps of 32 threads; an empty grid starts nothing."""
     if 0 in grid:
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages} | ({"debug": True} if DEBUG else {})
-    start = Launch(kernel, grid, arguments, options)
-    if _recorders:
-        launches, run = _recorders[-1]
-        launches.append(start)
-        if not run:
-            return
-    device = next(v.device for v in arguments.values() if isinstance(v, torch.Tensor))
-    # Triton starts kernels on the current device.
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](**arguments, **start.options_for(threads_of_warp(device)))
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if DEBUG:
+        options["debug"] = True
+    for first in arguments.values():
+        if isinstance(first, torch.Tensor):
+            break
+    device = first.device
+    on_gpu = device.type == "cuda"
+    if _recorders or (on_gpu and threads_of_warp(device) != WARP):
+        start = Launch(kernel, grid, arguments, options)
+        if _recorders:
+            launches, run = _recorders[-1]
+            launches.append(start)
+            if not run:
+                return
+        options = start.options_for(threads_of_warp(device))
+    if on_gpu and device.index != torch.cuda.current_device():  # Triton starts kernels on the current device
+        with torch.cuda.device(device):
+            kernel[grid](**arguments, **options)
+    else:
+        kernel[grid](**arguments, **options)

@@ -7,6 +7,7 @@ the stable ABI of 2.10 (TORCH_TARGET_VERSION in setup.py).
 from __future__ import annotations
 
 import re
+import threading
 
 import torch
 
@@ -54,3 +55,16 @@ else:
 
     def matmul_precision() -> str:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether calls on this device go into a CUDA graph. torch asks the current device's stream, whichever that is."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device as a number; elsewhere calls of one thread follow each other."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else threading.get_ident()

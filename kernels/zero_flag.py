@@ -2,11 +2,13 @@
 
 math    flags[i] = 1 where every element of tensor i is +0 or -0, else 0; tested on the bits, (bits << 1) == 0, so that
         denormals and NaN are not zero.
-grid    `_scan`: (programs, tensors), up to MOST_TENSORS a launch, whose addresses and sizes are arguments. A program
-        strides over its tensor and stops at the first block with a non-zero element: a dense weight costs one block per
+grid    (programs, tensors), up to MOST_TENSORS a launch, whose addresses and sizes are arguments. A program strides
+        over its tensor and stops at the first block with a non-zero element: a dense weight costs one block per
         program, a zero one is read once.
-order   `_combine` ORs what the programs found. No atomics and nothing to initialise: every launch writes every word
-        that is read, so that a captured CUDA graph tests the values of each replay.
+order   every program adds to one word: that it is done, in the low 16 bits, and whether it has seen anything, in a
+        field of the tensor. Who finds in the sum that all are done writes the flag and clears the word
+        (_counters.py). Sums of integers: any order gives the same flag. A captured CUDA graph tests the values of each
+        replay.
 zero    this kernel asks the question; the others read its flags.
 """
 
@@ -17,16 +19,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._counters import counters
 from ._dtypes import DTYPES, INTEGERS, long_name
 from ._launch import launch
 from ._rows import cdiv
 
 # Tensors of a launch, elements of a block, programs per tensor at most, and warps. (guess)
 MOST_TENSORS, BLOCK, PROGRAMS, WARPS = 12, 2048, 256, 8
+# Bits of a word: programs that are done, of all tensors that share it; those that have seen something, of each.
+DONE, SEEN = 16, 12
+MOST_TOGETHER = 4  # fields of a word
 
 
 @triton.jit
-def _scan(tensors, sizes, found, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _scan(
+    tensors,
+    sizes,
+    words,
+    flags,
+    COUNT: tl.constexpr,
+    ANY_OF: tl.constexpr,
+    DONE: tl.constexpr,
+    SEEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """flags[i] for tensor i; with ANY_OF one flag: whether one of them is zero."""
     for i in tl.static_range(COUNT):
         if tl.program_id(1) == i:
             start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -36,22 +53,21 @@ def _scan(tensors, sizes, found, COUNT: tl.constexpr, BLOCK: tl.constexpr):
                 bits = tl.load(tensors[i] + at, mask=at < sizes[i], other=0)
                 seen = tl.max(((bits << 1) != 0).to(tl.int32), 0)
                 start += tl.num_programs(0).to(tl.int64) * BLOCK
-            tl.store(found + i * tl.num_programs(0) + tl.program_id(0), seen)
-
-
-@triton.jit
-def _combine(found, flags, programs, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """flags[i] for program i; with COUNT > 1 one program and one flag: whether one of COUNT tensors is zero."""
-    lane = tl.arange(0, BLOCK)
-    flag = 0
-    for i in tl.static_range(COUNT):
-        row = found + (tl.program_id(0) + i) * programs
-        flag |= 1 - tl.max(tl.load(row + lane, mask=lane < programs, other=0), 0)
-    tl.store(flags + tl.program_id(0), flag)
+            field: tl.constexpr = i if ANY_OF else 0
+            fields: tl.constexpr = COUNT if ANY_OF else 1
+            at_word = 0 if ANY_OF else i
+            mine = 1 + (seen.to(tl.int64) << (DONE + SEEN * field))
+            found = tl.atomic_add(words + at_word, mine, sem="relaxed") + mine
+            if (found & ((1 << DONE) - 1)) == tl.num_programs(0) * fields:
+                flag = 0
+                for j in tl.static_range(fields):
+                    flag |= (((found >> (DONE + SEEN * j)) & ((1 << SEEN) - 1)) == 0).to(tl.int32)
+                tl.store(flags + at_word, flag)
+                tl.store(words + at_word, 0)
 
 
 def zero_flag(tensors: list[Tensor], any_of: bool = False) -> Tensor:
-    """A flag per tensor, int32 [len(tensors)]; with any_of (MOST_TENSORS at most) one flag: is one of them zero.
+    """A flag per tensor, int32 [len(tensors)]; with any_of (MOST_TOGETHER at most) one flag: is one of them zero.
 
     The tensors are on one device, dense in some order of dimensions.
     """
@@ -61,7 +77,6 @@ def zero_flag(tensors: list[Tensor], any_of: bool = False) -> Tensor:
         group = tensors[first : first + MOST_TENSORS]
         sizes = tuple(t.numel() for t in group)
         programs = max(1, min(PROGRAMS, cdiv(max(sizes), BLOCK)))
-        found = torch.empty(len(group), programs, dtype=torch.int32, device=device)
         bits = tuple(t.as_strided((t.numel(),), (1,)).view(INTEGERS[t.element_size()]) for t in group)
         launch(
             _scan,
@@ -69,20 +84,13 @@ def zero_flag(tensors: list[Tensor], any_of: bool = False) -> Tensor:
             num_warps=WARPS,
             tensors=bits,
             sizes=sizes,
-            found=found,
+            words=counters(device),
+            flags=flags[first:],
             COUNT=len(group),
+            ANY_OF=any_of,
+            DONE=DONE,
+            SEEN=SEEN,
             BLOCK=BLOCK,
-        )
-        count, grid = (len(group), 1) if any_of else (1, len(group))
-        launch(
-            _combine,
-            (grid,),
-            num_warps=1,
-            found=found,
-            flags=flags[first : first + MOST_TENSORS],
-            programs=programs,
-            COUNT=count,
-            BLOCK=PROGRAMS,
         )
     return flags
 

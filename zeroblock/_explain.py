@@ -132,9 +132,9 @@ def _zero_path(
         library = why_no_flag(op, arguments) or backend.why_no_zero_path(op, arguments, plans)
         if library is not None:
             return f'off: the GEMM is a library call ({library}); zero_skip="sync" reads the verdict back'
-        return (
-            "a flag on the device: the kernels of the op leave early while the weight is zero, its backward GEMMs run"
-        )
+        flagged = "the kernels of the op leave early while the weight is zero, its backward GEMMs run"
+        hint = backend.hint(weight)
+        return f"a flag on the device: {flagged}" if hint is None else f"{hint}; a flag on the device where {flagged}"
     found = zero.is_exactly_zero(weight)
     return "weight is exactly zero now: the tail is skipped" if found else "weight is not zero now: the tail runs"
 

@@ -4,8 +4,9 @@ A branch is y = residual + gate * tail(h), h = body(x): `tail` its last convolut
 
 1. Zero means every element is +0 or -0, by its bits. Only plain floating strided tensors are ever tested.
 2. The values decide, at that call: on the CPU an early-exit scan before each use; on a GPU a kernel writes a flag that
-   zeroblock's own kernels of the op read. Nothing is remembered between calls, unless `zeroblock.freeze` has
-   decided, which the user promises to keep valid.
+   zeroblock's own kernels of the op read. No verdict is remembered between calls, unless `zeroblock.freeze` has
+   decided, which the user promises to keep valid. On a GPU what was last seen of a weight chooses between two plans
+   (steps/hint.py), each exact for any weight: kernels that read the flag, and the fastest ones, which test nothing.
 3. While zero, y = residual + gate * bias: a fresh tensor in the dtype and memory format eager gives (tokens of
    transformer blocks and of linear_gate_residual: contiguous), as when it is not zero.
 4. A trainable tail or gate needs h: the body runs once, without a graph. Otherwise the body does not run at all.
@@ -38,11 +39,12 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .backends.available import kernels_run_on_host
 from .backends.select import select
 from .plan.mode import capturing
-from .steps import packed
+from .steps import hint, packed
 from .steps.flag import DEVICE as DEVICE
 from .steps.flag import HOST as HOST
 from .steps.flag import NEVER as NEVER
@@ -106,12 +108,16 @@ def transforms_active() -> bool:
     )
 
 
-def test_of(op: str, policy: str, weight: Tensor) -> int:
+def test_of(op: str, policy: str, weight: Tensor, given: Tensor | None = None) -> int:
     """How an op tests its weight at this call: not (NEVER), with the verdict on the host (HOST), or with a flag that
-    kernels read (DEVICE). A device is read back under "sync" only."""
+    kernels read (DEVICE). A device is read back under "sync" only. given: what the user gave, of which `weight` may be
+    autocast's copy."""
     if policy == "auto":
-        host = weight.is_cpu and kernels_run_on_host()
-        return HOST if host or packed.is_frozen(weight) else DEVICE
+        if (weight.is_cpu and kernels_run_on_host()) or packed.is_frozen(weight):
+            return HOST
+        if given is not None and given is not weight and not is_compiling():
+            hint.follow(weight, given)
+        return DEVICE
     if policy == "never":
         return NEVER
     if policy != "sync":

@@ -112,12 +112,15 @@ struct ConvMoments {
 
 // One table of pointers travels in the launch: nothing is copied to the device.
 constexpr int kZeroFlagTensors = 64;
+constexpr int kZeroFlagTogether = 4;  // under any_of
 struct ZeroFlag {
   const void* data[kZeroFlagTensors];
   int64_t bytes[kZeroFlagTensors];
   int element_size[kZeroFlagTensors];  // 2, 4 or 8
   int count;
-  uint8_t* flags;  // [count], 1: every element is +0 or -0
+  bool any_of;
+  int32_t* flags;             // [count], 1: every element is +0 or -0; under any_of [1]: of one tensor at least
+  unsigned long long* words;  // [count], zeros, and zeros again when the kernel is done
 };
 
 int zero_flag(const ZeroFlag&, void* stream);

@@ -18,6 +18,13 @@
 
 #include <cstdint>
 
+#ifndef ZB_SIMT
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
+#endif
+
 namespace zeroblock::cuda {
 
 // a * b, rounded: never a part of a fused multiply-add, whose difference from the rounded product would be left where
@@ -31,6 +38,34 @@ __device__ __forceinline__ float rounded_product(float a, float b) { return __fm
 using bf16 = __nv_bfloat16;
 using f16 = __half;  // with bf16 the names of ZB_DTYPES
 
+#ifndef ZB_SIMT
+// ask(device) >= 0 for the current device, asked once: of what does not change, a launch asks cudaGetDevice alone.
+template <class Ask>
+int of_device(Ask ask) {
+  constexpr int kMost = 64;
+  static std::atomic<int> known[kMost];  // what was said, plus 1
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMost) return ask(device);
+  int found = known[device].load(std::memory_order_relaxed);
+  if (found == 0) known[device].store(found = ask(device) + 1, std::memory_order_relaxed);
+  return found - 1;
+}
+
+// A kernel may have so much dynamic shared memory: asked for where it did not have as much before.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (status != cudaSuccess || bytes <= most) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) most = bytes;
+  return status;
+}
+#endif
+
 // Launches kernel<<<grid, block, bytes, stream>>>(args...) in clusters of so many blocks; dynamic shared memory above
 // 48 KB is asked for first. Returns a cudaError_t as int, 0 for success. Never waits.
 template <class... Params, class... Args>
@@ -41,8 +76,7 @@ int launch_clusters(unsigned cluster, void (*kernel)(Params...), dim3 grid, int 
   return SIMT_LAUNCH_CLUSTER(kernel, cluster, grid, dim3(block), bytes, args...);
 #else
   if (bytes > 48 * 1024) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), bytes);
     if (status != cudaSuccess) {
       (void)cudaGetLastError();  // reported here; the next launch starts clean
       return static_cast<int>(status);
@@ -79,11 +113,11 @@ inline size_t shared_limit() {
 #ifdef ZB_SIMT
   return simt::machine().shared_limit;
 #else
-  int device = 0, bytes = 48 * 1024;
-  if (cudaGetDevice(&device) == cudaSuccess) {
+  return of_device([](int device) {
+    int bytes = 48 * 1024;
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  return bytes;
+    return bytes;
+  });
 #endif
 }
 
@@ -95,12 +129,13 @@ unsigned cluster_limit(Kernel kernel) {
   (void)kernel;
   return simt::machine().cluster_limit;
 #else
-  int device = 0, known = 0;
-  cudaFuncAttributes code{};
-  const bool knows = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&known, cudaDevAttrClusterLaunch, device) == cudaSuccess && known &&
-                     cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
-  return knows ? 8 : 1;
+  return of_device([kernel](int device) {  // all kernels are compiled for the same architectures
+    int known = 0;
+    cudaFuncAttributes code{};
+    const bool knows = cudaDeviceGetAttribute(&known, cudaDevAttrClusterLaunch, device) == cudaSuccess && known &&
+                       cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90;
+    return knows ? 8 : 1;
+  });
 #endif
 }
 
@@ -109,8 +144,9 @@ unsigned cluster_limit(Kernel kernel) {
 #ifdef ZB_SIMT
 
 inline void check_aligned(const void* p, size_t bytes) { simt::check_aligned(p, bytes); }
-inline unsigned char load_relaxed(const unsigned char* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-inline void store_relaxed(unsigned char* p, unsigned char v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+using Word = unsigned long long;
+inline Word load_relaxed(const Word* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void store_relaxed(Word* p, Word v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 inline void copy_async_16(void* dst, const void* src, bool valid) { simt::copy_async_16(dst, src, valid); }
 inline void copy_async_commit() { simt::copy_async_commit(); }
 template <int N>
@@ -132,12 +168,9 @@ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (
 #else
 
 __device__ __forceinline__ void check_aligned(const void*, size_t) {}
-__device__ __forceinline__ unsigned char load_relaxed(const unsigned char* p) {
-  return *reinterpret_cast<const volatile unsigned char*>(p);
-}
-__device__ __forceinline__ void store_relaxed(unsigned char* p, unsigned char v) {
-  *reinterpret_cast<volatile unsigned char*>(p) = v;
-}
+using Word = unsigned long long;
+__device__ __forceinline__ Word load_relaxed(const Word* p) { return *reinterpret_cast<const volatile Word*>(p); }
+__device__ __forceinline__ void store_relaxed(Word* p, Word v) { *reinterpret_cast<volatile Word*>(p) = v; }
 // 16 bytes from global to shared memory, zeros when not valid; past L1, since no other thread of the block reads them.
 __device__ __forceinline__ void copy_async_16(void* dst, const void* src, bool valid) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(dst));

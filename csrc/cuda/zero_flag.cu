@@ -1,7 +1,9 @@
 // zero_flag: flags[i] = 1 when every element of tensor i is +0 or -0, by its bits: all but the sign are zero.
 // grid: x pieces of a tensor, y tensors; a block reads 16 bytes per thread and step and leaves at the first bit found,
-// by itself or by another block. Reduction order: flags start as 1 and are only ever cleared, so any order gives the
-// same result. Zero path: this kernel writes the flag that the others read.
+// by itself or by another block. Reduction order: every block adds to one word that it is done, in the low 16 bits, and
+// whether it has found anything, in a field of the tensor; who finds in the sum that all are done writes the flag and
+// clears the word. Sums of integers: any order gives the same flag. Zero path: this kernel writes the flag that the
+// others read.
 #include "common.cuh"
 
 namespace zeroblock::cuda {
@@ -9,6 +11,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // packs a thread reads before it tests them: 64 bytes in flight
+// Bits of a word: blocks that are done, of all tensors that share it; those that have found something, of each.
+constexpr int kDone = 16, kFound = 12;
+static_assert(kDone + kFound * kZeroFlagTogether <= 64 && kZeroFlagBlocks * kZeroFlagTensors < 1 << kDone);
+static_assert(kZeroFlagBlocks < 1 << kFound);
 
 // The bits other than the sign, OR-reduced. fp64: the low word counts whole.
 __device__ __forceinline__ unsigned magnitude(const Pack<unsigned, 4>& p, unsigned even, unsigned odd) {
@@ -25,14 +31,16 @@ __device__ bool element_is_zero(const void* data, int64_t i, int size) {
   return size == 4 ? element_is_zero<unsigned>(data, i) : element_is_zero<unsigned long long>(data, i);
 }
 
-__global__ void __launch_bounds__(kThreads) set_flags_kernel(ZeroFlag p) {
-  if (static_cast<int>(threadIdx.x) < p.count) p.flags[threadIdx.x] = 1;
+__device__ __forceinline__ Word found_by(Word word, int field) {
+  return word >> (kDone + kFound * field) & ((1ull << kFound) - 1);
 }
 
 __global__ void __launch_bounds__(kThreads) zero_flag_kernel(ZeroFlag p) {
   const int tensor = blockIdx.y, size = p.element_size[tensor];
   const char* data = static_cast<const char*>(p.data[tensor]);
   const int64_t bytes = p.bytes[tensor];
+  const int field = p.any_of ? tensor : 0, fields = p.any_of ? p.count : 1, index = p.any_of ? 0 : tensor;
+  Word* word = p.words + index;
   const unsigned odd = size == 2 ? 0x7fff7fffu : 0x7fffffffu;
   const unsigned even = size == 8 ? 0xffffffffu : odd;
   // Elements before the first and after the last whole 16 bytes: one thread each.
@@ -57,9 +65,21 @@ __global__ void __launch_bounds__(kThreads) zero_flag_kernel(ZeroFlag p) {
       if (i < packs) bits |= magnitude(load_pack<4>(words + 4 * i), even, odd);
     }
     found = bits != 0;
-    if (load_relaxed(p.flags + tensor) == 0) break;
+    if (found_by(load_relaxed(word), field) != 0) break;
   }
-  if (found) store_relaxed(p.flags + tensor, 0);
+  ZB_SHARED(bool, of_warp, [kThreads / 32]);
+  found = __any_sync(kAllLanes, found);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = found;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kThreads / 32; w++) found |= of_warp[w];
+  const Word mine = 1 + (static_cast<Word>(found) << (kDone + kFound * field));
+  const Word all = atomicAdd(word, mine) + mine;
+  if ((all & ((1ull << kDone) - 1)) != static_cast<Word>(gridDim.x) * fields) return;
+  int flag = 0;
+  for (int f = 0; f < fields; f++) flag |= found_by(all, f) == 0;
+  p.flags[index] = flag;
+  store_relaxed(word, 0);
 }
 
 }  // namespace
@@ -69,7 +89,6 @@ int zero_flag(const ZeroFlag& p, void* stream) {
   int64_t longest = 0;
   for (int i = 0; i < p.count; i++) longest = p.bytes[i] > longest ? p.bytes[i] : longest;
   const int64_t pieces = ceil_div(longest, 16 * kThreads * kUnroll);
-  if (const int status = launch(set_flags_kernel, dim3(1), kThreads, 0, stream, p)) return status;
   const unsigned blocks = pieces < 1 ? 1 : pieces > kZeroFlagBlocks ? kZeroFlagBlocks : static_cast<unsigned>(pieces);
   return launch(zero_flag_kernel, dim3(blocks, p.count), kThreads, 0, stream, p);
 }

@@ -9,10 +9,16 @@ namespace {
 
 // ---- zero_flag ------------------------------------------------------------------------------------------------------
 
-Tensor zero_flag(std::vector<Tensor> tensors) {
+// words: int64 zeros that launches on the current stream share (kernels/_counters.py).
+Tensor zero_flag(std::vector<Tensor> tensors, bool any_of, Tensor words) {
   STD_TORCH_CHECK(!tensors.empty(), "zero_flag: tensors must not be empty");
+  STD_TORCH_CHECK(!any_of || tensors.size() <= cuda::kZeroFlagTogether, "zero_flag: any_of takes ",
+                  cuda::kZeroFlagTogether, " tensors at most, got ", tensors.size());
+  STD_TORCH_CHECK(is_here(words) && words.scalar_type() == ScalarType::Long && words.numel() >= cuda::kZeroFlagTensors,
+                  "zero_flag: words must be ", cuda::kZeroFlagTensors, " int64 on the ", device_name());
   const Here here(tensors[0]);
-  Tensor flags = torch::stable::new_empty(tensors[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Bool);
+  const int64_t count = any_of ? 1 : static_cast<int64_t>(tensors.size());
+  Tensor flags = torch::stable::new_empty(tensors[0], {count}, ScalarType::Int);
   for (size_t first = 0; first < tensors.size(); first += cuda::kZeroFlagTensors) {
     cuda::ZeroFlag p{};
     for (size_t i = first; i < tensors.size() && p.count < cuda::kZeroFlagTensors; ++i) {
@@ -23,7 +29,9 @@ Tensor zero_flag(std::vector<Tensor> tensors) {
       p.bytes[p.count] = t.numel() * size;
       p.element_size[p.count++] = size;
     }
-    p.flags = static_cast<uint8_t*>(flags.mutable_data_ptr()) + first;
+    p.any_of = any_of;
+    p.flags = static_cast<int32_t*>(flags.mutable_data_ptr()) + first;
+    p.words = static_cast<unsigned long long*>(words.mutable_data_ptr());
     check_launch("zero_flag", cuda::zero_flag(p, here.stream));
   }
   return flags;
@@ -119,7 +127,7 @@ std::string archs() { return ZB_CUDA_ARCHS; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ZB_NAMESPACE, m) {
-  m.def("_zero_flag_cuda(Tensor[] tensors) -> Tensor");
+  m.def("_zero_flag_cuda(Tensor[] tensors, bool any_of, Tensor(a!) words) -> Tensor");
   m.def(
       "_conv_residual_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? rstd, "
       "Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, bool partial, Tensor? zero) "

@@ -173,7 +173,7 @@ def test_captured_kernels_judge_the_weights_of_each_replay(call):
         inputs["weight"].copy_(at_capture)
         with host_is_blind(), _launch.recording() as launches:
             y = function(**inputs, **options)
-        assert [launch.kernel.__name__ for launch in launches[:2]] == ["_scan", "_combine"]
+        assert [launch.kernel.__name__ for launch in launches].count("_scan") == 1
         for weight in (dense, torch.zeros_like(dense), 2 * dense, at_capture):
             inputs["weight"].copy_(weight)
             expected = function(**inputs, **options).clone()

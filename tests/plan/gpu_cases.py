@@ -16,19 +16,19 @@ import zeroblock as zb
 from zeroblock.backends import available as _backends
 from zeroblock.backends.eager import EAGER, Eager
 from zeroblock.backends.flagged import FlaggedSteps
-from zeroblock.backends.gpu import norms_gates
-from zeroblock.backends.gpu.conv_grads import CONV_DGRAD, CONV_WGRAD
-from zeroblock.backends.gpu.convs import CONV_RESIDUAL, NORM_CONV_RESIDUAL
-from zeroblock.backends.gpu.linear import LINEAR_GATE_RESIDUAL
+from zeroblock.backends.gpu import hinted, norms_gates
+from zeroblock.backends.gpu.conv_grads import CONV_DGRAD, CONV_WGRAD, FLAGGED_DGRAD
+from zeroblock.backends.gpu.convs import CONV_RESIDUAL, FLAGGED_CONV, FLAGGED_NORM_CONV, NORM_CONV_RESIDUAL
+from zeroblock.backends.gpu.linear import FLAGGED_LINEAR, LINEAR_GATE_RESIDUAL
 from zeroblock.plan import planned as _plan
 from zeroblock.plan.planned import PlannedOp
 from zeroblock.reference import is_zero, modulation
-from zeroblock.steps.flag import EXECUTED, skipped
 
 from .cases import FakeTimer
 
 NORMS_GATES: list[PlannedOp] = [step for step in vars(norms_gates).values() if isinstance(step, PlannedOp)]
-STEPS = [*NORMS_GATES, CONV_RESIDUAL, NORM_CONV_RESIDUAL, CONV_DGRAD, CONV_WGRAD, LINEAR_GATE_RESIDUAL]
+FLAGGED = [FLAGGED_CONV, FLAGGED_NORM_CONV, FLAGGED_DGRAD, FLAGGED_LINEAR]
+STEPS = [*NORMS_GATES, CONV_RESIDUAL, NORM_CONV_RESIDUAL, CONV_DGRAD, CONV_WGRAD, LINEAR_GATE_RESIDUAL, *FLAGGED]
 
 
 @contextlib.contextmanager
@@ -40,6 +40,11 @@ def planned_on_the_cpu() -> Iterator[pytest.MonkeyPatch]:
         for step in STEPS:
             patch.setattr(step, "worth", 0)
         yield patch
+
+
+def always_flagged(patch: pytest.MonkeyPatch, is_flagged: bool = True) -> None:
+    """Every hint says that the weight was last seen zero, or not, whatever it is; nothing is looked at."""
+    patch.setattr(hinted, "plan_of", lambda weight: (is_flagged, None))
 
 
 def prefer(patch: pytest.MonkeyPatch, name: str, backward: str | None = None) -> set[tuple[str, str]]:
@@ -91,6 +96,10 @@ class StandIn(FlaggedSteps, Eager):
         self.calls.append("zero_flag")
         return is_zero(*tensors).to(torch.int32).max().view(1)
 
+    def add_bias(self, x, bias, dim, residual=None):
+        y = x + (0 if bias is None else bias[:, None, None])
+        return y if residual is None else y + residual
+
     def _own(self, y: Tensor, alone: Tensor, flag: Tensor | None) -> Tensor:
         self.flags.append(flag if flag is None else int(flag))
         return alone if self.flags[-1] else y
@@ -116,7 +125,7 @@ class StandIn(FlaggedSteps, Eager):
         gated = [t if gate is None else modulation(gate) * t for t in (branch, torch.zeros_like(branch) + bias)]
         residual = 0 if residual is None else residual
         y = self._own(*(residual + t for t in gated), flag)
-        return y, branch if save_branch else y.new_empty(0), skipped(h, EXECUTED) if flag is None else flag
+        return y, branch if save_branch else y.new_empty(0)
 
     def group_moments(self, x, groups, eps, flag=None):
         return EAGER.group_norm_silu(x, groups, None, None, eps, None, None, False)[1:]

@@ -28,6 +28,7 @@ from .gpu_cases import (
     TAKEN,
     TRITON,
     Timer,
+    always_flagged,
     choices,
     inputs,
     ops,
@@ -199,7 +200,7 @@ def _deterministic():
 @ops
 @pytest.mark.parametrize("where", ("deterministic", "fixed", "dispatcher"))
 def test_a_rule_holds(op, where, backends):
-    """Nothing is measured or remembered: Triton's own choice for memory-bound ops and linears, the library for 3x3."""
+    """Nothing is measured or remembered: Triton's own choice for memory-bound ops, the library for dense products."""
     with _plan.use("fixed" if where == "fixed" else "measure", timer=never), contextlib.ExitStack() as stack:
         if where == "deterministic":
             stack.enter_context(_deterministic())
@@ -207,9 +208,10 @@ def test_a_rule_holds(op, where, backends):
             stack.enter_context(mode.fixed_rule())
         run(op, grad=True)
         assert choices() == {}
+        plan = next(p for p in zb.explain(op, **inputs(op), **OPTIONS[op]).plans if p.step in (op, *TAKEN[op]))
+        assert plan.why.startswith("fixed rule") and plan.choice.startswith("library") == (op in OPS[7:])
     convolution = "conv" in op
-    assert ("conv" in backends["triton"].calls) is False
-    assert (len(backends["triton"].flags) > 0) == (op == "linear_gate_residual")
+    assert not backends["triton"].flags
     own = [name for name in backends["triton"].calls if name != "zero_flag"]
     assert own or op in ("conv_residual", "linear_gate_residual")
     assert not backends["cuda"].calls and not backends["cuda"].flags
@@ -226,13 +228,15 @@ def test_what_was_measured_before_holds_in_capture(backends, monkeypatch):
 
 
 @ops
-@pytest.mark.parametrize("policy", ("measure", "fixed", "deterministic"))
+@pytest.mark.parametrize("policy", ("measure", "fixed", "deterministic", "dispatcher"))
 def test_nothing_runs_first_in_a_capture(op, policy, backends, monkeypatch):
     """It might have to be compiled and loaded: the library's runs, and is not remembered."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_plan.use("fixed" if policy == "fixed" else "measure", timer=FakeTimer()))
         if policy == "deterministic":
             stack.enter_context(_deterministic())
+        if policy == "dispatcher":  # as in a compiled model
+            stack.enter_context(mode.fixed_rule())
         with monkeypatch.context() as patch:
             _capture(patch)
             with pytest.warns(
@@ -264,12 +268,19 @@ def test_the_stream_of_the_call_s_device_is_asked(monkeypatch):
 
 
 @TRITON
-def test_the_rule_of_a_point_convolution_is_the_own_one(backends):
-    with _plan.use("fixed", timer=never):
-        zb.conv_residual(**inputs("conv_residual", kernel=1), padding=0)
-        assert backends["triton"].flags == [0]
-        zb.conv_residual(**inputs("conv_residual", kernel=1), padding=0, zero_skip="never")
-        assert backends["triton"].flags == [0], "the library's where no flag is read"
+@pytest.mark.parametrize("kernel", (1, 3))
+def test_the_rule_of_a_dense_convolution_is_the_library_s(kernel, backends):
+    """Ours where the weight was last seen zero, in the configuration that fits its size."""
+    given, how = inputs("conv_residual", kernel=kernel), {"padding": kernel // 2}
+    with mode.fixed_rule(), _plan.use(timer=never):
+        zb.conv_residual(**given, **how)
+        assert not backends["triton"].flags
+        with pytest.MonkeyPatch.context() as patch:
+            always_flagged(patch)
+            zb.conv_residual(**given, **how)
+            assert backends["triton"].flags == [0]
+            zb.conv_residual(**given, **how, zero_skip="never")
+            assert backends["triton"].flags == [0], "the library's where no flag is read"
 
 
 def test_small_tensors_go_by_the_rule(backends, monkeypatch):

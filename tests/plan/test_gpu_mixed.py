@@ -15,7 +15,7 @@ from zeroblock.plan import planned as _plan
 from zeroblock.testing import assert_error_budget, poison_empty
 
 from ..cuda.simt import emulated
-from .gpu_cases import planned_on_the_cpu, prefer
+from .gpu_cases import always_flagged, planned_on_the_cpu, prefer
 
 pytestmark = pytest.mark.interpreted
 INTERPRETS = _backends.interprets()
@@ -32,6 +32,7 @@ def planned(forward: str, backward: str):
                 pytest.skip(str(emulated.missing()))
             stack.enter_context(emulated.emulated())
         patch = stack.enter_context(planned_on_the_cpu())
+        always_flagged(patch)
         stack.enter_context(_plan.use("fixed"))
         stack.enter_context(poison_empty())
         yield prefer(patch, forward, backward)
@@ -74,7 +75,7 @@ def test_a_zero_branch_has_the_gradients_of_eager(forward, backward):
     with planned(forward, backward) as ran:
         got = _gradients(ours, inputs)
     ways = {step: way for step, way in ran}
-    assert ways["group_norm_silu_conv_residual"].startswith(forward)
+    assert ways["flagged group_norm_silu_conv_residual"].startswith(forward)
     assert ways["group_norm_silu_bwd"].startswith(backward)
     plain, exact = _gradients(_eager, inputs), _gradients(_eager, inputs, torch.float64)
     for name, expected in exact.items():

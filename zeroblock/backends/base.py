@@ -69,6 +69,10 @@ class Backend(NormsGates):
         """Why no flag on the device stops the convolution or linear of an op; None where one does."""
         raise NotImplementedError
 
+    def hint(self, weight: Tensor) -> str | None:
+        """What chooses between kernels that read the flag and others that do not; None: nothing does."""
+        return None
+
     # ---- activations, biases, the zero test ---------------------------------------------------------------------
 
     def activation(self, x: Tensor, name: str, flag: MaybeTensor = None) -> Tensor:

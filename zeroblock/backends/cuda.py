@@ -24,6 +24,7 @@ from .._layout import (
     untokens,
 )
 from .._version import NAMESPACE
+from ..kernels._counters import counters
 from ..reference import promoted
 from .base import MaybeTensor
 from .cuda_convs import CudaConvs, Kernels, flag_byte
@@ -224,14 +225,16 @@ class Cuda(CudaConvs, Reference):
 
     def are_zero(self, tensors: list[Tensor]) -> Tensor:
         """One launch for every 64 tensors."""
-        return self.kernels.zero_flag([dense_view(t) for t in tensors])
+        return self._zero_flag(tensors, False) != 0
 
     def is_zero(self, t: Tensor) -> bool:
         return bool(self.are_zero([t])[0])
 
     def zero_flag(self, tensors: list[Tensor]) -> Tensor:
-        flags = self.are_zero(tensors)
-        return (flags.any().view(1) if len(tensors) > 1 else flags).to(torch.int32)
+        return self._zero_flag(tensors, True)
+
+    def _zero_flag(self, tensors: list[Tensor], any_of: bool) -> Tensor:
+        return self.kernels.zero_flag([dense_view(t) for t in tensors], any_of, counters(tensors[0].device))
 
 
 CUDA = Cuda()

@@ -137,6 +137,5 @@ class DenseSteps(Backend):
         zero_skip: int,
         save_branch: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return library_linear_gate(
-            LinearGateCall(self, h, weight, bias, gate, residual, activation, zero_skip, save_branch)
-        )
+        call = LinearGateCall(self, h, weight, bias, gate, residual, activation, zero_skip, save_branch)
+        return *library_linear_gate(call), skipped(h, EXECUTED)

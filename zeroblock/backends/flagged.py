@@ -57,8 +57,8 @@ class FlaggedSteps(DenseSteps):
 
     def own_linear_gate(
         self, call: LinearGateCall, flag: MaybeTensor, config: str | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(y, branch, skipped) of the call; its activation by the call's backend."""
+    ) -> tuple[Tensor, Tensor]:
+        """(y, branch) of the call; its activation by the call's backend."""
         raise NotImplementedError
 
     def why_no_zero_path(self, op: str, arguments: dict[str, Any], plans: Sequence[Explanation]) -> str | None:
@@ -161,4 +161,5 @@ class FlaggedSteps(DenseSteps):
         call = LinearGateCall(self, h, weight, bias, gate, residual, activation, zero_skip, save_branch)
         if zero_skip != DEVICE or self.why_not_own("linear_gate_residual", h, weight, gate, residual, None) is not None:
             return super().linear_gate_residual(*call[1:])
-        return self.own_linear_gate(call, self.zero_flag(call.tested()))
+        flag = self.zero_flag(call.tested())
+        return *self.own_linear_gate(call, flag), flag

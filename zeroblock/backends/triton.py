@@ -255,10 +255,11 @@ class Triton(TritonGemms, TritonRows, Reference):
     def activation_bwd(self, dy: Tensor, x: Tensor, name: str, need_y: bool) -> tuple[Tensor, MaybeTensor]:
         return _activation.backward(dy.contiguous(), x.contiguous(), name, need_y)
 
-    def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int) -> Tensor:
+    def add_bias(self, x: Tensor, bias: MaybeTensor, dim: int, residual: MaybeTensor = None) -> Tensor:
+        """With a residual, which has the strides of x, x + bias + residual in place."""
         innermost = dim == -1 or not x.is_contiguous()
         columns = x.shape[dim] if innermost else math.prod(x.shape[2:])
-        return _add_bias.add_bias(x, dense_rows(bias), columns, innermost)
+        return _add_bias.add_bias(x, dense_rows(bias), columns, innermost, residual)
 
     def is_zero(self, t: Tensor) -> bool:
         return bool(self.are_zero([t]))

@@ -15,7 +15,7 @@ from ..kernels import conv_residual as _conv
 from ..kernels import group_norm_silu_conv_residual as _norm_conv
 from ..kernels import linear_gate_residual as _linear
 from ..plan.describe import dtype_name
-from ..steps.flag import EXECUTED, may_test, skipped
+from ..steps.flag import may_test
 from ..steps.linear import LinearGateCall
 from .base import GroupNorm, MaybeTensor
 from .flagged import FlaggedSteps
@@ -123,10 +123,9 @@ class TritonGemms(FlaggedSteps):
 
     def own_linear_gate(
         self, call: LinearGateCall, flag: MaybeTensor, config: str | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         backend, h, weight, bias, gate, residual, activation, _, save_branch = call
         a = (h if activation is None else backend.activation(h, activation, flag)).to(weight.dtype)
         plan = _launch_plan(config, a, weight, h.numel() // max(1, h.shape[-1]))
         y, branch = _linear.linear_gate_residual(a, weight, bias, gate, residual, flag, save_branch, plan)
-        branch = y.new_empty(0, dtype=weight.dtype) if branch is None else branch
-        return y, branch, skipped(h, EXECUTED) if flag is None else flag
+        return y, y.new_empty(0, dtype=weight.dtype) if branch is None else branch

@@ -172,6 +172,7 @@ def group_norm_silu_conv_residual(
     _checks.eps_value(op, eps)
     _checks.probability(op, dropout_p)
     pad = _checks.convolution(op, x.shape[1], x, weight, bias, residual, padding, padding_mode)
+    given = weight
     weight, bias = autocast(weight, bias)
     _checks.same_dtype(op, weight=weight, bias=bias)
     if keep is None:
@@ -185,7 +186,7 @@ def group_norm_silu_conv_residual(
             x, num_groups, norm_weight, norm_bias, weight, bias, residual, eps=eps, scale=scale, shift=shift, keep=keep,
             dropout_p=dropout_p, padding=pad,
         )  # fmt: skip
-    skip = zero.test_of(op, zero_skip, weight)
+    skip = zero.test_of(op, zero_skip, weight, given)
     norm = num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p
     return ops.group_norm_silu_conv_residual(x, *norm, weight, bias, residual, pad, skip)[0]
 
@@ -227,11 +228,12 @@ def conv_residual(
     if conv_cache is not None:
         h, padding = _with_cache(op, h, conv_cache, padding, weight.dim() - 2)
     pad = _checks.convolution(op, h.shape[1], h, weight, bias, residual, padding, padding_mode)
+    given = weight
     weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
-    return ops.conv_residual(h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight))[0]
+    return ops.conv_residual(h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight, given))[0]
 
 
 def _with_cache(op: str, h: Tensor, cache: Tensor, padding: Any, dims: int) -> tuple[Tensor, Any]:

@@ -114,10 +114,11 @@ def linear_gate_residual(
         gated = Gated(branch, gate, gate_table)
         return residual_norm(op, onto, gated, None, index, check_gated(op, onto, gated))[0]
     h, gate, residual = operands.around_linear(op, h, weight.shape[0], gate, residual)
+    given = weight
     weight, bias, h = autocast(weight, bias, h)
     _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
-    skip = zero.test_of(op, zero_skip, weight)
+    skip = zero.test_of(op, zero_skip, weight, given)
     save_branch = gate is not None and gate.requires_grad and torch.is_grad_enabled()
     return ops.linear_gate_residual(h, weight, bias, gate, residual, activation, skip, save_branch)[0]

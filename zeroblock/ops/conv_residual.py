@@ -15,7 +15,7 @@ from ..backends.select import select
 from ..steps import padded
 from ..steps.conv import conv_layout, empty_conv_output, unit_geometry
 from ..steps.conv_bwd import conv_grads
-from ..steps.flag import DEVICE, ZERO_WEIGHT, found_by_host, skipped
+from ..steps.flag import ZERO_WEIGHT, flag_of, found_by_host, skipped
 from . import shapes
 from .register import Grads, Op, filled, through
 from .residual_alone import residual_alone, weight_is_zero
@@ -101,8 +101,7 @@ def conv_residual_bwd(
         return dh, dweight, dbias
     if is_padded(padding, weight):
         return padded.conv_grads(backend, dy, h, weight, has_bias, padding, mask)
-    flag = skipped if zero_skip == DEVICE else None
-    return backend.conv_grads(dy, h, weight, flag, has_bias, tuple(padding), mask)
+    return backend.conv_grads(dy, h, weight, flag_of(skipped, zero_skip), has_bias, tuple(padding), mask)
 
 
 def _layout_of(h: Tensor, weight: Tensor, padding: Sequence[int]) -> torch.memory_format | None:

@@ -15,7 +15,7 @@ from .._padding import is_padded
 from ..backends.base import GroupNorm, MaybeTensor
 from ..backends.select import select
 from ..steps import padded
-from ..steps.flag import DEVICE, ZERO_WEIGHT, found_by_host
+from ..steps.flag import ZERO_WEIGHT, flag_of, found_by_host
 from ..steps.flag import skipped as report
 from ..steps.norm_conv import normalised
 from . import shapes
@@ -134,7 +134,7 @@ def group_norm_silu_conv_residual_bwd(
         return *(None if t is None else zero_grad(t) for t in upstream), dweight, dbias
     if is_padded(padding, weight):
         return padded.norm_conv_grads(backend, dy, x, mean, rstd, norm, weight, has_bias, padding, mask)
-    flag = skipped if zero_skip == DEVICE else None
+    flag = flag_of(skipped, zero_skip)
     return backend.norm_conv_grads(dy, x, mean, rstd, norm, weight, flag, has_bias, tuple(padding), mask)
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..kernels._torch import capturing as capturing
+
 FIXED, TRAINING, REDUCED = 1, 2, 4
 
 _precision = torch._C._get_float32_matmul_precision
@@ -21,7 +23,6 @@ _precision = torch._C._get_float32_matmul_precision
 
 class _Mode(threading.local):
     bits = 0
-    measuring = False  # a plan is being measured: a zero flag is not acted on
 
 
 mode = _Mode()
@@ -63,14 +64,6 @@ def is_fixed() -> bool:
 def reduced_allowed() -> bool:
     """Whether the user allowed reduced float32 precision."""
     return bool(mode.bits & REDUCED) or _precision() != "highest"
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether calls on this device go into a CUDA graph. torch asks the current device's stream, whichever that is."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def warn_of_capture(step: str) -> None:

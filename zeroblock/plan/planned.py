@@ -21,8 +21,7 @@ and loaded, which a capture does not allow. Where none did, the graph gets the l
 A way that fails, while it is measured or later, gives way to the library's, with a warning; the library's own error is
 the caller's.
 
-A measurement runs the candidates on the call's own tensors. What a flag on the device would skip is not skipped then
-(`mode.measuring`): a branch that is zero at its first call will not stay so.
+A measurement runs the candidates on the call's own tensors.
 
 Candidates round differently, so that a first measurement may decide last bits as cudnn.benchmark does; the disk cache
 keeps the decision for later processes. The fastest is measured for each number of threads; the fixed rule is the same
@@ -50,7 +49,7 @@ from . import store as _store
 from .candidate import Candidate, P, R, no, takes_all, the_library
 from .describe import Explanation
 from .measure import NOT_USED, CallersError, choose, measure, place, release, time_call
-from .mode import FIXED, capturing, is_fixed, is_training, mode, reduced_allowed, warn_of_capture
+from .mode import capturing, is_fixed, is_training, mode, reduced_allowed, warn_of_capture
 from .store import Entry, Store
 
 SEPARATOR = " | "  # between the parts of a situation; none of them holds it
@@ -116,6 +115,11 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def bits_are_free() -> bool:
+    """Whether the last bits of a result may depend on the moment at which it is computed."""
+    return _policy != "fixed" and not _deterministic() and _ranks() == 1
+
+
 class PlannedOp(Generic[P, R]):
     """A step with several ways, called as step(*args); all ways take the same arguments and return the same.
 
@@ -124,6 +128,7 @@ class PlannedOp(Generic[P, R]):
     the argument whose `device` is the call's.
     rule(*args): the name of the candidate to run where nothing is measured and no candidate's own rule holds; the
     library's where that one does not take the call.
+    unmeasured: why nothing of this step is measured, where that is so: its rule decides always.
     """
 
     def __init__(
@@ -137,9 +142,10 @@ class PlannedOp(Generic[P, R]):
         rule: Callable[P, str] = the_library,
         device_arg: int = 0,
         worth: int = WORTH_MEASURING,
+        unmeasured: str | None = None,
     ):
         self.name, self.signature, self.describe, self.work, self.rule = name, signature, describe, work, rule
-        self.device_arg, self.worth = device_arg, worth
+        self.device_arg, self.worth, self.unmeasured = device_arg, worth, unmeasured
         self.library = Candidate("library", library)
         self.candidates = {"library": self.library}
         self._memory: dict[tuple, Callable[P, R]] = {}
@@ -162,15 +168,11 @@ class PlannedOp(Generic[P, R]):
         if len(self.candidates) == 1:
             return self.library.run(*args, **kwargs)
         bits = mode.bits
-        key: tuple | None = None
-        if bits & FIXED:
-            run = self._fixed(*args, **kwargs).run
-        else:
-            if _deterministic():
-                bits = ~bits  # a situation of its own
-            key = self.signature(*args, **kwargs), bits, _threads(), _precision()
-            found = self._memory.get(key)
-            run = self._resolve(key, *args, **kwargs) if found is None else found
+        if _deterministic():
+            bits = ~bits  # a situation of its own
+        key = self.signature(*args, **kwargs), bits, _threads(), _precision()
+        found = self._memory.get(key)
+        run = self._resolve(key, *args, **kwargs) if found is None else found
         try:
             return run(*args, **kwargs)
         except CallersError:
@@ -181,15 +183,14 @@ class PlannedOp(Generic[P, R]):
             why = f"{error}"
         return self._without(key, run, why, *args, **kwargs)
 
-    def _without(self, key: tuple | None, run: Callable[P, R], why: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def _without(self, key: tuple, run: Callable[P, R], why: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """The library's result where the way that was chosen has failed, as from now on in this process: a choice that
         was stored or shared comes from a moment with more memory, or from another machine's libraries."""
         release(self._device(args))
         result = self.library.run(*args, **kwargs)  # its own error is the caller's
         name = next((c.name for c in self.candidates.values() if c.run is run), "chosen")
         warnings.warn(NOT_USED.format(name, why), stacklevel=4)
-        if key is not None:
-            self._memory[key] = self.library.run
+        self._memory[key] = self.library.run
         return result
 
     def takers(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Candidate[P, R]]:
@@ -237,6 +238,8 @@ class PlannedOp(Generic[P, R]):
         self, fixed: str, takers: dict[str, Candidate[P, R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> tuple[str | None, str]:
         """The choice, None where the call has to measure, and why."""
+        if self.unmeasured is not None:
+            return fixed, self.unmeasured
         if is_fixed() or _deterministic():
             return fixed, "fixed rule: deterministic algorithms are asked for"
         if _policy == "fixed":
@@ -266,12 +269,8 @@ class PlannedOp(Generic[P, R]):
         if entry is not None and entry.choice in takers:  # another thread has measured it meanwhile
             return entry.choice
         runs = {name: functools.partial(c.run, *args, **kwargs) for name, c in takers.items()}
-        before, mode.measuring = mode.measuring, True
-        try:
-            with torch.no_grad():
-                times = measure(runs, self._device(args), _timer)
-        finally:
-            mode.measuring = before
+        with torch.no_grad():
+            times = measure(runs, self._device(args), _timer)
         choice = choose(times, preferred)
         if times["library"] is not None:  # else a lack of memory, of this moment: for this process alone
             store.add(situation, Entry(choice, times))

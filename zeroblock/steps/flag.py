@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .._dtypes import FLOATING
+from ..kernels._torch import capturing, stream_of
+from ..plan.mode import FIXED, mode
 
 # `zero_skip` of an op: its weight is not tested; tested on the host; tested by a kernel, whose flag the op's own
 # kernels read on the device, so that the host never knows.
@@ -30,6 +32,36 @@ def may_test(t: Tensor) -> bool:
 def skipped(like: Tensor, what: int) -> Tensor:
     """What an op on the device of `like` reports."""
     return torch.full((1,), what, dtype=torch.int32, device=like.device)
+
+
+_executed: dict[tuple[torch.device, int], Tensor] = {}
+_addresses: set[int] = set()
+
+
+def executed(like: Tensor) -> Tensor:
+    """What an op on the device of `like` reports whose weight nobody tests: one tensor for all such calls on a stream,
+    so that none has to write it. What a compiler gets is its own: it may write into it."""
+    if mode.bits & FIXED:
+        return skipped(like, EXECUTED)
+    key = like.device, stream_of(like.device)
+    found = _executed.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # it will be saved for backward
+            found = skipped(like, EXECUTED)
+        if not capturing(like.device):  # what a graph writes holds in its replays alone
+            _executed[key] = found
+            _addresses.add(found.data_ptr())
+    return found
+
+
+def is_executed(skipped: Tensor) -> bool:
+    """Whether it is known to come from `executed`."""
+    return skipped.data_ptr() in _addresses
+
+
+def flag_of(skipped: Tensor, zero_skip: int) -> Tensor | None:
+    """Backward's flag, from what forward reported: None where kernels need not look."""
+    return skipped if zero_skip == DEVICE and not is_executed(skipped) else None
 
 
 def found_by_host(skipped: Tensor, zero_skip: int) -> int:

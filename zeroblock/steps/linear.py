@@ -19,7 +19,7 @@ from ..plan.describe import describe_rows, describe_weight
 from ..plan.planned import PlannedOp
 from ..reference import modulation
 from . import packed
-from .flag import EXECUTED, skipped
+from .flag import NEVER
 from .packed import LONGEST, ONEDNN
 
 _copies = packed.copies
@@ -203,17 +203,20 @@ class LinearGateCall(NamedTuple):
         """The tensors of which one that is zero makes the branch zero; a gate in training is not looked at."""
         return [self.weight] if self.gate is None or self.save_branch else [self.weight, self.gate]
 
+    def unflagged(self) -> LinearGateCall:
+        return LinearGateCall(*self[:7], NEVER, self.save_branch)
 
-def library_linear_gate(call: LinearGateCall) -> tuple[Tensor, Tensor, Tensor]:
-    """By the backend's linear, then its gate."""
+
+def library_linear_gate(call: LinearGateCall) -> tuple[Tensor, Tensor]:
+    """(y, branch) by the backend's linear, then its gate."""
     backend, h, weight, bias, gate, residual, activation, _, save_branch = call
     a = h if activation is None else backend.activation(h, activation)
     branch = backend.linear(a.to(weight.dtype), weight, bias)
     none = branch.new_empty(0)
     if gate is None:
-        return add_residual(residual, branch).contiguous(), none, skipped(h, EXECUTED)
+        return add_residual(residual, branch).contiguous(), none
     if residual is None:
         y = modulation(gate) * branch
     else:
         y = backend.gate_residual(residual, gate, branch)
-    return y, branch if save_branch else none, skipped(h, EXECUTED)
+    return y, branch if save_branch else none

@@ -97,22 +97,29 @@ class Call {
   std::vector<Buffer*> outputs_;
 };
 
-// Two tensors of n and n + more elements, all zero or not.
-inline void drive_zero_flag(int64_t n, int64_t more, bool zero, int size = 2) {
+// Two tensors of n and n + more elements, zero or not: a flag of each, or one of either, by words that a launch leaves
+// as it found them.
+inline void drive_zero_flag(int64_t n, int64_t more, std::array<bool, 2> zero, bool any_of, int size = 2) {
   Call call("zero_flag", DType::kBF16);
-  std::vector<uint8_t> flags(2, 77);
+  std::array<int32_t, 2> flags = {77, 77};
+  std::array<unsigned long long, 2> words = {};
   ZeroFlag p{};
   p.count = 2;
+  p.any_of = any_of;
   for (int i = 0; i < 2; i++) {
     p.bytes[i] = (n + i * more) * size;
     void* data = call.input((n + i * more) * size / 2);
-    if (zero) memset(data, 0, p.bytes[i]);
+    if (zero[i]) memset(data, 0, p.bytes[i]);
     p.data[i] = data;
     p.element_size[i] = size;
+    if (p.bytes[i] == 0) zero[i] = true;
   }
   p.flags = flags.data();
+  p.words = words.data();
   call.launched(zero_flag(p, nullptr));
-  for (int i = 0; i < 2; i++) failures += flags[i] != (zero || p.bytes[i] == 0);
+  const int both = zero[0] || zero[1];
+  failures += flags[0] != (any_of ? both : zero[0]) || flags[1] != (any_of ? 77 : zero[1]);
+  failures += words[0] != 0 || words[1] != 0;
 }
 
 // A GPU with so much shared memory for a block of the forward and of the backward kernel.

@@ -106,7 +106,7 @@ PAIRS = (
         ("conv_residual_kernel<bf16,128,true>",),
         ("group_norm_silu_conv_residual-128x128-bf16", ("_fold", "_conv_residual")),
     ),
-    Pair("zero_flag-zero", ("set_flags_kernel", "zero_flag_kernel"), ("zero_flag-bfloat16", ("_scan", "_combine"))),
+    Pair("zero_flag-zero", ("zero_flag_kernel",), ("zero_flag-bfloat16", ("_scan",))),
 )
 
 

@@ -12,9 +12,11 @@ namespace {
 
 void drive_zero_flags() {
   for (int size : {2, 4, 8}) {
-    for (int64_t n : {0, 1, 7, 8, 9, 5003}) drive_zero_flag(n, 1, n % 2 == 0, size);
+    for (int64_t n : {0, 1, 7, 8, 9, 5003}) drive_zero_flag(n, 1, {n % 2 == 0, n % 2 == 0}, n % 3 == 0, size);
   }
-  drive_zero_flag(8200, 1, true);  // several blocks
+  for (int bits = 0; bits < 8; bits++) {  // several blocks
+    drive_zero_flag(9000, 7001, {(bits & 1) != 0, (bits & 2) != 0}, (bits & 4) != 0);
+  }
 }
 
 // Of the forward and of the backward kernel: enough for half of the groups below, not for a whole one.

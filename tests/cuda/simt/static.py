@@ -226,7 +226,7 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
         (conv(640, 640, 32, False), ["conv_residual_kernel<bf16,128,false>"]),
         (conv(320, 320, 64, True), ["conv_residual_kernel<bf16,64,true>"]),
         (conv(320, 320, 64, False), ["conv_residual_kernel<bf16,64,false>"]),
-        (lambda: CUDA.are_zero([image(640, 640, 3, 3)]), ["set_flags_kernel", "zero_flag_kernel"]),
+        (lambda: CUDA.are_zero([image(640, 640, 3, 3)]), ["zero_flag_kernel"]),
     ]
     found: dict[str, tuple[int, int, int]] = {}
     with emulated.emulated(), emulated.gpu(*emulated.GPUS[target]):

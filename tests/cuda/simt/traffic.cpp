@@ -155,7 +155,7 @@ int main() {
   run("conv_residual-3x3-statistics", [] { drive_conv_residual(kHalf, {3}, 2, 16, 16, 128, 128); });
   run("group_norm_silu_conv_residual-1x1", [] { drive_conv_residual(kHalf, {1, true, false}, 2, 32, 32, 128, 128); });
   run("group_norm_silu_conv_residual-3x3", [] { drive_conv_residual(kHalf, {3, true, false}, 2, 16, 16, 128, 128); });
-  run("zero_flag-dense", [] { drive_zero_flag(320 * 320 * 9, 0, false); });
-  run("zero_flag-zero", [] { drive_zero_flag(320 * 320 * 9, 0, true); });
+  run("zero_flag-dense", [] { drive_zero_flag(320 * 320 * 9, 0, {false, false}, false); });
+  run("zero_flag-zero", [] { drive_zero_flag(320 * 320 * 9, 0, {true, true}, false); });
   return failures ? 1 : 0;
 }

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...plan.mode import is_fixed
 from ...plan.planned import Explanation
-from ...steps.flag import NEVER
+from ...steps.flag import DEVICE, NEVER
+from ...steps.hint import describe, seen_zero
 from ...steps.linear import LinearGateCall
 from ...steps.norm_conv import norm_grads, normalised
 from .. import available
@@ -23,10 +25,17 @@ from ..eager import EAGER
 from ..reference import Reference
 from ..residual_norm import Branch, Needed, Norm, ResidualNormGrads, Stats
 from . import norms_gates
-from .conv_grads import CONV_DGRAD, CONV_WGRAD, DgradCall, WgradCall
-from .convs import CONV_RESIDUAL, NORM_CONV_RESIDUAL, FlaggedConvCall, FlaggedNormConvCall
-from .explain import steps_of
-from .linear import LINEAR_GATE_RESIDUAL
+from .conv_grads import CONV_DGRAD, CONV_WGRAD, FLAGGED_DGRAD, DgradCall, WgradCall
+from .convs import (
+    CONV_RESIDUAL,
+    HINTED_CONV,
+    HINTED_NORM_CONV,
+    NORM_CONV_RESIDUAL,
+    FlaggedConvCall,
+    FlaggedNormConvCall,
+)
+from .explain import steps_of, why_not_flagged
+from .linear import HINTED_LINEAR, LINEAR_GATE_RESIDUAL
 
 
 def _first(op: str, x: Tensor) -> Backend:
@@ -34,6 +43,12 @@ def _first(op: str, x: Tensor) -> Backend:
     name = next((b for b in ("triton", "cuda") if available.why_not(b, op, x) is None), None)
     found = None if name is None else available.gpu_backend(name)
     return EAGER if found is None else found
+
+
+def _to_read(flag: MaybeTensor, weight: Tensor) -> MaybeTensor:
+    """Forward's flag where backward's kernels are to read it. Compiled graphs do not tell whether forward's did: there
+    the hint chooses once more."""
+    return None if is_fixed() and not seen_zero(weight) else flag
 
 
 class Gpu(Reference):
@@ -60,8 +75,10 @@ class Gpu(Reference):
         return steps_of(self, op, arguments, training)
 
     def why_no_zero_path(self, op: str, arguments: dict[str, Any], plans: Sequence[Explanation]) -> str | None:
-        """A step whose choice is the library's has none under "auto"."""
-        return f"the plan: {plans[0].why}" if plans[0].choice == "library" else None
+        return why_not_flagged(self, op, arguments)
+
+    def hint(self, weight: Tensor) -> str | None:
+        return describe(weight)
 
     def residual_norm_modulate_bwd(
         self,
@@ -109,7 +126,8 @@ class Gpu(Reference):
         padding: tuple[int, ...],
         zero_skip: int,
     ) -> tuple[Tensor, Tensor]:
-        return CONV_RESIDUAL(FlaggedConvCall(self, h, weight, bias, residual, padding, zero_skip))
+        call = FlaggedConvCall(self, h, weight, bias, residual, padding, zero_skip)
+        return HINTED_CONV(call) if zero_skip == DEVICE else CONV_RESIDUAL(call)
 
     def conv_grads(
         self,
@@ -122,8 +140,10 @@ class Gpu(Reference):
         mask: Sequence[bool],
     ) -> ConvGrads:
         dh = dweight = dbias = None
+        flag = _to_read(flag, weight)
         if mask[0]:
-            dh = CONV_DGRAD(DgradCall(self, dy, h, weight, flag, padding))
+            dgrad = CONV_DGRAD if flag is None else FLAGGED_DGRAD
+            dh = dgrad(DgradCall(self, dy, h, weight, flag, padding))
         wanted = mask[1], mask[2] and has_bias
         if any(wanted):
             dweight, dbias = CONV_WGRAD(WgradCall(self, dy, h, weight, has_bias, padding, wanted))
@@ -139,7 +159,8 @@ class Gpu(Reference):
         padding: tuple[int, ...],
         zero_skip: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return NORM_CONV_RESIDUAL(FlaggedNormConvCall(self, x, norm, weight, bias, residual, padding, zero_skip))
+        call = FlaggedNormConvCall(self, x, norm, weight, bias, residual, padding, zero_skip)
+        return HINTED_NORM_CONV(call) if zero_skip == DEVICE else NORM_CONV_RESIDUAL(call)
 
     def norm_conv_grads(
         self,
@@ -154,6 +175,7 @@ class Gpu(Reference):
         padding: tuple[int, ...],
         mask: Sequence[bool],
     ) -> tuple[MaybeTensor, ...]:
+        flag = _to_read(flag, weight)
         # The gradient of h takes only the shape of h.
         h = normalised(self, x, norm, weight.dtype)[0] if mask[1] else x.to(weight.dtype)
         dh, dweight, dbias = self.conv_grads(dy, h, weight, flag, has_bias, padding, mask)
@@ -171,9 +193,8 @@ class Gpu(Reference):
         zero_skip: int,
         save_branch: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return LINEAR_GATE_RESIDUAL(
-            LinearGateCall(self, h, weight, bias, gate, residual, activation, zero_skip, save_branch)
-        )
+        call = LinearGateCall(self, h, weight, bias, gate, residual, activation, zero_skip, save_branch)
+        return HINTED_LINEAR(call) if zero_skip == DEVICE else LINEAR_GATE_RESIDUAL(call)
 
 
 GPU = Gpu()

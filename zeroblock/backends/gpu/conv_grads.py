@@ -14,7 +14,7 @@ from ...plan.planned import PlannedOp
 from ...steps.conv_bwd import CONV_BWD, ConvGradsCall
 from .. import available
 from ..base import Backend, MaybeTensor
-from .gemms import OWN_GEMMS, WGRADS, OwnGemm, describe_flag, forward_flag, library_settings, rule
+from .gemms import OWN_GEMMS, UNMEASURED, WGRADS, OwnGemm, library_settings, own_way
 
 _OP = "conv_residual"  # what all of these ask a backend for
 
@@ -43,16 +43,14 @@ class DgradCall(NamedTuple):
         return self.flag is None, self.conv.signature(), library_settings(self.h), aligned
 
     def describe(self) -> str:
-        how = f"{describe_flag(self.flag is not None)}, {library_settings(self.h)}"
-        return f"{self.conv.describe()}, {how}{describe_alignment(self.dy, self.weight)}"
+        return f"{self.conv.describe()}, {library_settings(self.h)}{describe_alignment(self.dy, self.weight)}"
 
     def work(self) -> int:
         return 2 * self.dy.numel() * self.weight[0].numel()
 
-    def rule(self) -> str:
-        _, _, h, weight, flag, padding = self
-        pixels = h.numel() // h.shape[1]
-        return rule(_OP, pixels, weight.transpose(0, 1), h, weight, None, None, padding, flag is not None)
+    def own_way(self) -> str:
+        _, _, h, weight, _, padding = self
+        return own_way(_OP, h.numel() // h.shape[1], weight.transpose(0, 1), h, weight, None, None, padding)
 
 
 def _library_dgrad(call: DgradCall) -> Tensor:
@@ -62,8 +60,7 @@ def _library_dgrad(call: DgradCall) -> Tensor:
 
 
 def _own_dgrad(gemm: OwnGemm, call: DgradCall) -> Tensor:
-    flag = forward_flag(call.flag)
-    return gemm.backend.own_conv_dgrad(call.dy, call.weight, call.padding, flag, gemm.config)
+    return gemm.backend.own_conv_dgrad(call.dy, call.weight, call.padding, call.flag, gemm.config)
 
 
 def _why_not_dgrad(gemm: OwnGemm, call: DgradCall) -> str | None:
@@ -76,7 +73,15 @@ CONV_DGRAD = PlannedOp(
     signature=DgradCall.signature,
     describe=DgradCall.describe,
     work=DgradCall.work,
-    rule=DgradCall.rule,
+)
+FLAGGED_DGRAD = PlannedOp(
+    "flagged conv_dgrad",
+    _library_dgrad,
+    signature=DgradCall.signature,
+    describe=DgradCall.describe,
+    work=DgradCall.work,
+    rule=DgradCall.own_way,
+    unmeasured=UNMEASURED,
 )
 
 
@@ -141,6 +146,7 @@ CONV_WGRAD = PlannedOp(
 )
 
 for _gemm in OWN_GEMMS:
-    CONV_DGRAD.add(_gemm.name, partial(_own_dgrad, _gemm), partial(_why_not_dgrad, _gemm))
+    for _dgrad in (CONV_DGRAD, FLAGGED_DGRAD):
+        _dgrad.add(_gemm.name, partial(_own_dgrad, _gemm), partial(_why_not_dgrad, _gemm))
 for _config in WGRADS:
     CONV_WGRAD.add(f"triton {_config}", partial(_triton_wgrad, _config), partial(_why_not_wgrad, _config))

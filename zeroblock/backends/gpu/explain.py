@@ -20,9 +20,16 @@ from ...steps.padded import calls as padded_calls
 from ..base import Backend, GroupNorm, MaybeTensor, Step
 from ..dense import ConvArguments
 from . import norms_gates as steps
-from .conv_grads import CONV_DGRAD, CONV_WGRAD, DgradCall, WgradCall
-from .convs import CONV_RESIDUAL, NORM_CONV_RESIDUAL, FlaggedConvCall, FlaggedNormConvCall
-from .linear import LINEAR_GATE_RESIDUAL
+from .conv_grads import CONV_DGRAD, CONV_WGRAD, FLAGGED_DGRAD, DgradCall, WgradCall
+from .convs import (
+    CONV_RESIDUAL,
+    HINTED_CONV,
+    HINTED_NORM_CONV,
+    FlaggedConvCall,
+    FlaggedNormConvCall,
+)
+from .hinted import FlaggedCall, HintedStep
+from .linear import HINTED_LINEAR, LINEAR_GATE_RESIDUAL
 
 
 def steps_of(backend: Backend, op: str, a: dict[str, Any], training: bool) -> Iterator[Step]:
@@ -58,7 +65,7 @@ def steps_of(backend: Backend, op: str, a: dict[str, Any], training: bool) -> It
         h, weight, gate = a["h"], a["weight"], a["gate"]
         kept = training and gate is not None and gate.requires_grad
         inputs = h, weight, a["bias"], gate, a["residual"], a["activation"], a["zero_skip"], kept
-        yield LINEAR_GATE_RESIDUAL, (LinearGateCall(backend, *inputs),)
+        yield _hinted(HINTED_LINEAR, LinearGateCall(backend, *inputs))
     elif op in ("conv_residual", "group_norm_silu_conv_residual"):
         yield from _convolution(backend, ConvArguments.of(op, a), a["zero_skip"], training)
 
@@ -88,27 +95,52 @@ def _row_norm(backend: Backend, op: str, a: dict[str, Any], training: bool) -> I
         yield steps.LAYER_NORM_MODULATE_BWD, (x, x, None if rms else stat, stat, *operands, rms)
 
 
+def _hinted(step: HintedStep[Any], call: FlaggedCall) -> Step:
+    """The plan that would run now."""
+    return step.step(call) if call.zero_skip == DEVICE else (step.dense, (call,))
+
+
+def why_not_flagged(backend: Backend, op: str, a: dict[str, Any]) -> str | None:
+    """Why no kernel of ours reads the flag of a call; None where one does."""
+    step: HintedStep[Any] = HINTED_CONV
+    call: FlaggedCall
+    if op == "linear_gate_residual":
+        h, weight, gate = a["h"], a["weight"], a["gate"]
+        inputs = h, weight, a["bias"], gate, a["residual"], a["activation"], DEVICE, False
+        step, call = HINTED_LINEAR, LinearGateCall(backend, *inputs)
+    else:
+        x, h, norm, weight, bias, residual, padding = ConvArguments.of(op, a)
+        call = FlaggedConvCall(backend, h, weight, bias, residual, padding, DEVICE)
+    if step.has_zero_path(call):
+        return None
+    return "; ".join(f"{name}: {c.why_not(call)}" for name, c in step.flagged.candidates.items() if name != "library")
+
+
 def _convolution(backend: Backend, a: ConvArguments, zero_skip: int, training: bool) -> Iterator[Step]:
     x, h, norm, weight, bias, residual, padding = a
-    flag = h.new_empty(1, dtype=torch.int32) if zero_skip == DEVICE else None
     if is_padded(padding, weight):
         for part in padded_calls(h, weight, padding):
             yield CONV_RESIDUAL, (FlaggedConvCall(backend, part.h, part.weight, bias, None, part.padding, NEVER),)
         return
+    flag: MaybeTensor = None
     if norm is None:
-        yield CONV_RESIDUAL, (FlaggedConvCall(backend, h, weight, bias, residual, padding, zero_skip),)
+        step, args = _hinted(HINTED_CONV, FlaggedConvCall(backend, h, weight, bias, residual, padding, zero_skip))
+        yield step, args
     else:
         call = FlaggedNormConvCall(backend, x, norm, weight, bias, residual, padding, zero_skip)
-        yield NORM_CONV_RESIDUAL, (call,)
-        choice = NORM_CONV_RESIDUAL.explain(call).choice
+        step, args = _hinted(HINTED_NORM_CONV, call)
+        yield step, args
+    flag = h.new_empty(1, dtype=torch.int32) if args[0].zero_skip == DEVICE else None
+    if norm is not None:
+        choice = step.explain(*args).choice
         if "fused" not in choice and "folded" not in choice:
-            yield _group_norm(x, norm, True, False, None if choice == "library" else flag)
+            yield _group_norm(x, norm, True, False, None if choice.startswith("library") else flag)
     yield CONV, (ConvCall(backend, h, weight, bias, residual, unit_geometry(padding)),)
     if not training:
         return
     dy = empty_conv_output(h, weight, unit_geometry(padding), h.dtype)
     has_bias = bias is not None
-    yield CONV_DGRAD, (DgradCall(backend, dy, h, weight, flag, padding),)
+    yield CONV_DGRAD if flag is None else FLAGGED_DGRAD, (DgradCall(backend, dy, h, weight, flag, padding),)
     yield CONV_WGRAD, (WgradCall(backend, dy, h, weight, has_bias, padding, (True, has_bias)),)
     if norm is not None:
         yield _group_norm(x, norm, True, True, flag)

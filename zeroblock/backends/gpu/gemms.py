@@ -1,14 +1,12 @@
-"""What the planned steps of convolutions and linears on a GPU share: their candidates, their rule, the zero flag.
+"""What the planned steps of convolutions and linears on a GPU share: their candidates, and the flagged plan's choice.
 
-An own kernel reads the flag of its weight on the device where zero_skip is DEVICE, the library's cannot: a step whose
-choice is "library" has no zero path under "auto". Rule where nothing is measured: under DEVICE
-Triton's GEMM, in the configuration that its launcher picks by size, for linears and 1x1 convolutions; the library for
-wider ones, for which it has algorithms that an implicit GEMM does not match, and where no flag is read.
+An own kernel reads the flag of its weight on the device, the library's cannot. So there are two steps of each
+(`hinted.py`): the dense one flags nothing, and its rule where nothing is measured is the library's, whose kernels are
+expected to win (model, not measured: benchmarks/roofline.md); the flagged one takes our kernels.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,10 +14,8 @@ import torch
 from torch import Tensor
 
 from ...kernels._torch import conv_precision, matmul_precision
-from ...plan.mode import mode
-from ...steps.flag import DEVICE, EXECUTED, skipped
 from .. import available
-from ..base import Backend, MaybeTensor
+from ..base import MaybeTensor
 from ..flagged import FlaggedSteps
 
 CONFIGS: tuple[str, ...] = ()
@@ -62,32 +58,7 @@ class OwnGemm(NamedTuple):
 
 TRITON_GEMMS = [OwnGemm("triton", config) for config in CONFIGS]
 OWN_GEMMS = [*TRITON_GEMMS, OwnGemm("cuda", None)]
-
-
-@functools.lru_cache
-def _not_zero(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
-def zero_flag(backend: Backend, tensors: list[Tensor], zero_skip: int) -> MaybeTensor:
-    """int32 [1] on the device, whether one of the tensors is zero; None where the op does not ask.
-
-    While a plan is measured the tensors are scanned, but the answer is 0: tails are zero when they are new, and what
-    is fastest at skipping would be kept for the rest of the training.
-    """
-    if zero_skip != DEVICE:
-        return None
-    return forward_flag(backend.zero_flag(tensors))
-
-
-def forward_flag(flag: MaybeTensor) -> MaybeTensor:
-    """A flag as kernels get it: 0 while a plan is measured."""
-    return _not_zero(flag.device) if flag is not None and mode.measuring else flag
-
-
-def skipped_or(flag: MaybeTensor, like: Tensor) -> Tensor:
-    """What the op reports of a flag."""
-    return skipped(like, EXECUTED) if flag is None else flag
+UNMEASURED = "our kernels, all of which leave early while the flag is set"
 
 
 def library_settings(x: Tensor) -> tuple:
@@ -97,11 +68,7 @@ def library_settings(x: Tensor) -> tuple:
     return torch._C._get_cudnn_benchmark(), conv_precision(), matmul_precision()
 
 
-def describe_flag(flagged: bool) -> str:
-    return "flagged" if flagged else "no flag"
-
-
-def rule(
+def own_way(
     op: str,
     rows: int,
     factor: Tensor,
@@ -110,13 +77,12 @@ def rule(
     gate: MaybeTensor,
     residual: MaybeTensor,
     padding: Sequence[int] | None,
-    flagged: bool,
 ) -> str:
-    """The name of the candidate where nothing is measured; rows of the result, and what they are multiplied with."""
-    narrow = weight.dim() == 2 or weight.shape[2:].numel() == 1
+    """The flagged plan's way: Triton's GEMM as its launcher picks it by size, for `rows` of the result and what they
+    are multiplied with; else the CUDA convolution; else the library's."""
+    own = [OwnGemm(name, None) for name in ("triton", "cuda")]
+    able = [gemm.name for gemm in own if gemm.why_not(op, h, weight, gate, residual, padding) is None]
     triton = available.triton()
-    if not (flagged and narrow) or triton is None:
-        return "library"
-    if OwnGemm("triton", None).why_not(op, h, weight, gate, residual, padding) is not None:
-        return "library"
-    return f"triton {triton.gemm_by_size(h, factor, rows)}"
+    if "triton" in able and triton is not None:
+        return f"triton {triton.gemm_by_size(h, factor, rows)}"
+    return able[0] if able else "library"

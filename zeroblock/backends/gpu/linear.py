@@ -9,9 +9,10 @@ from torch import Tensor
 from ..._layout import alignment
 from ...plan.describe import describe_alignment, describe_operand, describe_rows, describe_weight, dtype_name
 from ...plan.planned import PlannedOp
-from ...steps.flag import DEVICE
+from ...steps.flag import DEVICE, executed
 from ...steps.linear import LinearGateCall, library_linear_gate
-from .gemms import TRITON_GEMMS, OwnGemm, describe_flag, library_settings, rule, zero_flag
+from .gemms import TRITON_GEMMS, UNMEASURED, OwnGemm, library_settings, own_way
+from .hinted import HintedStep
 
 
 def _signature(call: LinearGateCall) -> tuple:
@@ -29,11 +30,8 @@ def _signature(call: LinearGateCall) -> tuple:
 
 
 def _describe(call: LinearGateCall) -> str:
-    _, h, weight, bias, gate, residual, activation, zero_skip, save_branch = call
-    parts = [
-        f"{describe_rows(h)} * {describe_weight(weight)} {dtype_name(weight)}",
-        describe_flag(zero_skip == DEVICE),
-    ]
+    _, h, weight, bias, gate, residual, activation, _, save_branch = call
+    parts = [f"{describe_rows(h)} * {describe_weight(weight)} {dtype_name(weight)}"]
     for name, t in (("bias", bias), ("gate", gate), ("residual", residual)):
         if t is not None:
             parts.append(f"{name} {describe_operand(t)}")
@@ -47,15 +45,20 @@ def _work(call: LinearGateCall) -> int:
     return 2 * call.h.numel() * call.weight.shape[0]
 
 
-def _rule(call: LinearGateCall) -> str:
-    _, h, weight, _, gate, residual, _, zero_skip, _ = call
-    rows, flagged = h.shape[:-1].numel(), zero_skip == DEVICE
-    return rule("linear_gate_residual", rows, weight, h, weight, gate, residual, None, flagged)
+def _own_way(call: LinearGateCall) -> str:
+    _, h, weight, _, gate, residual, _, _, _ = call
+    return own_way("linear_gate_residual", h.shape[:-1].numel(), weight, h, weight, gate, residual, None)
+
+
+def _library(call: LinearGateCall) -> tuple[Tensor, Tensor, Tensor]:
+    y, branch = library_linear_gate(call)
+    return y, branch, executed(call.h)
 
 
 def _own(gemm: OwnGemm, call: LinearGateCall) -> tuple[Tensor, Tensor, Tensor]:
-    flag = zero_flag(call.backend, call.tested(), call.zero_skip)
-    return gemm.backend.own_linear_gate(call, flag, gemm.config)
+    flag = call.backend.zero_flag(call.tested()) if call.zero_skip == DEVICE else None
+    y, branch = gemm.backend.own_linear_gate(call, flag, gemm.config)
+    return y, branch, executed(call.h) if flag is None else flag
 
 
 def _why_not(gemm: OwnGemm, call: LinearGateCall) -> str | None:
@@ -65,11 +68,21 @@ def _why_not(gemm: OwnGemm, call: LinearGateCall) -> str | None:
 # (y, branch, skipped)
 LINEAR_GATE_RESIDUAL = PlannedOp(
     "linear_gate_residual",
-    library_linear_gate,
+    _library,
     signature=_signature,
     describe=_describe,
     work=_work,
-    rule=_rule,
+)
+FLAGGED_LINEAR = PlannedOp(
+    "flagged linear_gate_residual",
+    _library,
+    signature=_signature,
+    describe=_describe,
+    work=_work,
+    rule=_own_way,
+    unmeasured=UNMEASURED,
 )
 for _gemm in TRITON_GEMMS:
-    LINEAR_GATE_RESIDUAL.add(_gemm.name, partial(_own, _gemm), partial(_why_not, _gemm))
+    for _step in (LINEAR_GATE_RESIDUAL, FLAGGED_LINEAR):
+        _step.add(_gemm.name, partial(_own, _gemm), partial(_why_not, _gemm))
+HINTED_LINEAR = HintedStep(LINEAR_GATE_RESIDUAL, FLAGGED_LINEAR)

@@ -48,6 +48,8 @@ def signature(*args: Any, **_: Any) -> tuple:
             if is_plain_tensor(a)
             else signature(*a)
             if isinstance(a, tuple)
+            else (a.shape, a.stride(), a.dtype, a.device, type(a))
+            if isinstance(a, Tensor)
             else a
             for a in args
         ]
