@@ -116,7 +116,7 @@ __device__ __forceinline__ void store_one(const Grad& g, int64_t offset, float v
 
 // A block adds up columns: lanes side by side, each every kSumLanes-th addend from first to last, then the lanes in
 // order.
-constexpr int kSumColumns = 32, kSumLanes = 16, kSumThreads = kSumColumns * kSumLanes;
+constexpr int kSumColumns = 32, kSumLanes = 8, kSumThreads = kSumColumns * kSumLanes;
 
 struct ColumnSums {
   float* part;  // [kSumThreads] of shared memory

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
   TeamSums<V> sums{w, team, p.D, p.workspace + b * w.slots * w.sums * p.D,
                    columns + int64_t(team.index) * w.sums * p.D};
   int64_t current = -1;  // the indexed row whose tokens are being summed
-  if (p.index == nullptr) sums.begin(chunk);
+  if (p.index == nullptr) sums.begin(number);
   for (int64_t step = 0; step < w.rows; step++) {
     const bool valid = begin + step < p.T;
     const int64_t D = valid ? p.D : 0;
@@ -311,7 +311,6 @@ Work work_of(const ResidualNorm& p, int V) {
   if (rows > p.T) rows = p.T > 0 ? p.T : 1;
   w.rows = p.index ? rows : ceil_div(rows, w.teams.per_block);
   w.chunks = ceil_div(p.T, w.rows * w.teams.per_block);
-  w.slots = p.index ? w.chunks * w.teams.per_block + p.K - 1 : w.chunks;
   w.groups = p.B * p.K;
 
   const bool by_token = p.scale.kind == RowKind::kToken, gate_by_token = p.gate.kind == RowKind::kToken;
@@ -328,7 +327,8 @@ Work work_of(const ResidualNorm& p, int V) {
                                  shared(p.scale)};
   for (int q = 0; q < kSums; q++) w.sum[q] = sums[q] ? w.sums++ : -1;
   for (int q = 0; q < kShared; q++) w.addend[q] = addends[q] ? w.addends++ : -1;
-  w.in_shared = w.teams.per_block > 1 || shared_bytes(p, w) <= shared_limit();
+  w.in_shared = shared_bytes(p, w) <= shared_limit();
+  w.slots = p.index || !w.in_shared ? w.chunks * w.teams.per_block + p.K - 1 : w.chunks;
   w.total = p.workspace ? p.workspace + p.B * w.slots * w.sums * p.D : nullptr;
   return w;
 }

@@ -4,16 +4,16 @@
 namespace {
 
 // [D] in its own dtype.
-Operand vector_operand(const MaybeTensor& t, int64_t D, const char* what) {
+Operand vector_operand(const MaybeTensor& t, int64_t D, std::vector<Tensor>& copies, const char* what) {
   if (!t.has_value()) return {};
-  STD_TORCH_CHECK(is_here(*t) && t->dim() == 1 && t->size(0) == D && (D <= 1 || t->stride(0) == 1), "zeroblock: ", what,
-                  " must be dense [D]");
-  return {t->const_data_ptr(), dtype_of(*t), false, 0, 0};
+  STD_TORCH_CHECK(is_here(*t) && t->dim() == 1 && t->size(0) == D, "zeroblock: ", what, " must be [D]");
+  copies.push_back(D > 1 && t->stride(0) != 1 ? torch::stable::contiguous(*t) : *t);
+  return {copies.back().const_data_ptr(), dtype_of(*t), false, 0, 0};
 }
 
 // Rows of any form as they are; without rows there is no table.
 cuda::RowOperand row_operand(const MaybeTensor& rows, const MaybeTensor& table, const cuda::ResidualNorm& p,
-                             const char* what) {
+                             std::vector<Tensor>& copies, const char* what) {
   cuda::RowOperand o{};
   if (!rows.has_value()) return o;
   const bool indexed = p.index != nullptr;
@@ -25,7 +25,7 @@ cuda::RowOperand row_operand(const MaybeTensor& rows, const MaybeTensor& table, 
   o.kind = dims == 1 ? RowKind::kOne : dims == 2 ? RowKind::kSample : indexed ? RowKind::kIndexed : RowKind::kToken;
   o.rows = {rows->const_data_ptr(), dtype_of(*rows), dims == 3, dims > 1 ? rows->stride(0) : 0,
             dims > 2 ? rows->stride(1) : 0};
-  o.table = vector_operand(table, p.D, what);
+  o.table = vector_operand(table, p.D, copies, what);
   return o;
 }
 
@@ -44,7 +44,8 @@ int64_t rows_of_a_sample(const Operands& o) {
   return K;
 }
 
-cuda::ResidualNorm params_of(const Tensor& x, const MaybeTensor& branch, const Operands& o) {
+cuda::ResidualNorm params_of(const Tensor& x, const MaybeTensor& branch, const Operands& o,
+                             std::vector<Tensor>& copies) {
   check_tokens(x, "x");
   cuda::ResidualNorm p{};
   p.B = x.size(0), p.T = x.size(1), p.D = x.size(2);
@@ -62,14 +63,14 @@ cuda::ResidualNorm params_of(const Tensor& x, const MaybeTensor& branch, const O
     STD_TORCH_CHECK(branch->numel() == x.numel() && branch->size(2) == p.D, "zeroblock: branch must be like x");
     p.branch = branch->const_data_ptr();
     p.branch_dtype = dtype_of(*branch);
-    p.gate = row_operand(o.gate, o.gate_table, p, "gate");
-    p.branch_weight = vector_operand(o.branch_weight, p.D, "branch_weight");
+    p.gate = row_operand(o.gate, o.gate_table, p, copies, "gate");
+    p.branch_weight = vector_operand(o.branch_weight, p.D, copies, "branch_weight");
   }
   if (o.norm) {
-    p.shift = row_operand(o.shift, o.shift_table, p, "shift");
-    p.scale = row_operand(o.scale, o.scale_table, p, "scale");
-    p.weight = vector_operand(o.weight, p.D, "weight");
-    p.bias = vector_operand(o.bias, p.D, "bias");
+    p.shift = row_operand(o.shift, o.shift_table, p, copies, "shift");
+    p.scale = row_operand(o.scale, o.scale_table, p, copies, "scale");
+    p.weight = vector_operand(o.weight, p.D, copies, "weight");
+    p.bias = vector_operand(o.bias, p.D, copies, "bias");
   }
   p.tanh = o.tanh;
   p.branch_rms = branch && o.branch_rms;
@@ -87,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_norm(
   const Here here(residual);
   const Operands o = {gate,  gate_table,  branch_weight, weight, bias,       shift,     shift_table,
                       scale, scale_table, index,         tanh,   branch_rms, norm != 0, norm == 2};
-  auto p = params_of(residual, branch, o);
+  std::vector<Tensor> copies;
+  auto p = params_of(residual, branch, o, copies);
   p.residual = residual.const_data_ptr();
   p.residual_dtype = dtype_of(residual);
   p.x_dtype = dtype_at(x_dtype);
@@ -135,7 +137,8 @@ std::tuple<T, T, T, T, T, T, T, T, T, T, T> residual_norm_bwd(
   const Here here(x);
   const Operands o = {gate,  gate_table,  branch_weight, weight, bias,       shift,          shift_table,
                       scale, scale_table, index,         tanh,   branch_rms, dy.has_value(), !mean.has_value()};
-  auto p = params_of(x, branch, o);
+  std::vector<Tensor> copies;
+  auto p = params_of(x, branch, o, copies);
   STD_TORCH_CHECK(dx_new || dy, "zeroblock: dx_new or dy must be given");
   for (const MaybeTensor* t : {&dx_new, &dy}) {
     if (*t) check_tokens(**t, "dx_new and dy");
@@ -148,7 +151,6 @@ std::tuple<T, T, T, T, T, T, T, T, T, T, T> residual_norm_bwd(
   p.residual_dtype = dtype_at(residual_dtype);
   if (dx_new) p.dx_new = dx_new->const_data_ptr();
   if (dy) p.dy = dy->const_data_ptr(), p.y_dtype = dtype_of(*dy);
-  std::vector<Tensor> copies;
   p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, copies, "mean"));
   p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, copies, "rstd"));
   p.branch_rstd = const_cast<float*>(as_f32(branch_rstd, p.B * p.T, copies, "branch_rstd"));
