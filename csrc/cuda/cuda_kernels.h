@@ -44,6 +44,23 @@ struct GroupNormSilu {
   const uint8_t* zero;
 };
 
+// The RMS norm over the channels of each pixel; x is [N, C, S], or [N, S, C] where channels_last.
+constexpr int64_t kMostNormedChannels = 1024;
+struct ChannelRmsNormSilu {
+  DType dtype;
+  bool channels_last, silu, eps_inside;
+  int64_t N, C, S;
+  float eps;
+  const void* x;
+  Operand weight, bias, scale, shift;  // [C], [C], [N, C], [N, C], of any dtype
+  float* rstd;                         // [N, S], as zeroblock.h says
+  void* y;
+  const void* dy;
+  void* dx;
+  Grad dweight, dbias, dscale, dshift;
+  float* workspace;
+};
+
 // layer_norm_modulate and rms_norm_modulate; with a branch, x is first replaced by x_new = x + gate * branch.
 struct RowNorm {
   DType dtype;
@@ -64,6 +81,39 @@ struct RowNorm {
   void* dbranch;
   Grad dscale_token, dgate_token;              // [B, T, D], for operands given per token
   Grad dweight, dbias, dshift, dscale, dgate;  // [D], [D], [B, D] each; a per-token dshift is dy itself
+  float* workspace;
+};
+
+// A shift, scale or gate: rows of one kind plus a table [D], each of its own dtype.
+struct RowOperand {
+  RowKind kind;
+  Operand rows;   // stride_t: between tokens, or between the rows of which an index chooses one
+  Operand table;  // or null
+  Grad drows;     // dense; of rows [B, K, D] as of those [B, T, D]
+  Grad dtable;
+};
+
+// residual_norm_modulate (zeroblock.h has the math): every part of it optional, every tensor of its own dtype.
+constexpr int64_t kMostRow = 8192;  // columns, which a block keeps in registers
+struct ResidualNorm {
+  int64_t B, T, D;
+  int64_t K;  // rows of which an index chooses; 1 without an index
+  DType residual_dtype, branch_dtype, x_dtype, y_dtype;
+  bool tanh, branch_rms, norm, rms;
+  float branch_eps, eps;
+  const void *residual, *branch;        // branch null: the norm is of the residual
+  Operand branch_weight, weight, bias;  // [D]
+  RowOperand gate, shift, scale;
+  const int32_t* index;              // [B, T] or null; out of range: the nearest row
+  float *mean, *rstd, *branch_rstd;  // [B, T]; null where there is no such norm, mean also for rms
+  void *x_new, *y;
+  // backward
+  const int64_t* order;     // with an index: [B, T], the tokens of a sample in the order of their rows
+  const int32_t* bounds;    // and [B, K + 1]: where in it those of each row begin
+  const void* x;            // what the norm was of
+  const void *dx_new, *dy;  // or null (0)
+  void *dresidual, *dbranch;
+  Grad dbranch_weight, dweight, dbias;
   float* workspace;
 };
 
@@ -128,9 +178,15 @@ int group_norm_silu_fwd(const GroupNormSilu&, void* stream);
 int group_norm_silu_bwd(const GroupNormSilu&, void* stream);
 int64_t group_norm_silu_fwd_workspace(const GroupNormSilu&);  // in floats, as all of them
 int64_t group_norm_silu_bwd_workspace(const GroupNormSilu&);
+int channel_rms_norm_silu_fwd(const ChannelRmsNormSilu&, void* stream);
+int channel_rms_norm_silu_bwd(const ChannelRmsNormSilu&, void* stream);
+int64_t channel_rms_norm_silu_bwd_workspace(const ChannelRmsNormSilu&);  // when all pointers but it are set
 int row_norm_fwd(const RowNorm&, void* stream);
 int row_norm_bwd(const RowNorm&, void* stream);
 int64_t row_norm_bwd_workspace(const RowNorm&);
+int residual_norm_fwd(const ResidualNorm&, void* stream);
+int residual_norm_bwd(const ResidualNorm&, void* stream);
+int64_t residual_norm_bwd_workspace(const ResidualNorm&);  // when all pointers but it are set
 int gate_residual_fwd(const GateResidual&, void* stream);
 int gate_residual_bwd(const GateResidual&, void* stream);
 int64_t gate_residual_bwd_workspace(const GateResidual&);

@@ -148,6 +148,24 @@ inline Tensor allocate(const Tensor& like, int64_t dims, const int64_t* size, co
   return Tensor(result);
 }
 
+inline int32_t torch_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return aoti_torch_dtype_float32();
+    case DType::kBF16:
+      return aoti_torch_dtype_bfloat16();
+    case DType::kF16:
+      return aoti_torch_dtype_float16();
+  }
+  STD_TORCH_CHECK(false, "zeroblock: unknown dtype");
+}
+
+// Python names a dtype by its place in ZB_DTYPES.
+inline DType dtype_at(int64_t place) {
+  STD_TORCH_CHECK(place >= 0 && place <= static_cast<int64_t>(DType::kF16), "zeroblock: no such dtype");
+  return static_cast<DType>(place);
+}
+
 // With the size and strides of t, which is dense.
 inline Tensor dense_like(const Tensor& t, int32_t dtype) {
   int64_t *size = nullptr, *stride = nullptr;

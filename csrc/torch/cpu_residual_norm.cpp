@@ -3,24 +3,6 @@
 
 namespace {
 
-int32_t torch_dtype(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return aoti_torch_dtype_float32();
-    case DType::kBF16:
-      return aoti_torch_dtype_bfloat16();
-    case DType::kF16:
-      return aoti_torch_dtype_float16();
-  }
-  STD_TORCH_CHECK(false, "zeroblock: unknown dtype");
-}
-
-// Python names a dtype by its place in ZB_DTYPES.
-DType dtype_at(int64_t place) {
-  STD_TORCH_CHECK(place >= 0 && place <= static_cast<int64_t>(DType::kF16), "zeroblock: no such dtype");
-  return static_cast<DType>(place);
-}
-
 // Rows of any form, as they are; without rows there is no table.
 RowOperand row_operand(const MaybeTensor& rows, const MaybeTensor& table, const Tensor& x, bool indexed,
                        std::vector<Tensor>& copies, const char* what) {

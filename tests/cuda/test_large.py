@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from zeroblock.backends.cuda import CUDA
+from zeroblock.backends.residual_norm import Branch, Needed, Norm, Rows
 from zeroblock.testing import assert_bitwise_equal, assert_error_budget
 from zeroblock.testing.draw import Draw
 
@@ -64,3 +65,50 @@ def test_rows(op):
         )
     assert y.numel() > MORE
     assert_error_budget(y[:, -2:], function(*inputs), function(*(t.double() for t in inputs)), op)
+
+
+def _residual_norm(x, branch, dx, dy, shift, scale):
+    v = Rows(scale), Rows(shift)
+    norm = Norm(False, None, None, v[1], v[0], 1e-6, x.dtype)
+    gated = Branch(branch, v[0], False, True, None, 1e-6, x.dtype)
+    x_new, y, stats = CUDA.residual_norm_modulate(x, gated, norm, None)
+    needed = Needed(True, True, *[False] * 9)
+    grads = CUDA.residual_norm_modulate_bwd(dx, dy, x_new, stats, gated, norm, None, x.dtype, needed)
+    return x_new, y, grads.residual, grads.branch
+
+
+def test_residual_norm_modulate():
+    """The same numbers in the last rows of large tensors and in small ones."""
+    D, draw = 2048, Draw(torch.bfloat16)
+    large = [torch.empty(1, MORE // D + 3, D, dtype=torch.bfloat16) for _ in range(4)]
+    ends = [t[:, -2:].copy_(draw.tokens(1, 2, D, mean=0.5)) for t in large]
+    rows = draw.chunks(1, D, 2)
+    got = _residual_norm(*large, *rows)
+    with emulated.last_blocks(0):
+        expected = _residual_norm(*ends, *rows)
+    for a, b in zip(got, expected, strict=True):
+        assert a.numel() > MORE
+        # Only the last forward block ran: of the last row backward has what it reads.
+        assert_bitwise_equal(a[:, -1:], b[:, -1:])
+
+
+@pytest.mark.parametrize("layout", ("dense", "nhwc"))
+def test_channel_rms_norm_silu(layout):
+    C, W, draw = 8, 2**12, Draw(torch.bfloat16, layout)
+    size = 1, C, MORE // (C * W) + 1, W
+    x, dy = (torch.empty(size, dtype=torch.bfloat16) for _ in range(2))
+    if layout == "nhwc":
+        x, dy = (t.view(1, size[2], W, C).permute(0, 3, 1, 2) for t in (x, dy))
+    ends = [t[:, :, -1:, -64:].copy_(draw.tensor(1, C, 1, 64)) for t in (x, dy)]
+    weight = draw.vector(C, 1.0)
+
+    def run(x, dy):
+        y, rstd = CUDA.channel_rms_norm_silu(x, weight, None, 1e-6, False, None, None, True)
+        return y, CUDA.channel_rms_norm_silu_bwd(dy, x, rstd, weight, None, None, None, True)[0]
+
+    got = run(x, dy)
+    with emulated.last_blocks(0):
+        expected = run(*(t.clone() for t in ends))
+    for a, b in zip(got, expected, strict=True):
+        assert a.numel() > MORE
+        assert_bitwise_equal(a[:, :, -1:, -64:], b)

@@ -32,7 +32,7 @@ NORMS = (
     "gate_residual-one",
     "gate_residual_layer_norm_modulate-gate-bd",
 )
-CHANNELS = "channel_rms_norm_silu-film-prime"  # no CUDA kernel
+CHANNELS = "channel_rms_norm_silu-film-prime"
 ROWS = "residual_norm_modulate-index", "residual_norm_modulate-affine-ungated"
 CONVS = (
     "conv_residual-3x3",
@@ -68,7 +68,7 @@ if INTERPRETS:
     WAYS |= {f"triton x{n}": NORMS[1:] if n == 16 else (*NORMS[1:3], NORMS[4]) for n in (8, 16, 32)}
 else:
     WAYS |= {
-        "cuda": (*NORMS, "conv_residual-3x3-no-bias", CONVS[0], CONVS[2], *map(str, POINTS)),
+        "cuda": (*NORMS, CHANNELS, *ROWS, "conv_residual-3x3-no-bias", CONVS[0], CONVS[2], *map(str, POINTS)),
         "cuda fused": (CONVS[2], str(POINTS[1])),
     }
 

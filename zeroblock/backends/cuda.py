@@ -28,7 +28,8 @@ from ..kernels._counters import counters
 from ..reference import promoted
 from .base import MaybeTensor
 from .cuda_convs import CudaConvs, Kernels, flag_byte
-from .reference import Reference
+from .cuda_images import CudaImages, why_not_channels
+from .cuda_rows import CudaRows, why_not_row
 
 # Channels of a group, eight numbers of each of which lie in the shared memory of every GPU (99 KB at least):
 # kMostSlabChannels of csrc/cuda/group_norm_tile.cuh.
@@ -54,7 +55,7 @@ def _shift_grad(dshift: Tensor, dy: Tensor, shift: MaybeTensor, scale: MaybeTens
     return dshift
 
 
-class Cuda(CudaConvs, Reference):
+class Cuda(CudaConvs, CudaImages, CudaRows):
     name = "cuda"
 
     def __init__(self) -> None:
@@ -82,11 +83,11 @@ class Cuda(CudaConvs, Reference):
         return getattr(torch.ops, NAMESPACE)._cuda_archs()
 
     def why_not(self, op: str, x: Tensor) -> str | None:
+        if x.numel() == 0 and op != "is_zero":
+            return "the tensor is empty"
         if op.startswith("channel_rms_norm"):
-            return "it has no kernel of the norm over channels"
-        if op.startswith("residual_norm"):
-            return "the CUDA kernels have no operands with tables or an index: Triton's have"
-        return "the tensor is empty" if x.numel() == 0 and op != "is_zero" else None
+            return why_not_channels(x)
+        return why_not_row(x) if op.startswith("residual_norm") else None
 
     # ---- norms --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._dtypes import KERNELS
+from .._layout import dense_rows
+
+DTYPE_IDS = {dtype: i for i, dtype in enumerate(KERNELS)}  # their places in ZB_DTYPES (csrc/zeroblock.h)
+
 
 class Rows(NamedTuple):
     """rows + table of a shift, scale or gate; without both there is none. The number of dimensions says what rows are:
@@ -90,3 +95,41 @@ class ResidualNormGrads(NamedTuple):
     shift_table: Tensor | None = None
     scale: Tensor | None = None
     scale_table: Tensor | None = None
+
+
+# ---- as the native kernels take them --------------------------------------------------------------------------------
+
+
+def native_rows(a: Rows) -> tuple[Tensor | None, Tensor | None]:
+    return dense_rows(a.rows), a.table
+
+
+def native_branch(
+    branch: Branch | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, bool, Tensor | None]:
+    """branch, gate, table, tanh, rms, weight"""
+    if branch is None:
+        return None, None, None, False, False, None
+    return branch.branch.contiguous(), *native_rows(branch.gate), branch.tanh, branch.rms, branch.weight
+
+
+def native_norm(norm: Norm | None) -> tuple[Tensor | None, ...]:
+    """weight, bias, shift, its table, scale, its table"""
+    if norm is None:
+        return (None,) * 6
+    return norm.weight, norm.bias, *native_rows(norm.shift), *native_rows(norm.scale)
+
+
+def row_dtypes(branch: Branch | None, norm: Norm | None) -> list[torch.dtype]:
+    rows = [branch.branch, branch.gate.rows] if branch is not None else []
+    rows += [norm.shift.rows, norm.scale.rows] if norm is not None else []
+    return [t.dtype for t in rows if t is not None]
+
+
+def takes(*dtypes: torch.dtype) -> bool:
+    """Whether the native kernels have all of these."""
+    return DTYPE_IDS.keys() >= set(dtypes)
+
+
+def needed_bits(needed: Needed) -> int:
+    return sum(1 << i for i, n in enumerate(needed) if n)

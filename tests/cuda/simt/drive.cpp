@@ -4,7 +4,7 @@
 //
 // drive [seed [op [bug]]]: op is one of those in main, or "all"; bug the number of a mistake that a test has planted
 // into a kernel beside the right code.
-#include "calls.h"
+#include "norm_calls.h"
 
 int planted_bug = 0;
 
@@ -64,6 +64,45 @@ void drive_gate_residuals(DType dtype) {
   drive_gate_residual(dtype, GateKind::kScalar, 1, 1, 37);
 }
 
+void drive_channel_norms(DType dtype) {
+  const int64_t pack = dtype == DType::kF32 ? 4 : 8;
+  for (bool last : {false, true}) {
+    drive_channel_norm(dtype, last, {}, 2, 24, 10 * pack);                           // several tiles
+    drive_channel_norm(dtype, last, {true, false, false, true}, 1, 261, 35);         // one element at a time
+    drive_channel_norm(dtype, last, {false, false, false}, 1, 66 * pack, 2 * pack);  // several warps of a pixel
+  }
+  drive_channel_norm(dtype, true, {true, false, false}, 1, pack, 600);  // several blocks that add up
+}
+
+void drive_residual_norms(DType dtype) {
+  constexpr RowKind none = RowKind::kNone, one = RowKind::kOne, token = RowKind::kToken, chosen = RowKind::kIndexed;
+  constexpr RowKind sample = RowKind::kSample;
+  drive_residual_norm(dtype, {sample, sample, sample, true, true, true, true}, 2, 19, 48);  // teams share a block
+  drive_residual_norm(dtype, {token, token, token, true, true, true, true, true}, 1, 5, 40);
+  drive_residual_norm(dtype, {one, one, one, true, false, false, false, false, true, true, true}, 2, 5, 37);
+  NormOptions indexed{chosen, chosen, chosen, true, true, true};
+  indexed.K = 5, indexed.tail = 16;
+  drive_residual_norm(dtype, indexed, 2, 37, 24);  // several chunks, the last one shorter
+  // Two warps share a row, and the sums are not in shared memory; without sums, a block of one row.
+  NormOptions large{sample, sample, sample, false, false, true};
+  drive_residual_norm(dtype, large, 1, 34, 520);
+  large.shared = 0;
+  drive_residual_norm(dtype, large, 1, 34, 520);
+  indexed.shared = 0, indexed.affine = false;
+  drive_residual_norm(dtype, indexed, 1, 37, 24);
+  drive_residual_norm(dtype, {token, token, token, false, false, true}, 1, 2, 2064);
+  NormOptions mixed{sample, token, one};
+  mixed.wide = true, mixed.mixed = true;
+  drive_residual_norm(dtype, mixed, 1, 3, 44);
+  drive_residual_norm(dtype, mixed, 1, 3, 37);
+  NormOptions branch{none};
+  branch.norm = false;
+  drive_residual_norm(dtype, branch, 1, 3, 40);
+  NormOptions norm{none, none, none, true, true};
+  norm.branch = false;
+  drive_residual_norm(dtype, norm, 1, 3, 40);
+}
+
 void drive_convolutions(DType dtype) {
   if (dtype == DType::kF32) return;  // tensor cores take half precision
   for (bool norm : {false, true}) {
@@ -81,6 +120,8 @@ void drive(const std::string& op) {
     if (wanted("group_norm_silu")) drive_group_norms(dtype);
     if (wanted("clusters")) drive_clusters(dtype);
     if (wanted("row_norm")) drive_row_norms(dtype);
+    if (wanted("channel_rms_norm_silu")) drive_channel_norms(dtype);
+    if (wanted("residual_norm_modulate")) drive_residual_norms(dtype);
     if (wanted("gate_residual")) drive_gate_residuals(dtype);
     if (wanted("conv_residual")) drive_convolutions(dtype);
   }

@@ -3,8 +3,8 @@
 Each source is compiled for each target and read back: registers, spills, static and dynamic shared memory, resident
 blocks, and how many instructions of the kinds that matter. Rows carry the hash of what was compiled (sources, compiler,
 target). With `--check N` rows of another hash are an error, and N sources are compiled anew and compared.
-Threads, dynamic shared memory and cluster are those of the launch at the shapes in `launches`; other kernels are listed
-without. sm_80 has no clusters: kernels for them are empty there and not listed.
+Threads, dynamic shared memory and cluster are those of the launch at the shapes in `launches` and norm_shapes.py; other
+kernels are listed without. sm_80 has no clusters: kernels for them are empty there and not listed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...support import HANG, ROOT
+from .norm_shapes import norm_launches
 
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 TABLE = Path(__file__).with_name("static.csv")
@@ -123,7 +124,8 @@ def is_clustered(row: dict[str, str]) -> bool:
 
 def short_name(demangled: str) -> str:
     """group_norm_silu_fwd_kernel<bf16,8,1,0> of a demangled signature."""
-    found = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", demangled.replace("(anonymous namespace)", "anonymous"))
+    text = demangled.replace("(anonymous namespace)", "anonymous").replace("zeroblock::cuda::", "")
+    found = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", text)
     assert found is not None, demangled
     values = re.sub(r"\([^()]*\)", "", found[2] or "").replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
     return f"{found[1]}<{values.replace(' ', '')}>" if values else found[1]
@@ -140,7 +142,7 @@ def table(targets=TARGETS, fresh: bool = False) -> list[dict[str, str]]:
     jobs = [(source, target) for target in targets for source in SOURCES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         rows = [row for rows in pool.map(lambda job: facts(*job, fresh), jobs) for row in rows]
-    sizes = {target: launches(target) for target in targets}
+    sizes = {target: launches(target) | norm_launches(target) for target in targets}
     for row in rows:
         size = sizes[row["target"]].get(row["kernel"])
         row["threads"], row["dynamic_shared"], row["cluster"] = (str(n) for n in size) if size else ("", "", "")
@@ -188,7 +190,6 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
     row_finish = "row_norm_bwd_samples_kernel<bf16>"
     fwd, bwd = "group_norm_silu_fwd_kernel<bf16,8,{},{}>", "group_norm_silu_bwd_kernel<bf16,8,{},{}>"
     huge, huge_nhwc = t(2, 128, 512, 512), image(2, 128, 512, 512)
-
     totals = ["group_norm_silu_bwd_totals_kernel"]
 
     def norms(kernel: str, last: str, between: Sequence[str] = ()) -> list[str]:

@@ -4,7 +4,7 @@
 // the functions below in place of ThreadSanitizer. An access to a buffer of calls.h is counted; the rest is the
 // emulator's. Prints "case launch buffer role bytes read read-once written written-once products" for each buffer that
 // a launch touched: bytes asked for, and distinct ones; products are the launch's FLOPs on tensor cores.
-#include "calls.h"
+#include "norm_calls.h"
 
 namespace {
 
@@ -138,6 +138,10 @@ int main() {
   group_norm("group_norm_silu-1280x8-bf16-nchw", kHalf, false, 1280, 8);
   group_norm("group_norm_silu-1280x8-bf16-nhwc", kHalf, true, 1280, 8);
   group_norm("group_norm_silu-640x16-fp32-nchw", DType::kF32, false, 640, 16);
+  const ChannelOptions weight{true, false, false};
+  run("channel_rms_norm_silu-96x64-bf16-nchw", [=] { drive_channel_norm(kHalf, false, weight, 1, 96, 4096); });
+  run("channel_rms_norm_silu-96x64-bf16-nhwc", [=] { drive_channel_norm(kHalf, true, weight, 1, 96, 4096); });
+  run("channel_rms_norm_silu-384x32-fp32-nchw", [=] { drive_channel_norm(DType::kF32, false, weight, 1, 384, 1024); });
   for (const bool wide : {false, true}) {
     run(wide ? "layer_norm_modulate-1152" : "layer_norm_modulate-384",
         [=] { drive_row_norm(kHalf, {}, 2, 256, wide ? 1152 : 384); });
@@ -146,6 +150,14 @@ int main() {
   run("layer_norm_modulate-1152-token", [] { drive_row_norm(kHalf, {false, false, false, true, true}, 2, 256, 1152); });
   run("rms_norm_modulate-1152", [] { drive_row_norm(kHalf, {false, true}, 2, 256, 1152); });
   run("gate_residual_layer_norm_modulate-1152", [] { drive_row_norm(kHalf, {true}, 2, 256, 1152); });
+  auto norm = [](RowKind kind) {
+    NormOptions o{kind, kind, kind};
+    o.wide = true, o.tail = 5 * 1152, o.K = kind == RowKind::kIndexed ? 4 : 1;
+    return o;
+  };
+  run("residual_norm_modulate-sample", [=] { drive_residual_norm(kHalf, norm(RowKind::kSample), 2, 256, 1152); });
+  run("residual_norm_modulate-token", [=] { drive_residual_norm(kHalf, norm(RowKind::kToken), 2, 256, 1152); });
+  run("residual_norm_modulate-indexed", [=] { drive_residual_norm(kHalf, norm(RowKind::kIndexed), 2, 256, 1152); });
   run("gate_residual-sample", [] { drive_gate_residual(kHalf, GateKind::kSample, 2, 256, 1152); });
   run("gate_residual-token", [] { drive_gate_residual(kHalf, GateKind::kToken, 2, 256, 1152); });
   run("gate_residual-channel", [] { drive_gate_residual(kHalf, GateKind::kChannel, 2, 256, 1152); });

@@ -134,8 +134,10 @@ GROUP_NORM_SILU = _step(EAGER.group_norm_silu, TRITON.group_norm_silu, CUDA.grou
 GROUP_NORM_SILU_BWD = _step(
     EAGER.group_norm_silu_bwd, TRITON.group_norm_silu_bwd, CUDA.group_norm_silu_bwd, device_arg=1
 )
-CHANNEL_RMS_NORM_SILU = _step(EAGER.channel_rms_norm_silu, TRITON.channel_rms_norm_silu, None)
-CHANNEL_RMS_NORM_SILU_BWD = _step(EAGER.channel_rms_norm_silu_bwd, TRITON.channel_rms_norm_silu_bwd, None, device_arg=1)
+CHANNEL_RMS_NORM_SILU = _step(EAGER.channel_rms_norm_silu, TRITON.channel_rms_norm_silu, CUDA.channel_rms_norm_silu)
+CHANNEL_RMS_NORM_SILU_BWD = _step(
+    EAGER.channel_rms_norm_silu_bwd, TRITON.channel_rms_norm_silu_bwd, CUDA.channel_rms_norm_silu_bwd, device_arg=1
+)
 LAYER_NORM_MODULATE = _step(EAGER.layer_norm_modulate, TRITON.layer_norm_modulate, CUDA.layer_norm_modulate)
 LAYER_NORM_MODULATE_BWD = _step(
     EAGER.layer_norm_modulate_bwd,
@@ -178,7 +180,7 @@ def _rows_backward(backend: Backend) -> Callable[..., ResidualNormGrads]:
     return residual_norm_modulate_bwd
 
 
-RESIDUAL_NORM_MODULATE = _step(EAGER.residual_norm_modulate, TRITON.residual_norm_modulate, None)
-RESIDUAL_NORM_MODULATE_BWD = _step(_rows_backward(EAGER), _rows_backward(TRITON), None)
+RESIDUAL_NORM_MODULATE = _step(EAGER.residual_norm_modulate, TRITON.residual_norm_modulate, CUDA.residual_norm_modulate)
+RESIDUAL_NORM_MODULATE_BWD = _step(_rows_backward(EAGER), _rows_backward(TRITON), _rows_backward(CUDA))
 ACTIVATION = _step(EAGER.activation, TRITON.activation, None)
 ACTIVATION_BWD = _step(EAGER.activation_bwd, TRITON.activation_bwd, None, device_arg=1)
