@@ -15,17 +15,18 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_fwd_kernel(Resid
   const RowTeam team(teams);
   const int64_t row = int64_t(blockIdx.x) * teams.per_block + team.index;
   const bool valid = row < p.B * p.T;
-  const int64_t D = valid ? p.D : 0, b = valid ? row / p.T : 0, t = valid ? row - b * p.T : 0;
+  const int D = valid ? static_cast<int>(p.D) : 0;
+  const int64_t b = valid ? row / p.T : 0, t = valid ? row - b * p.T : 0;
   const int64_t chosen = valid ? chosen_row(p, b, t) : 0, at = row * p.D;
   Pack<Kept<T>, V> xs[kKept / V];
-  each_pack<V>(team, D, [&](int i, int64_t d) { xs[i] = load_tensor<T, V>(p.residual, p.residual_dtype, at + d); });
+  each_pack<V>(team, D, [&](int i, int d) { xs[i] = load_tensor<T, V>(p.residual, p.residual_dtype, at + d); });
   if (p.branch) {
     Pack<Kept<T>, V> hs[kKept / V];
-    each_pack<V>(team, D, [&](int i, int64_t d) { hs[i] = load_tensor<T, V>(p.branch, p.branch_dtype, at + d); });
+    each_pack<V>(team, D, [&](int i, int d) { hs[i] = load_tensor<T, V>(p.branch, p.branch_dtype, at + d); });
     float h_rstd = 1.0f;
     if (p.branch_rms) {
       float squares = 0;
-      each_pack<V>(team, D, [&](int i, int64_t) {
+      each_pack<V>(team, D, [&](int i, int) {
 #pragma unroll
         for (int k = 0; k < V; k++) squares += hs[i][k] * hs[i][k];
       });
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_fwd_kernel(Resid
       if (valid && team.lane == 0) p.branch_rstd[row] = h_rstd;
     }
     const int64_t gate_row = row_begin(p.gate, b, t, chosen);
-    each_pack<V>(team, D, [&](int i, int64_t d) {
+    each_pack<V>(team, D, [&](int i, int d) {
       float added[V], gate[V];
 #pragma unroll
       for (int k = 0; k < V; k++) added[k] = hs[i][k] * h_rstd;
@@ -54,13 +55,13 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_fwd_kernel(Resid
   if (!p.norm) return;
   float sum = 0, moments[2] = {};
   if (!p.rms) {
-    each_pack<V>(team, D, [&](int i, int64_t) {
+    each_pack<V>(team, D, [&](int i, int) {
 #pragma unroll
       for (int k = 0; k < V; k++) sum += xs[i][k];
     });
   }
   const float first = p.rms ? 0.0f : team.sum(sum, part + 1) / p.D;
-  each_pack<V>(team, D, [&](int i, int64_t) {
+  each_pack<V>(team, D, [&](int i, int) {
 #pragma unroll
     for (int k = 0; k < V; k++) {
       const float centred = xs[i][k] - first;
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_fwd_kernel(Resid
     p.rstd[row] = rstd;
   }
   const int64_t scale_row = row_begin(p.scale, b, t, chosen), shift_row = row_begin(p.shift, b, t, chosen);
-  each_pack<V>(team, D, [&](int i, int64_t d) {
+  each_pack<V>(team, D, [&](int i, int d) {
     float out[V], operand[V];
 #pragma unroll
     for (int k = 0; k < V; k++) out[k] = (xs[i][k] - mean) * rstd;

@@ -37,13 +37,12 @@ template <int V>
 struct TeamSums {
   const Work& w;
   const RowTeam& team;
-  int64_t D;
+  int D;
   float *slots, *now;  // of the sample; the sums while they are made
   __device__ float* slot(int64_t number) const { return slots + number * w.sums * D; }
   __device__ void clear() const {
     const float zeros[V] = {};
-    for (int q = 0; q < w.sums; q++)
-      each_pack<V>(team, D, [&](int, int64_t d) { store_as<float>(now, q * D + d, zeros); });
+    for (int q = 0; q < w.sums; q++) each_pack<V>(team, D, [&](int, int d) { store_as<float>(now, q * D + d, zeros); });
   }
   __device__ void begin(int64_t number) {
     if (!w.in_shared) now = slot(number);
@@ -52,14 +51,14 @@ struct TeamSums {
   __device__ void end(int64_t number) const {
     if (!w.in_shared) return;
     for (int q = 0; q < w.sums; q++) {
-      each_pack<V>(team, D, [&](int, int64_t d) {
+      each_pack<V>(team, D, [&](int, int d) {
         float v[V];
         load_as<float>(now, q * D + d, v);
         store_as<float>(slot(number), q * D + d, v);
       });
     }
   }
-  __device__ __forceinline__ void add(Sum which, int64_t d, const float (&v)[V]) const {
+  __device__ __forceinline__ void add(Sum which, int d, const float (&v)[V]) const {
     if (w.sum[which] < 0) return;
     float sum[V];
     load_as<float>(now, w.sum[which] * D + d, sum);
@@ -76,13 +75,13 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
   const RowTeam team(w.teams);
   const int64_t b = blockIdx.x / w.chunks, chunk = blockIdx.x % w.chunks;
   const int64_t number = chunk * w.teams.per_block + team.index, begin = number * w.rows;
-  TeamSums<V> sums{w, team, p.D, p.workspace + b * w.slots * w.sums * p.D,
+  TeamSums<V> sums{w, team, static_cast<int>(p.D), p.workspace + b * w.slots * w.sums * p.D,
                    columns + int64_t(team.index) * w.sums * p.D};
   int64_t current = -1;  // the indexed row whose tokens are being summed
   if (p.index == nullptr) sums.begin(number);
   for (int64_t step = 0; step < w.rows; step++) {
     const bool valid = begin + step < p.T;
-    const int64_t D = valid ? p.D : 0;
+    const int D = valid ? sums.D : 0;
     const int64_t t = !valid ? 0 : p.index ? p.order[b * p.T + begin + step] : begin + step;
     const int64_t chosen = valid ? chosen_row(p, b, t) : 0, row = b * p.T + t, at = row * p.D;
     if (p.index && valid && chosen != current) {
@@ -91,17 +90,24 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
       current = chosen;
     }
     Pack<Kept<T>, V> xs[kKept / V];
-    float ds[kKept / V][V];  // g, then d, then v
+    float ds[kKept / V][V];  // dy, then g, d, v
     if (p.norm) {
       const float mean = valid && p.mean ? p.mean[row] : 0.0f, rstd = valid ? p.rstd[row] : 0.0f;
       const int64_t scale_row = row_begin(p.scale, b, t, chosen);
       float g_sums[2] = {};
-      each_pack<V>(team, D, [&](int i, int64_t d) {
+      auto load = [&](int i, int d) {
         xs[i] = load_tensor<T, V>(p.x, p.x_dtype, at + d);
-        const Pack<Kept<T>, V> dys = load_tensor<T, V>(p.dy, p.y_dtype, at + d);
+        const Pack<Kept<T>, V> dy = load_tensor<T, V>(p.dy, p.y_dtype, at + d);
+#pragma unroll
+        for (int k = 0; k < V; k++) ds[i][k] = dy[k];
+      };
+      // All packs at once, for below stores stand between them; of single numbers there are too many.
+      if (V > 1) each_pack<V>(team, D, load);
+      each_pack<V>(team, D, [&](int i, int d) {
+        if (V == 1) load(i, d);
         float dy[V], u[V], out[V];
 #pragma unroll
-        for (int k = 0; k < V; k++) dy[k] = u[k] = dys[k];
+        for (int k = 0; k < V; k++) dy[k] = u[k] = ds[i][k];
         if (p.shift.kind == RowKind::kToken && p.shift.drows.ptr) store_any<T>(p.shift.drows, at + d, dy);
         sums.add(kDy, d, dy);
         load_row<T>(p.scale, scale_row, d, out);
@@ -134,17 +140,17 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
       });
       team.sum(g_sums, part[step & 1]);
       const float g_mean = p.rms ? 0.0f : g_sums[0] / p.D, gx_mean = g_sums[1] / p.D;
-      each_pack<V>(team, D, [&](int i, int64_t) {
+      each_pack<V>(team, D, [&](int i, int) {
 #pragma unroll
         for (int k = 0; k < V; k++) ds[i][k] = rstd * (ds[i][k] - g_mean - (xs[i][k] - mean) * rstd * gx_mean);
       });
     } else {
-      each_pack<V>(team, D, [&](int i, int64_t) {
+      each_pack<V>(team, D, [&](int i, int) {
 #pragma unroll
         for (int k = 0; k < V; k++) ds[i][k] = 0.0f;
       });
     }
-    each_pack<V>(team, D, [&](int i, int64_t d) {
+    each_pack<V>(team, D, [&](int i, int d) {
       if (p.dx_new) {
         const Pack<Kept<T>, V> direct = load_tensor<T, V>(p.dx_new, p.x_dtype, at + d);
 #pragma unroll
@@ -158,7 +164,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
     const int64_t gate_row = row_begin(p.gate, b, t, chosen);
     const bool gate_of_token = p.gate.kind == RowKind::kToken;
     float projection = 0;
-    each_pack<V>(team, D, [&](int i, int64_t d) {
+    each_pack<V>(team, D, [&](int i, int d) {
       xs[i] = load_tensor<T, V>(p.branch, p.branch_dtype, at + d);
       float hhat[V], gate[V], out[V];
 #pragma unroll
@@ -199,7 +205,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
     });
     if (!p.branch_rms) continue;
     const float mean = team.sum(projection, part[step & 1] + 2) / p.D;
-    each_pack<V>(team, D, [&](int i, int64_t d) {
+    each_pack<V>(team, D, [&](int i, int d) {
 #pragma unroll
       for (int k = 0; k < V; k++) ds[i][k] = h_rstd * (ds[i][k] - xs[i][k] * h_rstd * mean);
       if (p.dbranch) store_tensor<T>(p.dbranch, p.branch_dtype, at + d, ds[i]);

@@ -52,10 +52,10 @@ struct RowTeam {
 
 // f(i, d): the columns d .. d + V of the team's i-th pack of this thread.
 template <int V, class F>
-__device__ __forceinline__ void each_pack(const RowTeam& team, int64_t D, F f) {
+__device__ __forceinline__ void each_pack(const RowTeam& team, int D, F f) {
 #pragma unroll
   for (int i = 0; i < kKept / V; i++) {
-    const int64_t d = int64_t(team.lane + i * team.step) * V;
+    const int d = (team.lane + i * team.step) * V;
     if (d < D) f(i, d);
   }
 }
