@@ -65,6 +65,16 @@ def operand_rows(p, row, b, t, stride_b, stride_t, d, mask, KIND: tl.constexpr):
 
 
 @triton.jit
+def cached_row(p, d, D, steps):
+    """[1, BLOCK_D] fp32 of a dense [D], read again by every one of `steps` tiles, from cache: without the condition,
+    always true, the loop's pipeline would take it for one of the streams and copy it to shared memory."""
+    row = tl.zeros([1, d.shape[0]], tl.float32)
+    if steps > 0:
+        row = tl.load(p + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    return row
+
+
+@triton.jit
 def token_rows(b, block, T, d, D, ROWS: tl.constexpr):
     """(t, mask, offsets) of row block `block` (int64) of sample b of a dense [B, T, D], columns d."""
     t = block * ROWS + tl.arange(0, ROWS)

@@ -39,6 +39,7 @@ from .layer_norm_modulate import (
     BACKWARD_PER_THREAD,
     FORWARD_PER_THREAD,
     MAX_TUNED_D,
+    backward_stages,
     backward_steps,
     forward_steps,
     kind_of,
@@ -173,6 +174,7 @@ def _backward(
     BLOCK_D: tl.constexpr,
     GATE: tl.constexpr,
     SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -180,19 +182,19 @@ def _backward(
     LONG: tl.constexpr = BLOCK_D > 4096  # MAX_TUNED_D
     kept_gate = sample_row(gate, b, gate_b, d, D, 0 if LONG else GATE)
     kept_scale = sample_row(scale, b, scale_b, d, D, 0 if LONG else SCALE)
-    sum_dgate = tl.zeros([BLOCK_D], tl.float32)
-    sum_dshift = tl.zeros([BLOCK_D], tl.float32)
-    sum_dscale = tl.zeros([BLOCK_D], tl.float32)
-    for step in range(steps):
+    sum_dgate = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_dshift = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_dscale = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
         t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         xhat, row_rstd = saved_xhat(x_new, mean, rstd, b, t, T, at, mask, False)
         if part_dshift is not None:
-            sum_dshift += tl.sum(g, 0)
+            sum_dshift += g
         if SCALE == 2:
             tl.store(dscale + at, g * xhat, mask=mask)
         else:
-            sum_dscale += tl.sum(g * xhat, 0)
+            sum_dscale += g * xhat
         scale_row = sample_row(scale, b, scale_b, d, D, SCALE) if LONG else kept_scale
         g *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
         dx = row_norm_grad(g, xhat, row_rstd, D, False)
@@ -205,14 +207,14 @@ def _backward(
         if GATE == 2:
             tl.store(dgate + at, product, mask=mask)
         else:
-            sum_dgate += tl.sum(product, 0)
+            sum_dgate += product
     at = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
     if part_dgate is not None:
-        tl.store(part_dgate + at, sum_dgate, mask=d < D)
+        tl.store(part_dgate + at, tl.sum(sum_dgate, 0), mask=d < D)
     if part_dshift is not None:
-        tl.store(part_dshift + at, sum_dshift, mask=d < D)
+        tl.store(part_dshift + at, tl.sum(sum_dshift, 0), mask=d < D)
     if part_dscale is not None:
-        tl.store(part_dscale + at, sum_dscale, mask=d < D)
+        tl.store(part_dscale + at, tl.sum(sum_dscale, 0), mask=d < D)
 
 
 def backward(
@@ -248,6 +250,11 @@ def backward(
 
     (dgate, part_dgate), (dscale, part_dscale) = results(gate), results(scale)
     part_dshift = None if kind_of(shift) == PER_TOKEN else results(shift)[1]
+    streamed = [dy, x_new, branch, *(v for v in (gate, scale) if kind_of(v) == PER_TOKEN)]
+    if dx_new is not None:
+        streamed.append(dx_new)
+    # Of fp32 one tile is in flight as it is, and nothing is left to keep another's addresses in.
+    stages = 1 if branch.dtype == torch.float32 else backward_stages(rows, block, *streamed)
     gate_b, gate_t = strides(gate)
     scale_b, scale_t = strides(scale)
     launch(
@@ -280,6 +287,7 @@ def backward(
         BLOCK_D=block,
         GATE=kind_of(gate),
         SCALE=kind_of(scale),
+        STAGES=stages,
     )
     dgate = sum_partials(part_dgate, gate.dtype) if part_dgate is not None else dgate
     dscale = sum_partials(part_dscale, scale.dtype) if part_dscale is not None else dscale

@@ -39,6 +39,7 @@ from ._rows import (
     PER_SAMPLE,
     PER_TOKEN,
     PROGRAMS,
+    cached_row,
     cdiv,
     operand_rows,
     power_of_2,
@@ -63,6 +64,8 @@ LEAST_ROWS = 8
 # Programs of backward, and tiles of a program at most, in forward and backward: few enough programs that what each
 # reads once is little, enough to fill a GPU. (guess)
 BACKWARD_PROGRAMS, FORWARD_STEPS, BACKWARD_STEPS = 512, 16, 64
+# Shared memory that the tiles may take which backward loads ahead: any GPU has it.
+BUFFER_BYTES = 65536
 FINISH_WARPS = 8  # for three sums side by side (registers: python -m tests.triton.static)
 
 
@@ -91,6 +94,14 @@ def forward_steps(B: int, T: int, rows: int) -> int:
 def backward_steps(B: int, T: int, rows: int) -> int:
     wanted = max(LEAST_ROWS, B * T // BACKWARD_PROGRAMS)
     return max(1, min(BACKWARD_STEPS, wanted // rows, cdiv(T, rows)))
+
+
+def backward_stages(rows: int, block: int, *streamed: Tensor) -> int:
+    """Tiles that a program of backward holds or waits for: those behind the one it works on are on their way into
+    shared memory. Rows of more than MAX_TUNED_D leave it no registers, and are enough for a GPU by themselves."""
+    sizes = [v.element_size() for v in streamed]
+    ahead = 1 if max(sizes) == 4 else 2 if block <= 2048 else 3
+    return 1 if block > MAX_TUNED_D else 1 + min(ahead, BUFFER_BYTES // (rows * block * sum(sizes)))
 
 
 def kind_of(v: Tensor | None) -> int:
@@ -178,44 +189,44 @@ def forward(
 @triton.jit
 def _backward(
     dy, x, mean, rstd, scale, weight, bias, dx, dscale, part_dy, part_uxhat, part_u, T, D, steps, scale_b, scale_t,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr, RMS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr, RMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
-    sum_dy = tl.zeros([BLOCK_D], tl.float32)
-    sum_uxhat = tl.zeros([BLOCK_D], tl.float32)
-    sum_u = tl.zeros([BLOCK_D], tl.float32)
-    for step in range(steps):
+    sum_dy = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_uxhat = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_u = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
         t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         xhat, row_rstd = saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS)
         u = g
         if part_dy is not None:
-            sum_dy += tl.sum(g, 0)
+            sum_dy += g
         g *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
         if SCALE == 2:
             a = xhat
             if weight is not None:
-                a *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+                a *= cached_row(weight, d, D, steps)
             if bias is not None:
-                a += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+                a += cached_row(bias, d, D, steps)
             tl.store(dscale + at, u * a, mask=mask)
             u = g
         if part_uxhat is not None:
-            sum_uxhat += tl.sum(u * xhat, 0)
+            sum_uxhat += u * xhat
         if part_u is not None:
-            sum_u += tl.sum(u, 0)
+            sum_u += u
         if weight is not None:
-            g *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            g *= cached_row(weight, d, D, steps)
         tl.store(dx + at, row_norm_grad(g, xhat, row_rstd, D, RMS), mask=mask)
     at = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
     if part_dy is not None:
-        tl.store(part_dy + at, sum_dy, mask=d < D)
+        tl.store(part_dy + at, tl.sum(sum_dy, 0), mask=d < D)
     if part_uxhat is not None:
-        tl.store(part_uxhat + at, sum_uxhat, mask=d < D)
+        tl.store(part_uxhat + at, tl.sum(sum_uxhat, 0), mask=d < D)
     if part_u is not None:
-        tl.store(part_u + at, sum_u, mask=d < D)
+        tl.store(part_u + at, tl.sum(sum_u, 0), mask=d < D)
 
 
 @triton.jit
@@ -293,6 +304,7 @@ def backward(
     part_dy = partial(dshift is not None or (bias is not None and not per_token))
     part_uxhat = partial(weight is not None or kind == PER_SAMPLE)
     part_u = partial(bias is not None and per_token)
+    streamed = (dy, x, scale) if per_token else (dy, x)
     launch(
         _backward,
         (programs, B),
@@ -318,6 +330,7 @@ def backward(
         BLOCK_D=block,
         SCALE=kind,
         RMS=rms,
+        STAGES=backward_stages(rows, block, *streamed),
     )
     if part_dy is None and part_uxhat is None and part_u is None:
         return dx, dshift, dscale, None, None
