@@ -53,8 +53,8 @@ from ._modulation import (
     rows_of_a_sample,
     strides,
 )
+from ._row_tiles import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, backward_stages, tile
 from ._rows import PER_SAMPLE, PER_TOKEN, cached_row, cdiv, row_norm_grad, token_rows
-from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, backward_stages, tile
 from .residual_norm_modulate import COMPILED, case_name, example
 from .residual_norm_modulate_sums import Grads, Want, Wants, finish, in_order, needed_sums
 

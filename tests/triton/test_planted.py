@@ -66,9 +66,9 @@ def test_shipped_kernels_pass():
         pytest.param("tl.load(x + at, mask=mask, other=0.0)", "tl.load(x + at)", id="missing mask"),
         pytest.param("tl.load(x + at, mask=mask, other=0.0)", "tl.load(x + at, mask=mask)", id="missing other"),
         pytest.param("b, shift_b, d, D, SHIFT)", "b, D, d, D, SHIFT)", id="wrong stride"),
-        pytest.param("            value *= tl.load(weight", "            _ = tl.load(weight", id="dropped gamma"),
+        pytest.param("value *= tl.load(weight", "_ = tl.load(weight", id="dropped gamma"),
         pytest.param("at = (b * tl.num_programs(0) + tl.program_id(0)) * D", "at = b * D", id="race"),
-        pytest.param("sum_dy += tl.sum(g, 0)", "sum_dy = tl.sum(g, 0)", id="dropped partial sum"),
+        pytest.param("sum_dy += g", "sum_dy = g", id="dropped partial sum"),
     ],
 )
 def test_planted_bug_is_caught(old, new, tmp_path):

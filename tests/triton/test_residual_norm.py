@@ -146,7 +146,12 @@ MISTAKES = {
         "v = row_norm_grad(v, 0 * h,",
         "all",
     ),
-    "dropped branch weight in backward": ("backward", "v *= vector(branch_weight", "_ = vector(branch_weight", "all"),
+    "dropped branch weight in backward": (
+        "backward",
+        "v *= cached_row(branch_weight",
+        "_ = cached_row(branch_weight",
+        "all",
+    ),
     "gate of the wrong sample": (
         "backward",
         "shared_row(gate, gate_table, b,",

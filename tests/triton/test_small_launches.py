@@ -15,10 +15,10 @@ interpret.install()
 from zeroblock.kernels import (  # noqa: E402
     _group_tiles,
     _launch,
+    _row_tiles,
     channel_rms_norm_silu,
     gate_residual,
     group_norm_silu,
-    layer_norm_modulate,
 )
 from zeroblock.plan import planned as _plan  # noqa: E402
 from zeroblock.testing import use_backend  # noqa: E402
@@ -28,7 +28,7 @@ from zeroblock.testing.parity import assert_parity  # noqa: E402
 from ..plan.gpu_cases import planned_on_the_cpu, prefer  # noqa: E402
 
 SMALL = {
-    layer_norm_modulate: {"PROGRAMS": 1, "FORWARD_STEPS": 4, "BACKWARD_PROGRAMS": 1, "BACKWARD_STEPS": 5},
+    _row_tiles: {"PROGRAMS": 1, "FORWARD_STEPS": 4, "BACKWARD_PROGRAMS": 1, "BACKWARD_STEPS": 5},
     gate_residual: {"PROGRAMS": 1, "STEPS": 4, "ELEMENTS": 1024},
     channel_rms_norm_silu: {"PROGRAMS": 1, "TILE": 64, "STEPS": 4, "LEAST_PIXELS": 8},
     _group_tiles: {"PROGRAMS": 1, "FLAT": 16, "FLAT_STEPS": 2},
