@@ -58,6 +58,7 @@ TOKENS = (
     Case("gate_residual", "steps-btd", {"size": tuple(SIZE.values()), "gate": "btd"}),
     *(Case("gate_residual_layer_norm_modulate", f"steps-{gate}", {**SIZE, "gate": gate}) for gate in ("bd", "btd")),
 )
+PARTED = {"B": 2, "T": 11, "D": 700}  # 512 columns and 188 of 256, two rows a tile
 
 
 @pytest.mark.parametrize("case", TOKENS, ids=str)
@@ -67,6 +68,22 @@ def test_programs_take_several_steps(case):
     found = steps_of(launches)
     assert found["_backward"][0] > 1 and found["_backward"][1] > 1
     assert case.op == "gate_residual" or found["_forward"] == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case("layer_norm_modulate", "parts", {**PARTED, "affine": "both"}),
+        Case("rms_norm_modulate", "parts", {**PARTED, "kind": "btd", "affine": "weight"}),
+        Case("gate_residual_layer_norm_modulate", "parts", {**PARTED, "gate": "bd"}),
+    ),
+    ids=str,
+)
+def test_rows_in_two_parts(case):
+    with use_backend("triton"), _launch.recording() as launches:
+        assert_parity(case, torch.float32)
+    forward = next(launch for launch in launches if launch.kernel.__name__ == "_forward")
+    assert [forward.arguments[name] for name in ("ROWS", "BLOCK_D", "TAIL", "steps")] == [2, 512, 256, 4]
 
 
 @pytest.mark.parametrize("layout", ("dense", "nhwc"))
