@@ -22,8 +22,7 @@ struct Ring {
 };
 
 // Whether a thread keeps its sums in shared memory: for so many there are no registers.
-template <int V, bool kGate>
-constexpr bool kOnChip = kGate || V == 8;
+__host__ __device__ constexpr bool sums_in_shared(int V, bool gate) { return gate || V == 8; }
 
 // The workspace: partial sums [B, chunks, Q, D], then totals P, X [B, 2, D].
 __host__ __device__ inline int quantities(const RowNorm& p) { return p.branch ? 3 : 2; }
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd, 1) row_norm_bwd_kernel(
   const int cached = team.step * V;  // columns of a team; those of longer rows are read twice and summed in `partial`
   const int64_t first = (b * p.T + begin) * p.D;
   const void* streams[4] = {p.x, p.dy, p.branch, p.dx_new};
-  constexpr bool kShared = kOnChip<V, kGate>;
+  constexpr bool kShared = sums_in_shared(V, kGate);
   float sums[Q][kShared ? 1 : V] = {};
   Pack<float, H>* shared =
       reinterpret_cast<Pack<float, H>*>(columns + (teams.per_block > 1 ? Q * p.D : 0)) + threadIdx.x;
@@ -237,28 +236,37 @@ __global__ void __launch_bounds__(kFinishThreads) row_norm_bwd_params_kernel(Row
   store_grad<T>(p.dbias, d, dbias);
 }
 
+// Dynamic shared memory of a thread: its sums and its part of the ring.
+size_t thread_bytes(const RowNorm& p, int V) {
+  const size_t sums = sums_in_shared(V, p.branch) ? quantities(p) * V * sizeof(float) : 0;
+  return sums + (V == 1 ? 0 : p.branch ? Ring<true>::kBytes : Ring<false>::kBytes);
+}
+
+// As many warps as have what they need in shared memory.
+Teams teams_of(const RowNorm& p, int V) {
+  const size_t bytes = 32 * thread_bytes(p, V), fit = bytes ? (shared_limit() - 1024) / bytes : kMaxTeamWarpsBwd;
+  return row_norm_teams(p, kPacks, V, fit < kMaxTeamWarpsBwd ? static_cast<int>(fit) : kMaxTeamWarpsBwd);
+}
+
 }  // namespace
 
 int64_t row_norm_bwd_workspace(const RowNorm& p) {
-  const Teams wide = row_norm_teams(p, kPacks, pack_size(p.dtype), kMaxTeamWarpsBwd);
-  const Teams narrow = row_norm_teams(p, kPacks, 1, kMaxTeamWarpsBwd);
+  const Teams wide = teams_of(p, pack_size(p.dtype));
+  const Teams narrow = teams_of(p, 1);
   const int64_t chunks = wide.chunks > narrow.chunks ? wide.chunks : narrow.chunks;
   return p.B * (chunks * quantities(p) + 2) * p.D;
 }
 
 int row_norm_bwd(const RowNorm& p, void* stream) {
   if (p.D == 0) return 0;
-  const Teams teams = row_norm_teams(p, kPacks, row_norm_vector(p), kMaxTeamWarpsBwd);
+  const Teams teams = teams_of(p, row_norm_vector(p));
   const dim3 grid(static_cast<unsigned>(p.B * teams.chunks));
   const size_t columns = teams.per_block > 1 ? size_t(quantities(p)) * p.D * sizeof(float) : 0;
-  const bool on_chip = p.branch ? kOnChip<1, true> : teams.V == 8 && kOnChip<8, false>;
-  const size_t sums = on_chip ? size_t(quantities(p)) * teams.V * teams.threads * sizeof(float) : 0;
-  const size_t ring = teams.V == 1 ? 0 : teams.threads * (p.branch ? Ring<true>::kBytes : Ring<false>::kBytes);
   int status = 0;
   if (p.B * p.T > 0) {
     status = with_row_norm_shape(p, teams.V, [&](auto element, auto V, auto gate) {
       return launch(row_norm_bwd_kernel<decltype(element), decltype(V)::value, decltype(gate)::value>, grid,
-                    teams.threads, columns + sums + ring, stream, p, teams);
+                    teams.threads, columns + teams.threads * thread_bytes(p, teams.V), stream, p, teams);
     });
   }
   const bool params = p.dweight.ptr || p.dbias.ptr;
