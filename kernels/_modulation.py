@@ -112,3 +112,15 @@ def activated(gate, TANH: tl.constexpr):
         return libdevice.tanh(gate)
     else:
         return gate
+
+
+@triton.jit
+def cached_shared_row(p, table, b, stride_b, d, D, steps, KIND: tl.constexpr):
+    """shared_row, read again by every one of `steps` tiles: see cached_row."""
+    if KIND == 1 or table is not None:
+        row = tl.zeros([1, d.shape[0]], tl.float32)
+        if steps > 0:
+            row += shared_row(p, table, b, stride_b, d, D, KIND)
+        return row
+    else:
+        return 0.0

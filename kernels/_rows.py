@@ -78,31 +78,6 @@ def defined_variance(v):
 
 
 @triton.jit
-def row_statistics(x, mask, D, eps, RMS: tl.constexpr, EXACT: tl.constexpr):
-    """(mean, rstd, xhat) of the rows of x [ROWS, BLOCK_D], 0 where masked: mean first, then the centred squares.
-
-    EXACT: x is of 16 bits, so that equal numbers are summed without rounding and their mean is that number. In fp32 the
-    centred values have a mean of their own, by which both are corrected.
-    """
-    if RMS:
-        mean = tl.zeros([x.shape[0]], tl.float32)
-        centred = x
-        variance = tl.sum(x * x, 1) / D
-    else:
-        mean = tl.div_rn(tl.sum(x, 1), D * 1.0)
-        centred = tl.where(mask, x - mean[:, None], 0.0)
-        variance = tl.sum(centred * centred, 1) / D
-        if not EXACT:
-            missed = tl.sum(centred, 1) / D
-            mean += missed
-            variance -= missed * missed
-            centred = tl.where(mask, x - mean[:, None], 0.0)
-        variance = defined_variance(variance)
-    rstd = tl.rsqrt(variance + eps)
-    return mean, rstd, centred * rstd[:, None]
-
-
-@triton.jit
 def saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS: tl.constexpr):
     """(xhat, rstd) of the rows t of sample b by the statistics that forward saved; 0 where masked."""
     xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -119,3 +94,80 @@ def row_norm_grad(g, xhat, rstd, D, RMS: tl.constexpr):
     if not RMS:
         g -= (tl.sum(g, 1) / D)[:, None]  # first: of one element nothing is left
     return (g - xhat * mean_gxhat) * rstd[:, None]
+
+
+@triton.jit
+def cached_row(p, d, D, steps):
+    """[1, BLOCK_D] fp32 of a dense [D], read again by every one of `steps` tiles, from cache: without the condition,
+    always true, the loop's pipeline would take it for one of the streams and copy it to shared memory."""
+    row = tl.zeros([1, d.shape[0]], tl.float32)
+    if steps > 0:
+        row = tl.load(p + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    return row
+
+
+# A row of forward lies in one or two parts, tiles of BLOCK_D and of TAIL columns, whose sum is nearer to D than a power
+# of 2 (TAIL 0: there is one). A tuple has an entry for each part.
+@triton.jit
+def part_columns(i: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    if i == 0:
+        return tl.arange(0, BLOCK_D)
+    else:
+        return BLOCK_D + tl.arange(0, TAIL)
+
+
+@triton.jit
+def in_fp32(row, TAIL: tl.constexpr):
+    if TAIL > 0:
+        return row[0].to(tl.float32), row[1].to(tl.float32)
+    else:
+        return (row[0].to(tl.float32),)
+
+
+@triton.jit
+def sum_of_parts(row, TAIL: tl.constexpr):
+    total = tl.sum(row[0], 1)
+    if TAIL > 0:
+        total += tl.sum(row[1], 1)
+    return total
+
+
+@triton.jit
+def sum_of_squares(row, TAIL: tl.constexpr):
+    total = tl.sum(row[0] * row[0], 1)
+    if TAIL > 0:
+        total += tl.sum(row[1] * row[1], 1)
+    return total
+
+
+@triton.jit
+def centred_parts(row, mean, D, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    centred = ()
+    for i in tl.static_range(2 if TAIL > 0 else 1):
+        inside = part_columns(i, BLOCK_D, TAIL) < D
+        centred = centred + (tl.where(inside[None, :], row[i] - mean[:, None], 0.0),)
+    return centred
+
+
+@triton.jit
+def row_statistics(row, D, eps, RMS: tl.constexpr, EXACT: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    """(mean, rstd, centred) of rows in parts, fp32 and 0 beyond D: mean first, then the centred squares.
+
+    EXACT: x is of 16 bits, so that equal numbers are summed without rounding and their mean is that number. In fp32 the
+    centred values have a mean of their own, by which both are corrected.
+    """
+    if RMS:
+        mean = tl.zeros([row[0].shape[0]], tl.float32)
+        centred = row
+        variance = sum_of_squares(row, TAIL) / D
+    else:
+        mean = tl.div_rn(sum_of_parts(row, TAIL), D * 1.0)
+        centred = centred_parts(row, mean, D, BLOCK_D, TAIL)
+        variance = sum_of_squares(centred, TAIL) / D
+        if not EXACT:
+            missed = sum_of_parts(centred, TAIL) / D
+            mean += missed
+            variance -= missed * missed
+            centred = centred_parts(row, mean, D, BLOCK_D, TAIL)
+        variance = defined_variance(variance)
+    return mean, tl.rsqrt(variance + eps), centred

@@ -25,27 +25,29 @@ from . import gate_residual, layer_norm_modulate
 from ._dtypes import long_name
 from ._launch import launch
 from ._reduce import sum_partials
+from ._row_tiles import (
+    BACKWARD_PER_THREAD,
+    FORWARD_PER_THREAD,
+    MAX_TUNED_D,
+    backward_stages,
+    backward_steps,
+    forward_steps,
+    forward_tile,
+    per_thread_choices,
+    tile,
+)
 from ._rows import (
     PER_TOKEN,
     cdiv,
     operand_rows,
+    part_columns,
     row_norm_grad,
     row_statistics,
     sample_row,
     saved_xhat,
     token_rows,
 )
-from .layer_norm_modulate import (
-    BACKWARD_PER_THREAD,
-    FORWARD_PER_THREAD,
-    MAX_TUNED_D,
-    backward_steps,
-    forward_steps,
-    kind_of,
-    per_thread_choices,
-    strides,
-    tile,
-)
+from .layer_norm_modulate import kind_of, strides
 
 
 @triton.jit
@@ -71,28 +73,44 @@ def _forward(
     eps,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     GATE: tl.constexpr,
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    gate_row = sample_row(gate, b, gate_b, d, D, GATE)
-    shift_row = sample_row(shift, b, shift_b, d, D, SHIFT)
-    scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
+    PARTS: tl.constexpr = 2 if TAIL > 0 else 1
+    gate_rows = ()
+    shift_rows = ()
+    scale_rows = ()
+    for i in tl.static_range(PARTS):
+        d = part_columns(i, BLOCK_D, TAIL)
+        gate_rows = gate_rows + (sample_row(gate, b, gate_b, d, D, GATE),)
+        shift_rows = shift_rows + (sample_row(shift, b, shift_b, d, D, SHIFT),)
+        scale_rows = scale_rows + (sample_row(scale, b, scale_b, d, D, SCALE),)
     for step in range(steps):
-        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
-        x = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-        x *= operand_rows(gate, gate_row, b, t, gate_b, gate_t, d, mask, GATE)
-        x += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(x_new.dtype.element_ty)
-        tl.store(x_new + at, rounded, mask=mask)
-        row_mean, row_rstd, value = row_statistics(
-            rounded.to(tl.float32), mask, D, eps, False, x_new.dtype.element_ty != tl.float32
+        block = tl.program_id(0).to(tl.int64) * steps + step
+        row = ()
+        for i in tl.static_range(PARTS):
+            d = part_columns(i, BLOCK_D, TAIL)
+            t, mask, at = token_rows(b, block, T, d, D, ROWS)
+            x = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+            x *= operand_rows(gate, gate_rows[i], b, t, gate_b, gate_t, d, mask, GATE)
+            x += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            rounded = x.to(x_new.dtype.element_ty)
+            tl.store(x_new + at, rounded, mask=mask)
+            row = row + (rounded.to(tl.float32),)
+        row_mean, row_rstd, centred = row_statistics(
+            row, D, eps, False, x_new.dtype.element_ty != tl.float32, BLOCK_D, TAIL
         )
-        value *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
-        value += operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
-        tl.store(y + at, value, mask=mask)
+        for i in tl.static_range(PARTS):
+            d = part_columns(i, BLOCK_D, TAIL)
+            t, mask, at = token_rows(b, block, T, d, D, ROWS)
+            value = centred[i] * row_rstd[:, None]
+            value *= 1.0 + operand_rows(scale, scale_rows[i], b, t, scale_b, scale_t, d, mask, SCALE)
+            value += operand_rows(shift, shift_rows[i], b, t, shift_b, shift_t, d, mask, SHIFT)
+            tl.store(y + at, value, mask=mask)
+        t = block * ROWS + tl.arange(0, ROWS)
         tl.store(mean + b * T + t, row_mean, mask=t < T)
         tl.store(rstd + b * T + t, row_rstd, mask=t < T)
 
@@ -108,7 +126,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x_new, y, mean, rstd); dense residual and branch; gate, shift, scale [B, D] or [B, T, D] with dense rows."""
     B, T, D = branch.shape
-    rows, block, warps = tile(D, per_thread)
+    rows, block, tail, warps = forward_tile(D, per_thread, branch.element_size())
     steps = forward_steps(B, T, rows)
     x_new, y = torch.empty_like(branch), torch.empty_like(branch)
     mean, rstd = (branch.new_empty(B, T, dtype=torch.float32) for _ in range(2))
@@ -138,6 +156,7 @@ def forward(
         eps=eps,
         ROWS=rows,
         BLOCK_D=block,
+        TAIL=tail,
         GATE=kind_of(gate),
         SHIFT=kind_of(shift),
         SCALE=kind_of(scale),
@@ -173,6 +192,7 @@ def _backward(
     BLOCK_D: tl.constexpr,
     GATE: tl.constexpr,
     SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -180,19 +200,19 @@ def _backward(
     LONG: tl.constexpr = BLOCK_D > 4096  # MAX_TUNED_D
     kept_gate = sample_row(gate, b, gate_b, d, D, 0 if LONG else GATE)
     kept_scale = sample_row(scale, b, scale_b, d, D, 0 if LONG else SCALE)
-    sum_dgate = tl.zeros([BLOCK_D], tl.float32)
-    sum_dshift = tl.zeros([BLOCK_D], tl.float32)
-    sum_dscale = tl.zeros([BLOCK_D], tl.float32)
-    for step in range(steps):
+    sum_dgate = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_dshift = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_dscale = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
         t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         xhat, row_rstd = saved_xhat(x_new, mean, rstd, b, t, T, at, mask, False)
         if part_dshift is not None:
-            sum_dshift += tl.sum(g, 0)
+            sum_dshift += g
         if SCALE == 2:
             tl.store(dscale + at, g * xhat, mask=mask)
         else:
-            sum_dscale += tl.sum(g * xhat, 0)
+            sum_dscale += g * xhat
         scale_row = sample_row(scale, b, scale_b, d, D, SCALE) if LONG else kept_scale
         g *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
         dx = row_norm_grad(g, xhat, row_rstd, D, False)
@@ -205,14 +225,14 @@ def _backward(
         if GATE == 2:
             tl.store(dgate + at, product, mask=mask)
         else:
-            sum_dgate += tl.sum(product, 0)
+            sum_dgate += product
     at = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
     if part_dgate is not None:
-        tl.store(part_dgate + at, sum_dgate, mask=d < D)
+        tl.store(part_dgate + at, tl.sum(sum_dgate, 0), mask=d < D)
     if part_dshift is not None:
-        tl.store(part_dshift + at, sum_dshift, mask=d < D)
+        tl.store(part_dshift + at, tl.sum(sum_dshift, 0), mask=d < D)
     if part_dscale is not None:
-        tl.store(part_dscale + at, sum_dscale, mask=d < D)
+        tl.store(part_dscale + at, tl.sum(sum_dscale, 0), mask=d < D)
 
 
 def backward(
@@ -248,6 +268,11 @@ def backward(
 
     (dgate, part_dgate), (dscale, part_dscale) = results(gate), results(scale)
     part_dshift = None if kind_of(shift) == PER_TOKEN else results(shift)[1]
+    streamed = [dy, x_new, branch, *(v for v in (gate, scale) if kind_of(v) == PER_TOKEN)]
+    if dx_new is not None:
+        streamed.append(dx_new)
+    # Of fp32 one tile is in flight as it is, and nothing is left to keep another's addresses in.
+    stages = 1 if branch.dtype == torch.float32 else backward_stages(rows, block, *streamed)
     gate_b, gate_t = strides(gate)
     scale_b, scale_t = strides(scale)
     launch(
@@ -280,6 +305,7 @@ def backward(
         BLOCK_D=block,
         GATE=kind_of(gate),
         SCALE=kind_of(scale),
+        STAGES=stages,
     )
     dgate = sum_partials(part_dgate, gate.dtype) if part_dgate is not None else dgate
     dscale = sum_partials(part_dscale, scale.dtype) if part_dscale is not None else dscale

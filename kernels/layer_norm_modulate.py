@@ -3,7 +3,8 @@
 math    a = xhat * weight + bias with xhat the normalised row, y = a * (1 + scale) + shift; statistics in fp32, the mean
         first, then the centred squares. mean and rstd [B, T] are saved for backward (RMSNorm: rstd alone).
 grid    (row blocks, B); a program takes `steps` tiles of ROWS rows of one sample, each row read once and kept in
-        registers; a per-sample shift or scale is read once per program. 2ns bytes (n numbers of s bytes).
+        registers; a per-sample shift or scale is read once per program. 2ns bytes (n numbers of s bytes). A row that
+        a power of 2 holds badly lies in two parts (`_row_tiles.py`).
 zero    none, the kernel takes no flag.
 
 Backward, 3ns bytes. With da = dy * (1 + scale) and g = da * weight:
@@ -17,7 +18,8 @@ sums over the rows of a sample:
 
   u is dy, or da where the scale is per token (dweight and dbias then have the scale in them already).
 
-order   a program adds its rows in order into one partial sum per column, [B, P, D] in fp32; `_finish`, grid (blocks of
+order   a program adds every ROWS-th row in order and then these ROWS sums, into one partial sum per column, [B, P, D]
+        in fp32, while its next tiles are on their way into shared memory (STAGES); `_finish`, grid (blocks of
         D, B), adds the P of a sample (`_reduce.column_sums`), then dweight and dbias are added over the samples. No
         atomics. 8n / (rows of a program) bytes per sum.
 """
@@ -34,14 +36,24 @@ from torch import Tensor
 from ._dtypes import long_name
 from ._launch import launch
 from ._reduce import COLUMNS, LANES, column_sums, sum_partials
+from ._row_tiles import (
+    BACKWARD_PER_THREAD,
+    FORWARD_PER_THREAD,
+    backward_stages,
+    backward_steps,
+    forward_steps,
+    forward_tile,
+    per_thread_choices,
+    tile,
+)
 from ._rows import (
     NONE,
     PER_SAMPLE,
     PER_TOKEN,
-    PROGRAMS,
+    cached_row,
     cdiv,
     operand_rows,
-    power_of_2,
+    part_columns,
     row_norm_grad,
     row_statistics,
     sample_row,
@@ -51,46 +63,7 @@ from ._rows import (
 
 # The longest row that backward keeps in registers (spills: python -m tests.triton.static).
 MAX_D = 8192
-# Elements per thread of all row norms: the first is the default, a measuring plan tries the others as well. None spills
-# (python -m tests.triton.static).
-FORWARD_PER_THREAD = (16, 8, 32)
-BACKWARD_PER_THREAD = (8, 16)
-# Longer rows take all warps of a program: there is nothing to try (registers: python -m tests.triton.static).
-MAX_TUNED_D = 4096
-# A program of backward takes LEAST_ROWS rows or more, so that its partial sums, written and read again, cost at most
-# 1n bytes each (bytes: python -m tests.triton.traffic_cases).
-LEAST_ROWS = 8
-# Programs of backward, and tiles of a program at most, in forward and backward: few enough programs that what each
-# reads once is little, enough to fill a GPU. (guess)
-BACKWARD_PROGRAMS, FORWARD_STEPS, BACKWARD_STEPS = 512, 16, 64
 FINISH_WARPS = 8  # for three sums side by side (registers: python -m tests.triton.static)
-
-
-def tile(D: int, per_thread: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK_D, num_warps): a long row takes the warps that hold it; of short ones a tile has enough for four
-    warps, two at least up to 1024 numbers, 32 at most (registers: python -m tests.triton.static)."""
-    block = power_of_2(D)
-    elements = max(block, 128 * per_thread, min(2 * block, 2048))
-    return min(32, elements // block), block, elements // (32 * per_thread)
-
-
-def why_not_tile(D: int) -> str | None:
-    return f"rows of {D} numbers leave no choice of tiles" if power_of_2(D) > MAX_TUNED_D else None
-
-
-def per_thread_choices(D: int, shipped: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of the shipped values that rows of D numbers may take."""
-    return shipped if why_not_tile(D) is None else shipped[:1]
-
-
-def forward_steps(B: int, T: int, rows: int) -> int:
-    """Tiles of `rows` rows that a program takes: one while there are no more than fill a GPU."""
-    return max(1, min(FORWARD_STEPS, B * T // (rows * PROGRAMS), cdiv(T, rows)))
-
-
-def backward_steps(B: int, T: int, rows: int) -> int:
-    wanted = max(LEAST_ROWS, B * T // BACKWARD_PROGRAMS)
-    return max(1, min(BACKWARD_STEPS, wanted // rows, cdiv(T, rows)))
 
 
 def kind_of(v: Tensor | None) -> int:
@@ -105,23 +78,36 @@ def strides(v: Tensor | None) -> tuple[int, int]:
 @triton.jit
 def _forward(
     x, shift, scale, weight, bias, y, mean, rstd, T, D, steps, shift_b, shift_t, scale_b, scale_t, eps,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, RMS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
+    RMS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    shift_row = sample_row(shift, b, shift_b, d, D, SHIFT)
-    scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
+    PARTS: tl.constexpr = 2 if TAIL > 0 else 1
+    shift_rows = ()
+    scale_rows = ()
+    for i in tl.static_range(PARTS):
+        d = part_columns(i, BLOCK_D, TAIL)
+        shift_rows = shift_rows + (sample_row(shift, b, shift_b, d, D, SHIFT),)
+        scale_rows = scale_rows + (sample_row(scale, b, scale_b, d, D, SCALE),)
     for step in range(steps):
-        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
-        row = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        row_mean, row_rstd, value = row_statistics(row, mask, D, eps, RMS, x.dtype.element_ty != tl.float32)
-        if weight is not None:
-            value *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        if bias is not None:
-            value += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        value *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
-        value += operand_rows(shift, shift_row, b, t, shift_b, shift_t, d, mask, SHIFT)
-        tl.store(y + at, value, mask=mask)
+        block = tl.program_id(0).to(tl.int64) * steps + step
+        row = ()
+        for i in tl.static_range(PARTS):
+            t, mask, at = token_rows(b, block, T, part_columns(i, BLOCK_D, TAIL), D, ROWS)
+            row = row + (tl.load(x + at, mask=mask, other=0.0).to(tl.float32),)
+        row_mean, row_rstd, centred = row_statistics(row, D, eps, RMS, x.dtype.element_ty != tl.float32, BLOCK_D, TAIL)
+        for i in tl.static_range(PARTS):
+            d = part_columns(i, BLOCK_D, TAIL)
+            t, mask, at = token_rows(b, block, T, d, D, ROWS)
+            value = centred[i] * row_rstd[:, None]
+            if weight is not None:
+                value *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            if bias is not None:
+                value += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            value *= 1.0 + operand_rows(scale, scale_rows[i], b, t, scale_b, scale_t, d, mask, SCALE)
+            value += operand_rows(shift, shift_rows[i], b, t, shift_b, shift_t, d, mask, SHIFT)
+            tl.store(y + at, value, mask=mask)
+        t = block * ROWS + tl.arange(0, ROWS)
         if not RMS:
             tl.store(mean + b * T + t, row_mean, mask=t < T)
         tl.store(rstd + b * T + t, row_rstd, mask=t < T)
@@ -139,7 +125,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(y, mean, rstd) of a dense x; shift, scale [B, D] or [B, T, D] with dense rows; mean is None for RMS."""
     B, T, D = x.shape
-    rows, block, warps = tile(D, per_thread)
+    rows, block, tail, warps = forward_tile(D, per_thread, x.element_size())
     steps = forward_steps(B, T, rows)
     y = torch.empty_like(x)
     mean = None if rms else x.new_empty(B, T, dtype=torch.float32)
@@ -168,6 +154,7 @@ def forward(
         eps=eps,
         ROWS=rows,
         BLOCK_D=block,
+        TAIL=tail,
         SHIFT=kind_of(shift),
         SCALE=kind_of(scale),
         RMS=rms,
@@ -178,44 +165,44 @@ def forward(
 @triton.jit
 def _backward(
     dy, x, mean, rstd, scale, weight, bias, dx, dscale, part_dy, part_uxhat, part_u, T, D, steps, scale_b, scale_t,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr, RMS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr, RMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
-    sum_dy = tl.zeros([BLOCK_D], tl.float32)
-    sum_uxhat = tl.zeros([BLOCK_D], tl.float32)
-    sum_u = tl.zeros([BLOCK_D], tl.float32)
-    for step in range(steps):
+    sum_dy = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_uxhat = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_u = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
         t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         xhat, row_rstd = saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS)
         u = g
         if part_dy is not None:
-            sum_dy += tl.sum(g, 0)
+            sum_dy += g
         g *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
         if SCALE == 2:
             a = xhat
             if weight is not None:
-                a *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+                a *= cached_row(weight, d, D, steps)
             if bias is not None:
-                a += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+                a += cached_row(bias, d, D, steps)
             tl.store(dscale + at, u * a, mask=mask)
             u = g
         if part_uxhat is not None:
-            sum_uxhat += tl.sum(u * xhat, 0)
+            sum_uxhat += u * xhat
         if part_u is not None:
-            sum_u += tl.sum(u, 0)
+            sum_u += u
         if weight is not None:
-            g *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            g *= cached_row(weight, d, D, steps)
         tl.store(dx + at, row_norm_grad(g, xhat, row_rstd, D, RMS), mask=mask)
     at = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
     if part_dy is not None:
-        tl.store(part_dy + at, sum_dy, mask=d < D)
+        tl.store(part_dy + at, tl.sum(sum_dy, 0), mask=d < D)
     if part_uxhat is not None:
-        tl.store(part_uxhat + at, sum_uxhat, mask=d < D)
+        tl.store(part_uxhat + at, tl.sum(sum_uxhat, 0), mask=d < D)
     if part_u is not None:
-        tl.store(part_u + at, sum_u, mask=d < D)
+        tl.store(part_u + at, tl.sum(sum_u, 0), mask=d < D)
 
 
 @triton.jit
@@ -293,6 +280,7 @@ def backward(
     part_dy = partial(dshift is not None or (bias is not None and not per_token))
     part_uxhat = partial(weight is not None or kind == PER_SAMPLE)
     part_u = partial(bias is not None and per_token)
+    streamed = (dy, x, scale) if per_token else (dy, x)
     launch(
         _backward,
         (programs, B),
@@ -318,6 +306,7 @@ def backward(
         BLOCK_D=block,
         SCALE=kind,
         RMS=rms,
+        STAGES=backward_stages(rows, block, *streamed),
     )
     if part_dy is None and part_uxhat is None and part_u is None:
         return dx, dshift, dscale, None, None

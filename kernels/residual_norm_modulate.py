@@ -40,8 +40,8 @@ from ._modulation import (
     strides,
     vector,
 )
-from ._rows import cdiv, row_statistics, token_rows
-from .layer_norm_modulate import FORWARD_PER_THREAD, forward_steps, tile
+from ._row_tiles import FORWARD_PER_THREAD, forward_steps, forward_tile
+from ._rows import cdiv, in_fp32, part_columns, row_statistics, sum_of_squares, token_rows
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def _forward(
     eps,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TAIL: tl.constexpr,
     GATE: tl.constexpr,
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
@@ -87,38 +88,59 @@ def _forward(
 ):
     b = (tl.program_id(0) // programs).to(tl.int64)
     first = (tl.program_id(0) % programs).to(tl.int64) * steps
-    d = tl.arange(0, BLOCK_D)
-    gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
-    shift_row = shared_row(shift, shift_table, b, shift_b, d, D, SHIFT)
-    scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
+    PARTS: tl.constexpr = 2 if TAIL > 0 else 1
+    gate_rows = ()
+    shift_rows = ()
+    scale_rows = ()
+    for i in tl.static_range(PARTS):
+        d = part_columns(i, BLOCK_D, TAIL)
+        gate_rows = gate_rows + (shared_row(gate, gate_table, b, gate_b, d, D, GATE),)
+        shift_rows = shift_rows + (shared_row(shift, shift_table, b, shift_b, d, D, SHIFT),)
+        scale_rows = scale_rows + (shared_row(scale, scale_table, b, scale_b, d, D, SCALE),)
     for step in range(steps):
-        t, mask, at = token_rows(b, first + step, T, d, D, ROWS)
+        block = first + step
+        t = block * ROWS + tl.arange(0, ROWS)
         k = t
         if index is not None:
             k = index_of(index, b, t, T, K, CHECK)
-        x = tl.load(residual + at, mask=mask, other=0.0)
+        branches = ()
         if branch is not None:
-            h = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+            for i in tl.static_range(PARTS):
+                t, mask, at = token_rows(b, block, T, part_columns(i, BLOCK_D, TAIL), D, ROWS)
+                branches = branches + (tl.load(branch + at, mask=mask, other=0.0).to(tl.float32),)
             if branch_rstd is not None:
-                row_rstd = tl.rsqrt(tl.sum(h * h, 1) / D + branch_eps)
-                tl.store(branch_rstd + b * T + t, row_rstd, mask=t < T)
-                h *= row_rstd[:, None]
-            if branch_weight is not None:
-                h *= vector(branch_weight, d, D)
-            if gate is not None or gate_table is not None:
-                h *= activated(of_tokens(gate, gate_row, b, t, k, gate_b, gate_t, d, mask, GATE), TANH)
-            x = (x.to(tl.float32) + h).to(x_new.dtype.element_ty)
-            tl.store(x_new + at, x, mask=mask)
+                h_rstd = tl.rsqrt(sum_of_squares(branches, TAIL) / D + branch_eps)
+                tl.store(branch_rstd + b * T + t, h_rstd, mask=t < T)
+        row = ()
+        for i in tl.static_range(PARTS):
+            d = part_columns(i, BLOCK_D, TAIL)
+            t, mask, at = token_rows(b, block, T, d, D, ROWS)
+            x = tl.load(residual + at, mask=mask, other=0.0)
+            if branch is not None:
+                h = branches[i]
+                if branch_rstd is not None:
+                    h *= h_rstd[:, None]
+                if branch_weight is not None:
+                    h *= vector(branch_weight, d, D)
+                if gate is not None or gate_table is not None:
+                    h *= activated(of_tokens(gate, gate_rows[i], b, t, k, gate_b, gate_t, d, mask, GATE), TANH)
+                x = (x.to(tl.float32) + h).to(x_new.dtype.element_ty)
+                tl.store(x_new + at, x, mask=mask)
+            row = row + (x,)
         if y is not None:
-            exact: tl.constexpr = x.dtype != tl.float32
-            row_mean, row_rstd, value = row_statistics(x.to(tl.float32), mask, D, eps, RMS, exact)
-            if weight is not None:
-                value *= vector(weight, d, D)
-            if bias is not None:
-                value += vector(bias, d, D)
-            value *= 1.0 + of_tokens(scale, scale_row, b, t, k, scale_b, scale_t, d, mask, SCALE)
-            value += of_tokens(shift, shift_row, b, t, k, shift_b, shift_t, d, mask, SHIFT)
-            tl.store(y + at, value, mask=mask)
+            exact: tl.constexpr = row[0].dtype != tl.float32
+            row_mean, row_rstd, centred = row_statistics(in_fp32(row, TAIL), D, eps, RMS, exact, BLOCK_D, TAIL)
+            for i in tl.static_range(PARTS):
+                d = part_columns(i, BLOCK_D, TAIL)
+                t, mask, at = token_rows(b, block, T, d, D, ROWS)
+                value = centred[i] * row_rstd[:, None]
+                if weight is not None:
+                    value *= vector(weight, d, D)
+                if bias is not None:
+                    value += vector(bias, d, D)
+                value *= 1.0 + of_tokens(scale, scale_rows[i], b, t, k, scale_b, scale_t, d, mask, SCALE)
+                value += of_tokens(shift, shift_rows[i], b, t, k, shift_b, shift_t, d, mask, SHIFT)
+                tl.store(y + at, value, mask=mask)
             if not RMS:
                 tl.store(mean + b * T + t, row_mean, mask=t < T)
             tl.store(rstd + b * T + t, row_rstd, mask=t < T)
@@ -132,7 +154,7 @@ def forward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(x_new, y, mean, rstd, branch_rstd), None where absent; residual [B, T, D] and int32 index [B, T] are dense."""
     B, T, D = residual.shape
-    rows, block, warps = tile(D, FORWARD_PER_THREAD[0])
+    rows, block, tail, warps = forward_tile(D, FORWARD_PER_THREAD[0], residual.element_size())
     steps = forward_steps(B, T, rows)
     programs = cdiv(T, rows * steps)
 
@@ -183,6 +205,7 @@ def forward(
         eps=0.0 if norm is None else norm.eps,
         ROWS=rows,
         BLOCK_D=block,
+        TAIL=tail,
         GATE=kind_of(gate, index),
         SHIFT=kind_of(shift, index),
         SCALE=kind_of(scale, index),

@@ -41,20 +41,20 @@ from torch import Tensor
 
 from ._launch import launch
 from ._modulation import (
+    INDEXED,
     Branch,
     Norm,
     Rows,
     activated,
+    cached_shared_row,
     index_of,
     kind_of,
     of_tokens,
     rows_of_a_sample,
-    shared_row,
     strides,
-    vector,
 )
-from ._rows import PER_SAMPLE, cdiv, row_norm_grad, token_rows
-from .layer_norm_modulate import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, tile
+from ._row_tiles import BACKWARD_PER_THREAD, LEAST_ROWS, MAX_TUNED_D, backward_stages, tile
+from ._rows import PER_SAMPLE, PER_TOKEN, cached_row, cdiv, row_norm_grad, token_rows
 from .residual_norm_modulate import COMPILED, case_name, example
 from .residual_norm_modulate_sums import Grads, Want, Wants, finish, in_order, needed_sums
 
@@ -67,7 +67,7 @@ PROGRAMS, MOST_ROWS = 256, 256
 def _flushed(part, total, slot, d, D, ends):
     """`total`, or 0 where the sum ends here and goes into its slot."""
     if part is not None:
-        tl.store(part + slot * D + d, total, mask=(d < D) & ends)
+        tl.store(part + slot * D + d, tl.sum(total, 0), mask=(d < D) & ends)
         return tl.where(ends, 0.0, total)
     else:
         return total
@@ -118,19 +118,20 @@ def _backward(
     SCALE: tl.constexpr,
     TANH: tl.constexpr,
     RMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     b = (tl.program_id(0) // programs).to(tl.int64)
     chunk = (tl.program_id(0) % programs).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    sum_dy = tl.zeros([BLOCK_D], tl.float32)
-    sum_uxhat = tl.zeros([BLOCK_D], tl.float32)
-    sum_u = tl.zeros([BLOCK_D], tl.float32)
-    sum_dscale = tl.zeros([BLOCK_D], tl.float32)
-    sum_branch = tl.zeros([BLOCK_D], tl.float32)
-    sum_dgate = tl.zeros([BLOCK_D], tl.float32)
+    sum_dy = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_uxhat = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_u = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_dscale = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_branch = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    sum_dgate = tl.zeros([ROWS, BLOCK_D], tl.float32)
     slot = b * slots + chunk
     current = tl.full([], -1, tl.int64)  # the row whose tokens are being summed
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         t, mask, at = token_rows(b, chunk * steps + step, T, d, D, ROWS)
         row, k = b * T + tl.minimum(t, T - 1), t
         if index is not None:  # ROWS is 1
@@ -158,29 +159,29 @@ def _backward(
             if dshift is not None:
                 tl.store(dshift + at, g, mask=mask)
             if part_dy is not None:
-                sum_dy += tl.sum(g, 0)
+                sum_dy += g
             u = g
-            scale_row = shared_row(scale, scale_table, b, scale_b, d, D, SCALE)
+            scale_row = cached_shared_row(scale, scale_table, b, scale_b, d, D, steps, SCALE)
             g *= 1.0 + of_tokens(scale, scale_row, b, t, k, scale_b, scale_t, d, mask, SCALE)
             if SCALE == 2:
                 if dscale is not None or part_dscale is not None:
                     a = xhat
                     if weight is not None:
-                        a *= vector(weight, d, D)
+                        a *= cached_row(weight, d, D, steps)
                     if bias is not None:
-                        a += vector(bias, d, D)
+                        a += cached_row(bias, d, D, steps)
                     a *= u
                     if dscale is not None:
                         tl.store(dscale + at, a, mask=mask)
                     if part_dscale is not None:
-                        sum_dscale += tl.sum(a, 0)
+                        sum_dscale += a
                 u = g
             if part_uxhat is not None:
-                sum_uxhat += tl.sum(u * xhat, 0)
+                sum_uxhat += u * xhat
             if part_u is not None:
-                sum_u += tl.sum(u, 0)
+                sum_u += u
             if weight is not None:
-                g *= vector(weight, d, D)
+                g *= cached_row(weight, d, D, steps)
             dx = row_norm_grad(g, xhat, row_rstd, D, RMS)
             if dx_new is not None:
                 dx += tl.load(dx_new + at, mask=mask, other=0.0).to(tl.float32)
@@ -194,28 +195,28 @@ def _backward(
                 h_rstd = tl.load(branch_rstd + row)
                 h *= h_rstd[:, None]
             if GATE != 2 and part_branch is not None:
-                sum_branch += tl.sum(dx * h, 0)
+                sum_branch += dx * h
             v = dx
             if gate is not None or gate_table is not None:
-                gate_row = shared_row(gate, gate_table, b, gate_b, d, D, GATE)
+                gate_row = cached_shared_row(gate, gate_table, b, gate_b, d, D, steps, GATE)
                 z = activated(of_tokens(gate, gate_row, b, t, k, gate_b, gate_t, d, mask, GATE), TANH)
                 v *= z
             if GATE == 2:
                 if dgate is not None or part_dgate is not None:
                     product = dx * h
                     if branch_weight is not None:
-                        product *= vector(branch_weight, d, D)
+                        product *= cached_row(branch_weight, d, D, steps)
                     if TANH:
                         product *= 1.0 - z * z
                     if dgate is not None:
                         tl.store(dgate + at, product, mask=mask)
                     if part_dgate is not None:
-                        sum_dgate += tl.sum(product, 0)
+                        sum_dgate += product
                 if part_branch is not None:
-                    sum_branch += tl.sum(v * h, 0)
+                    sum_branch += v * h
             if dbranch is not None:
                 if branch_weight is not None:
-                    v *= vector(branch_weight, d, D)
+                    v *= cached_row(branch_weight, d, D, steps)
                 if branch_rstd is not None:
                     v = row_norm_grad(v, h, h_rstd, D, True)
                 tl.store(dbranch + at, v, mask=mask)
@@ -314,6 +315,9 @@ def backward(
         order, bounds = in_order(index, K)
     read_gate, read_scale = (_folded(v, kind) if D > MAX_TUNED_D else v for v, kind in ((gate, GATE), (scale, SCALE)))
     (gate_b, gate_t), (scale_b, scale_t) = strides(read_gate), strides(read_scale)
+    operands = ((read_gate.rows, GATE), (read_scale.rows, SCALE))
+    of_their_own = [v for v, kind in operands if kind in (PER_TOKEN, INDEXED)]
+    streamed = [v for v in (dx_new, dy, x, like_x if branch is not None else None, *of_their_own) if v is not None]
     launch(
         _backward,
         (B * programs,),
@@ -356,6 +360,7 @@ def backward(
         SCALE=SCALE,
         TANH=branch is not None and branch.tanh,
         RMS=norm is not None and norm.rms,
+        STAGES=backward_stages(rows, block, *streamed),
     )
     shared = finish(parts, bounds, branch, norm, K, steps, slots, index, wants, dgate, dshift, dscale)
     return shared._replace(residual=dresidual, branch=dbranch)

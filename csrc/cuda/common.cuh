@@ -186,7 +186,7 @@ inline int pack_size(DType dtype) { return 16 / element_size(dtype); }
 // sums stay a small part of the traffic (python -m tests.cuda.simt.traffic). No GPU has timed them (guess).
 constexpr int64_t kElementwiseBlocks = 1024;   // gate_residual forward and two-pass group norms
 constexpr int64_t kSummingBlocks = 512;        // gate_residual backward: a block writes partial sums
-constexpr int64_t kRowNormBlocks = 256;        // backward of row norms: a block writes three rows of partial sums
+constexpr int64_t kRowNormBlocks = 448;        // backward of row norms: a block writes three rows of partial sums
 constexpr int64_t kZeroFlagBlocks = 256;       // more would start after the flag is cleared
 constexpr int64_t kOnChipBlocks = 96;          // fewer blocks leave most of a GPU idle: then not one block per group,
 constexpr int64_t kClusterBlocks = 64;         // nor a cluster,

@@ -11,7 +11,7 @@
 
 namespace zeroblock::cuda {
 
-constexpr int kMaxTeamWarps = 16, kMaxTeamWarpsBwd = 8;  // backward needs the registers of 256 threads
+constexpr int kMaxTeamWarps = 16, kMaxTeamWarpsBwd = 24;  // at most 32
 
 struct Teams {
   int V, warps, per_block, threads;
@@ -34,11 +34,8 @@ struct Team {
     if (warps == 1) return v;
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
     __syncthreads();
-    const float* sums = part + first_warp;
-    v = sums[0] + sums[1];
-    if (warps > 2) v += sums[2] + sums[3];
-    for (int i = 4; i < warps; i += 4) v += (sums[i] + sums[i + 1]) + (sums[i + 2] + sums[i + 3]);
-    return v;
+    const int i = threadIdx.x % 32;
+    return warp_sum(i < warps ? part[first_warp + i] : 0.0f);
   }
 };
 
@@ -49,8 +46,8 @@ inline Teams row_norm_teams(const RowNorm& p, int NV, int V, int max_warps) {
   Teams t{};
   t.V = V;
   const int64_t packs = ceil_div(p.D, V);
-  t.warps = 1;
-  while (t.warps < max_warps && int64_t(t.warps) * 32 * NV < packs) t.warps *= 2;
+  const int64_t warps = ceil_div(packs, 32 * NV);
+  t.warps = static_cast<int>(warps < max_warps ? warps : max_warps);
   t.per_block = t.warps < 8 ? 8 / t.warps : 1;
   t.threads = 32 * t.warps * t.per_block;
   const int64_t most = ceil_div(p.T, t.per_block), wanted = ceil_div(kRowNormBlocks, p.B > 0 ? p.B : 1);

@@ -180,6 +180,14 @@ BUGS = {
         "plain",
         "was not written",
     ),
+    "row-read-before-it-has-arrived": Bug(
+        "row_norm_bwd",
+        "copy_async_wait<Ahead::kAhead>();",
+        "planted(21) ? copy_async_wait<Ahead::kAhead + 1>() : copy_async_wait<Ahead::kAhead>();",
+        "row_norm",
+        "plain",
+        "was not written",
+    ),
     "thread-leaves-before-barrier": Bug(
         "gate_residual",
         "  float sums[V] = {};\n",

@@ -54,6 +54,41 @@ def test_clusters_are_compiled_for_sm_90_and_later_alone():
     assert len(launched) == 8 and min(launched) > 1
 
 
+ROW_NORM_BWD = {"false": (2, 2), "true": (4, 1)}  # gate: tensors read, rows ahead (csrc/cuda/row_norm_bwd.cu)
+
+
+def test_backward_of_row_norms_takes_few_registers():
+    rows = [row for row in ROWS if row["kernel"].startswith("row_norm_bwd_kernel")]
+    assert len(rows) == 36 and max(int(row["registers"]) for row in rows) <= 84
+
+
+@pytest.mark.skipif(NEEDED is not None, reason=str(NEEDED))
+@pytest.mark.parametrize("gate", ROW_NORM_BWD)
+@pytest.mark.parametrize("D", (1152, 3072))
+def test_backward_of_row_norms_has_25_kb_in_flight(D, gate):
+    """Per multiprocessor, while a block reduces: resident blocks, or those of a launch, x rows ahead x bytes of a row.
+    A model, not measured."""
+    import torch
+
+    from zeroblock.backends.cuda import CUDA
+
+    x, v, stats = torch.empty(8, 1024, D).bfloat16(), torch.empty(8, D).bfloat16(), torch.empty(8, 1024)
+    call = {
+        "false": lambda: CUDA.layer_norm_modulate_bwd(x, x, stats, stats, v, v, None, None, False),
+        "true": lambda: CUDA.gate_residual_layer_norm_modulate_bwd(x, x, x, stats, stats, v, x, v, v),
+    }[gate]
+    tensors, ahead = ROW_NORM_BWD[gate]
+    for target, processors in (("sm_80", 108), ("sm_90", 132), ("sm_100", 148)):
+        with emulated.emulated(), emulated.gpu(*emulated.GPUS[target]):
+            threads, shared, _ = emulated.recorded(call)[0]
+        assert threads >= D // 8 and shared >= threads * 16 * tensors * (ahead + 1)
+        wanted = f"row_norm_bwd_kernel<bf16,8,{gate}>", target
+        (row,) = (row for row in ROWS if (row["kernel"], row["target"]) == wanted)
+        resident = static.resident(target, threads, int(row["registers"]), shared + int(row["static_shared"]))
+        blocks = min(resident, 448 / processors)  # kRowNormBlocks
+        assert blocks * ahead * tensors * 2 * D >= 25_000, (target, threads, shared, resident)
+
+
 @pytest.mark.skipif(NEEDED is not None, reason=str(NEEDED))
 def test_the_table_is_of_these_sources():
     command = [sys.executable, "-m", "tests.cuda.simt.static", "--check", "1"]

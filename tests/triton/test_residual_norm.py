@@ -114,6 +114,11 @@ def test_fp32_operands_of_bf16_rows(kind):
     judge(build(kind, False, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("kind", ("sample", "indexed"))
+def test_rows_in_two_parts(kind):
+    judge(build(kind, True, D=700))
+
+
 def test_long_rows_take_two_passes():
     """The norm's, then the branch's, where registers are too few for both."""
     call = build("sample", False, D=4112)
@@ -146,14 +151,19 @@ MISTAKES = {
         "v = row_norm_grad(v, 0 * h,",
         "all",
     ),
-    "dropped branch weight in backward": ("backward", "v *= vector(branch_weight", "_ = vector(branch_weight", "all"),
+    "dropped branch weight in backward": (
+        "backward",
+        "v *= cached_row(branch_weight",
+        "_ = cached_row(branch_weight",
+        "all",
+    ),
     "gate of the wrong sample": (
         "backward",
         "shared_row(gate, gate_table, b,",
         "shared_row(gate, gate_table, 0,",
         "sample",
     ),
-    "sum not carried over": ("backward", "sum_uxhat += tl.sum", "sum_uxhat = tl.sum", "indexed"),
+    "sum not carried over": ("backward", "sum_uxhat += u", "sum_uxhat = u", "indexed"),
     "sum of two rows": ("backward", "tl.where(ends, 0.0, total)", "total", "indexed"),
     "slot without its row": ("backward", "slot += current", "slot += 0", "indexed"),
     "tokens not in order": ("backward", "tl.load(order + row)", "tl.minimum(t, T - 1)", "indexed"),

@@ -15,10 +15,10 @@ interpret.install()
 from zeroblock.kernels import (  # noqa: E402
     _group_tiles,
     _launch,
+    _row_tiles,
     channel_rms_norm_silu,
     gate_residual,
     group_norm_silu,
-    layer_norm_modulate,
 )
 from zeroblock.plan import planned as _plan  # noqa: E402
 from zeroblock.testing import use_backend  # noqa: E402
@@ -28,7 +28,7 @@ from zeroblock.testing.parity import assert_parity  # noqa: E402
 from ..plan.gpu_cases import planned_on_the_cpu, prefer  # noqa: E402
 
 SMALL = {
-    layer_norm_modulate: {"PROGRAMS": 1, "FORWARD_STEPS": 4, "BACKWARD_PROGRAMS": 1, "BACKWARD_STEPS": 5},
+    _row_tiles: {"PROGRAMS": 1, "FORWARD_STEPS": 4, "BACKWARD_PROGRAMS": 1, "BACKWARD_STEPS": 5},
     gate_residual: {"PROGRAMS": 1, "STEPS": 4, "ELEMENTS": 1024},
     channel_rms_norm_silu: {"PROGRAMS": 1, "TILE": 64, "STEPS": 4, "LEAST_PIXELS": 8},
     _group_tiles: {"PROGRAMS": 1, "FLAT": 16, "FLAT_STEPS": 2},
@@ -58,6 +58,7 @@ TOKENS = (
     Case("gate_residual", "steps-btd", {"size": tuple(SIZE.values()), "gate": "btd"}),
     *(Case("gate_residual_layer_norm_modulate", f"steps-{gate}", {**SIZE, "gate": gate}) for gate in ("bd", "btd")),
 )
+PARTED = {"B": 2, "T": 11, "D": 700}  # 512 columns and 188 of 256, two rows a tile
 
 
 @pytest.mark.parametrize("case", TOKENS, ids=str)
@@ -67,6 +68,22 @@ def test_programs_take_several_steps(case):
     found = steps_of(launches)
     assert found["_backward"][0] > 1 and found["_backward"][1] > 1
     assert case.op == "gate_residual" or found["_forward"] == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    (
+        Case("layer_norm_modulate", "parts", {**PARTED, "affine": "both"}),
+        Case("rms_norm_modulate", "parts", {**PARTED, "kind": "btd", "affine": "weight"}),
+        Case("gate_residual_layer_norm_modulate", "parts", {**PARTED, "gate": "bd"}),
+    ),
+    ids=str,
+)
+def test_rows_in_two_parts(case):
+    with use_backend("triton"), _launch.recording() as launches:
+        assert_parity(case, torch.float32)
+    forward = next(launch for launch in launches if launch.kernel.__name__ == "_forward")
+    assert [forward.arguments[name] for name in ("ROWS", "BLOCK_D", "TAIL", "steps")] == [2, 512, 256, 4]
 
 
 @pytest.mark.parametrize("layout", ("dense", "nhwc"))

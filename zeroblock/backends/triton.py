@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from .._layout import as_layout, as_norm_input, dense_rows, dense_view, is_single, pointwise_format
+from ..kernels import _row_tiles
 from ..kernels import activation as _activation
 from ..kernels import add_bias as _add_bias
 from ..kernels import channel_rms_norm_silu as _channel_norm
@@ -34,18 +35,18 @@ INTERPRETS: bool = not isinstance(_activation._forward, triton.JITFunction)
 
 # Numbers that a thread holds, by method: the launcher's own choice, then what a plan may choose as well.
 PER_THREAD: dict[str, tuple[int, ...]] = {
-    "layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
-    "layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
+    "layer_norm_modulate": _row_tiles.FORWARD_PER_THREAD,
+    "layer_norm_modulate_bwd": _row_tiles.BACKWARD_PER_THREAD,
     "gate_residual": _gate_residual.PER_THREAD,
     "gate_residual_bwd": _gate_residual.PER_THREAD,
-    "gate_residual_layer_norm_modulate": _layer_norm.FORWARD_PER_THREAD,
-    "gate_residual_layer_norm_modulate_bwd": _layer_norm.BACKWARD_PER_THREAD,
+    "gate_residual_layer_norm_modulate": _row_tiles.FORWARD_PER_THREAD,
+    "gate_residual_layer_norm_modulate_bwd": _row_tiles.BACKWARD_PER_THREAD,
 }
 
 
 def why_not_tile(op: str, x: Tensor) -> str | None:
     """Why a call of a norm or gate has one choice of `per_thread`, else None."""
-    return _layer_norm.why_not_tile(x.shape[-1]) if "layer_norm" in op else None
+    return _row_tiles.why_not_tile(x.shape[-1]) if "layer_norm" in op else None
 
 
 def _per_token_shift_grad(dy: Tensor, shift: Tensor, dshift: Tensor) -> Tensor:

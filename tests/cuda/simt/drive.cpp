@@ -48,7 +48,7 @@ void drive_row_norms(DType dtype) {
     drive_row_norm(dtype, o, 1, 3, 37);  // one element at a time
     // A team of all warps, and columns beyond its registers: those of the backward kernel, then of both.
     const RowOptions per_token{gated, false, false, true, true, true};
-    drive_row_norm(dtype, per_token, 1, 2, dtype == DType::kF32 ? 2056 : 4104);
+    drive_row_norm(dtype, per_token, 1, 2, dtype == DType::kF32 ? 3080 : 6152);
     drive_row_norm(dtype, per_token, 1, 2, 2051);
   }
   drive_row_norm(dtype, {false, true, true}, 2, 3, 520);

@@ -1,0 +1,77 @@
+"""How the row norms cut x [B, T, D] into programs and tiles, on the host.
+
+A program takes `steps` tiles of ROWS rows of one sample, ROWS x BLOCK_D numbers; in forward a row may
+have TAIL columns more (`_rows.py`, `part_columns`).
+Lanes that idle and bytes in flight: `python -m tests.triton.streams`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._rows import PROGRAMS, cdiv, power_of_2
+
+# Elements per thread of all row norms: the first is the default, a measuring plan tries the others as well. None spills
+# (python -m tests.triton.static).
+FORWARD_PER_THREAD = (16, 8, 32)
+BACKWARD_PER_THREAD = (8, 16)
+# Longer rows take all warps of a program: there is nothing to try (registers: python -m tests.triton.static).
+MAX_TUNED_D = 4096
+# Rows of forward that lie in two parts, and their warps: shorter ones share a tile (registers: python -m
+# tests.triton.static).
+LEAST_PARTED_D, PARTED_WARPS = 513, 4
+# A program of backward takes LEAST_ROWS rows or more, so that its partial sums, written and read again, cost at most
+# 1n bytes each (bytes: python -m tests.triton.traffic_cases).
+LEAST_ROWS = 8
+# Programs of backward, and tiles of a program at most, in forward and backward: few enough programs that what each
+# reads once is little, enough to fill a GPU. (guess)
+BACKWARD_PROGRAMS, FORWARD_STEPS, BACKWARD_STEPS = 512, 16, 256
+# Shared memory that the tiles may take which backward loads ahead: any GPU has it.
+BUFFER_BYTES = 65536
+
+
+def tile(D: int, per_thread: int) -> tuple[int, int, int]:
+    """(ROWS, BLOCK_D, num_warps): a long row takes the warps that hold it; of short ones a tile has enough for four
+    warps, two at least up to 1024 numbers, 32 at most (registers: python -m tests.triton.static)."""
+    block = power_of_2(D)
+    elements = max(block, 128 * per_thread, min(2 * block, 2048))
+    return min(32, elements // block), block, elements // (32 * per_thread)
+
+
+def forward_tile(D: int, per_thread: int, size: int) -> tuple[int, int, int, int]:
+    """(ROWS, BLOCK_D, TAIL, num_warps): rows that a power of 2 holds badly lie in two parts, of which the second is at
+    least a quarter of the first, in as many rows as give each thread 16 bytes of it. Only for the default of
+    `per_thread`, so that a plan has both to choose from."""
+    rows, block, warps = tile(D, per_thread)
+    main = block // 2
+    tail = max(power_of_2(D - main), main // 4)
+    if per_thread != FORWARD_PER_THREAD[0] or not LEAST_PARTED_D <= D <= MAX_TUNED_D or tail >= main:
+        return rows, block, 0, warps
+    return max(1, 16 // size * 32 * PARTED_WARPS // tail), main, tail, PARTED_WARPS
+
+
+def why_not_tile(D: int) -> str | None:
+    return f"rows of {D} numbers leave no choice of tiles" if power_of_2(D) > MAX_TUNED_D else None
+
+
+def per_thread_choices(D: int, shipped: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the shipped values that rows of D numbers may take."""
+    return shipped if why_not_tile(D) is None else shipped[:1]
+
+
+def forward_steps(B: int, T: int, rows: int) -> int:
+    """Tiles of `rows` rows that a program takes: one while there are no more than fill a GPU."""
+    return max(1, min(FORWARD_STEPS, B * T // (rows * PROGRAMS), cdiv(T, rows)))
+
+
+def backward_steps(B: int, T: int, rows: int) -> int:
+    wanted = max(LEAST_ROWS, B * T // BACKWARD_PROGRAMS)
+    return max(1, min(BACKWARD_STEPS, wanted // rows, cdiv(T, rows)))
+
+
+def backward_stages(rows: int, block: int, *streamed: Tensor) -> int:
+    """Tiles that a program of backward holds or waits for: those behind the one it works on are on their way into
+    shared memory. Rows of more than MAX_TUNED_D leave it no registers, and are enough for a GPU by themselves."""
+    sizes = [v.element_size() for v in streamed]
+    ahead = 1 if max(sizes) == 4 else 2 if block <= 2048 else 3
+    return 1 if block > MAX_TUNED_D else 1 + min(ahead, BUFFER_BYTES // (rows * block * sum(sizes)))
