@@ -63,7 +63,10 @@ def test_what_tiny_tensors_cost_is_the_stored_result(monkeypatch):
     from zbench import front, store
 
     rows = store.read_all(front.MACHINE, ("overhead",))
-    for words, ids in (("a DiT block of 4 tokens", ("dit_block", "4x")), ("a ResBlock of 4x4 pixels", ("resblock", "x4x4"))):
+    for words, ids in (
+        ("a DiT block of 4 tokens", ("dit_block", "4x")),
+        ("a ResBlock of 4x4 pixels", ("resblock", "x4x4")),
+    ):
         lost = [1 / r["ratio"] for r in rows if r["op"] == ids[0] and ids[1] in r["shape"]]
         (said,) = re.findall(rf"{words}[a-z ]* (\d\.\d) times", README)
         assert float(said) == pytest.approx(max(lost), abs=0.05), words
