@@ -222,8 +222,8 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
     with probability (1 - p) ** 64 at most. It raises later: all frozen weights are compared bit by bit, in pieces of
     64 KiB one after another, in 0.2 % of the time in which calls use them. Until then, about two minutes for each
     250 MB of frozen weights, results are those of the old ones;
-    (2) on a GPU, where only zero weights are remembered, every write to one of them: its branch stays skipped, without a
-    word. To look would be to wait for the device.
+    (2) on a GPU, where only zero weights are remembered, every write to one of them: its branch stays skipped, without
+    a word. To look would be to wait for the device.
     Whoever writes weights in such a way calls unfreeze before, or freeze again after it: nothing is left then. Where
     somebody else may write them, check=True keeps the original of every weight and compares all bits at each use, which
     reads both; on a GPU each use waits for the device, and a CUDA graph cannot be captured.
