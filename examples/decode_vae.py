@@ -8,7 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from _example import options, seconds
+from _example import Progress, options, seconds
 
 import zeroblock as zb
 
@@ -45,12 +45,16 @@ frozen = copy.deepcopy(accelerated)
 zb.freeze(frozen)
 
 latents = torch.randn(1, 4, size, size)
+progress = Progress()
 print()
 with torch.inference_mode():
     expected = eager.decode(latents).sample
-    for name, model in {"eager": eager, "accelerated": accelerated, "accelerated and frozen": frozen}.items():
+    models = {"eager": eager, "accelerated": accelerated, "accelerated and frozen": frozen}
+    for number, (name, model) in enumerate(models.items(), 1):
+        progress("time", number, len(models), name)
         error = ((model.decode(latents).sample - expected).abs().max() / expected.abs().max()).item()
         assert error < 1e-3, (name, error)
         peak = peak_bytes(lambda model=model: model.decode(latents))
         time = seconds(lambda model=model: model.decode(latents), repeats)
+        progress.close()
         print(f"{name:24s} {time * 1e3:8.1f} ms, peak {peak / 2**20:6.1f} MiB, off by {error:.0e} of the largest")

@@ -5,7 +5,7 @@ the doctor predicts from the zeros alone it checks with SGD steps, and every wei
 """
 
 import torch
-from _example import options
+from _example import Progress, options
 from torch import nn
 
 import zeroblock as zb
@@ -103,11 +103,12 @@ QUESTIONS = {
     ),
 }
 
-args = options(__doc__)
+args, progress = options(__doc__), Progress()
 for question, (build, wrong) in QUESTIONS.items():
     torch.manual_seed(0)
     model, batch = build()
-    diagnosis = zb.doctor(model, batch, steps=2 if args.quick else 4)
+    diagnosis = zb.doctor(model, batch, steps=2 if args.quick else 4, progress=progress)
+    progress.close()
     print(f"\n{'=' * 100}\n{question}\n{'=' * 100}\n{diagnosis}")
     found = {p.kind for p in diagnosis.of_kind("dead", "symmetric")}
     assert found == wrong, (question, found)

@@ -9,7 +9,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from _example import options, seconds
+from _example import Progress, options, seconds
 from torch import nn
 
 import zeroblock as zb
@@ -87,5 +87,10 @@ report = zb.accelerate(ours, strict=True)
 print("with the right one:\n", report, "\n", sep="")
 for got, expected in zip(results(ours), results(model), strict=True):
     assert torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.detach().abs().max()) + 1e-6)
-before, after = (seconds(lambda m=m: results(m), 1 if args.quick else 5) for m in (model, ours))
+progress, times = Progress(), []
+for number, blocks in enumerate((model, ours), 1):
+    progress("time", number, 2, "forward and backward")
+    times.append(seconds(lambda blocks=blocks: results(blocks), 1 if args.quick else 5))
+progress.close()
+before, after = times
 print(f"forward and backward: {before * 1e3:.1f} ms, accelerated {after * 1e3:.1f} ms; results agree")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import torch
-from _example import options, seconds
+from _example import Progress, options, seconds
 
 import zeroblock as zb
 
@@ -38,15 +38,17 @@ if not args.quick:
     models["accelerated and compiled"] = torch.compile(copy.deepcopy(accelerated))
 
 x, timestep = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last), torch.tensor(500)
+progress = Progress()
 print()
 with torch.inference_mode():
     expected = eager(x, timestep).sample
-    for name, model in models.items():
+    for number, (name, model) in enumerate(models.items(), 1):
+        progress("time", number, len(models), name)
         error = (model(x, timestep).sample - expected).abs().max().item()
         assert error < 1e-3, (name, error)
-        print(
-            f"{name:26s} {seconds(lambda model=model: model(x, timestep), repeats) * 1e3:8.2f} ms, off by {error:.1e}"
-        )
+        time = seconds(lambda model=model: model(x, timestep), repeats)
+        progress.close()
+        print(f"{name:26s} {time * 1e3:8.2f} ms, off by {error:.1e}")
 
 
 def answer(seed: int) -> tuple[int, float]:

@@ -217,22 +217,16 @@ def freeze(model: nn.Module, check: bool = False) -> FreezeReport:
     address, shape, strides, torch's version counter and, on the CPU, the bits of a sample, at least 64 elements or one
     in 8192, spread evenly. Where no version moves (writes through .data, by numpy, by peft's merge_adapter, by an EMA's
     copy_to, under inference_mode) that leaves:
-
-    - on the CPU a write that leaves all sampled elements as they were: of a few elements, rows or columns, or by
-      changes most of which are lost in rounding. One that changes a share p of the elements at random is passed over
-      with probability (1 - p) ** 64 at most. It raises later: all frozen weights are compared bit by bit, in pieces of
-      64 KiB one after another, in 0.2 % of the time in which calls use them. Until then, about two minutes for each
-      250 MB of frozen weights, results are those of the old ones;
-    - on a GPU, where only zero weights are remembered, every write to one of them: its branch stays skipped, without a
-      word. To look would be to wait for the device.
-
+    (1) on the CPU a write that leaves all sampled elements as they were: of a few elements, rows or columns, or by
+    changes most of which are lost in rounding. One that changes a share p of the elements at random is passed over
+    with probability (1 - p) ** 64 at most. It raises later: all frozen weights are compared bit by bit, in pieces of
+    64 KiB one after another, in 0.2 % of the time in which calls use them. Until then, about two minutes for each
+    250 MB of frozen weights, results are those of the old ones;
+    (2) on a GPU, where only zero weights are remembered, every write to one of them: its branch stays skipped, without
+    a word. To look would be to wait for the device.
     Whoever writes weights in such a way calls unfreeze before, or freeze again after it: nothing is left then. Where
     somebody else may write them, check=True keeps the original of every weight and compares all bits at each use, which
     reads both; on a GPU each use waits for the device, and a CUDA graph cannot be captured.
-
-    Args:
-        model: any module; what it holds at every depth is prepared.
-        check: compare all bits of every weight at each use.
 
     Returns a `FreezeReport`. Raises TypeError when model is not a Module.
     """

@@ -3,8 +3,7 @@
 Exit status: 0 fine; 1 doctor found something dead or symmetric, bench a difference, demo a failed check; 2 the command
 could not run.
 
-bench and demo are imported when they are called: they need modules that the other commands do without (`resource`,
-which only POSIX has, scikit-learn and matplotlib).
+bench and demo are imported when they are called: they need `resource` (of POSIX alone), scikit-learn and matplotlib.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def test_each_has_a_title_that_its_readme_lists():
     assert len(EXAMPLES) >= 8
     for path in EXAMPLES:
         assert f"[{path.name}]({path.name})" in readme, path.name
-        assert path.read_text().startswith('"""')
+        text = path.read_text()
+        assert text.startswith('"""') and "progress.close()" in text and "options(__doc__" in text, path.name
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem != "train_distributed"], ids=lambda p: p.stem)

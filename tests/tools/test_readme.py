@@ -56,3 +56,17 @@ def test_what_to_expect_is_the_range_of_the_stored_results(monkeypatch, row, mod
     (line,) = (line for line in README.splitlines() if line.startswith(f"| {row} |"))
     said = [float(number) for number in re.findall(r"\d\.\d\d", line)]
     assert said == pytest.approx([min(times), max(times), min(saved), max(saved)], abs=0.006)
+
+
+def test_what_tiny_tensors_cost_is_the_stored_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from zbench import front, store
+
+    rows = store.read_all(front.MACHINE, ("overhead",))
+    for words, ids in (
+        ("a DiT block of 4 tokens", ("dit_block", "4x")),
+        ("a ResBlock of 4x4 pixels", ("resblock", "x4x4")),
+    ):
+        lost = [1 / r["ratio"] for r in rows if r["op"] == ids[0] and ids[1] in r["shape"]]
+        (said,) = re.findall(rf"{words}[a-z ]* (\d\.\d) times", README)
+        assert float(said) == pytest.approx(max(lost), abs=0.05), words
