@@ -134,7 +134,9 @@ def steps(device: str) -> list[PlannedOp]:
 def ways(device: str) -> Iterator[Check]:
     """Each way that a plan may choose on this type of device, in each op that has it."""
     names = sorted({name for step in steps(device) for name in step.candidates} - {"library"})
-    for name in names if device == "cpu" else [name for name in names if name.startswith(backends(device))]:
+    if device != "cpu":
+        names = [name for name in names if name.startswith((*backends(device), "library "))]
+    for name in names:
         for case, layout in firsts():
             for dtype in (torch.bfloat16, torch.float32):
                 yield Check(case, layout, dtype, WAY + name)

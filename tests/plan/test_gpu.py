@@ -269,8 +269,7 @@ def test_the_stream_of_the_call_s_device_is_asked(monkeypatch):
 
 @TRITON
 @pytest.mark.parametrize("kernel", (1, 3))
-def test_the_rule_of_a_dense_convolution_is_the_library_s(kernel, backends):
-    """Ours where the weight was last seen zero, in the configuration that fits its size."""
+def test_the_rule_of_a_dense_convolution_is_the_library_s(kernel, backends):  # ours where it was last seen zero
     given, how = inputs("conv_residual", kernel=kernel), {"padding": kernel // 2}
     with mode.fixed_rule(), _plan.use(timer=never):
         zb.conv_residual(**given, **how)

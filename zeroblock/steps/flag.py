@@ -48,7 +48,7 @@ def executed(like: Tensor) -> Tensor:
     if found is None:
         with torch.inference_mode(False):  # it will be saved for backward
             found = skipped(like, EXECUTED)
-        if not capturing(like.device):  # what a graph writes holds in its replays alone
+        if not (like.is_meta or capturing(like.device)):  # what a graph writes holds in its replays alone
             _executed[key] = found
             _addresses.add(found.data_ptr())
     return found
