@@ -8,7 +8,6 @@ random numbers, code that is neither torch's nor diffusers'. A block with a bran
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -131,13 +130,12 @@ class Choice:
         call = self._call(block, fused, original, args, kwargs)
         if call is None:
             return False
-        measurable = functools.partial(_may_be_measured, block)
         if call.trained:
             with training():
-                name = chosen(BLOCK, call, measurable=measurable)
+                run = chosen(BLOCK, call, measurable=_may_be_measured)
         else:
-            name = chosen(BLOCK, call, measurable=measurable)
-        return name == "library" and not _is_zero(block)
+            run = chosen(BLOCK, call, measurable=_may_be_measured)
+        return run is BLOCK.library.run and not _is_zero(block)
 
     def explain(self, block: nn.Module, *call: Any) -> Explanation | None:
         """What prefers_original would say and why; None where there is no choice."""
@@ -193,7 +191,8 @@ def _is_zero(block: nn.Module) -> bool:
     return parts is None or any(part.may_be_zero() for part in parts)
 
 
-def _may_be_measured(block: nn.Module) -> bool:
+def _may_be_measured(call: BlockCall) -> bool:
+    block = call.block
     if _is_zero(block):
         return False  # it will not stay so
     if leaves_no_trace(block):

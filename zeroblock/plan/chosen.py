@@ -18,14 +18,14 @@ def _key(step: planned.PlannedOp[..., Any], *args: Any) -> tuple | None:
     return step.signature(*args), bits, planned._threads(), planned._precision()
 
 
-def chosen(step: planned.PlannedOp[..., Any], *args: Any, measurable: Callable[[], bool]) -> str | None:
-    """The name of the way; None where it is not known and `measurable()` says not to try."""
+def chosen(step: planned.PlannedOp[..., Any], *args: Any, measurable: Callable[..., bool]) -> Callable[..., Any] | None:
+    """The way's function; None where it is not known and `measurable(*args)` says not to try."""
     key = _key(step, *args)
     if key is None:
-        return step._fixed(*args).name
+        return step._fixed(*args).run
     run = step._memory.get(key)
     if run is None:
-        if not measurable():
+        if not measurable(*args):
             return None
         run = step._resolve(key, *args)
-    return next(name for name, c in step.candidates.items() if c.run is run)
+    return run

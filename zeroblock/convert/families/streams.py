@@ -126,7 +126,8 @@ class Stream:
         if fits:
             weight, bias, index = weight_of(norm), parameter(norm, "bias"), self._index(shift, scale)
             kind = NORMS[norm_kind(norm)]  # type: ignore[index]
-            if index is None and self._is_settled(weight, bias):
+            # What was added since may have made x larger: functional broadcasts.
+            if index is None and self.fits_rows(shift, scale) and self._is_settled(weight, bias):
                 if _have_rows(shift, scale):
                     rows = shift and shift.rows, scale and scale.rows
                     if kind == RMS:
