@@ -64,11 +64,11 @@ def main() -> None:
             for norm in ratios:
                 ours[norm].append(getattr(mine, norm))
                 ratios[norm].append(getattr(mine, norm) / getattr(theirs, norm))
-            print(f"{shape} {name} {what:<8}" + "".join(f"  {n}: {e:.2e} / {t:.2e} = {e / t:.1f}x" for n, e, t in
-                  zip(("L2", "max"), mine, theirs, strict=True)))  # fmt: skip
+            both = zip(("L2", "max"), mine, theirs, strict=True)
+            print(f"{shape} {name} {what:<8}", *(f"{n}: {e:.2e} / {t:.2e} = {e / t:.1f}x" for n, e, t in both), sep="  ")
     for norm in ratios:
-        print(f"{norm}: error {min(ours[norm]):.1e} to {max(ours[norm]):.1e}, "
-              f"{min(ratios[norm]):.1f} to {max(ratios[norm]):.1f} times the library's")  # fmt: skip
+        times = f"{min(ratios[norm]):.1f} to {max(ratios[norm]):.1f} times the library's"
+        print(f"{norm}: error {min(ours[norm]):.1e} to {max(ours[norm]):.1e}, {times}")
 
 
 if __name__ == "__main__":

@@ -30,10 +30,8 @@ from . import ptx
 from .occupancy import LIMITS, MOST_THREADS, TARGETS, occupancy, warp
 
 TABLE = Path(__file__).with_name("static.csv")
-COLUMNS = (
-    "case", "kernel", "target", "registers", "spills", "shared", "warps", "blocks", "instructions", "wide", "tensor",
-    "hash",
-)  # fmt: skip
+FACTS = ("registers", "spills", "shared", "warps", "blocks", "instructions", "wide", "tensor")
+COLUMNS = ("case", "kernel", "target", *FACTS, "hash")
 KERNELS = (
     "_reduce", "activation", "add_bias", "channel_rms_norm_silu", "conv_residual", "gate_residual",
     "gate_residual_layer_norm_modulate", "group_norm_silu", "group_norm_silu_bwd", "group_norm_silu_conv_residual",
@@ -122,11 +120,9 @@ def compile_facts(launch, target: str) -> dict[str, object]:
         spills = stack + local
         instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", assembly, re.M))
         accesses = ptx.accesses(compiled.asm["ptx"])
-    return {
-        "registers": registers, "spills": spills, "shared": shared, "warps": warps,
-        "blocks": occupancy(target, warps, registers, shared), "instructions": instructions,
-        "wide": wide_percent(launch, accesses), "tensor": len(re.findall(TENSOR, assembly)),
-    }  # fmt: skip
+    blocks = occupancy(target, warps, registers, shared)
+    wide, tensor = wide_percent(launch, accesses), len(re.findall(TENSOR, assembly))
+    return dict(zip(FACTS, (registers, spills, shared, warps, blocks, instructions, wide, tensor), strict=True))
 
 
 def launches() -> list[tuple[str, object]]:

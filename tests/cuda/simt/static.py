@@ -36,8 +36,8 @@ KINDS = {
     "LDG.other": r"LDG\.", "STG.128": r"STG\.E\.(?:\w+\.)*128", "STG.other": r"STG\.",
     "MUFU": r"MUFU", "BAR": r"BAR\.", "UCGABAR": r"UCGABAR", "SHFL": r"SHFL",
 }  # fmt: skip
-COLUMNS = ("kernel", "target", "registers", "spills", "static_shared", "threads", "dynamic_shared", "cluster", "blocks",
-           "instructions", *KINDS, "hash")  # fmt: skip
+SIZES = ("registers", "spills", "static_shared", "threads", "dynamic_shared", "cluster", "blocks", "instructions")
+COLUMNS = ("kernel", "target", *SIZES, *KINDS, "hash")
 
 
 def nvcc() -> str | None:
