@@ -65,7 +65,8 @@ def main() -> None:
                 ours[norm].append(getattr(mine, norm))
                 ratios[norm].append(getattr(mine, norm) / getattr(theirs, norm))
             both = zip(("L2", "max"), mine, theirs, strict=True)
-            print(f"{shape} {name} {what:<8}", *(f"{n}: {e:.2e} / {t:.2e} = {e / t:.1f}x" for n, e, t in both), sep="  ")
+            found = (f"{n}: {e:.2e} / {t:.2e} = {e / t:.1f}x" for n, e, t in both)
+            print(f"{shape} {name} {what:<8}", *found, sep="  ")
     for norm in ratios:
         times = f"{min(ratios[norm]):.1f} to {max(ratios[norm]):.1f} times the library's"
         print(f"{norm}: error {min(ours[norm]):.1e} to {max(ours[norm]):.1e}, {times}")
