@@ -13,7 +13,7 @@ from torch import nn
 
 import zeroblock as zb
 
-args = options(__doc__, steps=(800, "optimizer steps"), out=("video.gif", "the file to write"))
+args = options(__doc__, steps=(700, "optimizer steps"), out=("video.gif", "the file to write"))
 steps = 2 if args.quick else args.steps
 FRAMES, GIVEN, SIZE, PATCH, D, HEADS = 6, 2, 16, 4, 96, 4
 TOKENS = (SIZE // PATCH) ** 2  # of a frame
@@ -48,11 +48,19 @@ class Block(nn.Module):
         return zb.gate_residual(x, gate2, self.mlp(h), gate_table=table[5], index=index)
 
 
+def places():
+    """[FRAMES * TOKENS, D]: waves of the frame, the row and the column."""
+    side = SIZE // PATCH
+    axes = torch.cartesian_prod(torch.arange(FRAMES), torch.arange(side), torch.arange(side)).float()
+    angles = axes[:, :, None] * torch.exp2(-torch.linspace(0, 3, D // 6))
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+
+
 class VideoDiT(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(PATCH**2, D)
-        self.place = nn.Parameter(0.1 * torch.randn(FRAMES * TOKENS, D))
+        self.register_buffer("place", places())
         self.level = nn.Sequential(nn.Linear(32, D), nn.SiLU(), nn.Linear(D, 6 * D))
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.last = zb.nn.ZeroLinear(D, PATCH**2)
@@ -93,8 +101,7 @@ for number in range(1, steps + 1):
     levels[:8] = levels[:8, -1:]
     levels[:8, :GIVEN] = 0  # of half of them as in sampling
     weight = levels[..., None, None]
-    error = model((1 - weight) * clean + weight * noise, levels) - clean  # it predicts the clean video
-    loss = (error / weight.clamp(min=0.1)).square()[:, GIVEN:].mean()  # and is judged by the velocity that follows
+    loss = F.mse_loss(model((1 - weight) * clean + weight * noise, levels), clean)  # it predicts the clean video
     loss.backward()
     optimizer.step()
     schedule.step()
