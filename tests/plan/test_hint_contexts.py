@@ -10,6 +10,7 @@ import torch
 import zeroblock as zb
 from zeroblock import zero
 from zeroblock.backends import available as _backends
+from zeroblock.plan import mode
 from zeroblock.plan import planned as _plan
 from zeroblock.steps import hint
 from zeroblock.testing import assert_bitwise_equal
@@ -101,6 +102,22 @@ def test_a_compiler_sees_the_op_alone(op, backends):
                 compiled(given)
             assert (backends["triton"].flags[before:] == [1]) == (not cast)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("is_zero", (False, True))
+@tails
+def test_backward_of_a_compiled_graph_asks_the_hint(op, is_zero, backends):
+    """What forward reports there is a tensor of its own, which does not tell whether kernels are to read it."""
+    given = parameters(op, is_zero, grad=True)
+    with mode.fixed_rule():
+        for _ in range(3):
+            y = call(op, given)
+        before = len(backends["triton"].flags)
+        y.square().sum().backward()
+    found = backends["triton"].flags[before:]
+    assert found == ([1] if is_zero and "conv" in op else [])
+    upstream = given["x" if "x" in given else "h"].grad
+    assert bool(upstream.any()) != is_zero
 
 
 def test_threads_share_a_hint(backends):

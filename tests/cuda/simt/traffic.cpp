@@ -109,8 +109,13 @@ ACCESS(8)
 ACCESS(16)
 QUIET void __tsan_read_range(void* p, size_t bytes) { access(p, bytes, false); }
 QUIET void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, true); }
-QUIET unsigned char __tsan_atomic8_load(const volatile unsigned char* p, int) { return *p; }
-QUIET void __tsan_atomic8_store(volatile unsigned char* p, unsigned char v, int) { *p = v; }
+using Word = unsigned long long;
+QUIET Word __tsan_atomic64_load(const volatile Word* p, int) { return *p; }
+QUIET void __tsan_atomic64_store(volatile Word* p, Word v, int) { *p = v; }
+QUIET int __tsan_atomic64_compare_exchange_strong(volatile Word* p, Word* before, Word v, int, int) {
+  if (*p == *before) return *p = v, 1;
+  return *before = *p, 0;
+}
 QUIET void __tsan_init() {}
 QUIET void __tsan_func_entry(void*) {}
 QUIET void __tsan_func_exit() {}
