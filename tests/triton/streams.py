@@ -9,7 +9,7 @@ an H100, 25 on an H200, of a kernel that does nothing else.
 from __future__ import annotations
 
 import csv
-import importlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ B, T = 32, 256  # as many tokens as DiT-XL/2 trains with on one GPU
 
 
 class Stream(NamedTuple):
-    rows: int
     lanes: int  # of a row
     tile_bytes: int  # of all streamed tensors, without what is masked
     buffers: int  # shared memory that the tiles ahead take
@@ -37,13 +36,15 @@ def stream(launch) -> Stream:
     sizes = [arguments[name].element_size() for name in STREAMED if arguments.get(name) is not None]
     rows, D = arguments["ROWS"], arguments["D"]
     lanes, ahead = arguments["BLOCK_D"] + arguments.get("TAIL", 0), arguments.get("STAGES", 1) - 1
-    programs = 1
-    for count in launch.grid:
-        programs *= count
     return Stream(
-        rows, lanes, rows * D * sum(sizes), ahead * rows * lanes * sum(sizes), ahead, programs,
-        launch.options["num_warps"], 1 - D / lanes,
-    )  # fmt: skip
+        lanes=lanes,
+        tile_bytes=rows * D * sum(sizes),
+        buffers=ahead * rows * lanes * sum(sizes),
+        ahead=ahead,
+        programs=math.prod(launch.grid),
+        warps=launch.options["num_warps"],
+        idle=1 - D / lanes,
+    )
 
 
 def launches(D: int) -> dict[str, Stream]:
@@ -99,5 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("zeroblock")
     main()
