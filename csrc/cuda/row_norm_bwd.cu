@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd, 1) row_norm_bwd_kernel(
     LongSum g_sum, gx_sum;
     each([&](auto is_own, auto d) {
       float g_part = 0, gx_part = 0;
-#pragma unroll
+#pragma unroll(kShared ? 1 : V / H)
       for (int j = 0; j < V; j += H) {
         const Pack<T, H> x = read(0, is_own, d, j), dy = read(1, is_own, d, j);
         float weight[H], scale[H];
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd, 1) row_norm_bwd_kernel(
         }
       };
       const int64_t at = first + i * p.D + d;
-      Pack<T, V> dx, dbranch;
-#pragma unroll
+      // One half of a pack after the other: with both at once the registers are too few.
+#pragma unroll(kShared ? 1 : V / H)
       for (int j = 0; j < V; j += H) {
         const Pack<T, H> x = read(0, is_own, d, j), dy = read(1, is_own, d, j);
         float weight[H], scale[H], out[H], operand[H];
@@ -161,20 +161,19 @@ __global__ void __launch_bounds__(32 * kMaxTeamWarpsBwd, 1) row_norm_bwd_kernel(
             for (int k = 0; k < H; k++) out[k] += direct[k];
           }
           const Pack<T, H> h = read(2, is_own, d, j);
+          Pack<T, H> dbranch;
           load_operand<T>(p.gate, b * p.gate.stride_b + t * p.gate.stride_t + d + j, 0.0f, operand);
 #pragma unroll
           for (int k = 0; k < H; k++) {
-            dbranch.v[j + k] = from_float<T>(operand[k] * out[k]);
+            dbranch.v[k] = from_float<T>(operand[k] * out[k]);
             operand[k] = out[k] * h[k];
           }
+          store_pack<H>(static_cast<T*>(p.dbranch) + at + j, dbranch);
           add(2, j, operand);
           if (p.dgate_token.ptr) store_grads<T>(p.dgate_token, at + j, operand);
         }
-#pragma unroll
-        for (int k = 0; k < H; k++) dx.v[j + k] = from_float<T>(out[k]);
+        store_floats<H>(static_cast<T*>(p.dx) + at + j, out);
       }
-      if constexpr (kGate) store_pack<V>(static_cast<T*>(p.dbranch) + at, dbranch);
-      store_pack<V>(static_cast<T*>(p.dx) + at, dx);
     });
   }
   if constexpr (kAsync) copy_async_wait<0>();
