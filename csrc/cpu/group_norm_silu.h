@@ -351,7 +351,7 @@ void group_norm_silu_fwd_rows(const GroupNormSilu& p, ParallelFor run, T* type) 
   });
 }
 
-void group_norm_silu_fwd(const GroupNormSilu& p, ParallelFor run) {
+inline void group_norm_silu_fwd(const GroupNormSilu& p, ParallelFor run) {
   with_type(p.dtype, [&](auto* type) {
     if (group_norm_by_rows(p)) {
       p.silu ? group_norm_silu_fwd_rows<true>(p, run, type) : group_norm_silu_fwd_rows<false>(p, run, type);
