@@ -362,7 +362,7 @@ inline void group_norm_silu_fwd(const GroupNormSilu& p, ParallelFor run) {
 }
 
 // mean and rstd alone; the workspace is that of fwd.
-void group_norm_statistics(const GroupNormSilu& p, ParallelFor run) {
+inline void group_norm_statistics(const GroupNormSilu& p, ParallelFor run) {
   with_type(p.dtype, [&](auto* type) {
     if (group_norm_by_rows(p)) {
       row_statistics(p, run, type);
@@ -380,7 +380,7 @@ void group_norm_statistics(const GroupNormSilu& p, ParallelFor run) {
 }
 
 // affine [N, 3, C] of z = (x - mean) * a + b from mean and rstd, for winograd/.
-void group_norm_affine(const GroupNormSilu& p, float* affine) {
+inline void group_norm_affine(const GroupNormSilu& p, float* affine) {
   const int64_t D = p.C / p.G;
   for (int64_t n = 0; n < p.N; ++n) {
     const ChannelAffine to(affine, n, p.C);
@@ -391,7 +391,7 @@ void group_norm_affine(const GroupNormSilu& p, float* affine) {
   }
 }
 
-int64_t group_norm_silu_fwd_workspace(const GroupNormSilu& p) {
+inline int64_t group_norm_silu_fwd_workspace(const GroupNormSilu& p) {
   return group_norm_by_rows(p) ? p.N * p.C * (3 * RowChunks(p).count + 3) : 0;
 }
 
