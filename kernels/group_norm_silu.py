@@ -256,16 +256,17 @@ def forward(
     last: bool,
     flag: Tensor | None = None,
     *,
-    split: bool = False,
+    split: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) of x dense in its layout (`last`: channels-last); scale, shift [N, C] with dense rows."""
+    """(y, mean, rstd) of x dense in its layout (`last`: channels-last); scale, shift [N, C] with dense rows.
+    split: None chooses by size, False holds every group that fits."""
     N, pixels, channels = x.shape[0], math.prod(x.shape[2:]), x.shape[1] // num_groups
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(N, num_groups, dtype=torch.float32) for _ in range(2))
     operands = norm_operands(x, num_groups, mean, rstd, weight, bias, scale, shift, apply_silu, flag)
     operands |= {"y": y, "size": channels * pixels, "eps": eps}
     sizes = pixels, num_groups, last, x.element_size()
-    on_chip = None if split else held(N, channels, *sizes, HELD, ALONE)
+    on_chip = None if split else held(N, channels, *sizes, HELD, ALONE if split is None else 1 << 31)
     if on_chip is not None:
         launch(_one_read, (N, num_groups // on_chip.GROUPS), **operands, **on_chip._asdict())
         return y, mean, rstd

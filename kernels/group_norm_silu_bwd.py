@@ -232,9 +232,10 @@ def backward(
     last: bool,
     flag: Tensor | None = None,
     *,
-    split: bool = False,
+    split: bool | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias, dscale, dshift), each in the dtype of its operand; dy and x dense in one layout."""
+    """(dx, dweight, dbias, dscale, dshift), each in the dtype of its operand; dy and x dense in one layout.
+    split: None chooses by size, False holds every group that fits."""
     N, C = x.shape[:2]
     dx = torch.empty_like(x)
     operands = norm_operands(x, num_groups, mean, rstd, weight, bias, scale, shift, apply_silu, flag)
@@ -247,7 +248,7 @@ def backward(
 
     sums = {"sum_dz": rows(N, C), "sum_dz_xhat": rows(N, C)}
     sizes = N, channels, pixels, num_groups, last, x.element_size()
-    on_chip = None if split else held(*sizes, HELD, ALONE // 2)
+    on_chip = None if split else held(*sizes, HELD, ALONE // 2 if split is None else 1 << 31)
     if on_chip is not None:
         tiles = on_chip._asdict()
         del tiles["EVEN"]  # what lies outside is 0 in every sum
