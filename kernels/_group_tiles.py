@@ -120,8 +120,8 @@ class Split(NamedTuple):
         return self.parts * self.SUBS
 
 
-# Elements of a split tile, its channels when they are contiguous, and its warps (access widths and registers:
-# python -m tests.triton.static).
+# Elements of a split tile, its channels when contiguous (256 where fewer make no whole sectors: ptxas may spill), and
+# its warps (access widths and registers: python -m tests.triton.static).
 TILE, TILE_CHANNELS, SPLIT_WARPS = 4096, (64, 128, 256), 8
 # Parts of a sample at most, since every program of the second launch adds up what those of the first one left (bytes:
 # python -m tests.triton.traffic_cases).
@@ -146,7 +146,7 @@ def channel_block(channels: int, groups: int, size: int) -> tuple[int, int, int]
         short = max(1.0, min(ROW_BYTES, C * size) / row)
         narrow = 2.0 if row % 16 and not C * size % 16 else 1.0
         sectors = sectors_per_byte(row, C * size)
-        wasteful = 4.0 if sectors > ROW_SECTORS else 1.0
+        wasteful = 4.0 if sectors > ROW_SECTORS else 2.0 if lanes == TILE_CHANNELS[-1] else 1.0
         idle = cdiv(groups, count) * subs * lanes / C
         return short * narrow * wasteful * sectors * (1 + idle), subs, abs(lanes - TILE_CHANNELS[0])
 

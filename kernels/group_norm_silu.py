@@ -157,15 +157,16 @@ def _combined(
     CPG: tl.constexpr, LANES: tl.constexpr, SUBS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(mean, rstd) [SLOTS] of these groups."""
-    row = (n * G + group) * pieces
-    base = tl.load(part_mean + row, mask=owned, other=0.0)
-    m = base
+    row = group * pieces
+    part_mean += n * G * pieces
+    part_squares += n * G * pieces
+    m = tl.load(part_mean + row, mask=owned, other=0.0)
     for turn in tl.static_range(2):  # the mean, then the squares about it
         moved = tl.zeros([BLOCK, SLOTS], tl.float32)
         squares = tl.zeros([BLOCK, SLOTS], tl.float32)
         for p0 in range(0, pieces, BLOCK):
-            p = (p0 + tl.arange(0, BLOCK)).to(tl.int64)
-            pixels = tl.minimum(HW - p // SUBS * part_pixels, part_pixels)
+            p = p0 + tl.arange(0, BLOCK)
+            pixels = tl.minimum(HW - (p // SUBS).to(tl.int64) * part_pixels, part_pixels)
             count = (pixels * tl.minimum(CPG - p % SUBS * LANES, LANES if SUBS > 1 else CPG)).to(tl.float32)[:, None]
             mask = (p < pieces)[:, None] & owned[None, :]
             at = row[None, :] + p[:, None]
@@ -193,24 +194,27 @@ def _apply(
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     first, lane, valid, group, owned = block_lanes(block, C, CPG, GROUPS, SUBS, SLOTS, LANES)
     stored = owned & (part == 0) & (block % SUBS == 0)
+    mean += n * G
+    rstd += n * G
     if flag is not None:
         if is_skipped(flag):
-            tl.store(mean + n * G + group, tl.zeros([SLOTS], tl.float32), mask=stored)
-            tl.store(rstd + n * G + group, tl.zeros([SLOTS], tl.float32), mask=stored)
+            tl.store(mean + group, tl.zeros([SLOTS], tl.float32), mask=stored)
+            tl.store(rstd + group, tl.zeros([SLOTS], tl.float32), mask=stored)
             return
-    a, c = affine(weight, bias, scale, shift, n, first + lane, valid, scale_n, shift_n)
     m, r = _combined(
         part_mean, part_squares, n, G, group, owned, moments_hw, size, pieces, part_pixels, eps,
         PIECE_CPG, PIECE_LANES, PIECE_SUBS, SLOTS, BLOCK,
     )  # fmt: skip
-    tl.store(mean + n * G + group, m, mask=stored)
-    tl.store(rstd + n * G + group, r, mask=stored)
+    tl.store(mean + group, m, mask=stored)
+    tl.store(rstd + group, r, mask=stored)
+    a, c = affine(weight, bias, scale, shift, n, first + lane, valid, scale_n, shift_n)
     a = along_channels(a * per_lane(r, LANES, 0, CPG), AXIS)
     c = along_channels(c, AXIS)
     m = along_channels(per_lane(m, LANES, 0, CPG), AXIS)
-    for step in range(steps):
-        start, at, mask = part_tile(first, lane, valid, part.to(tl.int64) * steps + step, C, HW, AXIS, PIXELS)
-        start += n * C * HW
+    x += n * C * HW
+    y += n * C * HW
+    for step in range(part * steps, (part + 1) * steps):
+        start, at, mask = part_tile(first, lane, valid, tl.cast(step, tl.int64), C, HW, AXIS, PIXELS)
         z = (tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32) - m) * a + c
         tl.store(y + start + at, silu(z) if SILU else z, mask=mask)
 
