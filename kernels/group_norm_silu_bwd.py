@@ -152,10 +152,10 @@ def _sums(
     r = _statistic(rstd, n, G, channel, valid, CPG, AXIS)
     lane_dz = tl.zeros([LANES], tl.float32)
     lane_dz_xhat = tl.zeros([LANES], tl.float32)
-    for step in range(steps):
-        block = tl.program_id(0).to(tl.int64) * steps + step
-        start, at, mask = part_tile(first, lane, valid, block, C, HW, AXIS, PIXELS)
-        start += n * C * HW
+    x += n * C * HW
+    dy += n * C * HW
+    for step in range(tl.program_id(0) * steps, (tl.program_id(0) + 1) * steps):
+        start, at, mask = part_tile(first, lane, valid, tl.cast(step, tl.int64), C, HW, AXIS, PIXELS)
         xhat, dz = _terms(x + start, dy + start, at, mask, m, r, a, c, SILU, AXIS)
         lane_dz += tl.sum(dz, 1 - AXIS)
         lane_dz_xhat += tl.sum(dz * xhat, 1 - AXIS)
