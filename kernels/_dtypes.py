@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 
 # What rows, images and weights may be. Arithmetic is fp32 whatever they are.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Triton's name of every dtype that a pointer argument may have: flags, packed words and bit patterns as well.
+# Triton's name of every dtype that a pointer argument may have: flags and bit patterns as well.
 NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -21,11 +20,6 @@ NAMES = {
 }
 # The integer of as many bytes.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def float_of(dtype: torch.dtype) -> tl.dtype:
-    """Triton's object for a floating dtype: tl.bfloat16 of torch.bfloat16."""
-    return tl.dtype(NAMES[dtype])
 
 
 def long_name(dtype: torch.dtype) -> str:

@@ -2,178 +2,171 @@
 
 Columns of a tile are contiguous in memory: rows are channels and columns pixels (contiguous x, AXIS 0), or rows are
 pixels and columns channels (channels-last x, AXIS 1). AXIS is the tile's dimension of channels; a vector of channels
-has one entry, a lane, for each step along it.
+has one entry, a lane, for each step along it. Lanes are consecutive channels, whatever their groups.
 
-  by group  a program owns GROUPS whole groups and keeps them in registers, as words of PER_WORD values: 2 neighbouring
-            16-bit values (pixels for AXIS 0, channels for AXIS 1) where the sizes allow, else 1. Its channels are cut
-            into blocks of 2^k lanes; small groups lie side by side in one block, each padded to 2^k lanes.
-  flat      a program owns LANES consecutive channels, whatever their groups, and some blocks of PIXELS pixels of them.
+  held   a program owns GROUPS neighbouring groups, reads them once and keeps them in registers, in fp32: one tile of
+         HEAD lanes and, where that pads less, one of TAIL lanes beside it (80 channels are 64 + 16), of all the pixels.
+  split  a program owns a block of channels, GROUPS neighbouring groups or one of the SUBS pieces of a wide group, and a
+         part of the pixels, in `steps` tiles of LANES x PIXELS, one after the other in a loop.
 
-Names of the kernels: n a sample, HW its pixels, G groups of CPG channels (WPG words), CPW channels of a word; `at` the
-offsets of a tile, `mask` what of it lies inside, `valid` the lanes that are channels.
+A row of a channels-last tile has 64 bytes or more, in at most 1.1 times as many bytes of sectors (`sectors_per_byte`).
+
+Names of the kernels: n a sample, HW its pixels, G groups of CPG channels; `at` the offsets of a tile, `mask` what of it
+lies inside, `valid` the lanes that are channels of the program; numbers of its groups are vectors of SLOTS >= GROUPS.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ._dtypes import INTEGERS
-from ._rows import PROGRAMS, cdiv, power_of_2
-from ._triton import constexpr_function
+from ._rows import cdiv, power_of_2
 
-
-def values_per_word(channels: int, pixels: int, last: bool, *tensors: Tensor) -> int:
-    """Values in a word of groups of `channels` x `pixels`: 2 where 16-bit ones pair up and are aligned, else 1."""
-    pairs = (channels if last else pixels) % 2 == 0 and tensors[0].element_size() == 2
-    return 2 if pairs and all(t.storage_offset() % 2 == 0 and t.data_ptr() % 4 == 0 for t in tensors) else 1
-
-
-def as_words(t: Tensor, per_word: int) -> Tensor:
-    """The memory of a dense tensor as one row of words."""
-    return t.as_strided((t.numel(),), (1,)).view(INTEGERS[t.element_size() * per_word])
+SECTOR = 32  # bytes
+# Of a row of a channels-last tile: bytes at least, and bytes of its sectors per byte at most
+# (sectors: python -m tests.triton.traffic_cases).
+ROW_BYTES, ROW_SECTORS = 64, 1.1
+# Numbers up to which a program takes more than one group. (guess)
+SMALL = 2048
+# Programs that occupy most SMs, and numbers from which fewer programs are split instead, if x is all that is held. By
+# a model, a program alone on its SM takes 0.15 ns per number, all instructions, and another launch 2.5 us.
+LEAST_PROGRAMS, ALONE = 128, 16384
 
 
-@dataclasses.dataclass(frozen=True)
-class ByGroup:
-    """The tiles of a program that owns GROUPS whole groups: block i of BLOCKS has WIDTHS[i] lanes from STARTS[i] on,
-    in COUNTS[i] tiles of PIXELS[i] words; the first of these is tile FIRST[i] of the program."""
+@functools.lru_cache
+def sectors_per_byte(row: int, pitch: int) -> float:
+    """Bytes of the sectors of a row of `row` bytes per byte of it, on average over the rows and the programs beside
+    each other; rows are `pitch` bytes apart."""
+    if row >= pitch:
+        return 1.0  # the rows follow each other
+    starts = range(0, SECTOR, math.gcd(row, pitch, SECTOR))
+    return sum(cdiv(start + row, SECTOR) for start in starts) * SECTOR / (len(starts) * row)
+
+
+class Held(NamedTuple):
+    """The constants of a program that holds its groups."""
 
     AXIS: int
-    PER_WORD: int
     GROUPS: int
-    STARTS: tuple[int, ...]
-    WIDTHS: tuple[int, ...]
-    PIXELS: tuple[int, ...]
-    COUNTS: tuple[int, ...]
-    FIRST: tuple[int, ...]
-    BLOCKS: int
+    SLOTS: int
+    HEAD: int
+    TAIL: int
+    PIXELS: int
+    EVEN: bool  # nothing of the tiles lies outside
     num_warps: int
 
 
-# Words of an access by a thread: 16 bytes (access widths: python -m tests.triton.static).
-ACCESS = 4
-# Words up to which a program takes more than one group, and tiles of a program at most, all of which the compiler
-# unrolls (registers and compile time: python -m tests.triton.static).
-SMALL, MOST_TILES = 1024, 40
+def head_and_tail(lanes: int) -> tuple[int, int]:
+    """Powers of 2 that hold `lanes` together, the tail 0 where one is as good."""
+    head = power_of_2(lanes + 1) // 2
+    tail = power_of_2(lanes - head) if lanes > head else 0
+    return (2 * head, 0) if tail == head else (head, tail)
 
 
-def _before(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sum(sizes[:i]) for i in range(len(sizes)))
+@functools.lru_cache
+def held(
+    N: int, channels: int, pixels: int, groups: int, last: bool, size: int, tables: tuple, alone: int
+) -> Held | None:
+    """The tiles for `groups` groups of `channels` x `pixels` numbers of `size` bytes, by the first entry that does,
+    (most numbers of a program, num_warps), of the layout's table: contiguous, channels-last. None when none does, and
+    when so few programs would hold more than `alone` numbers each that it takes less time to split them."""
+    pitch, length = groups * channels * size, power_of_2(pixels)
+    if channels * groups * pixels >= 2**31:
+        return None  # offsets inside a sample are int32 here
+    best = None
+    for count in range(1, groups + 1):
+        lanes = count * channels
+        row = lanes * size
+        if groups % count or (last and (row < min(ROW_BYTES, pitch) or sectors_per_byte(row, pitch) > ROW_SECTORS)):
+            continue
+        head, tail = head_and_tail(lanes)
+        area = (head + tail) * length
+        if best is not None and area > SMALL:
+            break
+        warps = next((warps for most, warps in tables[last] if area <= most), None)
+        if warps is None or (area > alone and N * groups // count < LEAST_PROGRAMS):
+            break
+        even = head + tail == lanes and length == pixels
+        best = Held(int(last), count, power_of_2(count), head, tail, length, even, warps)
+    return best
 
 
-def by_group(channels: int, pixels: int, groups: int, last: bool, per_word: int, table: tuple) -> ByGroup | None:
-    """The tiles for groups of `channels` x `pixels`, by the first entry of the table, (most words of a program,
-    num_warps), that holds a group; None when none does."""
-    lanes, words = (channels // per_word, pixels) if last else (channels, pixels // per_word)
-    width, length = power_of_2(lanes), power_of_2(words)
-    for most, warps in table:
-        tile = 32 * warps * ACCESS
-        # Groups side by side make a small program worth its start, and fill the sectors of channels-last rows.
-        side, area = 1, width * length
-        while groups % (2 * side) == 0 and (
-            2 * side * area <= SMALL or (last and width * side < 64 // per_word and 2 * side * area <= tile)
-        ):
-            side *= 2
-        if side > 1 or (last and area <= table[0][0]):
-            widths = (width * side,)
-        elif last:  # the bits of `lanes`: nothing is padded
-            widths = tuple(1 << bit for bit in reversed(range(lanes.bit_length())) if lanes >> bit & 1)
-        else:
-            rows = min(width, max(1, tile // length))
-            widths = (rows,) * cdiv(lanes, rows)
-        sizes = tuple(min(length, max(1, tile // w)) for w in widths)
-        counts = tuple(cdiv(words, size) for size in sizes)
-        held = sum(w * size * count for w, size, count in zip(widths, sizes, counts, strict=True))
-        if held <= most and sum(counts) <= MOST_TILES:
-            return ByGroup(
-                int(last), per_word, side, _before(widths), widths, sizes, counts, _before(counts), len(widths), warps
-            )
-    return None
-
-
-@constexpr_function
-def item(values, i):
-    """values[i], known to the compiler; plain indexing is not in loops, before triton 3.7."""
-    return values[i]
-
-
-@dataclasses.dataclass(frozen=True)
-class Flat:
-    """The tiles of a program that owns LANES consecutive channels and `steps` blocks of PIXELS pixels."""
+class Split(NamedTuple):
+    """The tiles of programs that own a block of channels and a part of the pixels, and the grid of these programs."""
 
     AXIS: int
+    GROUPS: int
+    SUBS: int
+    SLOTS: int
     LANES: int
     PIXELS: int
-    channel_blocks: int
-    pixel_blocks: int
+    blocks: int
+    parts: int
     steps: int
-    num_warps: int
-
-    @property
-    def parts(self) -> int:
-        return cdiv(self.pixel_blocks, self.steps)
 
     @property
     def options(self) -> dict[str, int]:
         """What every kernel of these tiles is launched with."""
-        return {"AXIS": self.AXIS, "LANES": self.LANES, "PIXELS": self.PIXELS, "num_warps": self.num_warps}
+        names = ("AXIS", "GROUPS", "SUBS", "SLOTS", "LANES", "PIXELS", "steps")
+        return {name: getattr(self, name) for name in names} | {"num_warps": SPLIT_WARPS}
+
+    @property
+    def pieces(self) -> int:
+        """Programs that share a group, each of which leaves partial sums of it."""
+        return self.parts * self.SUBS
 
 
-# Elements of a flat tile, its channels when they are contiguous, its warps, and tiles of a program at most
-# (access widths and registers: python -m tests.triton.static; partial sums: python -m tests.triton.traffic_cases).
-FLAT, FLAT_CHANNELS, FLAT_WARPS, FLAT_STEPS = 4096, 64, 8, 16
+# Elements of a split tile, its channels when contiguous (256 where fewer make no whole sectors: ptxas may spill), and
+# its warps (access widths and registers: python -m tests.triton.static).
+TILE, TILE_CHANNELS, SPLIT_WARPS = 4096, (64, 128, 256), 8
+# Parts of a sample at most, since every program of the second launch adds up what those of the first one left (bytes:
+# python -m tests.triton.traffic_cases).
+MOST_PARTS = 64
 
 
-def flat(N: int, C: int, pixels: int, last: bool) -> Flat:
+@functools.lru_cache
+def channel_block(channels: int, groups: int, size: int) -> tuple[int, int, int]:
+    """(GROUPS, SUBS, LANES) of channels-last tiles: rows of whole sectors and 16-byte accesses, few lanes idle."""
+    C = channels * groups
+
+    def candidates():
+        for lanes in TILE_CHANNELS:
+            if channels > lanes:
+                yield 1, cdiv(channels, lanes), lanes
+            for count in range(1, min(groups, lanes // channels) + 1):
+                yield count, 1, power_of_2(count * channels)
+
+    def cost(block: tuple[int, int, int]) -> tuple[float, int, int]:
+        count, subs, lanes = block
+        row = (count * channels if subs == 1 else lanes) * size
+        short = max(1.0, min(ROW_BYTES, C * size) / row)
+        narrow = 2.0 if row % 16 and not C * size % 16 else 1.0
+        sectors = sectors_per_byte(row, C * size)
+        wasteful = 4.0 if sectors > ROW_SECTORS else 2.0 if lanes == TILE_CHANNELS[-1] else 1.0
+        idle = cdiv(groups, count) * subs * lanes / C
+        return short * narrow * wasteful * sectors * (1 + idle), subs, abs(lanes - TILE_CHANNELS[0])
+
+    return min(candidates(), key=cost)
+
+
+@functools.lru_cache
+def split_tiles(N: int, channels: int, pixels: int, groups: int, last: bool, size: int, programs: int) -> Split:
+    """The tiles for about `programs` programs, by the sizes of `held`."""
     if last:
-        lanes = min(power_of_2(C), FLAT_CHANNELS)
-        width = min(power_of_2(pixels), FLAT // lanes)
+        count, subs, lanes = channel_block(channels, groups, size)
+        width = min(power_of_2(pixels), max(1, TILE // lanes))
     else:
-        width = min(power_of_2(pixels), FLAT)
-        lanes = min(power_of_2(C), FLAT // width)
-    channel_blocks, pixel_blocks = cdiv(C, lanes), cdiv(pixels, width)
-    steps = max(1, min(FLAT_STEPS, N * channel_blocks * pixel_blocks // PROGRAMS))
-    return Flat(int(last), lanes, width, channel_blocks, pixel_blocks, steps, FLAT_WARPS)
-
-
-@triton.jit
-def unpack(words, i: tl.constexpr, PER_WORD: tl.constexpr, DTYPE: tl.constexpr):
-    """Value i of each word, in fp32."""
-    if PER_WORD == 1:
-        return words.to(DTYPE, bitcast=True).to(tl.float32)
-    else:
-        return (words >> (16 * i)).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def pack(v, i: tl.constexpr, PER_WORD: tl.constexpr, DTYPE: tl.constexpr):
-    """Words whose value i is v, rounded to DTYPE, and whose other one is 0."""
-    if PER_WORD == 1:
-        return v.to(DTYPE).to(tl.int32 if DTYPE == tl.float32 else tl.int16, bitcast=True)
-    else:
-        return (v.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) << (16 * i)
-
-
-@triton.jit
-def opaque(v, zero):
-    """v + 0, where the compiler does not know that `zero` is 0: it then computes again what it computed from v before,
-    instead of keeping that in registers which the words need. Offsets and masks of tiles get the same + zero."""
-    return v + zero.to(v.dtype)
-
-
-@triton.jit
-def group_lanes(start: tl.constexpr, WIDTH: tl.constexpr, WPG: tl.constexpr, GROUPS: tl.constexpr):
-    """(word along the channels from the program's first one, valid) of the lanes of a block; WPG words per group."""
-    lane = start + tl.arange(0, WIDTH)
-    if GROUPS == 1:
-        return lane.to(tl.int64), lane < WPG
-    else:
-        EACH: tl.constexpr = WIDTH // GROUPS
-        return (lane // EACH * WPG + lane % EACH).to(tl.int64), lane % EACH < WPG
+        width = min(power_of_2(pixels), TILE)
+        lanes = min(power_of_2(channels), TILE // width)
+        count, subs = 1, cdiv(channels, lanes)
+    blocks, pixel_blocks = cdiv(groups, count) * subs, cdiv(pixels, width)
+    parts = max(1, min(MOST_PARTS, programs // max(1, N * blocks), pixel_blocks))
+    steps = cdiv(pixel_blocks, parts)
+    return Split(int(last), count, subs, power_of_2(count), lanes, width, blocks, cdiv(pixel_blocks, steps), steps)
 
 
 @triton.jit
@@ -187,24 +180,57 @@ def tile_at(channel, valid, block, C, HW, AXIS: tl.constexpr, PIXELS: tl.constex
 
 
 @triton.jit
-def flat_lanes(C, LANES: tl.constexpr):
-    """(channel, valid) of the lanes of a flat program."""
-    channel = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
-    return channel, channel < C
+def block_lanes(
+    block, C, CPG: tl.constexpr, GROUPS: tl.constexpr, SUBS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr
+):
+    """(first, lane, valid, group, owned) of channel block `block` of a split program: its first channel and the lanes
+    from there on, and the groups in its slots."""
+    lane = tl.arange(0, LANES)
+    slot = tl.arange(0, SLOTS)
+    if SUBS == 1:
+        first = block * (GROUPS * CPG)
+        group = block * GROUPS + slot
+        return first, lane, (lane < GROUPS * CPG) & (lane < C - first), group, (slot < GROUPS) & (group * CPG < C)
+    else:
+        sub = block % SUBS * LANES
+        return block // SUBS * CPG + sub, lane, lane < CPG - sub, block // SUBS + slot, slot < GROUPS
 
 
 @triton.jit
-def per_group(v, GROUPS: tl.constexpr):
-    """Sums [GROUPS] of lanes [LANES] that lie group by group."""
-    return tl.sum(tl.reshape(v, [GROUPS, v.shape[0] // GROUPS]), 1)
+def part_tile(first, lane, valid, block, C, HW, AXIS: tl.constexpr, PIXELS: tl.constexpr):
+    """(where it starts, offsets from there, mask) of the tile of these channels and pixel block `block`, an int64."""
+    start = block * PIXELS
+    pixel = tl.arange(0, PIXELS)
+    inside = pixel < tl.minimum(HW - start, PIXELS)
+    if AXIS == 0:
+        at = lane[:, None] * HW + pixel[None, :]
+        return first.to(tl.int64) * HW + start, at, valid[:, None] & inside[None, :]
+    else:
+        return start * C + first, pixel[:, None] * C + lane[None, :], inside[:, None] & valid[None, :]
 
 
 @triton.jit
-def per_lane(v, LANES: tl.constexpr, AXIS: tl.constexpr):
-    """Numbers [GROUPS] in the lanes of their groups, shaped to broadcast against a tile."""
-    GROUPS: tl.constexpr = v.shape[0]
-    lanes = tl.reshape(tl.broadcast_to(v[:, None], [GROUPS, LANES // GROUPS]), [LANES])
-    return along_channels(lanes, AXIS)
+def _belongs(LANES: tl.constexpr, START: tl.constexpr, CPG: tl.constexpr, SLOTS: tl.constexpr):
+    """[SLOTS, LANES]: is the lane, which is channel START and following ones of the program, of the slot's group?"""
+    return ((START + tl.arange(0, LANES)) // CPG)[None, :] == tl.arange(0, SLOTS)[:, None]
+
+
+@triton.jit
+def per_group(v, START: tl.constexpr, CPG: tl.constexpr, SLOTS: tl.constexpr):
+    """Sums [SLOTS] of the lanes of each group; lanes that belong to no group of the program are 0, or all are of it."""
+    if SLOTS == 1:
+        return tl.sum(v, 0) + tl.zeros([1], tl.float32)
+    else:
+        return tl.sum(tl.where(_belongs(v.shape[0], START, CPG, SLOTS), v[None, :], 0.0), 1)
+
+
+@triton.jit
+def per_lane(v, LANES: tl.constexpr, START: tl.constexpr, CPG: tl.constexpr):
+    """Numbers [SLOTS] in the lanes of their groups; [1] of a single slot."""
+    if v.shape[0] == 1:
+        return v
+    else:
+        return tl.sum(tl.where(_belongs(LANES, START, CPG, v.shape[0]), v[:, None], 0.0), 0)
 
 
 @triton.jit
@@ -231,24 +257,6 @@ def affine(weight, bias, scale, shift, n, channel, valid, scale_n, shift_n):
 
 
 @triton.jit
-def affines(weight, bias, scale, shift, n, first, lane, valid, scale_n, shift_n, CPW: tl.constexpr):
-    """(a, c) of each channel of a word, as two tuples of CPW entries; lanes are words from channel `first` on."""
-    all_a = ()
-    all_c = ()
-    for s in tl.static_range(CPW):
-        a, c = affine(weight, bias, scale, shift, n, first + lane * CPW + s, valid, scale_n, shift_n)
-        all_a = all_a + (a,)
-        all_c = all_c + (c,)
-    return all_a, all_c
-
-
-@triton.jit
 def along_channels(v, AXIS: tl.constexpr):
     """Per-channel lanes shaped to broadcast against a tile."""
     return tl.expand_dims(v, 1 - AXIS)
-
-
-@triton.jit
-def group_row(p, n, G, channel, valid, CPG: tl.constexpr, AXIS: tl.constexpr):
-    """A statistic [N, G] of the groups of these channels, shaped to broadcast against a tile."""
-    return along_channels(tl.load(p + n * G + channel // CPG, mask=valid, other=0.0), AXIS)

@@ -31,8 +31,8 @@ SMALL = {
     _row_tiles: {"PROGRAMS": 1, "FORWARD_STEPS": 4, "BACKWARD_PROGRAMS": 1, "BACKWARD_STEPS": 5},
     gate_residual: {"PROGRAMS": 1, "STEPS": 4, "ELEMENTS": 1024},
     channel_rms_norm_silu: {"PROGRAMS": 1, "TILE": 64, "STEPS": 4, "LEAST_PIXELS": 8},
-    _group_tiles: {"PROGRAMS": 1, "FLAT": 16, "FLAT_STEPS": 2},
-    group_norm_silu: {"COMBINE_ELEMENTS": 8},  # parts combined in several rounds
+    _group_tiles: {"TILE": 16, "MOST_PARTS": 2},
+    group_norm_silu: {"PIECE_NUMBERS": 2},  # pieces combined in several rounds
 }
 
 
@@ -42,6 +42,14 @@ def small(monkeypatch):
         for name, value in constants.items():
             assert getattr(module, name) > value
             monkeypatch.setattr(module, name, value)
+    forget_tiles()
+    yield
+    forget_tiles()
+
+
+def forget_tiles() -> None:
+    for choice in (_group_tiles.held, _group_tiles.split_tiles, _group_tiles.channel_block):
+        choice.cache_clear()
 
 
 def steps_of(launches: list) -> dict[str, tuple[int, int]]:
@@ -96,15 +104,23 @@ def test_programs_take_several_tiles_of_pixels(layout):
     assert steps_of(launches) == {"_forward": programs, "_backward": programs}
 
 
-@pytest.mark.parametrize("layout", ("dense", "nhwc"))
-def test_groups_that_are_split(layout):
-    """35 pixels in tiles of 16, or of one channels-last, two to a part: the last tile is cut, and alone."""
+@pytest.mark.parametrize("layout", ("dense", "nhwc", "nhwc pieces"))
+def test_groups_that_are_split(layout, monkeypatch):
+    """35 pixels in tiles of 16, of one channels-last or of 8 of half a group each, in two parts: the last tile is cut.
+    The moments of a contiguous group are those of 140 numbers in a row."""
+    if layout == "nhwc pieces":
+        monkeypatch.setattr(_group_tiles, "TILE_CHANNELS", (2,))
     sizes = {"N": 2, "C": 12, "S": (7, 5), "film": True, "affine": "neither"}
     case = Case("group_norm_silu", "split", sizes, {"num_groups": 3})
     with planned_on_the_cpu() as patch, _plan.use("fixed"), _launch.recording() as launches:
         ran = prefer(patch, "triton split")
-        assert_parity(case, torch.float32, layout)
+        assert_parity(case, torch.float32, layout.split()[0])
     assert {way for _, way in ran} == {"triton split"}
-    parts = 2 if layout == "dense" else 18
-    assert steps_of(launches) == {"_moments": (2, parts), "_sums": (2, parts)}
-    assert all(x.arguments["BLOCK"] < parts or parts == 2 for x in launches if x.kernel.__name__ == "_combine")
+    steps = {"dense": 2, "nhwc": 18, "nhwc pieces": 3}[layout]
+    moments = 5 if layout == "dense" else steps
+    assert steps_of(launches) == {"_moments": (moments, 2), "_sums": (steps, 2), "_apply": (steps, 2)}
+    applied = [x.arguments for x in launches if x.kernel.__name__ == "_apply"]
+    of_forward, of_backward = (next(x for x in applied if ("y" in x) is forward) for forward in (True, False))
+    assert of_forward["BLOCK"] < of_forward["pieces"] or layout == "dense"
+    assert of_backward["SUBS"] == {"dense": 4, "nhwc": 1, "nhwc pieces": 2}[layout]
+    assert of_backward["BLOCK"] < 2 * of_backward["SUBS"]

@@ -30,6 +30,13 @@ GOOD = {
 }
 
 
+# In which layouts of the U-Net stages a program holds its groups, where that is not the contiguous one alone.
+HELD = {
+    "group_norm_silu": {"1280x16": {"nchw", "nhwc"}, "1280x8": {"nchw", "nhwc"}},
+    "group_norm_silu_bwd": {"320x64": set(), "1280x8": {"nchw", "nhwc"}},
+}
+
+
 def compiling(*arguments: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
@@ -55,7 +62,16 @@ def test_table_has_every_target_and_kernel():
         one_read = {row["case"] for row in rows if row["target"] == target and row["kernel"] == "_one_read"}
         for shape in ("320x64", "640x32", "1280x16", "1280x8"):  # kernels of one name in two files are two
             for op in ("group_norm_silu", "group_norm_silu_bwd"):
-                assert sum(case.startswith(f"{op}-{shape}-bfloat16-") for case in one_read) == 2, (op, shape, target)
+                layouts = {case[-4:] for case in one_read if case.startswith(f"{op}-{shape}-bfloat16-")}
+                assert layouts == HELD[op].get(shape, {"nchw"}), (op, shape, target)
+
+
+def test_group_norms_are_short_programs():
+    """Compile time grows with the instructions: a second or less for 4000 of them, 20 for 9000 (counted, not timed)."""
+    rows = [
+        row for row in static.read().values() if row["case"].startswith(("group_norm_silu-", "group_norm_silu_bwd-"))
+    ]
+    assert rows and max(int(row["instructions"]) for row in rows if row["target"].startswith("sm_")) <= 4000
 
 
 @pytest.mark.parametrize(

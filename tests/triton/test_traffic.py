@@ -1,5 +1,7 @@
 """The counter of bytes is exact, its checks fail where they should, and the committed table is that of the kernels."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from . import traffic, traffic_cases  # noqa: E402
 
 traffic.install()
 
-from zeroblock.kernels import group_norm_silu, group_norm_silu_bwd  # noqa: E402
+from zeroblock.kernels import _group_tiles, group_norm_silu, group_norm_silu_bwd  # noqa: E402
 from zeroblock.kernels._launch import recording  # noqa: E402
 
 
@@ -101,6 +103,11 @@ ONE_READ = (
     "gate_residual_layer_norm_modulate-",
     "residual_norm_modulate-",
 )
+# Channels-last rows of 64 bytes at the large stages are more groups than a program holds.
+TWICE = {
+    *(f"group_norm_silu-{size}-bf16-nhwc" for size in ("320x64", "640x32", "96x64")),
+    *(f"group_norm_silu-640x32-bf16-{layout}-split" for layout in ("nchw", "nhwc")),
+}
 FUSED = (
     "conv_residual-1x1",
     "conv_residual-3x3-0",
@@ -123,53 +130,95 @@ def test_table_has_no_other_rows():
 
 def test_table_reaches_the_targets():
     ratios = {name: float(row["ratio"]) for name, row in traffic_cases.committed().items()}
-    one_read = {name: ratio for name, ratio in ratios.items() if name.startswith(ONE_READ) and "split" not in name}
-    assert len(one_read) == 27 and set(one_read.values()) == {1.0}, one_read
+    one_read = {name: ratio for name, ratio in ratios.items() if name.startswith(ONE_READ) and name not in TWICE}
+    assert len(one_read) == 26 and set(one_read.values()) == {1.0}, one_read
+    twice = {name: ratios[name] for name in TWICE}
+    assert 1.49 < min(twice.values()) and max(twice.values()) < 1.56, twice
     fused = {name: ratios[name] for name in FUSED}
     assert max(fused.values()) <= 1.05, fused
     zero = {name: ratio for name, ratio in ratios.items() if name.endswith("-zero")}
     assert len(zero) >= 4 and max(zero.values()) <= 1.01, zero
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
-@pytest.mark.parametrize("last", (False, True))
-@pytest.mark.parametrize(
-    ("C", "side"),
-    [
-        (320, 64),
-        (320, 32),
-        (640, 32),
-        (640, 16),
-        (1280, 16),
-        (1280, 8),
-        (960, 16),
-        (192, 64),
-        (384, 32),
-        (576, 16),
-        (960, 32),
-        (1280, 32),
-    ],
-)
-def test_unet_shapes_are_read_once(C, side, last, dtype):
-    """Groups of the U-Net stages stay on chip; what is larger than a register file is split, backward of fp32 first."""
-    x = torch.empty(2, C, side, side, dtype=dtype, device="meta")
+STAGES = [
+    *((320, 64), (320, 32), (640, 32), (640, 16), (1280, 16), (1280, 8), (960, 16), (192, 64), (384, 32), (576, 16)),
+    *((960, 32), (1280, 32), (2560, 16), (96, 64), (640, 64), (960, 64)),
+]
+
+
+def norm_launches(C, side, last, dtype, N):
+    """Those of the forward, and of the backward of a norm without parameters."""
+    x = torch.empty(N, C, side, side, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last if last else torch.contiguous_format)
-    stat = torch.empty(2, 32, device="meta")
+    stat = torch.empty(N, 32, device="meta")
     with recording(run=False) as forward:
         group_norm_silu.forward(x, 32, None, None, 1e-5, None, None, True, last)
     with recording(run=False) as backward:
         group_norm_silu_bwd.backward(x, x, stat, stat, None, None, None, None, 32, True, last)
-    assert [launch.kernel.fn.__name__ for launch in forward] == ["_one_read"]
-    held = C // 32 * side * side * x.element_size() <= 81920
-    assert len(backward) == (1 if held else 3)
+    return forward, backward
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize(("C", "side"), STAGES)
+def test_unet_stages(C, side, last, dtype):
+    """Contiguous groups are read once where they fit the registers; channels-last rows are of 64 bytes and of whole
+    sectors, read once at the small stages; no thread holds more than 80 numbers, all that a compiler unrolls."""
+    for launches, most, in_registers in zip(
+        norm_launches(C, side, last, dtype, 8), ((40960, 20480), (20480, 10240)), (80, 40), strict=True
+    ):
+        kernels = [launch.kernel.__name__ for launch in launches]
+        if last:
+            assert kernels == ["_one_read"] or C // 32 * side**2 * 2 > most[1] or side > 8
+        else:
+            assert (kernels == ["_one_read"]) == (C // 32 * side**2 <= most[0])
+        assert kernels == ["_one_read"] or len(kernels) == 2
+        for launch in launches:
+            given = launch.arguments
+            if kernels == ["_one_read"]:
+                tile = (given["HEAD"] + given["TAIL"]) * given["PIXELS"]
+                assert tile <= min(most[last], in_registers * 32 * launch.options["num_warps"])
+            if last:
+                row = min(given["GROUPS"] * given["CPG"], given.get("LANES", C)) * x_size(given)
+                assert row >= min(64, C * x_size(given))
+                assert _group_tiles.sectors_per_byte(row, C * x_size(given)) <= 1.1
+
+
+def x_size(given) -> int:
+    return given["x"].element_size()
+
+
+@pytest.mark.parametrize("N", (1, 2))
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize(("C", "side"), [(C, side) for C, side in STAGES if C * side**2 >= 2**19])
+def test_few_samples_occupy_the_gpu(C, side, last, N):
+    """Of a large image there are programs for most SMs (an A100 has 108), however few its groups are."""
+    for launches in norm_launches(C, side, last, torch.bfloat16, N):
+        for launch in launches:
+            assert math.prod(launch.grid) >= 96, (launch.kernel.__name__, launch.grid)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in traffic_cases.CASES if name.startswith("group_norm_silu") and "nhwc" in name]
+)
+def test_channels_last_groups_move_whole_sectors(name):
+    row = traffic_cases.committed()[name]
+    assert int(row["sectors"]) <= 1.1 * int(row["requested"])
 
 
 def test_backward_reads_once_beside_its_partial_sums():
     """Every backward of a norm: at most 2 % for rows of weights that two launches read."""
     rows = {name: row for name, row in traffic_cases.committed().items() if "norm" in name and "_bwd" in name}
-    rows = {name: row for name, row in rows.items() if "split" not in name}
+    large = tuple(
+        f"group_norm_silu_bwd-{size}" for size in ("320x64", "640x32-bf16-nhwc", "1280x16-bf16-nhwc", "96x64")
+    )
+    rows = {
+        name: row
+        for name, row in rows.items()
+        if "split" not in name and not name.startswith((*large, "group_norm_silu_bwd-2560x16"))
+    }
     plain = {name: (int(row["moved"]) - int(row["partials"])) / int(row["compulsory"]) for name, row in rows.items()}
-    assert len(plain) == 20 and max(plain.values()) <= 1.02, plain
+    assert len(plain) == 16 and max(plain.values()) <= 1.02, plain
     partials = {name: int(row["partials"]) / int(row["compulsory"]) for name, row in rows.items()}
     assert max(share for name, share in partials.items() if name.startswith("group_norm")) <= 0.05, partials
     assert max(partials.values()) <= 0.35, partials

@@ -50,6 +50,8 @@ def image(*size: int, dtype: torch.dtype = BF16, last: bool = False) -> Tensor:
 
 
 def _group_norm(C: int, side: int, dtype: torch.dtype, last: bool, split: bool, backward: bool) -> Case:
+    """Without `split`, groups that fit are held, however few programs that gives."""
+
     def case():
         x, dy = (image(1, C, side, side, dtype=dtype, last=last) for _ in range(2))
         weight, bias, film = new(C, dtype=dtype), new(C, dtype=dtype), new(1, 2 * C, dtype=dtype)
@@ -196,6 +198,7 @@ def _linear(plan: int, splits: int = 1, zero: bool = False) -> Case:
 CASES: dict[str, Case] = {}
 for _C, _side, _dtype, _last in (
     *((C, side, BF16, last) for C, side in ((320, 64), (640, 32), (1280, 16), (1280, 8)) for last in (False, True)),
+    *((C, side, BF16, True) for C, side in ((2560, 16), (96, 64))),
     (640, 16, F32, False),
 ):
     _name = f"{_C}x{_side}-{'bf16' if _dtype == BF16 else 'fp32'}-{'nhwc' if _last else 'nchw'}"

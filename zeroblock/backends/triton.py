@@ -113,7 +113,7 @@ class Triton(TritonGemms, TritonRows, Reference):
         silu: bool,
         flag: MaybeTensor = None,
         *,
-        split: bool = False,
+        split: bool | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = [dense_rows(v) for v in (weight, bias)], [dense_rows(v) for v in (scale, shift)]
         x, last = as_norm_input(x)
@@ -133,7 +133,7 @@ class Triton(TritonGemms, TritonRows, Reference):
         silu: bool,
         flag: MaybeTensor = None,
         *,
-        split: bool = False,
+        split: bool | None = None,
     ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
         layout = pointwise_format(x)
         x, dy, last = as_layout(x, layout), as_layout(dy.to(x.dtype), layout), layout is not None

@@ -55,7 +55,7 @@ PAIRS = (
     Pair(
         "group_norm_silu_bwd-320x64-bf16-nchw",
         (BWD.format("false,3"), PARAMS),
-        ("group_norm_silu_bwd-320x64-bfloat16-nchw", ("_one_read", "_parameters")),
+        ("group_norm_silu_bwd-320x64-bfloat16-nchw", ("_sums", "_apply", "_parameters")),
         two_passes=(BWD.format("false,1"), TOTALS, BWD.format("false,2"), PARAMS),
     ),
     Pair(
