@@ -126,11 +126,12 @@ def _moments(
     seen = 0
     m = tl.zeros([LANES], tl.float32)
     squares = tl.zeros([LANES], tl.float32)
-    for step in range(steps):
-        block = tl.program_id(0).to(tl.int64) * steps + step
+    x += n * C * HW
+    for step in range(tl.program_id(0) * steps, (tl.program_id(0) + 1) * steps):
+        block = tl.cast(step, tl.int64)
         start, at, mask = part_tile(first, lane, valid, block, C, HW, AXIS, PIXELS)
-        v = tl.load(x + (n * C * HW + start) + at, mask=mask, other=0.0).to(tl.float32)
-        count = tl.maximum(tl.minimum(HW - block * PIXELS, PIXELS), 0)
+        v = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32)
+        count = tl.maximum(tl.minimum(HW - block * PIXELS, PIXELS), 0).to(tl.int32)
         weight = tl.maximum(count, 1).to(tl.float32)
         mean = tl.sum(v, 1 - AXIS) / weight
         v = tl.where(mask, v - along_channels(mean, AXIS), 0.0)
@@ -139,7 +140,7 @@ def _moments(
         part = count.to(tl.float32) / tl.maximum(seen + count, 1).to(tl.float32)
         squares += tl.sum(v * v, 1 - AXIS) - weight * error * error + delta * delta * part * seen.to(tl.float32)
         m += delta * part
-        seen += count.to(tl.int32)
+        seen += count
     pixels = seen.to(tl.float32)
     lanes = tl.maximum(per_group(tl.where(valid, 1.0, 0.0), 0, CPG, SLOTS), 1.0)
     mean = per_group(tl.where(valid, m, 0.0), 0, CPG, SLOTS) / lanes

@@ -318,6 +318,9 @@ def backward(
     operands = ((read_gate.rows, GATE), (read_scale.rows, SCALE))
     of_their_own = [v for v, kind in operands if kind in (PER_TOKEN, INDEXED)]
     streamed = [v for v in (dx_new, dy, x, like_x if branch is not None else None, *of_their_own) if v is not None]
+    stages = backward_stages(rows, block, *streamed)
+    if branch is not None and branch.rms and stages > 1:
+        stages -= 1  # the norm of the branch takes the registers in which AMD holds a tile ahead (spills: the same)
     launch(
         _backward,
         (B * programs,),
@@ -360,7 +363,7 @@ def backward(
         SCALE=SCALE,
         TANH=branch is not None and branch.tanh,
         RMS=norm is not None and norm.rms,
-        STAGES=backward_stages(rows, block, *streamed),
+        STAGES=stages,
     )
     shared = finish(parts, bounds, branch, norm, K, steps, slots, index, wants, dgate, dshift, dscale)
     return shared._replace(residual=dresidual, branch=dbranch)
