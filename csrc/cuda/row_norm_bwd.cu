@@ -205,11 +205,15 @@ __global__ void __launch_bounds__(kFinishThreads) row_norm_bwd_samples_kernel(Ro
   if (i >= p.B * p.D) return;
   const int64_t b = i / p.D, d = i % p.D;
   const int Q = quantities(p);
-  float sums[3] = {};
+  LongSum added[3];
   for (int64_t chunk = 0; chunk < teams.chunks; chunk++) {
     const float* partial = p.workspace + (b * teams.chunks + chunk) * Q * p.D + d;
-    for (int q = 0; q < Q; q++) sums[q] += partial[q * p.D];
+#pragma unroll
+    for (int q = 0; q < 3; q++) {
+      if (q < Q) added[q].add(partial[q * p.D]);
+    }
   }
+  const float sums[3] = {added[0].value(), added[1].value(), added[2].value()};
   const float weight = operand_at<T>(p.weight, d, 1.0f), bias = operand_at<T>(p.bias, d, 0.0f);
   store_grad<T>(p.dshift, i, sums[0]);
   store_grad<T>(p.dscale, i, weight * sums[1] + bias * sums[0]);

@@ -121,7 +121,7 @@ def test_planted_bug_is_caught(name, monkeypatch):
     family = zb.convert.known()["ResBlock"]
     monkeypatch.setattr(family, "forward", PLANTED[name](family.forward))
     monkeypatch.setattr(zb.convert.proof, "verdict", lambda *_: zb.convert.proof.Verdict(None))
-    monkeypatch.setattr(zb.convert.family, "_classes", {})
+    monkeypatch.setattr(zb.convert.accelerated, "_classes", {})
     case = Case(
         lambda: eager.ResBlock(64, 16, 0.0, use_scale_shift_norm=True),
         lambda: (torch.randn(2, 64, 4, 4), torch.randn(2, 16)),

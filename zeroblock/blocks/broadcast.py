@@ -64,9 +64,11 @@ def fits_gate(gate: Tensor, size: torch.Size) -> bool:
     return len(size) == 3 and (shape == size or len(shape) == 2 and shape[0] == size[0] and shape[1] == size[2])
 
 
-def add_gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """residual + gate * branch, whatever is broadcast."""
+def add_gated(residual: Tensor, gate: Tensor, branch: Tensor, *, tokens: bool = False) -> Tensor:
+    """residual + gate * branch, whatever is broadcast, in the layout that eager gives; of the `tokens` of a transformer
+    block in that of the branch."""
     # The op returns what is dense; a permuted residual is added to.
     if residual.shape == branch.shape and fits_gate(gate, branch.shape) and is_settled(residual):
         return functional.gate_residual(residual, gate, branch)
-    return added(residual, modulation(gate) * branch)
+    branch = modulation(gate) * branch
+    return added(residual, branch) if tokens else residual + branch

@@ -178,10 +178,11 @@ class Choice:
         }
         parts = []
         for first, *_ in self.branches(block).values():
-            if first.is_meta or first.untyped_storage().data_ptr() not in owners:
+            if first.is_meta or not first.is_contiguous() or first.untyped_storage().data_ptr() not in owners:
                 return None
             owner, name, p = owners[first.untyped_storage().data_ptr()]
-            parts.append(_Part(weakref.ref(owner), name, int(first.storage_offset()) // p.stride(0), first.shape[0]))
+            row = p.stride(0)
+            parts.append(_Part(weakref.ref(owner), name, int(first.storage_offset()) // row, first.numel() // row))
         return tuple(parts) or None  # of a norm alone there is nothing to choose
 
 

@@ -92,8 +92,8 @@ class DiTBlock(nn.Module):
         gate_mlp: Tensor,
     ) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
-        x = add_gated(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)))
-        return add_gated(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        x = add_gated(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)), tokens=True)
+        return add_gated(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)), tokens=True)
 
     def _modulation_linear(self) -> Any:
         """The layer that gives all of adaLN_modulation's result; None where it was replaced by something else."""

@@ -104,7 +104,7 @@ class DiTBlock(_Modulated):
         shift, scale, gate = vectors
         body = _modulated(norm, layer)
         _, y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x, shift, scale), modules=(layer,))
-        return add_gated(x, gate, body(x, shift, scale)) if y is None else y
+        return add_gated(x, gate, body(x, shift, scale), tokens=True) if y is None else y
 
 
 def _modulated(norm: Any, layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -160,7 +160,7 @@ class Stream:
                     return ops.gate_residual(x, rows, branch)
                 return ops.residual_norm_modulate(x, *added(branch, gate), *WITHOUT_NORM, x.dtype, x.dtype)[0]  # type: ignore[return-value]
             if gate.is_plain() and self.index is None and (not fp32 or gate.row.rows.dtype == x.dtype):  # type: ignore[union-attr]
-                return add_gated(x, gate.row.rows, branch)  # type: ignore[union-attr, arg-type]
+                return add_gated(x, gate.row.rows, branch, tokens=True)  # type: ignore[union-attr, arg-type]
             given = named_gate(gate)
             dtype = x.dtype if fp32 else None
             return functional.gate_residual(x, given.pop("gate"), branch, **given, index=index, out_dtype=dtype)
