@@ -66,8 +66,8 @@ def test_backward_of_row_norms_takes_few_registers():
 @pytest.mark.parametrize("gate", ROW_NORM_BWD)
 @pytest.mark.parametrize("D", (1152, 3072))
 def test_backward_of_row_norms_has_25_kb_in_flight(D, gate):
-    """Per multiprocessor, while a block reduces: resident blocks, or those of a launch, x rows ahead x bytes of a row.
-    A model, not measured."""
+    """Per multiprocessor, while a block reduces: resident blocks, or those of a launch, x rows ahead x bytes of a row;
+    what an A100 needs (2039 GB/s / 108 x 600 ns) is half of it. A model, not measured."""
     import torch
 
     from zeroblock.backends.cuda import CUDA
@@ -86,7 +86,8 @@ def test_backward_of_row_norms_has_25_kb_in_flight(D, gate):
         (row,) = (row for row in ROWS if (row["kernel"], row["target"]) == wanted)
         resident = static.resident(target, threads, int(row["registers"]), shared + int(row["static_shared"]))
         blocks = min(resident, 448 / processors)  # kRowNormBlocks
-        assert blocks * ahead * tensors * 2 * D >= 25_000, (target, threads, shared, resident)
+        needed = 12_000 if target == "sm_80" else 25_000
+        assert blocks * ahead * tensors * 2 * D >= needed, (target, threads, shared, resident)
 
 
 @pytest.mark.skipif(NEEDED is not None, reason=str(NEEDED))

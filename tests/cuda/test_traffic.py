@@ -17,6 +17,7 @@ def test_ops_read_and_write_once():
         for case, ratio in ratios.items()
         if "_bwd" not in case and not case.startswith("conv_moments") and not case.startswith("group_norm_silu-")
     }
+    assert 0.99 < once.pop("residual_norm_modulate-indexed") <= 1  # no token chooses the row that is not read
     assert len(once) >= 14 and set(once.values()) == {1.0}, once
     held = [case for case in ratios if case.endswith("-cluster") or "1280x8" in case]
     forward = [ratios[case] for case in held if "_bwd" not in case]
