@@ -220,30 +220,6 @@ BUGS = {
         "tsan",
         RACE,
     ),
-    "sums-of-two-rows-in-one-place": Bug(
-        "residual_norm_bwd",
-        "team.sum(g_sums, part[step & 1]);",
-        "team.sum(g_sums, part[planted(11) ? 0 : step & 1]);",
-        "residual_norm_modulate",
-        "tsan",
-        RACE,
-    ),
-    "indexed-rows-in-one-slot": Bug(
-        "residual_norm_bwd",
-        "sums.begin(number + chosen);",
-        "sums.begin(planted(12) ? 0 : number + chosen);",
-        "residual_norm_modulate",
-        "tsan",
-        RACE,
-    ),
-    "pixels-added-without-turns": Bug(
-        "channel_rms_norm_silu",
-        "      __syncthreads();\n      if (row != turn",
-        "      if (!planted(13)) __syncthreads();\n      if (row != turn",
-        "channel_rms_norm_silu",
-        "tsan",
-        RACE,
-    ),
 }
 PLANTED = """\
 extern int planted_bug;  // of drive.cpp
