@@ -17,7 +17,6 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 from .kernels import _torch as _torch  # first: says so where torch is too old
 
 # isort: split
-from . import nn
 from ._version import __version__ as __version__
 from .doctor import doctor
 from .functional import (
@@ -37,6 +36,7 @@ from .functional import (
 from .plan.share import share_plans
 
 if _TYPE_CHECKING:
+    from . import nn
     from ._explain import explain, info
     from ._freeze import FreezeReport, freeze, unfreeze
     from .convert import accelerate, coverage, register_family, restore
@@ -68,9 +68,10 @@ __all__ = [
     "unfreeze",
 ]
 
-# What models are prepared and looked at with is imported when first wanted: a quarter of the import's time (measured:
-# benchmarks/overhead.py).
+# Modules, and what models are prepared and looked at with, are imported when first wanted: a third of the import's time
+# (measured: benchmarks/overhead.py).
 _LATER = {
+    "nn": ".nn",
     **dict.fromkeys(("explain", "info"), "._explain"),
     **dict.fromkeys(("FreezeReport", "freeze", "unfreeze"), "._freeze"),
     **dict.fromkeys(("accelerate", "convert", "coverage", "register_family", "restore"), ".convert"),
@@ -81,7 +82,7 @@ def __getattr__(name: str) -> _Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _importlib.import_module(_LATER[name], __name__)
-    globals()[name] = value = module if name == "convert" else getattr(module, name)
+    globals()[name] = value = module if name in ("convert", "nn") else getattr(module, name)
     return value
 
 
