@@ -94,10 +94,11 @@ def _assert_same(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, msg=lambda text, i=i: f"result {i}: {text}")
 
 
-# What torch.compile traces as plain PyTorch on a CPU, to fuse it with what is around it; a product in training only.
-_LEFT = "layer_norm_modulate rms_norm_modulate gate_residual gate_residual_layer_norm_modulate".split()
-LEFT_TO_COMPILER = _LEFT if TELLS_EXPORTS else []
-LEFT_IN_TRAINING = [*_LEFT, "layer_norm_modulate_linear"] if TELLS_EXPORTS else []
+# What torch.compile traces as plain PyTorch in training on a CPU, for the compiler to fuse with what is around it.
+NORMS_AND_GATES = (
+    "layer_norm_modulate layer_norm_modulate_linear rms_norm_modulate gate_residual gate_residual_layer_norm_modulate"
+)
+LEFT_TO_COMPILER = NORMS_AND_GATES.split() if TELLS_EXPORTS else []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -110,13 +111,12 @@ def test_function_compiles_whole(name):
     with torch.no_grad():
         expected, got = function(*tensors), compiled(*tensors)
     for a, b in zip(_tuple(got), _tuple(expected), strict=True):
-        (torch.testing.assert_close if name in LEFT_TO_COMPILER else testing.assert_bitwise_equal)(a, b)
+        testing.assert_bitwise_equal(a, b)
     whole = {f"zeroblock.{name}.default"}
     in_training, in_inference = (
         {op for op in _op_names(graph.graph) if op.startswith("zeroblock.")} for graph in counter.graphs
     )
-    assert in_inference == (set() if name in LEFT_TO_COMPILER else whole)
-    assert in_training == (set() if name in LEFT_IN_TRAINING else whole)
+    assert in_inference == whole and in_training == (set() if name in LEFT_TO_COMPILER else whole)
 
 
 @pytest.mark.skipif(not TELLS_EXPORTS, reason="this torch cannot tell an export from a compilation: ops stay whole")

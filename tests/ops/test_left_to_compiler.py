@@ -23,9 +23,8 @@ def test_a_transposed_residual_does_not_lay_out_what_follows(name):
     at = operands.index("tokens") if name == "linear_gate_residual" else 0
     tensors[at] = tensors[at].mT.contiguous().mT
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for training in (True, False):
-        results = compiled(*(t.clone().requires_grad_(training) for t in tensors))
-        assert not tensors[at].is_contiguous() and all(y.is_contiguous() for y in _tuple(results))
+    results = compiled(*(t.clone().requires_grad_() for t in tensors))
+    assert not tensors[at].is_contiguous() and all(y.is_contiguous() for y in _tuple(results))
 
 
 def test_the_gradients_of_weight_and_bias_are_the_compilers():

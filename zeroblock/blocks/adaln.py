@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import functional, reference
 from .._autocast import is_autocast
-from ..ops.register import trained_by_compiler
+from ..ops.register import left_to_compiler
 from ..reference import apply_activation
 from .decision import NOT_ALLOWED, RUN, SKIPS, Answer, decide, op_policy, runs_eagerly
 from .layers import linear, parameters_of
@@ -112,7 +112,7 @@ def decided_half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Ha
 
 def _after_first(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     first = layers.first
-    if trained_by_compiler(x):  # spares it the checks
+    if left_to_compiler(x):  # spares it the checks
         return reference.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=layers.eps)
     return functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=layers.eps)
 

@@ -17,7 +17,6 @@ from .register import Grads, Op, through
 FORWARD = Op(
     "layer_norm_modulate_linear(Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor, Tensor)",
-    has_product=True,
 )
 BACKWARD = Op(
     "layer_norm_modulate_linear_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? shift, Tensor? scale, "

@@ -26,7 +26,6 @@ FORWARD = Op(
     "linear_gate_residual(Tensor h, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, str? activation, "
     "int zero_skip, bool save_branch) -> (Tensor, Tensor, Tensor)",
     residual=4,
-    has_product=True,
 )
 BACKWARD = Op(
     "linear_gate_residual_bwd(Tensor dy, Tensor h, Tensor weight, Tensor? gate, Tensor branch, Tensor skipped, "

@@ -1,7 +1,7 @@
 """How an op is registered: schema, forward, fake and backward of `Op`, and the eager fast path past the dispatcher.
 
-Ops are opaque to torch.compile and export, but for those with a `definition`, which torch.compile traces instead on
-a CPU: norms and gates, which inductor fuses with what surrounds them. Schemas have fixed arity: an absent
+Ops are opaque to torch.compile and export, but for those with a `definition`, which torch.compile traces instead in
+training on a CPU: norms and gates, which inductor fuses with what surrounds them. Schemas have fixed arity: an absent
 result is an empty tensor, and statistics come back beside the result because backward can save only inputs and outputs.
 Saved for backward: the inputs that the caller owns, x's statistics, and nothing of the size of an activation. A
 backward that runs with grad mode on (create_graph=True) recomputes its gradient through reference.py and is
@@ -41,14 +41,10 @@ DoubleBackward = Callable[[Sequence[Any], Sequence[bool], Sequence[MaybeTensor],
 
 
 def left_to_compiler(x: Tensor) -> bool:
-    """Whether torch.compile traces the call on a CPU, and not to export it: norms and gates are then written as plain
-    PyTorch, which inductor fuses with what is around them. Elsewhere the kernels are called."""
-    return TELLS_EXPORTS and is_dynamo_compiling() and x.is_cpu and not is_exporting()
-
-
-def trained_by_compiler(x: Tensor) -> bool:
-    """`left_to_compiler`, and for training: products are then the compiler's too, but for their zero path."""
-    return is_grad_enabled() and left_to_compiler(x)
+    """Whether torch.compile traces the call for training on a CPU, and not to export it: what holds no zero path is
+    then written as plain PyTorch, which inductor fuses forward and backward. Elsewhere the kernels are called: in
+    inference they are as fast or faster (benchmarks/run.py --group models)."""
+    return TELLS_EXPORTS and is_dynamo_compiling() and is_grad_enabled() and x.is_cpu and not is_exporting()
 
 
 def is_traced() -> bool:
@@ -67,7 +63,6 @@ class Op:
     device_arg: the number of an input on the op's device; None: the first tensor.
     residual: the number of an input that is merely added: it is not saved (backward sees its dtype instead,
     double_backward None), and its gradient is dy unless they say otherwise.
-    has_product: it holds a product, of which there are several ways (steps/linear.py) in inference.
     save(inputs, outputs): what is saved beside the inputs, by default the outputs that carry no gradient.
     """
 
@@ -78,12 +73,10 @@ class Op:
         differentiable: int = 1,
         device_arg: int | None = 0,
         residual: int | None = None,
-        has_product: bool = False,
         save: Callable[[Sequence[Any], tuple[Tensor, ...]], tuple[MaybeTensor, ...]] | None = None,
     ):
         self.name = schema[: schema.index("(")]
         self.differentiable, self.device_arg, self.residual, self.save = differentiable, device_arg, residual, save
-        self.has_product = has_product
         _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, STRIDES_TAG))
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._autograd: _Autograd | None = None
@@ -116,7 +109,7 @@ class Op:
 
     def definition(self, definition: F) -> F:
         """Decorates definition(*inputs) -> the differentiable results: what torch.compile traces in place of the op for
-        a CPU; of an op with a product (`has_product`) in training alone."""
+        training on a CPU."""
         alone = self.differentiable == 1 and len(self.overload._schema.returns) > 1
         self._definition = (lambda *inputs: (definition(*inputs),)) if alone else definition
         return definition
@@ -141,8 +134,8 @@ class Op:
         mode or a tensor subclass has to see it; the autograd function, where a gradient is recorded (it returns the
         differentiable results alone); None: nobody."""
         if is_compiling():
-            left = trained_by_compiler if self.has_product else left_to_compiler
-            return self._definition if self._definition is not None and left(tensors[0]) else self.overload  # type: ignore[arg-type]
+            traced = self._definition is not None and left_to_compiler(tensors[0])  # type: ignore[arg-type]
+            return self._definition if traced else self.overload
         if _len_torch_dispatch_stack() or _len_torch_function_stack():
             return self.overload
         needs_grad = False

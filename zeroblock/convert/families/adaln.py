@@ -17,7 +17,7 @@ from ...blocks import adaln, layers
 from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import NOT_ALLOWED, bypassable, op_policy
 from ...blocks.residual import residual_branch
-from ...ops.register import left_to_compiler, trained_by_compiler
+from ...ops.register import left_to_compiler
 from ...reference import apply_activation, modulation
 from ..family import Family
 
@@ -177,7 +177,7 @@ def feed_forward(
 
     Saved for backward: x and the first linear's output. Skipped while the gate or the last linear is exactly zero.
     """
-    if trained_by_compiler(x):
+    if left_to_compiler(x):
         return _traced_feed_forward(family.zero_skip, ff, x, modulated(norm, x, shift, scale), gate)
     half = fused_feed_forward(ff, norm, x, shift, scale, gate)
     if half is not None:
@@ -229,7 +229,7 @@ def _traced_feed_forward(policy: str, ff: Any, x: Tensor, h: Tensor, gate: Tenso
 def fused_feed_forward(ff: nn.Module, norm: Any, x: Tensor, *vectors: Tensor) -> adaln.Half | None:
     """The feed-forward as half of an adaLN block whose norm has no parameters and whose activation the ops know; None:
     it is another one, or watched by hooks. vectors: shift, scale and gate."""
-    if trained_by_compiler(x):
+    if left_to_compiler(x):
         return None
     parts = _split(ff)
     if parts is None or not layers.is_plain_norm(norm):

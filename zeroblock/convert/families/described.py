@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from ...blocks import adaln
 from ...blocks.broadcast import fits_gate
 from ...blocks.decision import is_watched
-from ...ops.register import trained_by_compiler
+from ...ops.register import left_to_compiler
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split
@@ -108,7 +108,7 @@ class DescribedFamily(Family):
                 not isinstance(x, Tensor)
                 or x.dim() != 3
                 and not (x.dim() == 2 and self.alone and len(streams) == 1)
-                or trained_by_compiler(x)
+                or left_to_compiler(x)
             ):
                 return False
         return True

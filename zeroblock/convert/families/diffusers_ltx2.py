@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.register import trained_by_compiler
+from ...ops.register import left_to_compiler
 from ..family import Family, lacks, register
 from ..report import Obstacle
 from .description import Row
@@ -142,7 +142,7 @@ class LTX2VideoTransformerBlock(Family):
         perturbation_mask: Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if trained_by_compiler(hidden_states):
+        if left_to_compiler(hidden_states):
             return self.eager(
                 block,
                 hidden_states,

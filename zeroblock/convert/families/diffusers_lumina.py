@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.register import trained_by_compiler
+from ...ops.register import left_to_compiler
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
 from .described import described
@@ -264,6 +264,6 @@ class ZImageFinalLayer(Family):
         return torch.randn(2, side**2, block.linear.in_features), torch.randn(2, block.adaLN_modulation[1].in_features)
 
     def forward(self, block: Any, x: Tensor, c: Tensor | None = None) -> Tensor:
-        if c is None or x.dim() != 3 or trained_by_compiler(x):
+        if c is None or x.dim() != 3 or left_to_compiler(x):
             return self.eager(block, x, c)
         return block.linear(Stream(x).normed(block.norm_final, None, Row(block.adaLN_modulation(c))))

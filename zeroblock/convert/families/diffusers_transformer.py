@@ -17,7 +17,7 @@ from ...blocks.broadcast import fits_gate
 from ...blocks.decision import SKIPS, bypassable, decide
 from ...blocks.layers import is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
-from ...ops.register import trained_by_compiler
+from ...ops.register import left_to_compiler
 from ..family import SMALL, Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import (
@@ -228,7 +228,7 @@ class DiTTransformer2DModel(Family):
 
     def _head(self, norm: Any, linear: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """linear(norm(x) * (1 + scale) + shift)"""
-        if trained_by_compiler(x):
+        if left_to_compiler(x):
             return linear(modulated(norm, x, shift, scale))
         plain = is_plain_linear(linear) and is_plain_norm(norm) and bypassable((norm, linear))
         if not plain or not fits(norm, x, shift, scale):
