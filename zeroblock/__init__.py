@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 # Modules, and what models are prepared and looked at with, are imported when first wanted: a third of the import's time
-# (measured: benchmarks/overhead.py).
+# (python -X importtime -c "import zeroblock").
 _LATER = {
     "nn": ".nn",
     **dict.fromkeys(("explain", "info"), "._explain"),

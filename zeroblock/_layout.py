@@ -143,12 +143,6 @@ def add_residual(residual: Tensor | None, branch: Tensor) -> Tensor:
     return residual + branch
 
 
-def added(residual: Tensor, branch: Tensor) -> Tensor:
-    """residual + branch; of tokens in the layout of the branch. A sum has that of its first operand, and the residual
-    may be transposed, as patch embeddings hand it over, which every later norm would read with strides."""
-    return branch + residual if branch.dim() == 3 else residual + branch
-
-
 def in_layout_with(residual: Tensor | None, branch: Tensor, layout: torch.memory_format | None) -> Tensor:
     """`add_residual` of a branch that is to be in `layout` and is not yet: in one pass where the sum is so too."""
     if residual is None:

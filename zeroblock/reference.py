@@ -245,7 +245,7 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch in their promoted dtype, rounded once; gate [B, D], [B, T, D], [D] or [1]."""
     out = promoted(residual, gate, branch)
     wide = torch.promote_types(out, torch.float32)
-    return _added(residual.to(wide), modulation(gate).to(wide) * branch.to(wide)).to(out)
+    return added(residual.to(wide), modulation(gate).to(wide) * branch.to(wide)).to(out)
 
 
 def gate_residual_layer_norm_modulate(
@@ -284,13 +284,13 @@ def linear_gate_residual(
 
 def add_gated(residual: Tensor | None, gate: Tensor | None, branch: Tensor) -> Tensor:
     """residual + gate * branch, either of them None where it is absent."""
-    if gate is not None and residual is not None:
-        return gate_residual(residual, gate, branch)
-    branch = branch if gate is None else modulation(gate) * branch
-    return branch if residual is None else _added(residual, branch)
+    if residual is not None:
+        return added(residual, branch) if gate is None else gate_residual(residual, gate, branch)
+    return branch if gate is None else modulation(gate) * branch
 
 
-def _added(residual: Tensor, branch: Tensor) -> Tensor:  # as in _layout.py
+def added(residual: Tensor, branch: Tensor) -> Tensor:
+    """The sum; of tokens laid out like its first operand, the branch: a patch embedding is a transposed residual."""
     return branch + residual if branch.dim() == 3 else residual + branch
 
 

@@ -9,16 +9,14 @@ from .._version import NAMESPACE
 from .base import MaybeTensor
 from .reference import Reference
 from .residual_norm import (
-    DTYPE_IDS,
     Branch,
     Needed,
     Norm,
     ResidualNorm,
     ResidualNormGrads,
     Stats,
-    native_branch,
-    native_norm,
-    needed_bits,
+    native_backward,
+    native_forward,
     row_dtypes,
     takes,
 )
@@ -36,18 +34,7 @@ class CpuRows(Reference):
         y_dtype = x_dtype if norm is None else norm.dtype
         if not takes(residual.dtype, x_dtype, y_dtype, *row_dtypes(branch, norm)):
             return super().residual_norm_modulate(residual, branch, norm, index)
-        x_new, y, *stats = _forward(
-            residual.contiguous(),
-            *native_branch(branch),
-            0.0 if branch is None else branch.eps,
-            0 if norm is None else 2 if norm.rms else 1,
-            *native_norm(norm),
-            index,
-            0.0 if norm is None else norm.eps,
-            DTYPE_IDS[x_dtype],
-            DTYPE_IDS[y_dtype],
-        )
-        return ResidualNorm(x_new, y, Stats(*stats))
+        return native_forward(_forward, residual, branch, norm, index, x_dtype, y_dtype)
 
     def residual_norm_modulate_bwd(
         self,
@@ -67,15 +54,4 @@ class CpuRows(Reference):
         if not takes(*dtypes, residual_dtype, *row_dtypes(branch, norm)):
             rest = (branch, norm, index, residual_dtype, needed)
             return super().residual_norm_modulate_bwd(dx_new, dy, x, stats, *rest)
-        grads = _backward(
-            None if dx_new is None else dx_new.contiguous(),
-            None if dy is None else dy.contiguous(),
-            x.contiguous(),
-            *stats,
-            *native_branch(branch),
-            *native_norm(norm),
-            index,
-            DTYPE_IDS[residual_dtype],
-            needed_bits(needed),
-        )
-        return ResidualNormGrads(*grads)
+        return native_backward(_backward, dx_new, dy, x, stats, branch, norm, (index,), residual_dtype, needed)

@@ -9,16 +9,14 @@ from .base import MaybeTensor
 from .cuda_convs import Kernels
 from .reference import Reference
 from .residual_norm import (
-    DTYPE_IDS,
     Branch,
     Needed,
     Norm,
     ResidualNorm,
     ResidualNormGrads,
     Stats,
-    native_branch,
-    native_norm,
-    needed_bits,
+    native_backward,
+    native_forward,
     row_dtypes,
     takes,
 )
@@ -78,18 +76,8 @@ class CudaRows(Reference):
         y_dtype = x_dtype if norm is None else norm.dtype
         if not _takes(residual, branch, norm, index, x_dtype, y_dtype):
             return super().residual_norm_modulate(residual, branch, norm, index)
-        x_new, y, *stats = self.kernels.residual_norm(
-            residual.contiguous(),
-            *native_branch(branch),
-            0.0 if branch is None else branch.eps,
-            0 if norm is None else 2 if norm.rms else 1,
-            *native_norm(norm),
-            _used(index, branch, norm)[0],
-            0.0 if norm is None else norm.eps,
-            DTYPE_IDS[x_dtype],
-            DTYPE_IDS[y_dtype],
-        )
-        return ResidualNorm(x_new, y, Stats(*stats))
+        index, _ = _used(index, branch, norm)
+        return native_forward(self.kernels.residual_norm, residual, branch, norm, index, x_dtype, y_dtype)
 
     def residual_norm_modulate_bwd(
         self,
@@ -109,16 +97,6 @@ class CudaRows(Reference):
         if not _takes(like, branch, norm, index, residual_dtype, *dtypes):
             return super().residual_norm_modulate_bwd(dx_new, dy, x, stats, branch, norm, index, residual_dtype, needed)
         chosen, K = _used(index, branch, norm)
-        grads = self.kernels.residual_norm_bwd(
-            None if dx_new is None else dx_new.contiguous(),
-            None if dy is None else dy.contiguous(),
-            like.contiguous(),
-            *stats,
-            *native_branch(branch),
-            *native_norm(norm),
-            chosen,
-            *_in_order(chosen, K),
-            DTYPE_IDS[residual_dtype],
-            needed_bits(needed),
-        )
-        return ResidualNormGrads(*grads)
+        rows = chosen, *_in_order(chosen, K)
+        bwd = self.kernels.residual_norm_bwd
+        return native_backward(bwd, dx_new, dy, like, stats, branch, norm, rows, residual_dtype, needed)

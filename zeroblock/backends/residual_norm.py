@@ -5,6 +5,7 @@ x_new = residual + act(gate) * norm_b(branch); y = norm(x_new) [* weight + bias]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,5 +132,51 @@ def takes(*dtypes: torch.dtype) -> bool:
     return DTYPE_IDS.keys() >= set(dtypes)
 
 
-def needed_bits(needed: Needed) -> int:
-    return sum(1 << i for i, n in enumerate(needed) if n)
+def native_forward(
+    op: Callable[..., tuple[Tensor, ...]],
+    residual: Tensor,
+    branch: Branch | None,
+    norm: Norm | None,
+    index: Tensor | None,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+) -> ResidualNorm:
+    x_new, y, *stats = op(
+        residual.contiguous(),
+        *native_branch(branch),
+        0.0 if branch is None else branch.eps,
+        0 if norm is None else 2 if norm.rms else 1,
+        *native_norm(norm),
+        index,
+        0.0 if norm is None else norm.eps,
+        DTYPE_IDS[x_dtype],
+        DTYPE_IDS[y_dtype],
+    )
+    return ResidualNorm(x_new, y, Stats(*stats))
+
+
+def native_backward(
+    op: Callable[..., tuple[Tensor, ...]],
+    dx_new: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    stats: Stats,
+    branch: Branch | None,
+    norm: Norm | None,
+    index: Sequence[Tensor | None],
+    residual_dtype: torch.dtype,
+    needed: Needed,
+) -> ResidualNormGrads:
+    """index: with what a backend makes of it."""
+    grads = op(
+        None if dx_new is None else dx_new.contiguous(),
+        None if dy is None else dy.contiguous(),
+        x.contiguous(),
+        *stats,
+        *native_branch(branch),
+        *native_norm(norm),
+        *index,
+        DTYPE_IDS[residual_dtype],
+        sum(1 << i for i, n in enumerate(needed) if n),
+    )
+    return ResidualNormGrads(*grads)

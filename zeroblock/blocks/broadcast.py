@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from .._layout import added, is_settled
-from ..reference import modulation
+from .._layout import is_settled
+from ..reference import added, modulation
 
 
 def same_batch(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,12 @@ from torch.compiler import is_compiling
 
 from ... import functional, zero
 from ..._dtypes import FLOATING
-from ..._layout import added
 from ...blocks import adaln, layers
 from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import NOT_ALLOWED, bypassable, op_policy
 from ...blocks.residual import residual_branch
 from ...ops.register import left_to_compiler
-from ...reference import apply_activation, modulation
+from ...reference import added, apply_activation, modulation
 from ..family import Family
 
 
