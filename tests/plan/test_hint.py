@@ -35,7 +35,7 @@ def test_a_dense_weight_is_looked_at_in_one_call_of_64(late, words):
         if found[-1] == hint.LOOK:
             one.look(torch.zeros(1, dtype=torch.int32))
     assert hint.FLAGGED not in found
-    assert 1 <= found.count(hint.LOOK) == words.sent <= 640 / hint.EVERY
+    assert 1 <= found.count(hint.LOOK) == words.sent <= 640 / 64
     assert (one.zero is False) == (late is not None)
 
 
