@@ -71,7 +71,8 @@ def images(
     if num_groups <= 0 or C % num_groups != 0:
         raise fail(op, "num_groups", f"be positive and divide C = {C}", num_groups)
     shapes(op, (C,), "[C]", **affine)
-    shapes(op, (N, C), "[N, C]", scale=scale, shift=shift)
+    if scale is not None or shift is not None:
+        shapes(op, (N, C), "[N, C]", scale=scale, shift=shift)
 
 
 def channel_vector(v: Tensor | None) -> Tensor | None:
@@ -154,14 +155,14 @@ def convolution(
 ) -> list[int]:
     """Checks a stride-1 convolution of [N, C, *S] and its residual; returns the padding as ops take it: a number for
     each dimension, zeros on both sides; where it is something else three: in front, behind, 1 for repeated edges."""
-    dims = weight.dim() - 2
-    if not 1 <= dims <= 3 or h.dim() != weight.dim():
-        raise fail(
-            op, "weight", f"have shape [Cout, Cin, *K] with as many dimensions as {list(h.shape)}", list(weight.shape)
-        )
-    if weight.shape[1] != channels:
-        raise fail(op, "weight", f"take {channels} input channels (groups are not supported)", list(weight.shape))
-    shapes(op, (weight.shape[0],), "[Cout]", bias=bias)
+    images, filters = h.shape, weight.shape
+    dims = len(filters) - 2
+    if not 1 <= dims <= 3 or len(images) != len(filters):
+        raise fail(op, "weight", f"have shape [Cout, Cin, *K] with as many dimensions as {list(images)}", list(filters))
+    if filters[1] != channels:
+        raise fail(op, "weight", f"take {channels} input channels (groups are not supported)", list(filters))
+    if bias is not None:
+        shapes(op, (filters[0],), "[Cout]", bias=bias)
     if not isinstance(padding, (int, list, tuple)):
         raise _not_padding(op, dims, padding)
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
@@ -173,19 +174,19 @@ def convolution(
                 raise _not_padding(op, dims, padding)
     if len(pad) != dims or (min(map(_least, pad)) if pairs else min(pad)) < 0:
         raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
-    size = list(h.shape[2:])
+    size = list(images[2:])
     plain = not pairs and padding_mode == "zeros"
     sides = pad if plain else _sides(op, dims, pad, padding_mode)
     for i in range(dims):
-        size[i] += (2 * sides[i] if plain else sides[3 * i] + sides[3 * i + 1]) - weight.shape[2 + i] + 1
+        size[i] += (2 * sides[i] if plain else sides[3 * i] + sides[3 * i + 1]) - filters[2 + i] + 1
         if size[i] <= 0:
-            raise fail(op, "weight", f"fit into the padded input {list(h.shape)}", list(weight.shape))
+            raise fail(op, "weight", f"fit into the padded input {list(images)}", list(filters))
     if residual is not None:
-        same_shape(op, "residual", residual, "the convolution's output", (h.shape[0], weight.shape[0], *size))
+        same_shape(op, "residual", residual, "the convolution's output", (images[0], filters[0], *size))
     if not plain and all(a == b and not (repeated and a) for a, b, repeated in zip(*[iter(sides)] * 3, strict=True)):
         return sides[::3]
-    if not plain and not all(h.shape[2:]):
-        raise fail(op, "h", "have at least one element in each dimension that is padded", list(h.shape))
+    if not plain and not all(images[2:]):
+        raise fail(op, "h", "have at least one element in each dimension that is padded", list(images))
     return sides
 
 

@@ -26,7 +26,7 @@ from .._version import NAMESPACE
 from ..plan.planned import Explanation
 from ..reference import promoted
 from ..steps.linear import FEW_PRODUCTS, LINEAR, LinearCall
-from ..steps.packed import copies
+from ..steps.packed import is_frozen
 from .base import MaybeTensor, Step, WinogradKernels
 from .cpu_images import CpuImages, to_dtype
 from .cpu_rows import CpuRows
@@ -198,7 +198,7 @@ class Cpu(CpuImages, CpuRows):
         return x
 
     def linear(self, x: Tensor, weight: Tensor, bias: MaybeTensor, activation: str | None = None) -> Tensor:
-        if x.numel() * weight.shape[0] <= FEW_PRODUCTS and not copies:  # the library's by rule, and soon done
+        if x.numel() * weight.shape[0] <= FEW_PRODUCTS and not is_frozen(weight):  # the library's, by every rule
             y = F.linear(x, weight, bias)
             return y if activation is None else self.activation(y, activation)
         return LINEAR(LinearCall(self, x, weight, bias, activation))

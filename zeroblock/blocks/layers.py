@@ -123,24 +123,27 @@ def _is_plain_weight(t: Any) -> bool:
 
 def is_plain_conv(module: Any) -> bool:
     """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding, no patch."""
+    kind, fields = type(module), module.__dict__
     return (
-        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        and type(module).forward in _PLAIN_FORWARDS
-        and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
-        and "_conv_forward" not in module.__dict__
-        and "forward" not in module.__dict__
-        and _is_plain_weight(module._parameters.get("weight"))
+        issubclass(kind, (nn.Conv2d, nn.Conv1d, nn.Conv3d))
+        and kind.forward in _PLAIN_FORWARDS
+        and kind._conv_forward in _PLAIN_FORWARDS
+        and "_conv_forward" not in fields
+        and "forward" not in fields
+        and (type(weight := fields["_parameters"].get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
         and module.padding_mode == "zeros"
     )
 
 
 def is_plain_linear(module: Any) -> bool:
     """A linear layer whose forward is F.linear of its weight, an ordinary tensor."""
+    if not isinstance(module, nn.Linear):
+        return False
+    fields = module.__dict__
     return (
-        isinstance(module, nn.Linear)
-        and type(module).forward in _PLAIN_FORWARDS
-        and "forward" not in module.__dict__
-        and _is_plain_weight(module._parameters.get("weight"))
+        type(module).forward in _PLAIN_FORWARDS
+        and "forward" not in fields
+        and (type(weight := fields["_parameters"].get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
 
 
@@ -157,11 +160,12 @@ def is_plain_norm(module: Any) -> bool:
 def is_group_norm(module: Any, swish: float = 0.0) -> bool:
     """A GroupNorm with parameters of its own (parametrized ones live elsewhere) that computes one, and then silu(y)
     where `swish` is 1: glide-text2im's norms hold their activation, as an attribute of that name."""
+    fields = module.__dict__
     return (
         isinstance(module, nn.GroupNorm)
-        and computes(module, GROUP_NORMS)
-        and module._parameters.get("weight") is not None
-        and module.__dict__.get("swish", 0.0) == swish
+        and (type(module).forward in GROUP_NORMS or computes(module, GROUP_NORMS))
+        and fields["_parameters"].get("weight") is not None
+        and fields.get("swish", 0.0) == swish
     )
 
 

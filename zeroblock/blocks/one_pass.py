@@ -98,13 +98,13 @@ def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Ten
     backend, dtype, fields = select("add_bias", residual), residual.dtype, layer.__dict__
     if (
         backend.residual_if_zero is None
+        or (_packed.copies and (_packed.is_frozen(weight) or (bias is not None and _packed.is_frozen(bias))))
         or type(residual) not in zero.PLAIN_TYPES
         or residual.layout is not torch.strided
         or not _takes(weight, dtype)
         or (bias is not None and not _takes(bias, dtype))
         or "weight" in fields  # an attribute that hides the parameter
         or "bias" in fields
-        or (_packed.copies and any(t is not None and _packed.is_frozen(t) for t in (weight, bias)))
         or torch.is_autocast_enabled("cpu")
     ):
         return None
@@ -113,4 +113,4 @@ def _kernel(layer: nn.Module, weight: Tensor, bias: Tensor | None, residual: Ten
 
 def _takes(t: Tensor, dtype: torch.dtype) -> bool:
     plain = type(t) in zero.PLAIN_TYPES and t.dtype == dtype and t.layout is torch.strided and t.is_cpu
-    return plain and is_dense(t)
+    return plain and (t.is_contiguous() or is_dense(t))

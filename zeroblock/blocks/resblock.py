@@ -49,6 +49,11 @@ class Layers(NamedTuple):
     resample_x: Callable[[Tensor], Tensor] | None = None
 
 
+def same(x: Tensor) -> Tensor:
+    """The shortcut of a block that has none of its own."""
+    return x
+
+
 def fusable(norm1: Any, conv1: Any, norm2: Any, conv2: Any, swish: tuple[float, float] = (0.0, 0.0)) -> bool:
     """Whether the fused ops take these layers as they are now: same-size convolutions, plain parameters. swish: what
     each norm has to compute itself (`is_group_norm`)."""
@@ -106,13 +111,19 @@ def _decide(layers: Layers, x: Tensor) -> tuple[Answer, Tensor | None]:
     if (
         resample_x is None
         and not torch.is_grad_enabled()
-        and type(shortcut) is nn.Identity
-        and not (shortcut._forward_hooks or shortcut._forward_pre_hooks or "forward" in shortcut.__dict__)
+        and (shortcut is same or _is_identity(shortcut))
         and (dropout is None or not dropout.training or dropout.p == 0.0)
     ):
         return residual_if_zero(name, policy, conv2, x, embedders)
     bypassed = (*embedders, resample_h) if isinstance(resample_h, nn.Module) else embedders
     return decide(name, policy, (conv2.weight,), bypassed=bypassed), None
+
+
+def _is_identity(shortcut: Any) -> bool:
+    """The module that does nothing, and that nobody watches."""
+    return type(shortcut) is nn.Identity and not (
+        shortcut._forward_hooks or shortcut._forward_pre_hooks or "forward" in shortcut.__dict__
+    )
 
 
 def _hidden_dtype(layers: Layers) -> torch.dtype:

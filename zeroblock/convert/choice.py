@@ -21,7 +21,7 @@ from ..blocks.layers import may_draw
 from ..plan.chosen import chosen
 from ..plan.describe import Explanation, describe_rows
 from ..plan.mode import training
-from ..plan.planned import PlannedOp
+from ..plan.planned import PlannedOp, measures
 
 PREFERENCES = ("memory", "speed")
 _TRUSTED = ("torch.nn.", "diffusers.models.", "zeroblock.")
@@ -127,7 +127,7 @@ class Choice:
     def prefers_original(
         self, block: nn.Module, fused: Callable[..., Any], original: Callable[..., Any], args: Any, kwargs: Any
     ) -> bool:
-        call = self._call(block, fused, original, args, kwargs)
+        call = self._call(block, fused, original, args, kwargs) if measures() else None
         if call is None:
             return False
         if call.trained:

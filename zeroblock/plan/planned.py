@@ -115,6 +115,11 @@ def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def measures() -> bool:
+    """Whether anything is measured in this process."""
+    return _policy != "fixed"
+
+
 def bits_are_free() -> bool:
     """Whether the last bits of a result may depend on the moment at which it is computed."""
     return _policy != "fixed" and not _deterministic() and _ranks() == 1
@@ -128,6 +133,8 @@ class PlannedOp(Generic[P, R]):
     the argument whose `device` is the call's.
     rule(*args): the name of the candidate to run where nothing is measured and no candidate's own rule holds; the
     library's where that one does not take the call.
+    tiny(*args): whether a call is so small that every rule leaves it to the library (tests/plan/test_tiny.py): looking
+    its choice up would cost more than other ways gain.
     unmeasured: why nothing of this step is measured, where that is so: its rule decides always.
     """
 
@@ -140,11 +147,13 @@ class PlannedOp(Generic[P, R]):
         describe: Callable[P, str],
         work: Callable[P, int],
         rule: Callable[P, str] = the_library,
+        tiny: Callable[P, bool] = no,
         device_arg: int = 0,
         worth: int = WORTH_MEASURING,
         unmeasured: str | None = None,
     ):
-        self.name, self.signature, self.describe, self.work, self.rule = name, signature, describe, work, rule
+        self.name, self.signature, self.describe, self.work = name, signature, describe, work
+        self.rule, self.tiny = rule, tiny
         self.device_arg, self.worth, self.unmeasured = device_arg, worth, unmeasured
         self.library = Candidate("library", library)
         self.candidates = {"library": self.library}
@@ -165,7 +174,7 @@ class PlannedOp(Generic[P, R]):
         self._memory.clear()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if len(self.candidates) == 1:
+        if len(self.candidates) == 1 or self.tiny(*args, **kwargs):
             return self.library.run(*args, **kwargs)
         bits = mode.bits
         if _deterministic():

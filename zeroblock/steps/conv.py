@@ -27,6 +27,8 @@ _pointwise_binary: Any = torch.ops.mkldnn._convolution_pointwise.binary if ONEDN
 # Products per result that oneDNN's channels-last float32 kernels may add up in one chain, as its others do not: longer
 # chains have up to four times the error (tests/plan/test_ways.py).
 _CHAIN = 256
+# Products below which no rule takes another way than the library's, frozen weights aside.
+FEW_PRODUCTS = 1 << 18
 _ADD: tuple = ("add", None, None, [], None)
 _ONES = tuple((1,) * n for n in range(4))
 
@@ -80,9 +82,17 @@ class ConvCall(NamedTuple):
             parts.append("frozen")
         return ", ".join(parts)
 
+    def is_tiny(self) -> bool:
+        return few_products(self.h, self.weight)
+
     def work(self) -> int:
         strides = math.prod(self.geometry.stride)
         return 2 * self.h.numel() // max(1, self.h.shape[1]) * self.weight.numel() // strides
+
+
+def few_products(h: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of h is so small that the library's way is taken by every rule."""
+    return h.numel() * weight.numel() <= FEW_PRODUCTS * h.size(1) and not (_copies and packed.is_frozen(weight))
 
 
 def conv_size(
@@ -250,6 +260,7 @@ CONV = PlannedOp(
     describe=ConvCall.describe,
     work=ConvCall.work,
     rule=_rule,
+    tiny=ConvCall.is_tiny,
 )
 CONV.add("other layout", _swapped, _why_not_swapped)
 CONV.add("oneDNN residual", _post_op, _why_not_post_op)

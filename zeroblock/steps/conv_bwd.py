@@ -13,7 +13,7 @@ from ..backends.base import Backend, ConvGrads
 from ..plan.describe import describe_images, describe_weight
 from ..plan.mode import reduced_allowed
 from ..plan.planned import PlannedOp
-from .conv import LONG_CHAIN, conv_layout, other_layout, unit_geometry, why_no_other_layout
+from .conv import LONG_CHAIN, conv_layout, few_products, other_layout, unit_geometry, why_no_other_layout
 
 
 class ConvGradsCall(NamedTuple):
@@ -53,6 +53,9 @@ class ConvGradsCall(NamedTuple):
         wanted = "".join("01"[bool(m)] for m in mask)
         images = f"{describe_images(dy)}, {describe_images(h)} * {describe_weight(weight)}"
         return f"{backend.name}: {images}, padding {padding}, gradients {wanted}"
+
+    def is_tiny(self) -> bool:
+        return few_products(self.h, self.weight)
 
     def work(self) -> int:
         dy, weight, mask = self.dy, self.weight, self.mask
@@ -103,5 +106,6 @@ CONV_BWD = PlannedOp(
     signature=ConvGradsCall.signature,
     describe=ConvGradsCall.describe,
     work=ConvGradsCall.work,
+    tiny=ConvGradsCall.is_tiny,
 )
 CONV_BWD.add("other layout", _swapped_grads, _why_not_swapped_grads)

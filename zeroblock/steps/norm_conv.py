@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.base import Backend, ConvGrads, GroupNorm, MaybeTensor
 from ..plan.planned import PlannedOp
 from ..reference import dropout_keep
-from .conv import CONV, ConvCall
+from .conv import CONV, ConvCall, few_products
 from .conv_bwd import CONV_BWD, ConvGradsCall
 from .packed import Geometry
 
@@ -77,6 +77,9 @@ class NormConvCall(NamedTuple):
     def describe(self) -> str:
         return f"{self.conv.describe()}, {describe_norm(self.norm)}"
 
+    def is_tiny(self) -> bool:
+        return few_products(self.x, self.weight)
+
     def work(self) -> int:
         return self.conv.work()
 
@@ -94,6 +97,7 @@ NORM_CONV = PlannedOp(
     signature=NormConvCall.signature,
     describe=NormConvCall.describe,
     work=NormConvCall.work,
+    tiny=NormConvCall.is_tiny,
 )
 
 
@@ -126,6 +130,9 @@ class NormConvGradsCall(NamedTuple):
     def describe(self) -> str:
         return f"{self.conv.describe()}, {describe_norm(self.norm)}"
 
+    def is_tiny(self) -> bool:
+        return few_products(self.x, self.weight)
+
     def work(self) -> int:
         return self.conv.work()
 
@@ -141,4 +148,5 @@ NORM_CONV_BWD = PlannedOp(
     signature=NormConvGradsCall.signature,
     describe=NormConvGradsCall.describe,
     work=NormConvGradsCall.work,
+    tiny=NormConvGradsCall.is_tiny,
 )

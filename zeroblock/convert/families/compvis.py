@@ -24,7 +24,6 @@ from ..report import Obstacle, Reason
 from .adaln import zeroing_tensors
 
 _NOT_PLAIN = Obstacle(Reason.LAYERS, "its norms, convolutions or dropout are not the plain ones the fused ops take")
-_SAME = nn.Identity()
 
 Resample = Callable[[Tensor], Tensor]
 
@@ -122,7 +121,7 @@ class ResnetBlock(Family):
             None if isinstance(dropout, nn.Identity) else dropout,
             embed,
             embedders=() if projection is None else (projection,),
-            shortcut=next((m for m in shortcuts if m is not None), _SAME),
+            shortcut=next((m for m in shortcuts if m is not None), resblock.same),
             resample_h=resample,
             resample_x=resample,
         )
