@@ -13,9 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..backends.select import select
 
-# A parameter, the module that holds it and its name there.
-Owned = tuple[nn.Module, str, Tensor]
-
+Owned = tuple[nn.Module, str, Tensor]  # a parameter: the module that holds it, its name there
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 # ---- which forwards compute what -------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ SEPARATOR = " | "  # between the parts of a situation; none of them holds it
 POLICIES = "measure", "fixed"
 # Floating-point operations, 0.3 ms at 100 GFLOP/s of a core (measured: python benchmarks/run.py --group dense).
 WORTH_MEASURING = 1 << 25
-MEMORY = 1 << 14  # situations remembered, some 10 MB: shapes that never repeat must not fill the memory
+MEMORY = 1 << 14  # situations remembered, some 10 MB
 _policy = os.environ.get("ZEROBLOCK_PLAN") or "measure"
 if _policy not in POLICIES:
     raise ValueError(f"ZEROBLOCK_PLAN must be one of {', '.join(POLICIES)}, got {_policy!r}")
@@ -133,8 +133,7 @@ class PlannedOp(Generic[P, R]):
     the argument whose `device` is the call's.
     rule(*args): the name of the candidate to run where nothing is measured and no candidate's own rule holds; the
     library's where that one does not take the call.
-    tiny(*args): whether a call is so small that every rule leaves it to the library (tests/plan/test_tiny.py): looking
-    its choice up would cost more than other ways gain.
+    tiny(*args): whether a call is so small that every rule leaves it to the library: nothing is looked up for it.
     unmeasured: why nothing of this step is measured, where that is so: its rule decides always.
     """
 
@@ -152,9 +151,8 @@ class PlannedOp(Generic[P, R]):
         worth: int = WORTH_MEASURING,
         unmeasured: str | None = None,
     ):
-        self.name, self.signature, self.describe, self.work = name, signature, describe, work
-        self.rule, self.tiny = rule, tiny
-        self.device_arg, self.worth, self.unmeasured = device_arg, worth, unmeasured
+        self.name, self.signature, self.describe, self.work, self.tiny = name, signature, describe, work, tiny
+        self.rule, self.device_arg, self.worth, self.unmeasured = rule, device_arg, worth, unmeasured
         self.library = Candidate("library", library)
         self.candidates = {"library": self.library}
         self._memory: dict[tuple, Callable[P, R]] = {}
