@@ -73,7 +73,11 @@ def layout_after(x: Tensor, *weights: Tensor) -> torch.memory_format | None:
     """That of x after convolutions in two dimensions with these weights, and pointwise functions."""
     if x.shape[2:].numel() == 1:
         return None
-    return next((layout for t in (x, *weights) if (layout := channels_last_format(t)) is not None), None)
+    for t in (x, *weights):
+        layout = channels_last_format(t)
+        if layout is not None:
+            return layout
+    return None
 
 
 def is_dense(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 import zeroblock as zb
 
-from .test_diffusers_models import diffusers
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 
 def _pipeline():

@@ -45,8 +45,8 @@ class Step:
         self.last = None if branch.last is None else submodule(block, branch.last)
 
     def modules(self) -> list[nn.Module]:
-        paths = (*self.branch.paths(), *self.branch.others)
-        return [m for path in paths if (m := submodule(self.block, path)) is not None]
+        found = [submodule(self.block, path) for path in (*self.branch.paths(), *self.branch.others)]
+        return [m for m in found if m is not None]
 
     def run(self, name: str, policy: str) -> None:
         answer = NOT_ALLOWED if self.read is not self.streams or is_compiling() else self._answer(name, policy)

@@ -51,7 +51,7 @@ class NormFreeBlock(Family):
         return (torch.randn(2, block.conv1.in_channels, 4 * side, 8),)
 
     def forward(self, block: Any, x: Tensor) -> Tensor:
-        present = tuple(m for name in _BRANCH if (m := getattr(block, name)) is not None)
+        present = tuple(m for m in [getattr(block, name) for name in _BRANCH] if m is not None)
         gain = block.skipinit_gain
         if gain is None:
             bias = self._constant(block, present)

@@ -66,7 +66,7 @@ class ResNetBlock(Family):
     def forward(self, block: Any, x: Tensor) -> Tensor:
         deep = hasattr(block, "conv3")
         names = (_TORCHVISION if hasattr(block, "relu") else _TIMM)[deep]
-        layers = [layer for name in names if (layer := getattr(block, name, None)) is not None]
+        layers = [layer for layer in [getattr(block, name, None) for name in names] if layer is not None]
         conv, norm = (block.conv3, block.bn3) if deep else (block.conv2, block.bn2)
         act = block.relu if hasattr(block, "relu") else block.act3 if deep else block.act2
         if self._is_zero(conv, norm, layers):
