@@ -1,6 +1,11 @@
 """What a run on a GPU judges and times."""
 
 import pytest
+import torch
+
+from zeroblock.backends.cuda import CUDA
+
+from ..cuda.simt import emulated
 
 pytestmark = [pytest.mark.one_worker, pytest.mark.usefixtures("benchmark_path")]
 
@@ -24,6 +29,36 @@ def test_every_op_is_judged_and_timed():
     for name in ("group_norm_silu_film", "group_norm_silu_per_frame", "channel_rms_norm_silu", "layer_norm_modulate"):
         assert timed.count(name) == 4, name
     assert {"gate_residual", "residual_norm_modulate_index", "residual_norm_modulate_tanh", "resblock"} <= set(timed)
+
+
+# Blocks of the launches' clusters on a GPU with clusters, forward and backward: of a group in several blocks the backward
+# has a launch between its passes, and one for the parameters.
+PATHS = {"cluster": ([2], [2, 1]), "two-passes": ([1, 1], [1, 1, 1, 1])}
+
+
+@pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
+@pytest.mark.parametrize("variant", PATHS)
+def test_group_norms_that_no_block_holds_are_judged_and_replayed(variant):
+    """In fp32 and bf16, in both layouts: which launches the CUDA kernels take is asked of the emulator, none runs."""
+    from gpurun import checks, graphs
+
+    case = next(case for case in checks.LARGE if case.op == "group_norm_silu" and case.variant == variant)
+    assert f"graph/cuda/{case}/dense/bfloat16" in dict(graphs.graphs("cuda", False))
+    judged = {(check.layout, check.dtype) for check in checks.large("cuda", False) if check.case is case}
+    assert judged == {(layout, t) for layout in ("dense", "nhwc") for t in (torch.float32, torch.bfloat16)}
+    groups = case.options["num_groups"]
+    for layout, dtype in judged:
+        x = torch.empty(case.sizes["N"], case.sizes["C"], *case.sizes["S"], dtype=dtype)
+        x = x.to(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+        v, stat = torch.empty(case.sizes["C"]), torch.empty(case.sizes["N"], groups)
+        with emulated.emulated(), emulated.gpu(*emulated.GPUS["sm_90"]):
+            found = [
+                emulated.recorded(lambda: CUDA.group_norm_silu(x, groups, v, v, 1e-5, None, None, True)),
+                emulated.recorded(lambda: CUDA.group_norm_silu_bwd(x, x, stat, stat, v, v, None, None, groups, True)),
+            ]
+        for launches, expected in zip(found, PATHS[variant], strict=True):
+            blocks = [cluster for _, _, cluster in launches]
+            assert len(blocks) == len(expected) and (max(blocks) > 1) == (max(expected) > 1), (layout, dtype, blocks)
 
 
 def test_without_diffusers_its_models_are_left_out_with_a_reason(monkeypatch):
