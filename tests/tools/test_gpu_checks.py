@@ -1,5 +1,7 @@
 """What a run on a GPU judges and times."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -31,9 +33,9 @@ def test_every_op_is_judged_and_timed():
     assert {"gate_residual", "residual_norm_modulate_index", "residual_norm_modulate_tanh", "resblock"} <= set(timed)
 
 
-# Blocks of the launches' clusters on a GPU with clusters, forward and backward: of a group in several blocks the backward
-# has a launch between its passes, and one for the parameters.
-PATHS = {"cluster": ([2], [2, 1]), "two-passes": ([1, 1], [1, 1, 1, 1])}
+# Most blocks of a cluster, and launches, on a GPU with clusters: forward and backward, whose last launch is for the
+# parameters. Between two passes of the backward there is one more.
+PATHS = {"cluster": [(True, 1), (True, 2)], "two-passes": [(False, 2), (False, 4)]}
 
 
 @pytest.mark.skipif(emulated.missing() is not None, reason=str(emulated.missing()))
@@ -46,19 +48,17 @@ def test_group_norms_that_no_block_holds_are_judged_and_replayed(variant):
     assert f"graph/cuda/{case}/dense/bfloat16" in dict(graphs.graphs("cuda", False))
     judged = {(check.layout, check.dtype) for check in checks.large("cuda", False) if check.case is case}
     assert judged == {(layout, t) for layout in ("dense", "nhwc") for t in (torch.float32, torch.bfloat16)}
-    groups = case.options["num_groups"]
+    (N, C, S), groups = (case.sizes[name] for name in "NCS"), case.options["num_groups"]
+    v, stat = torch.empty(C), torch.empty(N, groups)
     for layout, dtype in judged:
-        x = torch.empty(case.sizes["N"], case.sizes["C"], *case.sizes["S"], dtype=dtype)
-        x = x.to(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
-        v, stat = torch.empty(case.sizes["C"]), torch.empty(case.sizes["N"], groups)
+        form = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+        x = torch.empty(N, C, *S, dtype=dtype).to(memory_format=form)
+        forward = partial(CUDA.group_norm_silu, x, groups, v, v, 1e-5, None, None, True)
+        backward = partial(CUDA.group_norm_silu_bwd, x, x, stat, stat, v, v, None, None, groups, True)
         with emulated.emulated(), emulated.gpu(*emulated.GPUS["sm_90"]):
-            found = [
-                emulated.recorded(lambda: CUDA.group_norm_silu(x, groups, v, v, 1e-5, None, None, True)),
-                emulated.recorded(lambda: CUDA.group_norm_silu_bwd(x, x, stat, stat, v, v, None, None, groups, True)),
-            ]
-        for launches, expected in zip(found, PATHS[variant], strict=True):
-            blocks = [cluster for _, _, cluster in launches]
-            assert len(blocks) == len(expected) and (max(blocks) > 1) == (max(expected) > 1), (layout, dtype, blocks)
+            launches = [emulated.recorded(call) for call in (forward, backward)]
+        found = [(max(cluster for _, _, cluster in each) > 1, len(each)) for each in launches]
+        assert found == PATHS[variant], (layout, dtype, launches)
 
 
 def test_without_diffusers_its_models_are_left_out_with_a_reason(monkeypatch):
