@@ -10,6 +10,7 @@ import torch
 from zeroblock.backends import available as _backends
 from zeroblock.backends.cuda import CUDA
 from zeroblock.kernels import _counters
+from zeroblock.steps import flag
 
 from ..cuda.simt import emulated
 
@@ -86,3 +87,19 @@ def test_a_graph_has_words_of_its_own(monkeypatch):
     monkeypatch.setattr(_counters, "stream_of", lambda device: -7)
     assert _counters.counters(device) is not shared, "another stream"
     del _counters._words[device, -7]
+
+
+def test_what_is_reported_of_an_untested_weight_belongs_to_a_stream(monkeypatch):
+    """It is written by a kernel of that stream, which others do not wait for; in a graph by each replay."""
+    like, stream = torch.zeros(1), [1]
+    monkeypatch.setattr(flag, "_executed", {})
+    monkeypatch.setattr(flag, "_addresses", set())
+    monkeypatch.setattr(flag, "stream_of", lambda device: stream[0])
+    one = flag.executed(like)
+    assert flag.executed(like) is one and flag.is_executed(one)
+    stream[0] = 2
+    two = flag.executed(like)
+    assert two is not one and flag.executed(like) is two
+    stream[0] = 3
+    monkeypatch.setattr(flag, "capturing", lambda device: True)
+    assert flag.executed(like) is not flag.executed(like) and len(flag._executed) == 2

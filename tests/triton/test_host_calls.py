@@ -1,5 +1,5 @@
-"""What a launch costs the host, beside Triton's own start of a kernel: Python functions called, a tenth of a microsecond
-each, and tensors made. In eager training of small models the host is what a step waits for."""
+"""What a launch costs the host, beside Triton's own start of a kernel: functions called, a tenth of a microsecond each,
+and tensors made. In eager training of small models the host is what a step waits for."""
 
 import sys
 from collections import Counter
@@ -21,8 +21,8 @@ from zeroblock.kernels import (  # noqa: E402
 X, ROW, STAT, WEIGHT = torch.zeros(2, 8, 64), torch.zeros(2, 64), torch.zeros(2, 8), torch.zeros(64)
 IMAGE, GROUPS = torch.zeros(2, 64, 4, 4), torch.zeros(2, 32)
 NORM = (WEIGHT, WEIGHT, ROW, ROW, 32)
-# (functions of Python, functions of torch) called at most by a call that was made before, and its launches. Until Python
-# 3.11 a comprehension is a function, too.
+# (functions of Python, others) called at most by a call that was made before, and its launches. Until Python 3.11 a
+# comprehension is a function, too.
 CALLS = {
     "layer_norm_modulate": (
         partial(layer_norm_modulate.forward, X, ROW, ROW, None, None, 1e-6, False),
@@ -69,7 +69,7 @@ def stubs(monkeypatch):
 
 
 def counted(call):
-    """(functions of Python, functions of torch, launches) of a call."""
+    """(functions of Python, others, launches) of a call."""
     call()
     kinds, before = Counter(), Kernel.started
     sys.setprofile(lambda frame, event, argument: kinds.update([event]))
