@@ -54,6 +54,26 @@ def test_flags_of_each_and_of_any(kernels):
         assert _counters.counters(words.device) is words and not words.any()
 
 
+@pytest.mark.skipif(_backends.missing("triton") is not None, reason="triton cannot run")
+def test_programs_stride_over_their_tensor(monkeypatch):
+    """Three for two tensors: one each, which takes block after block until it finds something."""
+    from zeroblock.kernels import zero_flag
+
+    monkeypatch.setattr(zero_flag, "PROGRAMS", 3)
+    device = "cpu" if _backends.interprets() else "cuda"
+    for places in ((), (0,), (2 * zero_flag.BLOCK,), (20000 - 1,)):
+        t, zeros = torch.zeros(20000, device=device), torch.zeros(9000, device=device)
+        for i in places:
+            t[i] = 1.0
+        assert zero_flag.zero_flag([t, zeros]).tolist() == [int(not places), 1]
+
+
+def test_a_word_counts_all_programs():
+    zero_flag = pytest.importorskip("zeroblock.kernels.zero_flag")
+    assert zero_flag.PROGRAMS < 2**zero_flag.SEEN and zero_flag.PROGRAMS < 2**zero_flag.DONE
+    assert zero_flag.DONE + zero_flag.MOST_TOGETHER * zero_flag.SEEN <= 64
+
+
 def test_more_tensors_than_a_launch_takes(kernels):
     backend, device = kernels
     tensors = [torch.zeros(5, device=device) for _ in range(70)]
