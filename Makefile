@@ -8,7 +8,7 @@ EXTRAS ?= test,models,demo,lint,docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CSRC := $(wildcard $(foreach kind,h cpp cu cuh,$(addsuffix /*.$(kind),csrc csrc/torch csrc/cuda csrc/cpu csrc/cpu/*)))
-CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
+CXX_SOURCES := $(CSRC) $(wildcard tests/cuda/*.cu tests/cuda/*.cpp tests/cuda/simt/*.h tests/cuda/simt/*.cpp)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
 .PHONY: demo test test-torch bench gpu gpu-cache lint format docs wheel try-wheels hub clean

@@ -1,68 +1,37 @@
-"""A lower bound of every kernel's time on several GPUs: `python benchmarks/roofline.py` writes results/roofline.md.
+"""A lower bound of every kernel's time on several GPUs, and what share of the bandwidth it can use:
+`python benchmarks/roofline.py` writes roofline.md (with triton installed).
 
 No clock runs: bytes are the compulsory ones of an op at a real shape, times the ratio of moved to compulsory bytes that
-the interpreter counts exactly (tests/triton/traffic.csv); FLOPs are those of the products; rates are the data sheets'.
+the interpreter and the emulator count exactly (traffic.csv of tests/triton and tests/cuda/simt); FLOPs are those of the
+products; rates are the data sheets'; registers and blocks are those of the compiled kernels (static.csv beside).
 """
 
 import csv
+import functools
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+
+from zbench.busy import COPY, GPU, GPUS, LATENCY_NS, WAITING, Use
+from zbench.kernel_rows import KERNELS, SIZE, Cuda, Kernel, Started, started
 
 ROOT = Path(__file__).parent.parent
-TRAFFIC = ROOT / "tests/triton/traffic.csv"
-PAGE = Path(__file__).parent / "results/roofline.md"
-
-
-class GPU(NamedTuple):
-    """Data-sheet rates: memory in GB/s, dense bf16 matrix products in TFLOP/s."""
-
-    name: str
-    gb_s: float
-    bf16_tflop_s: float
-
-
-GPUS = (
-    GPU("A100 SXM 80 GB", 2039, 312),
-    GPU("H100 SXM", 3350, 989),
-    GPU("H200 SXM", 4800, 989),
-    GPU("B200", 8000, 2250),
-    GPU("MI300X", 5300, 1307),
+TRITON, CUDA = ROOT / "tests/triton", ROOT / "tests/cuda/simt"
+PAGE = Path(__file__).parent / "roofline.md"
+COLUMNS = (
+    *("GPU", "by", "launches", "registers", "spills", "blocks", "threads", "bytes", "in flight", "bandwidth"),
+    "loses most by",
 )
-SIZE = 2  # bf16
-IMAGES = ((8, 320, 64, 64), (8, 640, 32, 32), (8, 1280, 16, 16), (8, 1280, 8, 8))
-TOKENS = ((32, 256, 384), (32, 256, 1152), (4, 4096, 1152))
 
 
-class Kernel(NamedTuple):
-    """A row of the page: the op, the traffic row that has its ratio, passes over one activation, and its shapes."""
-
-    op: str
-    traffic: str
-    passes: float
-    shapes: tuple[tuple[int, ...], ...]
-    product: str = ""  # "", "3x3", "1x1" (C -> C) or "linear" (4D -> D)
+@functools.cache
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-KERNELS = (
-    Kernel("group_norm_silu, one read", "group_norm_silu-1280x8-bf16-nhwc", 2, IMAGES),
-    Kernel("group_norm_silu, split", "group_norm_silu-640x32-bf16-nhwc-split", 2, IMAGES),
-    Kernel("group_norm_silu backward, one read", "group_norm_silu_bwd-1280x8-bf16-nhwc", 3, IMAGES),
-    Kernel("group_norm_silu backward, split", "group_norm_silu_bwd-640x32-bf16-nhwc-split", 3, IMAGES),
-    Kernel("layer_norm_modulate", "layer_norm_modulate-1152", 2, TOKENS),
-    Kernel("layer_norm_modulate backward", "layer_norm_modulate_bwd-1152", 3, TOKENS),
-    Kernel("gate_residual", "gate_residual-sample", 3, TOKENS),
-    Kernel("gate_residual backward", "gate_residual_bwd-sample", 3, TOKENS),
-    Kernel("gate_residual_layer_norm_modulate", "gate_residual_layer_norm_modulate-1152", 4, TOKENS),
-    Kernel("gate_residual_layer_norm_modulate backward", "gate_residual_layer_norm_modulate_bwd-1152", 6, TOKENS),
-    Kernel("conv_residual 3x3", "conv_residual-3x3-0", 3, IMAGES, "3x3"),
-    Kernel("conv_residual 3x3, weight zero", "conv_residual-3x3-zero", 2, IMAGES),
-    Kernel("conv_residual 1x1", "conv_residual-1x1", 3, IMAGES, "1x1"),
-    Kernel("group_norm_silu_conv_residual 1x1", "group_norm_silu_conv_residual-1x1", 3, IMAGES, "1x1"),
-    Kernel("linear_gate_residual", "linear_gate_residual-0", 6, TOKENS, "linear"),
-    Kernel("linear_gate_residual, zero", "linear_gate_residual-zero", 2, TOKENS),
-)
+def traffic(folder: Path, case: str) -> dict[str, str]:
+    return next(row for row in table(folder / "traffic.csv") if row["case"] == case)
 
 
 def work(kernel: Kernel, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -78,44 +47,132 @@ def bound(moved: float, flops: float, gpu: GPU) -> tuple[float, str]:
     return (memory, "memory") if memory >= products else (products, "products")
 
 
-def ratios() -> dict[str, float]:
-    with TRAFFIC.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {row["case"]: (int(row["moved"]) - int(row["partials"])) / int(row["compulsory"]) for row in rows}
+def ratio(row: dict[str, str]) -> float:
+    """Bytes moved over compulsory ones, without workspaces: their share depends on the shape."""
+    return (int(row["moved"]) - int(row["partials"])) / int(row["compulsory"])
+
+
+def sectors(row: dict[str, str]) -> float:
+    return int(row["sectors"]) / int(row["requested"])
+
+
+# ---- what a kernel can use of a GPU ---------------------------------------------------------------------------------
+
+
+def triton_use(kernel: Kernel, found: Started, gpu: GPU) -> tuple[dict[str, str], Use]:
+    """(its row of static.csv, what it keeps busy)"""
+    row = next(
+        row
+        for row in table(TRITON / "static.csv")
+        if (row["case"], row["kernel"], row["target"]) == (*kernel.static, gpu.target)
+        and int(row["warps"]) == found.warps(gpu.target)
+    )
+    counted, compulsory = traffic(TRITON, kernel.traffic), work(kernel, kernel.shapes[0])[0]
+    return row, Use(
+        block_kb=found.block_kb,
+        ahead=found.ahead,
+        blocks=int(row["blocks"]),
+        programs=found.programs,
+        reads=kernel.reads / kernel.passes,
+        moved=ratio(counted),
+        partials=found.partials / compulsory,
+        sectors=sectors(counted),
+    )
+
+
+def cuda_use(kernel: Kernel, cuda: Cuda, gpu: GPU) -> tuple[dict[str, str], Use]:
+    """The same. The emulator counts no sectors; of launches without a fixed number of blocks there are enough."""
+    row = next(
+        row
+        for row in table(CUDA / "static.csv")
+        if (row["kernel"], row["target"], bool(row["threads"])) == (cuda.kernel, gpu.target, True)
+    )
+    compulsory, blocks = work(kernel, kernel.shapes[0])[0], int(row["blocks"])
+    return row, Use(
+        block_kb=16 * cuda.loads * int(row["threads"]) / 1000,
+        ahead=cuda.ahead,
+        blocks=blocks,
+        programs=cuda.blocks or blocks * gpu.processors,
+        reads=kernel.reads / kernel.passes,
+        moved=ratio(traffic(CUDA, cuda.traffic)),
+        partials=8 * cuda.sums * kernel.shapes[0][-1] * cuda.blocks / compulsory,
+        sectors=1.0,
+    )
+
+
+def line(gpu: GPU, by: str, kernel: Kernel, launches: int, row: dict[str, str], threads: int, use: Use) -> str:
+    cells = [f"{gpu.name} ({gpu.target})", by, str(launches), row["registers"], row["spills"], row["blocks"]]
+    cells += [f"{int(row['blocks']) * threads}", f"{use.moved + use.partials:.2f}"]
+    if bound(*work(kernel, kernel.shapes[0]), gpu)[1] == "products":
+        cells += ["", "", "the products bind"]
+    else:
+        share, loss = use.expected(gpu)
+        cells += [f"{use.in_flight(gpu):.0f} / {gpu.needed(use.reads):.0f}", f"{share:.0%}", loss]
+    return "| " + " | ".join(cells) + " |"
+
+
+def facts(kernel: Kernel) -> list[str]:
+    """A row per GPU and backend."""
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- | --- |" + " ---: |" * (len(COLUMNS) - 3) + " --- |",
+    ]
+    found = started(kernel)
+    for gpu in GPUS:
+        row, use = triton_use(kernel, found, gpu)
+        threads = int(row["warps"]) * (64 if gpu.target.startswith("gfx") else 32)
+        lines.append(line(gpu, "Triton", kernel, found.count, row, threads, use))
+    for gpu in GPUS:
+        cuda = kernel.cuda.get(gpu.target) if isinstance(kernel.cuda, dict) else kernel.cuda
+        if cuda is not None and gpu.target in ("sm_80", "sm_90", "sm_100"):
+            row, use = cuda_use(kernel, cuda, gpu)
+            lines.append(line(gpu, "CUDA", kernel, cuda.launches, row, int(row["threads"]), use))
+    return lines
+
+
+def bounds(kernel: Kernel) -> list[str]:
+    """A row per shape."""
+    moved = ratio(traffic(TRITON, kernel.traffic))
+    lines = [
+        "| shape | MB | GFLOP | " + " | ".join(gpu.name for gpu in GPUS) + " | bound by |",
+        "| --- |" + " ---: |" * (len(GPUS) + 2) + " --- |",
+    ]
+    for shape in kernel.shapes:
+        compulsory, flops = work(kernel, shape)
+        found = [bound(compulsory * moved, flops, gpu) for gpu in GPUS]
+        times, binding = " | ".join(f"{time:.1f}" for time, _ in found), sorted({by for _, by in found})
+        size = f"{compulsory * moved / 1e6:.1f} | {flops / 1e9:.2f}"
+        lines.append(f"| {'x'.join(map(str, shape))} | {size} | {times} | {', '.join(binding)} |")
+    return lines
+
+
+HEAD = f"""\
+# What the kernels can reach
+
+**Model, not measured.** Of each kernel first what it can use of a GPU, at the first shape of its second table; then,
+for every shape, microseconds that no kernel can beat which moves these bytes and executes these FLOPs, at data-sheet
+rates, in bf16. Launches, tails and clocks are left out: real times are longer. Regenerate with
+`python benchmarks/roofline.py`.
+
+- launches: of the whole op. registers (of a thread), spills (bytes), blocks and threads (resident on a multiprocessor):
+  of the kernel that moves the bytes, as compiled (`static.csv` in `tests/triton` and `tests/cuda/simt`).
+- bytes: moved over compulsory, counted exactly (`traffic.csv` there), with the partial sums of this shape. Sectors:
+  bytes in whole 32-byte sectors over those asked for (Triton; the emulator counts none).
+- in flight: KB that the blocks on a multiprocessor ask for before they wait / KB that bandwidth x {LATENCY_NS} ns wants
+  of a kernel that reads so much.
+- bandwidth: expected share of the data sheet's, counting compulsory bytes alone. A copy reaches {COPY:.0%}; a block
+  that loads nothing ahead has loads in flight for {WAITING:.0%} of its life (both assumed). Last: what costs most.
+
+| GPU | GB/s | bf16 TFLOP/s | multiprocessors |
+| --- | ---: | ---: | ---: |
+"""
 
 
 def render() -> str:
-    measured = ratios()
-    lines = [
-        "# Lower bounds of the Triton kernels",
-        "",
-        "**Model, not measured.** Microseconds that no kernel can beat which moves these bytes and executes these",
-        "FLOPs, at data-sheet rates, bf16. Launches, latency, tails and clocks are left out: real times are longer.",
-        "`moved` is the exact ratio of moved to compulsory bytes in `tests/triton/traffic.csv`, workspaces left out",
-        "(their share depends on the shape). Regenerate with `python benchmarks/roofline.py`.",
-        "",
-        "| GPU | GB/s | bf16 TFLOP/s |",
-        "| --- | ---: | ---: |",
-        *(f"| {gpu.name} | {gpu.gb_s:g} | {gpu.bf16_tflop_s:g} |" for gpu in GPUS),
-    ]
+    lines = [HEAD + "\n".join(f"| {g.name} | {g.gb_s:g} | {g.bf16_tflop_s:g} | {g.processors} |" for g in GPUS)]
     for kernel in KERNELS:
-        ratio = measured[kernel.traffic]
-        lines += [
-            "",
-            f"## {kernel.op}",
-            "",
-            f"moved {ratio:.3f}",
-            "",
-            "| shape | MB | GFLOP | " + " | ".join(gpu.name for gpu in GPUS) + " | bound by |",
-            "| --- |" + " ---: |" * (len(GPUS) + 2) + " --- |",
-        ]
-        for shape in kernel.shapes:
-            compulsory, flops = work(kernel, shape)
-            bounds = [bound(compulsory * ratio, flops, gpu) for gpu in GPUS]
-            binding = sorted({by for _, by in bounds})
-            times = " | ".join(f"{time:.1f}" for time, _ in bounds)
-            size = f"{compulsory * ratio / 1e6:.1f} | {flops / 1e9:.2f}"
-            lines.append(f"| {'x'.join(map(str, shape))} | {size} | {times} | {', '.join(binding)} |")
+        whole = sectors(traffic(TRITON, kernel.traffic))
+        lines += ["", f"## {kernel.op}", "", f"Sectors {whole:.2f}.", "", *facts(kernel), "", *bounds(kernel)]
     return "\n".join(lines) + "\n"
 
 

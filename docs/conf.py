@@ -16,7 +16,14 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 # The pages, in the order of the menu. The README of the repository is the first.
 PAGES = {
     "Use": ("docs/quickstart", "docs/models", "docs/zero-branches", "docs/precision", "docs/training", "docs/serving"),
-    "Know": ("docs/gpu", "benchmarks/README", "docs/troubleshooting", "examples/README", "CHANGELOG"),
+    "Know": (
+        "docs/gpu",
+        "benchmarks/README",
+        "benchmarks/roofline",
+        "docs/troubleshooting",
+        "examples/README",
+        "CHANGELOG",
+    ),
     "Reference": ("docs/api/convert", "docs/api/functions", "docs/api/modules", "docs/api/examine"),
     "Inside": (
         "CONTRIBUTING",

@@ -41,7 +41,8 @@ class Config(NamedTuple):
 
 # From the most reuse per byte to the most programs; fp32 tiles are half as deep, for the same bytes per stage. None
 # spills, and the shared memory of each fits every target (python -m tests.triton.static). The plan measures which one
-# is the fastest on the user's GPU; `choose` is the rule before that.
+# is the fastest on the user's GPU; `choose` is the rule before that. On sm_90 two programs of the largest convolution
+# are resident, at 128 registers; on sm_80 and sm_100 that limit spills 48 bytes and more.
 HALF = (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 64, 4, 3))
 FULL = (Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3))
 
@@ -89,27 +90,35 @@ def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def epilogue(acc, rows, row_mask, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y):
+def tile_at(p, first, cols, N, BM: tl.constexpr):
+    """Pointers to the rows from `first` on, [BM, columns], of a dense [rows, N]: offsets within the tile are 32 bits,
+    which takes half the registers (python -m tests.triton.static)."""
+    return p + first.to(tl.int64) * N + (tl.arange(0, BM)[:, None] * N + cols[None, :])
+
+
+@triton.jit
+def epilogue(acc, first, row_mask, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y):
     """Writes y = residual + gate * (acc + bias), and branch = acc + bias where asked; returns y in fp32, rounded.
 
-    rows, cols: int32 indices into y [M, N]; gate at [row // T, row % T, col] by its strides.
+    The rows from `first` on and cols are indices into y [M, N], int32; gate at [row // T, row % T, col] by its strides.
     """
     mask = row_mask[:, None] & (cols < N)[None, :]
-    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    BM: tl.constexpr = acc.shape[0]
     if bias is not None:
         acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if branch is not None:
-        tl.store(branch + at, acc.to(branch.dtype.element_ty), mask=mask)
+        tl.store(tile_at(branch, first, cols, N, BM), acc.to(branch.dtype.element_ty), mask=mask)
     if gate is not None and gate_d is None:  # one number for everything
         acc *= tl.load(gate).to(tl.float32)
     elif gate is not None:
+        rows = first + tl.arange(0, BM)
         start = (rows // T).to(tl.int64) * gate_b + (rows % T).to(tl.int64) * gate_t
         g = tl.load(gate + start[:, None] + (cols * gate_d)[None, :], mask=mask, other=0.0)
         acc *= g.to(tl.float32)
     if residual is not None:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(tile_at(residual, first, cols, N, BM), mask=mask, other=0.0).to(tl.float32)
     rounded = acc.to(y.dtype.element_ty)
-    tl.store(y + at, rounded, mask=mask)
+    tl.store(tile_at(y, first, cols, N, BM), rounded, mask=mask)
     return rounded.to(tl.float32)
 
 
@@ -134,14 +143,15 @@ def _sum_splits(
     BN: tl.constexpr,
 ):
     """The sum of partial [splits, M, N], then the epilogue; `part` is M * N. A zero branch reads no partial sums."""
-    rows, cols = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    first, cols = tl.program_id(0) * BM, tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = first + tl.arange(0, BM) < M
+    mask = inside[:, None] & (cols < N)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    at = tile_at(partial, first, cols, N, BM)
     for _ in range(0, splits * (1 - is_skipped(flag))):
-        acc += tl.load(partial + at, mask=mask, other=0.0)
+        acc += tl.load(at, mask=mask, other=0.0)
         at += part
-    epilogue(acc, rows, rows < M, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y)
+    epilogue(acc, first, inside, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y)
 
 
 def sum_splits(
@@ -181,7 +191,9 @@ def sum_splits(
     )
 
 
-def check_rows(op: str, M: int) -> None:
-    """Row numbers are int32 (offsets are not)."""
+def check_size(op: str, M: int, N: int) -> None:
+    """Row numbers are int32, and offsets within a tile of 128 rows (others are not)."""
     if M >= 2**31 - 128:
         raise ValueError(f"{op}: the kernel takes fewer than 2^31 - 128 rows or pixels, got {M}")
+    if N >= 2**24:
+        raise ValueError(f"{op}: the kernel takes fewer than 2^24 columns or channels of a result, got {N}")

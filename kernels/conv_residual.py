@@ -76,10 +76,11 @@ def _conv_residual(
     if PER_IMAGE:  # no tile reaches into the next image: `fold` and `partial` belong to one
         pixels = tile_m % image_tiles * BM + tl.arange(0, BM)
         row_mask = pixels < P * Q
-        rows = tile_m // image_tiles * (P * Q) + pixels
+        first = tile_m // image_tiles * (P * Q) + tile_m % image_tiles * BM
     else:
-        rows = tile_m * BM + tl.arange(0, BM)
-        row_mask = rows < images * P * Q
+        first = tile_m * BM
+        row_mask = first + tl.arange(0, BM) < images * P * Q
+    rows = first + tl.arange(0, BM)
     image, within = rows // (P * Q), rows % (P * Q)
     p, q = within // Q - PAD_H, within % Q - PAD_W
     source = ((image * H + p).to(tl.int64) * W + q) * CIN
@@ -118,7 +119,7 @@ def _conv_residual(
         mask = row_mask[:, None] & (cols < COUT)[None, :] & (not skipped)
         tl.store(part + rows.to(tl.int64)[:, None] * COUT + cols[None, :], acc, mask=mask)
     else:
-        v = epilogue(acc, rows, row_mask, cols, COUT, bias, None, 0, 0, 0, 1, residual, None, y)
+        v = epilogue(acc, first, row_mask, cols, COUT, bias, None, 0, 0, 0, 1, residual, None, y)
         if partial is not None:
             count = tl.sum(row_mask.to(tl.float32), 0)
             mean = tl.sum(tl.where(row_mask[:, None], v, 0.0), 0) / count
@@ -210,7 +211,7 @@ def run(
     """(y, partial); fold [N, 2, Cin] fp32; partial [N, tiles, 2, Cout] fp32, or None. plan: (configuration, splits)."""
     size = output_size(x, weight, padding)
     (images, COUT, P, Q), (_, CIN, KH, KW), (H, W) = size, weight.shape, x.shape[2:]
-    _gemm.check_rows("conv_residual", max(images * P * Q, images * H * W))
+    _gemm.check_size("conv_residual", max(images * P * Q, images * H * W), COUT)
     x, weight = x.contiguous(memory_format=NHWC), weight.contiguous(memory_format=NHWC)
     bias = None if bias is None else bias.contiguous()
     dtype = weight.dtype if residual is None else torch.promote_types(residual.dtype, weight.dtype)
@@ -312,7 +313,7 @@ def conv_wgrad(
     if dy.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"conv_wgrad: dtype must be bf16 or fp16, got {dy.dtype}")
     (COUT, CIN, KH, KW), (images, _, H, W), (P, Q) = weight_size, h.shape, dy.shape[2:]
-    _gemm.check_rows("conv_wgrad", max(images * P * Q, images * H * W))
+    _gemm.check_size("conv_wgrad", max(images * P * Q, images * H * W), KH * KW * CIN)
     dy, h = dy.contiguous(memory_format=NHWC), h.contiguous(memory_format=NHWC)
     config = wgrad_configs(dy.dtype)[-1] if config is None else config
     tiles = cdiv(COUT, config.BM) * cdiv(CIN, config.BN)

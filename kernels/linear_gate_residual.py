@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import _gemm
 from ._dtypes import DTYPES, NAMES
-from ._gemm import GROUP, Config, epilogue, tile_of
+from ._gemm import GROUP, Config, epilogue, tile_at, tile_of
 from ._launch import launch
 from ._rows import cdiv, is_skipped
 from ._torch import matmul_precision
@@ -58,24 +58,25 @@ def _linear_gate_residual(
     GROUP: tl.constexpr,
 ):
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    first, cols = tile_m * BM, tile_n * BN + tl.arange(0, BN)
+    rows = first + tl.arange(0, BM)
     a_at = rows.to(tl.int64)[:, None] * h_row
     b_at = cols.to(tl.int64)[None, :] * w_row
     start = tl.program_id(1) * split_k
     skipped = is_skipped(flag)
     stop = tl.minimum(start + split_k, K) * (1 - skipped)
     acc = tl.zeros((BM, BN), tl.float32)
-    for first in range(start, stop, BK):
-        k = first + tl.arange(0, BK)
+    for step in range(start, stop, BK):
+        k = step + tl.arange(0, BK)
         a = tl.load(h + a_at + k[None, :], mask=(rows < M)[:, None] & (k < K)[None, :], other=0.0)
         b = tl.load(weight + b_at + k[:, None], mask=(k < K)[:, None] & (cols < N)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if workspace is not None:
         part = workspace + tl.program_id(1).to(tl.int64) * M * N
         mask = (rows < M)[:, None] & (cols < N)[None, :] & (not skipped)
-        tl.store(part + rows.to(tl.int64)[:, None] * N + cols[None, :], acc, mask=mask)
+        tl.store(tile_at(part, first, cols, N, BM), acc, mask=mask)
     else:
-        epilogue(acc, rows, rows < M, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y)
+        epilogue(acc, first, rows < M, cols, N, bias, gate, gate_b, gate_t, gate_d, T, residual, branch, y)
 
 
 def why_not(h: Tensor, weight: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> str | None:
@@ -123,7 +124,7 @@ def linear_gate_residual(
     T = h.shape[1] if h.dim() == 3 else 1
     h, weight = _rows(h), _rows(weight)
     (M, K), N = h.shape, weight.shape[0]
-    _gemm.check_rows("linear_gate_residual", M)
+    _gemm.check_size("linear_gate_residual", M, N)
     dtype = weight.dtype
     for operand in (gate, residual):
         dtype = dtype if operand is None else torch.promote_types(dtype, operand.dtype)

@@ -24,8 +24,9 @@ from ._dtypes import DTYPES, INTEGERS, long_name
 from ._launch import launch
 from ._rows import cdiv
 
-# Tensors of a launch, elements of a block, programs per tensor at most, and warps. (guess)
-MOST_TENSORS, BLOCK, PROGRAMS, WARPS = 12, 2048, 256, 8
+# Tensors of a launch, elements of a block, programs of all of them at most, and warps: eight programs on each SM, whose
+# loads are what the memory of a zero weight needs in flight (model, not measured: benchmarks/roofline.md).
+MOST_TENSORS, BLOCK, PROGRAMS, WARPS = 12, 2048, 1024, 8
 # Bits of a word: programs that are done, of all tensors that share it; those that have seen something, of each.
 DONE, SEEN = 16, 12
 MOST_TOGETHER = 4  # fields of a word
@@ -76,7 +77,7 @@ def zero_flag(tensors: list[Tensor], any_of: bool = False) -> Tensor:
     for first in range(0, len(tensors), MOST_TENSORS):
         group = tensors[first : first + MOST_TENSORS]
         sizes = tuple(t.numel() for t in group)
-        programs = max(1, min(PROGRAMS, cdiv(max(sizes), BLOCK)))
+        programs = max(1, min(PROGRAMS // len(group), cdiv(max(sizes), BLOCK)))
         bits = tuple(t.as_strided((t.numel(),), (1,)).view(INTEGERS[t.element_size()]) for t in group)
         launch(
             _scan,

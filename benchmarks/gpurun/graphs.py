@@ -28,8 +28,14 @@ def graphs(device: str, quick: bool) -> Iterator[tuple[str, Callable[[], None]]]
     for case, layout in checks.firsts()[:: 4 if quick else 1]:
         for dtype in DTYPES:
             for backend in (*checks.backends(device), PLANNED):
-                name = f"graph/{backend}/{case}/{layout}/{str(dtype)[6:]}"
-                yield name, functools.partial(replays, case, layout, dtype, backend, device)
+                yield _graph(case, layout, dtype, backend, device)
+    if device == "cuda" and not quick:  # a cluster of blocks for a group, and two passes over it
+        yield from (_graph(case, case.layouts[0], torch.bfloat16, "cuda", device) for case in checks.LARGE[:2])
+
+
+def _graph(case: Case, layout: str, dtype: torch.dtype, backend: str, device: str) -> tuple[str, Callable[[], None]]:
+    name = f"graph/{backend}/{case}/{layout}/{str(dtype)[6:]}"
+    return name, functools.partial(replays, case, layout, dtype, backend, device)
 
 
 class Step:

@@ -29,6 +29,14 @@ def test_shipped_shapes_fit_with_their_shared_memory():
     assert all(int(row["blocks"]) >= 1 for row in placed)
 
 
+def test_two_blocks_of_the_convolution_are_resident():
+    """At no more than 128 registers, with the shared memory of a U-Net's stages."""
+    rows = [row for row in ROWS if row["kernel"].startswith("conv_residual_kernel")]
+    assert len(rows) == 8 * len(static.TARGETS) and max(int(row["registers"]) for row in rows) <= 128
+    placed = [row for row in rows if row["threads"]]
+    assert len(placed) == 4 * len(static.TARGETS) and {row["blocks"] for row in placed} == {"2"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from zeroblock.backends.reference import REFERENCE
+from zeroblock.plan import mode
 from zeroblock.steps import winograd as _winograd
 from zeroblock.steps.conv import CONV as CONV_STEP
 from zeroblock.steps.conv import ConvCall, unit_geometry
@@ -260,7 +261,9 @@ def test_the_rule(called, fast):
     assert not _winograd.choose(CPU, torch.empty(2, 64, 32, 32), grouped, (1, 1))
     holes = torch.empty(64, 64, 3, 6)[..., ::2]
     assert not _winograd.choose(CPU, torch.empty(2, 64, 32, 32), holes, (1, 1))
-    assert (_winograd.tile_for("strict"), _winograd.tile_for("fast")) == (2, 4)
+    assert _winograd.tile_for() == 2
+    with mode.allow_reduced():
+        assert _winograd.tile_for() == 4
 
 
 def test_a_residual_of_another_layout_or_shape_is_added():

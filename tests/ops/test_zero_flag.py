@@ -10,6 +10,7 @@ import torch
 from zeroblock.backends import available as _backends
 from zeroblock.backends.cuda import CUDA
 from zeroblock.kernels import _counters
+from zeroblock.steps import flag
 
 from ..cuda.simt import emulated
 
@@ -53,6 +54,26 @@ def test_flags_of_each_and_of_any(kernels):
         assert _counters.counters(words.device) is words and not words.any()
 
 
+@pytest.mark.skipif(_backends.missing("triton") is not None, reason="triton cannot run")
+def test_programs_stride_over_their_tensor(monkeypatch):
+    """Three for two tensors: one each, which takes block after block until it finds something."""
+    from zeroblock.kernels import zero_flag
+
+    monkeypatch.setattr(zero_flag, "PROGRAMS", 3)
+    device = "cpu" if _backends.interprets() else "cuda"
+    for places in ((), (0,), (2 * zero_flag.BLOCK,), (20000 - 1,)):
+        t, zeros = torch.zeros(20000, device=device), torch.zeros(9000, device=device)
+        for i in places:
+            t[i] = 1.0
+        assert zero_flag.zero_flag([t, zeros]).tolist() == [int(not places), 1]
+
+
+def test_a_word_counts_all_programs():
+    zero_flag = pytest.importorskip("zeroblock.kernels.zero_flag")
+    assert zero_flag.PROGRAMS < 2**zero_flag.SEEN and zero_flag.PROGRAMS < 2**zero_flag.DONE
+    assert zero_flag.DONE + zero_flag.MOST_TOGETHER * zero_flag.SEEN <= 64
+
+
 def test_more_tensors_than_a_launch_takes(kernels):
     backend, device = kernels
     tensors = [torch.zeros(5, device=device) for _ in range(70)]
@@ -86,3 +107,19 @@ def test_a_graph_has_words_of_its_own(monkeypatch):
     monkeypatch.setattr(_counters, "stream_of", lambda device: -7)
     assert _counters.counters(device) is not shared, "another stream"
     del _counters._words[device, -7]
+
+
+def test_what_is_reported_of_an_untested_weight_belongs_to_a_stream(monkeypatch):
+    """It is written by a kernel of that stream, which others do not wait for; in a graph by each replay."""
+    like, stream = torch.zeros(1), [1]
+    monkeypatch.setattr(flag, "_executed", {})
+    monkeypatch.setattr(flag, "_addresses", set())
+    monkeypatch.setattr(flag, "stream_of", lambda device: stream[0])
+    one = flag.executed(like)
+    assert flag.executed(like) is one and flag.is_executed(one)
+    stream[0] = 2
+    two = flag.executed(like)
+    assert two is not one and flag.executed(like) is two
+    stream[0] = 3
+    monkeypatch.setattr(flag, "capturing", lambda device: True)
+    assert flag.executed(like) is not flag.executed(like) and len(flag._executed) == 2

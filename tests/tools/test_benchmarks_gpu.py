@@ -7,7 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from zeroblock.backends.cuda import CUDA
+
+from ..cuda.simt import emulated
 from ..support import BENCHMARKS, HANG
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
@@ -85,11 +89,54 @@ def test_options(gpu, monkeypatch, capsys):
 
 
 def test_roofline_page_is_current(roofline):
+    pytest.importorskip("triton")
     page = roofline.PAGE.read_text()
     assert page == roofline.render(), "run python benchmarks/roofline.py"
     assert "**Model, not measured.**" in page
-    for gpu in roofline.GPUS:
-        assert gpu.name in page
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if row[1:2] in (["Triton"], ["CUDA"])]
+    found = {row[0] for row in rows if row[1] == "Triton"}
+    assert found == {f"{gpu.name} ({gpu.target})" for gpu in roofline.GPUS}
+    assert {gpu.target for gpu in roofline.GPUS} == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+    for row in rows:
+        assert row[4] == "0" and (row[8:] == ["", "", "the products bind"] or all(row[8:])), row
+
+
+def test_launches_of_the_cuda_kernels_are_those_of_the_page(roofline):
+    """The table of the page says them; the emulator counts them, for the norms of rows and gates."""
+    if (reason := emulated.missing()) is not None:
+        pytest.skip(reason)
+    x, v, stats = torch.empty(4, 256, 1152).bfloat16(), torch.empty(4, 1152).bfloat16(), torch.empty(4, 256)
+    calls = {
+        "layer_norm_modulate": lambda: CUDA.layer_norm_modulate(x, v, v, None, None, 1e-6, False),
+        "layer_norm_modulate backward": lambda: CUDA.layer_norm_modulate_bwd(
+            x, x, stats, stats, v, v, None, None, False
+        ),
+        "gate_residual": lambda: CUDA.gate_residual(x, v, x),
+        "gate_residual backward": lambda: CUDA.gate_residual_bwd(x, v, x, True, True),
+        "zero_flag of a zero weight": lambda: CUDA.are_zero([x]),
+    }
+    kernels = {kernel.op: kernel for kernel in roofline.KERNELS}
+    with emulated.emulated(), emulated.gpu(*emulated.GPUS["sm_90"]):
+        found = {op: len(emulated.recorded(call)) for op, call in calls.items()}
+    assert found == {op: kernels[op].cuda.launches for op in calls}
+
+
+def test_what_a_kernel_can_use(roofline):
+    """By hand: 25.5 KB of an H200's multiprocessor, of which a kernel that reads half needs 12.7."""
+    h200 = next(gpu for gpu in roofline.GPUS if gpu.name == "H200 SXM")
+    assert h200.needed(1.0) == pytest.approx(4800 * 700 / 132 / 1000)
+    full = roofline.Use(block_kb=4, ahead=True, blocks=4, programs=4 * 132, reads=0.5, moved=1, partials=0, sectors=1)
+    assert full.in_flight(h200) == 16 and full.expected(h200) == (0.92, "what a copy loses")
+    share, loss = full._replace(ahead=False).expected(h200)
+    assert loss == "few bytes in flight" and share == pytest.approx(0.92 * 8 / h200.needed(0.5))
+    for change, loss, factor in (
+        ({"moved": 1.5}, "a second read", 1 / 1.5),
+        ({"partials": 0.25}, "partial sums", 0.8),
+        ({"sectors": 2.0}, "cut sectors", 0.5),
+        ({"programs": 66, "block_kb": 100}, "idle multiprocessors", 0.5),
+    ):
+        assert full._replace(**change).expected(h200) == (pytest.approx(0.92 * factor), loss), change
 
 
 def test_bounds(roofline):

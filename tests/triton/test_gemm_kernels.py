@@ -197,4 +197,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="conv_wgrad: dtype must be bf16 or fp16, got torch.float32"):
         conv.conv_wgrad(x, x, weight.shape, [1, 1])
     with pytest.raises(ValueError, match=r"2\^31"):
-        _gemm.check_rows("conv_residual", 2**31)
+        _gemm.check_size("conv_residual", 2**31, 8)
+    with pytest.raises(ValueError, match=r"2\^24"):
+        _gemm.check_size("linear_gate_residual", 8, 2**24)

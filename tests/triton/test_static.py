@@ -5,6 +5,7 @@ Everything that compiles runs in another process: this one interprets.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,14 @@ def test_group_norms_are_short_programs():
         row for row in static.read().values() if row["case"].startswith(("group_norm_silu-", "group_norm_silu_bwd-"))
     ]
     assert rows and max(int(row["instructions"]) for row in rows if row["target"].startswith("sm_")) <= 4000
+
+
+def test_two_programs_of_the_largest_convolution_are_resident():
+    """Where 128 registers allow it without spills: on sm_90, in half precision."""
+    rows = [row for row in static.read().values() if row["kernel"] == "_conv_residual" and row["target"] == "sm_90"]
+    large = [row for row in rows if re.match(r"conv_residual-[13]x[13]-128x128-(bf|fp)16", row["case"])]
+    assert len(large) == 4
+    assert all(int(row["registers"]) <= 128 and int(row["blocks"]) == 2 for row in large), large
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,9 @@ def is_half(t: Tensor) -> bool:
     return t.dtype is torch.bfloat16 or t.dtype is torch.float16
 
 
-def tile_for(precision: str | None = None) -> int:
-    """The tile for a precision: 2 for "strict", 4 for "fast"; None: what the user allowed."""
-    if precision is None:
-        precision = "fast" if reduced_allowed() else "strict"
-    return {"strict": 2, "fast": 4}[precision]
+def tile_for() -> int:
+    """The tile for the precision that the user allowed."""
+    return 4 if reduced_allowed() else 2
 
 
 def plan_name(tile: int) -> str:
