@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -20,10 +21,11 @@ from ...blocks import adaln
 from ...blocks.broadcast import fits_gate
 from ...blocks.decision import is_watched
 from ...ops.register import left_to_compiler
+from .. import seam
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split
-from .description import GatedBlock, Given, Row
+from .description import GatedBlock, Given, Joined, Row, joined
 from .dit import mlp_half
 from .operands import row_of, submodule
 from .step import Step
@@ -37,6 +39,7 @@ class DescribedFamily(Family):
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
     calls_functions: ClassVar[bool]  # norms that are no modules
     alone: ClassVar[bool]  # the layers see nothing but their tokens
+    seams: ClassVar[bool]  # the rows are known before the block that comes before has returned
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         d = self.description
@@ -71,26 +74,60 @@ class DescribedFamily(Family):
         given = None
         if (d.unless is None or not d.unless(block)) and not self._watched(block):
             given = _simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
-        if given is None or not self._takes(given.streams):
+        if given is None:
             return self.eager(block, *args, **kwargs)
-        rows = [row_of(row) for row in given.rows]
-        flat = given.streams[0].dim() == 2
+        seams = self.seams and not torch.is_grad_enabled() and not is_compiling()
+        prepared = seam.taken(block, args, kwargs) if seams else None
+        xs, prepared = joined(given.streams, prepared)
+        if not self._takes(xs):
+            return self.eager(block, *args, **kwargs)
+        flat = xs[0].dim() == 2
+        if prepared is not None:
+            rows = prepared.rows
+        else:
+            rows = [row_of(row) for row in (given.rows if d.rows is None else self._rows(block, args, kwargs))]
         if flat:  # one sample whose tokens have rows of their own
-            streams = [Stream(given.streams[0][None], d.fp32)]
+            streams = [Stream(xs[0][None], d.fp32)]
             rows = [Row(None if r.rows is None else r.rows[None], r.table) for r in rows]
         else:
-            index = given.which or (None,) * len(given.streams)
-            streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(given.streams, index, strict=True)]
+            index = given.which or (None,) * len(xs)
+            streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(xs, index, strict=True)]
         for branch in d.branches:
             if branch.optional and submodule(block, branch.layer) is None:
                 continue
             step = Step(block, branch, streams, rows, given.layers)
-            if not self._feeds_forward(step):
+            if prepared is not None and branch is d.branches[0]:
+                step.run(self.name, self.zero_skip, prepared.normed)
+            elif not self._feeds_forward(step):
                 step.run(self.name, self.zero_skip)
+        after = self._next_step(block, streams, args, kwargs) if seams and not flat else None
+        normed = None if after is None else after.normed()
         results = tuple(stream.settled() for stream in streams)
+        result = results if len(results) > 1 else results[0][0] if flat else results[0]
         if d.finish is not None:
-            return d.finish(block, results, given.more)
-        return results if len(results) > 1 else results[0][0] if flat else results[0]
+            result = d.finish(block, results, given.more)
+        if seams and not flat:
+            if after is not None:
+                found = [(lambda x=x: x) if isinstance(of, Joined) else weakref.ref(x) for x, of in zip(results, given.streams, strict=True)]
+                prepared = seam.Prepared(after.rows, normed, found)
+            seam.leave(block, args, kwargs, result, prepared if after is not None else None)
+        return result
+
+    def _rows(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        d = self.description
+        assert d.rows is not None
+        return d.rows(block, *(args if d.given is not None else args[1:]), **kwargs)
+
+    def _next_step(
+        self, block: Any, streams: list[Stream], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Step | None:
+        """The first of the next block, where there is a seam: its norms end what waits for the streams."""
+        d, after = self.description, seam.following(block, streams[0].x)
+        if after is None or d.unless is not None and d.unless(after) or self._watched(after):
+            return None
+        rows = [row_of(row) for row in self._rows(after, args, kwargs)]
+        step = Step(after, d.branches[0], streams, rows, {})
+        return step if step.fuses() else None
 
     def _watched(self, block: Any) -> bool:
         for path in self.wrappers:
@@ -148,11 +185,9 @@ class DescribedFamily(Family):
 
 def _simple(d: GatedBlock, block: Any, x: Any, *args: Any, **kwargs: Any) -> Given:
     """`Given` of a block with one stream, its first argument; what else it was called with is for all its calls."""
-    assert d.rows is not None
-    rows = d.rows(block, *args, **kwargs)
     if d.first is not None:
         x = d.first(block, x, *args, **kwargs)
-    return Given((x,), rows, {"": (args, kwargs)})
+    return Given((x,), (), {"": (args, kwargs)})
 
 
 def _with_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -200,6 +235,7 @@ def family_of(description: GatedBlock) -> type[Family]:
         "description": d,
         "calls_functions": any(isinstance(part.norm, float) for b in d.branches for part in b.parts()),
         "alone": all(b.call is None for b in d.branches),
+        "seams": d.rows is not None and d.first is None,
         "wrappers": tuple(dict.fromkeys(norm.rpartition(".")[0] for norm in norms if "." in norm)),
         "name": d.name,
         "classes": d.classes or (d.name,),

@@ -7,7 +7,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..seam import Prepared
 
 
 class Row(NamedTuple):
@@ -17,11 +20,43 @@ class Row(NamedTuple):
     table: Tensor | None = None
 
 
+class Joined(NamedTuple):
+    """Tokens before others, as one stream."""
+
+    first: Tensor
+    rest: Tensor
+
+    def whole(self) -> Tensor:
+        return torch.cat(self, dim=1)
+
+    def are_parts_of(self, x: Tensor) -> bool:
+        """Whether x, dense, is this stream."""
+        a, b = self
+        if a._base is not x or b._base is not x or a.stride() != x.stride() or b.stride() != x.stride():
+            return False
+        start, rows = x.storage_offset(), a.shape[1]
+        at = start == a.storage_offset() and b.storage_offset() == start + rows * x.stride(1)
+        return at and a.shape[0] == b.shape[0] == x.shape[0] and rows + b.shape[1] == x.shape[1]
+
+
+def joined(streams: Sequence[Tensor | Joined], prepared: Prepared | None) -> tuple[tuple[Tensor, ...], Prepared | None]:
+    """The streams as tensors, and what the block before prepared, if it is of these."""
+    if prepared is not None:
+        theirs = [find() for find in prepared.streams]
+        for x, y in zip(streams, theirs, strict=True):
+            if x is not y and (y is None or not isinstance(x, Joined) or not x.are_parts_of(y)):
+                prepared = None
+                break
+        else:
+            return tuple(theirs), prepared  # type: ignore[arg-type]
+    return tuple([x.whole() if isinstance(x, Joined) else x for x in streams]), prepared
+
+
 class Given(NamedTuple):
     """What a call of a block gave.
 
     Args:
-        streams: what the branches are added to, [B, T, D] each.
+        streams: what the branches are added to, [B, T, D] each; a `Joined` of what becomes one stream.
         rows: the vectors of the modulation, [B, D], [B, 1, D] or [B, T, D], or a `Row` of such a vector and a table.
         layers: {name of a branch's layer: keyword arguments that it takes beside the streams}.
         more: whatever `GatedBlock.finish` needs.
@@ -29,7 +64,7 @@ class Given(NamedTuple):
             None: one row for all.
     """
 
-    streams: tuple[Tensor, ...]
+    streams: tuple[Tensor | Joined, ...]
     rows: Sequence[Tensor | Row] = ()
     layers: dict[str, Any] = {}  # noqa: RUF012
     more: Any = None
@@ -110,6 +145,8 @@ class GatedBlock:
         about: where the block comes from.
         given: in the place of `rows` for a block of several streams, or whose tokens are not its first argument:
             given(block, *args, **kwargs) is a `Given` of all that the block was called with; None: the original runs.
+            With `rows` beside it, of the same arguments, `Given.rows` stays empty. The rows must then not depend on the
+            streams: they may be asked for while the block before still runs, to compute the first norm with its end.
         finish: finish(block, streams, more): what the block returns of its streams; by default x, or all as a tuple.
     """
 

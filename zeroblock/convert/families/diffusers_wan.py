@@ -41,9 +41,12 @@ def _cross(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
 
 
 def _wan(block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Given:
+    return Given((hidden_states,), (), {"attn1": (None, rotary_emb), "attn2": encoder_hidden_states})
+
+
+def _wan_rows(block: Any, hidden_states: Any, encoder_hidden_states: Any, temb: Tensor, rotary_emb: Any) -> list[Row]:
     # A row for each token in Wan 2.2 TI2V.
-    rows = table_rows(block.scale_shift_table, temb, 2 if temb.dim() == 4 else 1)
-    return Given((hidden_states,), rows, {"attn1": (None, rotary_emb), "attn2": encoder_hidden_states})
+    return table_rows(block.scale_shift_table, temb, 2 if temb.dim() == 4 else 1)
 
 
 def _skyreels(
@@ -73,6 +76,7 @@ def _example(block: Any, side: int) -> tuple:
 described(
     "WanTransformerBlock",
     _branches(),
+    rows=_wan_rows,
     given=_wan,
     example=_example,
     fp32=True,

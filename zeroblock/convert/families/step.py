@@ -27,7 +27,7 @@ class Step:
     def __init__(
         self, block: Any, branch: GatedBranch, streams: list[Stream], rows: Sequence[Row], layers: dict[str, Any]
     ):
-        self.block, self.branch, self.layers = block, branch, layers
+        self.block, self.branch, self.rows, self.layers = block, branch, rows, layers
         self.streams: list[Stream] = []
         self.norms: list[Any] = []
         self.modulations: list[tuple[Row | None, Row | None]] = []
@@ -48,11 +48,22 @@ class Step:
         paths = (*self.branch.paths(), *self.branch.others)
         return [m for path in paths if (m := submodule(self.block, path)) is not None]
 
-    def run(self, name: str, policy: str) -> None:
+    def fuses(self) -> bool:
+        """Whether every norm is computed in one pass with what waits to be added."""
+        for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True):
+            if not s.fuses(norm, *rows):
+                return False
+        return len(self.read) == len(self.streams)
+
+    def normed(self) -> list[Tensor]:
+        return [s.normed(norm, *rows) for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True)]
+
+    def run(self, name: str, policy: str, h: Sequence[Tensor] | None = None) -> None:
+        """h: the norms, where they were computed before."""
         answer = NOT_ALLOWED if self.read is not self.streams or is_compiling() else self._answer(name, policy)
         if answer in SKIPS:
             return self._skip(answer)
-        h = [s.normed(norm, *rows) for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True)]
+        h = self.normed() if h is None else h
         for s, gate, y in zip(self.streams, self.gates, self._called(h, self.layers), strict=True):
             if y is None:  # at this call there is no such branch
                 continue
@@ -63,7 +74,7 @@ class Step:
                 s.add(y if self.last is None else self.last(y), gate)
         return None
 
-    def _called(self, h: list[Tensor], layers: dict[str, Any]) -> Sequence[Tensor]:
+    def _called(self, h: Sequence[Tensor], layers: dict[str, Any]) -> Sequence[Tensor]:
         """What the branch's layer returns, for each of its streams."""
         block, branch = self.block, self.branch
         if branch.call is not None:

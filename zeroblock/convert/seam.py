@@ -1,0 +1,201 @@
+"""The seam between a block and the one that is called next: the block's last gate and the next one's first norm in one
+pass, while the model hands over what the block returned as it is.
+
+Whether it does is learned from the calls. A block leaves a note on what it returns; the next block of its class finds
+it there, on the very tensors, unchanged, and sees which of its arguments they are and that all others are those of the
+first block. From then on the first block computes the next one's first norm as well, by that one's modulation, and
+leaves it on the note. It is used if everything arrives as expected again, and dropped otherwise: where something stands
+in between (what a ControlNet adds, a hook that returns another tensor, a cache that leaves blocks out) a block computes
+its own norm, and the seam rests for a while.
+
+Without gradients alone: to add into a block's result in place is right in eager training, and would destroy what the
+norm saves. Not for inference tensors, which do not tell that they were changed, nor while the next block has hooks of
+its own (FSDP, offloading, caches) or a compiler looks on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import zero
+from .._autocast import is_autocast
+from ..blocks.decision import is_watched, runs_eagerly
+
+# Of a tensor: (the note, which of the results it is).
+_ATTRIBUTE = "_zeroblock_note"
+# So many calls a seam rests that led nowhere, and so many notes in a row may stay unread: threads may be under way.
+_REST, _UNREAD = 32, 4
+
+
+class Prepared(NamedTuple):
+    """What a block computed for the next one: its rows, and the first norm of each stream, as far as they are one."""
+
+    rows: Any
+    normed: tuple[Tensor, ...]
+    streams: tuple[Callable[[], Tensor | None], ...]  # what they are the norms of
+
+
+class _Link:
+    """What came of a block's results so far."""
+
+    __slots__ = ("next", "places", "rest", "unread")
+
+    def __init__(self) -> None:
+        self.next: weakref.ref[nn.Module] | None = None
+        self.places: dict[int | str, int] = {}  # of the next block's arguments: which of the results they are
+        self.rest = self.unread = 0
+
+    def stop(self) -> None:
+        self.next, self.rest, self.unread = None, _REST, 0
+
+
+class _Note:
+    __slots__ = ("args", "condition", "kind", "kwargs", "link", "prepared", "versions")
+
+    link: _Link
+    kind: type  # of the block that left it
+    args: tuple[Any, ...]  # what the block was called with
+    kwargs: dict[str, Any]
+    versions: list[int]  # of the results
+    condition: int  # the versions of all other tensors
+    prepared: Prepared | None
+
+    def __reduce__(self) -> Any:
+        return dict, ()  # tensors are saved with their attributes
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+_links: weakref.WeakKeyDictionary[nn.Module, _Link] = weakref.WeakKeyDictionary()
+_paused = 0
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Blocks run for themselves."""
+    global _paused
+    _paused += 1
+    try:
+        yield
+    finally:
+        _paused -= 1
+
+
+def taken(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | None:
+    """What the block before prepared for this call, if anything."""
+    x: Any = args[0] if args else next(iter(kwargs.values()), None)
+    mark = getattr(x, _ATTRIBUTE, None)
+    if type(mark) is not tuple or torch.is_grad_enabled() or _paused or not runs_eagerly():
+        return None
+    note: _Note = mark[0]
+    link, prepared = note.link, note.prepared
+    places: dict[int | str, int] = {}
+    condition = 0
+    fits = type(block) is note.kind and len(args) == len(note.args) and kwargs.keys() == note.kwargs.keys()
+    if fits:
+        for key, value, theirs in (*zip(range(len(args)), args, note.args), *_pairs(kwargs, note.kwargs)):  # noqa: B905
+            mark = getattr(value, _ATTRIBUTE, None)
+            if type(mark) is tuple and mark[0] is note:
+                del value.__dict__[_ATTRIBUTE]
+                places[key] = mark[1]
+                fits = fits and value._version == note.versions[mark[1]]
+                continue
+            if isinstance(value, Tensor):
+                condition += _version(value)
+            if value is not theirs:
+                fits = fits and _is_the_same(value, theirs)
+    if not fits:
+        link.stop()
+        return None
+    link.unread = 0
+    if prepared is None:
+        link.next, link.places = weakref.ref(block), places
+        return None
+    if link.next is None or link.next() is not block or places != link.places or condition != note.condition:
+        link.stop()
+        return None
+    return prepared
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+def _pairs(kwargs: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(name, value, theirs[name]) for name, value in kwargs.items()]
+
+
+def _is_the_same(value: Any, theirs: Any) -> bool:
+    """What two blocks were called with, where it is not one object."""
+    if type(theirs) is weakref.ref:
+        return theirs() is value
+    if type(value) is not type(theirs):
+        return False
+    if isinstance(value, (tuple, list)):
+        return len(value) == len(theirs) and all(a is b for a, b in zip(value, theirs, strict=True))
+    return isinstance(value, (bool, int, float, str)) and value == theirs
+
+
+def following(block: nn.Module, x: Any) -> Any:
+    """The block that is called next, if what this one returns has gone to it as it was, and it may be prepared."""
+    if torch.is_grad_enabled() or _paused:
+        return None
+    link = _links.get(block)
+    if link is None or link.next is None:
+        return None
+    if type(x) not in zero.PLAIN_TYPES or x.is_inference() or is_autocast(x.device) or not runs_eagerly():
+        return None
+    found = link.next()
+    if found is None or type(found) is not type(block) or is_watched(found):
+        link.stop()
+        return None
+    return found
+
+
+def leave(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, prepared: Prepared | None = None
+) -> None:
+    """A note for the next block on what this one returns."""
+    results = result if type(result) is tuple else (result,)
+    if torch.is_grad_enabled() or _paused or not runs_eagerly():
+        return
+    for r in results:
+        if type(r) is not Tensor or r.is_inference():
+            return
+    link = _links.get(block)
+    if link is None:
+        link = _links[block] = _Link()
+    if link.rest:
+        link.rest -= 1
+        return
+    if link.unread >= _UNREAD:
+        link.stop()
+        return
+    link.unread += 1
+    note = _Note()
+    note.link, note.kind, note.prepared = link, type(block), prepared
+    places = link.places if prepared is not None else None
+    # What became of the block's streams need not live on.
+    note.args = tuple([_kept(i, value, places) for i, value in enumerate(args)])
+    note.kwargs = {name: _kept(name, value, places) for name, value in kwargs.items()}
+    note.versions = [r._version for r in results]
+    note.condition = 0
+    if prepared is not None:
+        for key, value in (*enumerate(args), *kwargs.items()):
+            if key not in link.places and isinstance(value, Tensor):
+                note.condition += _version(value)
+    for i, r in enumerate(results):
+        setattr(r, _ATTRIBUTE, (note, i))
+
+
+def _kept(key: int | str, value: Any, places: dict[int | str, int] | None) -> Any:
+    if places is None:
+        return weakref.ref(value) if isinstance(value, Tensor) else value
+    return None if key in places else value
