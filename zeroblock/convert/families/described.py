@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ...blocks import adaln
-from ...blocks.broadcast import fits_gate
+from ...blocks.broadcast import fits_gate, may_grow
 from ...blocks.decision import is_watched
+from ...blocks.one_pass import copy_if_gates_are_zero
 from ...ops.register import left_to_compiler
 from .. import seam
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
-from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split
+from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split, zeroing_tensors
 from .description import GatedBlock, Given, Joined, Row, joined
 from .dit import mlp_half
 from .operands import row_of, submodule
@@ -39,6 +40,7 @@ class DescribedFamily(Family):
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
     calls_functions: ClassVar[bool]  # norms that are no modules
     alone: ClassVar[bool]  # the layers see nothing but their tokens
+    gate: ClassVar[int | None]  # the row that is, where there is one branch and one linear gives its rows
     seams: ClassVar[bool]  # the rows are known before the block that comes before has returned
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
@@ -58,6 +60,9 @@ class DescribedFamily(Family):
         for b in branches:
             for i in (part.gate for part in b.parts() if part.gate is not None):
                 found[b.layer] = found.get(b.layer, ()) + gate_rows(linears[i // each], each, i % each)
+            if b.last is not None:
+                last = block.get_submodule(b.last)
+                found[b.last] = zeroing_tensors(last, last.weight)
         return found
 
     def example(self, block: Any, side: int) -> tuple:
@@ -82,6 +87,10 @@ class DescribedFamily(Family):
         if not self._takes(xs):
             return self.eager(block, *args, **kwargs)
         flat = xs[0].dim() == 2
+        if prepared is None and self.gate is not None and not torch.is_grad_enabled() and not block.training:
+            y = self._copy_if_zero(block, xs[0], args, kwargs)
+            if y is not None:
+                return y if d.finish is None else d.finish(block, (y,), given.more)
         if prepared is not None:
             rows = prepared.rows
         else:
@@ -100,18 +109,32 @@ class DescribedFamily(Family):
                 step.run(self.name, self.zero_skip, prepared.normed)
             elif not self._feeds_forward(step):
                 step.run(self.name, self.zero_skip)
-        after = self._next_step(block, streams, args, kwargs) if seams and not flat else None
+        seams = seams and not flat
+        after = self._next_step(block, streams, args, kwargs) if seams else None
         normed = None if after is None else after.normed()
         results = tuple(stream.settled() for stream in streams)
         result = results if len(results) > 1 else results[0][0] if flat else results[0]
         if d.finish is not None:
             result = d.finish(block, results, given.more)
-        if seams and not flat:
+        if seams:
             if after is not None:
-                found = [(lambda x=x: x) if isinstance(of, Joined) else weakref.ref(x) for x, of in zip(results, given.streams, strict=True)]
+                found = [
+                    (lambda x=x: x) if isinstance(of, Joined) else weakref.ref(x)
+                    for x, of in zip(results, given.streams, strict=True)
+                ]
                 prepared = seam.Prepared(after.rows, normed, found)
             seam.leave(block, args, kwargs, result, prepared if after is not None else None)
         return result
+
+    def _copy_if_zero(self, block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result of a block of one branch whose gate is zero whatever the condition is, before that is looked at.
+        None: it is not, or the condition may make x larger."""
+        linear = submodule(block, self.description.linears[0])
+        if x.dim() != 3 or may_grow(x, tuple(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))):
+            return None
+        chunks, gate = self.description.rows_used, self.gate
+        assert gate is not None
+        return copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), chunks, (gate,))
 
     def _rows(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         d = self.description
@@ -122,6 +145,8 @@ class DescribedFamily(Family):
         self, block: Any, streams: list[Stream], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Step | None:
         """The first of the next block, where there is a seam: its norms end what waits for the streams."""
+        if streams[0].waiting is None:
+            return None
         d, after = self.description, seam.following(block, streams[0].x)
         if after is None or d.unless is not None and d.unless(after) or self._watched(after):
             return None
@@ -235,6 +260,7 @@ def family_of(description: GatedBlock) -> type[Family]:
         "description": d,
         "calls_functions": any(isinstance(part.norm, float) for b in d.branches for part in b.parts()),
         "alone": all(b.call is None for b in d.branches),
+        "gate": d.branches[0].gate if len(d.linears) == 1 == len(d.branches) and not d.branches[0].context else None,
         "seams": d.rows is not None and d.first is None,
         "wrappers": tuple(dict.fromkeys(norm.rpartition(".")[0] for norm in norms if "." in norm)),
         "name": d.name,
