@@ -22,6 +22,7 @@ from ..plan.chosen import chosen
 from ..plan.describe import Explanation, describe_rows
 from ..plan.mode import training
 from ..plan.planned import PlannedOp
+from . import seam
 
 PREFERENCES = ("memory", "speed")
 _TRUSTED = ("torch.nn.", "diffusers.models.", "zeroblock.")
@@ -55,7 +56,8 @@ class BlockCall(NamedTuple):
         """One run for a measurement, which nothing counts; for training with a backward, of which nothing is kept."""
         counts = [(table, dict(table)) for table in (zero.executed, zero.skipped)]
         try:
-            return self._step(forward) if self.trained else forward(self.block, *self.args, **self.kwargs)
+            with seam.paused():
+                return self._step(forward) if self.trained else forward(self.block, *self.args, **self.kwargs)
         finally:
             for table, before in counts:
                 table.clear()

@@ -15,9 +15,10 @@ its own (FSDP, offloading, caches) or a compiler looks on.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ class Prepared(NamedTuple):
     """What a block computed for the next one: its rows, and the first norm of each stream, as far as they are one."""
 
     rows: Any
-    normed: tuple[Tensor, ...]
-    streams: tuple[Callable[[], Tensor | None], ...]  # what they are the norms of
+    normed: Sequence[Tensor]
+    streams: Sequence[Callable[[], Tensor | None]]  # what they are the norms of
 
 
 class _Link:
@@ -67,7 +68,7 @@ class _Note:
     prepared: Prepared | None
 
     def __reduce__(self) -> Any:
-        return dict, ()  # tensors are saved with their attributes
+        return collections.OrderedDict, ()  # tensors are saved with their attributes; torch.load takes this one
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -92,17 +93,19 @@ def taken(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
     """What the block before prepared for this call, if anything."""
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     mark = getattr(x, _ATTRIBUTE, None)
-    if type(mark) is not tuple or torch.is_grad_enabled() or _paused or not runs_eagerly():
+    if mark is None or torch.is_grad_enabled() or _paused or not runs_eagerly():
         return None
-    note: _Note = mark[0]
+    note = mark[0]
+    if type(note) is not _Note:  # x is a copy, or was loaded
+        return None
     link, prepared = note.link, note.prepared
     places: dict[int | str, int] = {}
     condition = 0
     fits = type(block) is note.kind and len(args) == len(note.args) and kwargs.keys() == note.kwargs.keys()
     if fits:
-        for key, value, theirs in (*zip(range(len(args)), args, note.args), *_pairs(kwargs, note.kwargs)):  # noqa: B905
+        for key, value, theirs in _pairs(args, kwargs, note):
             mark = getattr(value, _ATTRIBUTE, None)
-            if type(mark) is tuple and mark[0] is note:
+            if mark is not None and mark[0] is note:
                 del value.__dict__[_ATTRIBUTE]
                 places[key] = mark[1]
                 fits = fits and value._version == note.versions[mark[1]]
@@ -128,8 +131,12 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def _pairs(kwargs: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(name, value, theirs[name]) for name, value in kwargs.items()]
+def _pairs(args: tuple[Any, ...], kwargs: dict[str, Any], note: _Note) -> list[tuple[int | str, Any, Any]]:
+    pairs: list[tuple[int | str, Any, Any]] = [(i, value, note.args[i]) for i, value in enumerate(args)]
+    theirs = note.kwargs
+    for name, value in kwargs.items():
+        pairs.append((name, value, theirs[name]))
+    return pairs
 
 
 def _is_the_same(value: Any, theirs: Any) -> bool:
@@ -188,7 +195,7 @@ def leave(
     note.versions = [r._version for r in results]
     note.condition = 0
     if prepared is not None:
-        for key, value in (*enumerate(args), *kwargs.items()):
+        for key, value, _ in _pairs(args, kwargs, note):
             if key not in link.places and isinstance(value, Tensor):
                 note.condition += _version(value)
     for i, r in enumerate(results):

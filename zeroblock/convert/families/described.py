@@ -101,29 +101,30 @@ class DescribedFamily(Family):
         else:
             index = given.which or (None,) * len(xs)
             streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(xs, index, strict=True)]
+        # What is clipped at the end is another tensor.
+        seams = seams and not flat and not (d.finish is not None and xs[0].dtype is torch.float16)
+        following = seam.following(block, xs[0]) if seams else None
         for branch in d.branches:
             if branch.optional and submodule(block, branch.layer) is None:
                 continue
             step = Step(block, branch, streams, rows, given.layers)
             if prepared is not None and branch is d.branches[0]:
-                step.run(self.name, self.zero_skip, prepared.normed)
+                step.run(self.name, self.zero_skip, prepared.normed, following is not None)
             elif not self._feeds_forward(step):
-                step.run(self.name, self.zero_skip)
-        seams = seams and not flat
-        after = self._next_step(block, streams, args, kwargs) if seams else None
+                step.run(self.name, self.zero_skip, None, following is not None)
+        after = None if following is None else self._next_step(following, streams, args, kwargs)
         normed = None if after is None else after.normed()
         results = tuple(stream.settled() for stream in streams)
         result = results if len(results) > 1 else results[0][0] if flat else results[0]
         if d.finish is not None:
             result = d.finish(block, results, given.more)
         if seams:
-            if after is not None:
-                found = [
-                    (lambda x=x: x) if isinstance(of, Joined) else weakref.ref(x)
-                    for x, of in zip(results, given.streams, strict=True)
-                ]
+            prepared = None
+            if after is not None and normed is not None:
+                of = zip(results, given.streams, strict=True)
+                found = [functools.partial(_same, x) if isinstance(g, Joined) else weakref.ref(x) for x, g in of]
                 prepared = seam.Prepared(after.rows, normed, found)
-            seam.leave(block, args, kwargs, result, prepared if after is not None else None)
+            seam.leave(block, args, kwargs, result, prepared)
         return result
 
     def _copy_if_zero(self, block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -144,14 +145,12 @@ class DescribedFamily(Family):
     def _next_step(
         self, block: Any, streams: list[Stream], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Step | None:
-        """The first of the next block, where there is a seam: its norms end what waits for the streams."""
-        if streams[0].waiting is None:
+        """The first step of the next block, if its norms can end what waits for the streams."""
+        d = self.description
+        if streams[0].waiting is None or d.unless is not None and d.unless(block) or self._watched(block):
             return None
-        d, after = self.description, seam.following(block, streams[0].x)
-        if after is None or d.unless is not None and d.unless(after) or self._watched(after):
-            return None
-        rows = [row_of(row) for row in self._rows(after, args, kwargs)]
-        step = Step(after, d.branches[0], streams, rows, {})
+        rows = [row_of(row) for row in self._rows(block, args, kwargs)]
+        step = Step(block, d.branches[0], streams, rows, {})
         return step if step.fuses() else None
 
     def _watched(self, block: Any) -> bool:
@@ -206,6 +205,10 @@ class DescribedFamily(Family):
             vectors = (one, two, three)
             stream.x = adaln.decided_half(self.name, self.zero_skip, stream.settled(), vectors, half, answer)
         return True
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _simple(d: GatedBlock, block: Any, x: Any, *args: Any, **kwargs: Any) -> Given:

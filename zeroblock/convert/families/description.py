@@ -36,7 +36,7 @@ class Joined(NamedTuple):
             return False
         start, rows = x.storage_offset(), a.shape[1]
         at = start == a.storage_offset() and b.storage_offset() == start + rows * x.stride(1)
-        return at and a.shape[0] == b.shape[0] == x.shape[0] and rows + b.shape[1] == x.shape[1]
+        return bool(at and a.shape[0] == b.shape[0] == x.shape[0] and rows + b.shape[1] == x.shape[1])
 
 
 def joined(streams: Sequence[Tensor | Joined], prepared: Prepared | None) -> tuple[tuple[Tensor, ...], Prepared | None]:

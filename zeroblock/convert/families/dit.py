@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ... import functional
 from ...blocks import adaln
@@ -16,6 +18,7 @@ from ...blocks.decision import bypassable
 from ...blocks.layers import SILUS, Forwards, computes, is_plain_linear, is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
+from .. import seam
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import gate_rows, zeroing_tensors
@@ -79,23 +82,43 @@ class DiTBlock(_Modulated):
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
             return self.eager(block, x, c)
+        given = x, c
         x, c = tokens_and_condition(x, c)
         last = block.adaLN_modulation[-1]
         if not block.training:
             y = copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children(), adaln.CHUNKS, adaln.GATES)
             if y is not None:
                 return y
-        vectors = block.adaLN_modulation(c).chunk(adaln.CHUNKS, dim=1)
+        seams = not (is_compiling() or torch.is_grad_enabled())
+        prepared = seam.taken(block, given, {}) if seams else None
+        if prepared is not None and prepared.streams[0]() is not x:
+            prepared = None
+        vectors = block.adaLN_modulation(c).chunk(adaln.CHUNKS, dim=1) if prepared is None else prepared.rows
         msa, mlp = vectors[adaln.MSA], vectors[adaln.MLP]
         attention_half, last_half = _attention_half(block.norm1, block.attn), mlp_half(block.norm2, block.mlp)
         if last_half is None:
             x = self._half(x, msa, block.norm1, block.attn, attention_half)
             return self._half(x, mlp, block.norm2, block.mlp, None)
+        normed = None if prepared is None else prepared.normed[0]
+        after = adaln.Next(lambda: self._first_norm(seam.following(block, x), c), []) if seams else None
+        name, policy = self.name, self.zero_skip
         if attention_half is not None:
-            return adaln.forward(self.name, self.zero_skip, x, vectors, attention_half, last_half)
-        shift, scale, gate = msa
-        attn = adaln.Whole(_modulated(block.norm1, block.attn), (x, shift, scale), (block.attn,))
-        return adaln.forward_around(self.name, self.zero_skip, x, gate, attn, mlp, last_half)
+            y = adaln.forward(name, policy, x, vectors, attention_half, last_half, normed, after)
+        else:
+            shift, scale, gate = msa
+            attn = adaln.Whole(_modulated(block.norm1, block.attn), (x, shift, scale), (block.attn,))
+            if normed is not None:
+                attn = adaln.Whole(block.attn, (normed,), (block.attn,))
+            y = adaln.forward_around(name, policy, x, gate, attn, mlp, last_half, after)
+        if after is not None:
+            found = [seam.Prepared(rows, (h,), (weakref.ref(y),)) for h, rows in after.found]
+            seam.leave(block, given, {}, y, found[0] if found else None)
+        return y
+
+    def _first_norm(self, block: Any, c: Tensor) -> tuple[float, adaln.Vectors] | None:
+        if block is None or not self._fits(block):
+            return None
+        return block.norm1.eps, block.adaLN_modulation(c).chunk(adaln.CHUNKS, dim=1)
 
     def _half(self, x: Tensor, vectors: adaln.Vectors, norm: Any, layer: nn.Module, half: adaln.Half | None) -> Tensor:
         """x + gate * layer(modulate(norm x)); half None: the layer is called as a whole."""

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...blocks.broadcast import fits_gate, may_grow
-from ...blocks.decision import NOT_ALLOWED, SKIP_BY_GATE, SKIPS, Answer, decide, op_policy
+from ...blocks.decision import NOT_ALLOWED, RUN, SKIP_BY_GATE, SKIPS, Answer, decide, op_policy
 from ...blocks.layers import may_draw
 from ...blocks.one_pass import copy_of_residual
 from ...blocks.residual import skip_residual
@@ -58,8 +58,8 @@ class Step:
     def normed(self) -> list[Tensor]:
         return [s.normed(norm, *rows) for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True)]
 
-    def run(self, name: str, policy: str, h: Sequence[Tensor] | None = None) -> None:
-        """h: the norms, where they were computed before."""
+    def run(self, name: str, policy: str, h: Sequence[Tensor] | None = None, waits: bool = False) -> None:
+        """h: the norms, where they were computed before; waits: a norm may follow what the branch adds."""
         answer = NOT_ALLOWED if self.read is not self.streams or is_compiling() else self._answer(name, policy)
         if answer in SKIPS:
             return self._skip(answer)
@@ -67,7 +67,8 @@ class Step:
         for s, gate, y in zip(self.streams, self.gates, self._called(h, self.layers), strict=True):
             if y is None:  # at this call there is no such branch
                 continue
-            if self.last is not None and gate.is_plain() and s.index is None:
+            waits = waits and answer is RUN
+            if self.last is not None and gate.is_plain() and s.index is None and not waits:
                 rows = gate.row.rows  # type: ignore[union-attr]
                 s.x = projected(s.settled(), rows, y, self.last, op_policy(answer, policy))  # type: ignore[arg-type]
             else:
