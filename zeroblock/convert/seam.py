@@ -89,11 +89,23 @@ def paused() -> Iterator[None]:
         _paused -= 1
 
 
+def possible(x: Any) -> bool:
+    """Whether a call may have a seam, of which the others are asked then: without gradients, with nobody watching."""
+    return not (
+        torch.is_grad_enabled()
+        or type(x) not in zero.PLAIN_TYPES
+        or not runs_eagerly()
+        or torch.is_inference_mode_enabled()
+        or _paused
+        or is_autocast(x.device)
+    )
+
+
 def taken(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | None:
     """What the block before prepared for this call, if anything."""
     x: Any = args[0] if args else next(iter(kwargs.values()), None)
     mark = getattr(x, _ATTRIBUTE, None)
-    if mark is None or torch.is_grad_enabled() or _paused or not runs_eagerly():
+    if mark is None:
         return None
     note = mark[0]
     if type(note) is not _Note:  # x is a copy, or was loaded
@@ -106,7 +118,7 @@ def taken(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         for key, value, theirs in _pairs(args, kwargs, note):
             mark = getattr(value, _ATTRIBUTE, None)
             if mark is not None and mark[0] is note:
-                del value.__dict__[_ATTRIBUTE]
+                del value._zeroblock_note
                 places[key] = mark[1]
                 fits = fits and value._version == note.versions[mark[1]]
                 continue
@@ -150,14 +162,10 @@ def _is_the_same(value: Any, theirs: Any) -> bool:
     return isinstance(value, (bool, int, float, str)) and value == theirs
 
 
-def following(block: nn.Module, x: Any) -> Any:
+def following(block: nn.Module) -> Any:
     """The block that is called next, if what this one returns has gone to it as it was, and it may be prepared."""
-    if torch.is_grad_enabled() or _paused:
-        return None
     link = _links.get(block)
     if link is None or link.next is None:
-        return None
-    if type(x) not in zero.PLAIN_TYPES or x.is_inference() or is_autocast(x.device) or not runs_eagerly():
         return None
     found = link.next()
     if found is None or type(found) is not type(block) or is_watched(found):
@@ -167,14 +175,11 @@ def following(block: nn.Module, x: Any) -> Any:
 
 
 def leave(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, prepared: Prepared | None = None
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], results: tuple[Any, ...], prepared: Prepared | None
 ) -> None:
     """A note for the next block on what this one returns."""
-    results = result if type(result) is tuple else (result,)
-    if torch.is_grad_enabled() or _paused or not runs_eagerly():
-        return
     for r in results:
-        if type(r) is not Tensor or r.is_inference():
+        if type(r) is not Tensor:
             return
     link = _links.get(block)
     if link is None:
@@ -188,21 +193,25 @@ def leave(
     link.unread += 1
     note = _Note()
     note.link, note.kind, note.prepared = link, type(block), prepared
-    places = link.places if prepared is not None else None
-    # What became of the block's streams need not live on.
-    note.args = tuple([_kept(i, value, places) for i, value in enumerate(args)])
-    note.kwargs = {name: _kept(name, value, places) for name, value in kwargs.items()}
-    note.versions = [r._version for r in results]
+    places = link.places
+    note.args, note.kwargs = args, kwargs
+    if prepared is None:
+        note.args = tuple(map(_weakly, args))
+        note.kwargs = {name: _weakly(value) for name, value in kwargs.items()}
+    elif kwargs:  # what the block was given need not live on
+        note.kwargs = {name: None if name in places else value for name, value in kwargs.items()}
+    if prepared is not None and args:
+        note.args = tuple([None if i in places else value for i, value in enumerate(args)])
     note.condition = 0
     if prepared is not None:
-        for key, value, _ in _pairs(args, kwargs, note):
-            if key not in link.places and isinstance(value, Tensor):
+        for value in (*note.args, *note.kwargs.values()):
+            if isinstance(value, Tensor):
                 note.condition += _version(value)
+    note.versions = []
     for i, r in enumerate(results):
-        setattr(r, _ATTRIBUTE, (note, i))
+        note.versions.append(r._version)
+        r._zeroblock_note = note, i
 
 
-def _kept(key: int | str, value: Any, places: dict[int | str, int] | None) -> Any:
-    if places is None:
-        return weakref.ref(value) if isinstance(value, Tensor) else value
-    return None if key in places else value
+def _weakly(value: Any) -> Any:
+    return weakref.ref(value) if isinstance(value, Tensor) else value

@@ -81,7 +81,7 @@ class DescribedFamily(Family):
             given = _simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
         if given is None:
             return self.eager(block, *args, **kwargs)
-        seams = self.seams and not torch.is_grad_enabled() and not is_compiling()
+        seams = self.seams and seam.possible(args[0] if args else next(iter(kwargs.values()), None))
         prepared = seam.taken(block, args, kwargs) if seams else None
         xs, prepared = joined(given.streams, prepared)
         if not self._takes(xs):
@@ -103,7 +103,7 @@ class DescribedFamily(Family):
             streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(xs, index, strict=True)]
         # What is clipped at the end is another tensor.
         seams = seams and not flat and not (d.finish is not None and xs[0].dtype is torch.float16)
-        following = seam.following(block, xs[0]) if seams else None
+        following = seam.following(block) if seams else None
         for branch in d.branches:
             if branch.optional and submodule(block, branch.layer) is None:
                 continue
@@ -124,7 +124,7 @@ class DescribedFamily(Family):
                 of = zip(results, given.streams, strict=True)
                 found = [functools.partial(_same, x) if isinstance(g, Joined) else weakref.ref(x) for x, g in of]
                 prepared = seam.Prepared(after.rows, normed, found)
-            seam.leave(block, args, kwargs, result, prepared)
+            seam.leave(block, args, kwargs, result if isinstance(result, tuple) else (result,), prepared)
         return result
 
     def _copy_if_zero(self, block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
