@@ -49,7 +49,7 @@ class _Link:
 
     def __init__(self) -> None:
         self.next: weakref.ref[nn.Module] | None = None
-        self.places: dict[int | str, int] = {}  # of the next block's arguments: which of the results they are
+        self.places: dict[int, int] = {}  # of the next block's arguments: which of the results they are
         self.rest = self.unread = 0
 
     def stop(self) -> None:
@@ -57,14 +57,14 @@ class _Link:
 
 
 class _Note:
-    __slots__ = ("args", "condition", "kind", "kwargs", "link", "prepared", "versions")
+    __slots__ = ("condition", "kind", "link", "names", "prepared", "values", "versions")
 
     link: _Link
     kind: type  # of the block that left it
-    args: tuple[Any, ...]  # what the block was called with
-    kwargs: dict[str, Any]
+    values: list[Any]  # what the block was called with, the last ones by these names
+    names: tuple[str, ...]
     versions: list[int]  # of the results
-    condition: int  # the versions of all other tensors
+    condition: int  # the versions of the values
     prepared: Prepared | None
 
     def __reduce__(self) -> Any:
@@ -92,11 +92,11 @@ def paused() -> Iterator[None]:
 def possible(x: Any) -> bool:
     """Whether a call may have a seam, of which the others are asked then: without gradients, with nobody watching."""
     return not (
-        torch.is_grad_enabled()
+        _paused
+        or torch.is_grad_enabled()
         or type(x) not in zero.PLAIN_TYPES
         or not runs_eagerly()
         or torch.is_inference_mode_enabled()
-        or _paused
         or is_autocast(x.device)
     )
 
@@ -110,22 +110,21 @@ def taken(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
     note = mark[0]
     if type(note) is not _Note:  # x is a copy, or was loaded
         return None
-    link, prepared = note.link, note.prepared
-    places: dict[int | str, int] = {}
+    link, prepared, theirs = note.link, note.prepared, note.values
+    values = (*args, *kwargs.values()) if kwargs else args
+    fits = type(block) is note.kind and len(values) == len(theirs) and tuple(kwargs) == note.names
+    places: dict[int, int] = {}
     condition = 0
-    fits = type(block) is note.kind and len(args) == len(note.args) and kwargs.keys() == note.kwargs.keys()
-    if fits:
-        for key, value, theirs in _pairs(args, kwargs, note):
-            mark = getattr(value, _ATTRIBUTE, None)
-            if mark is not None and mark[0] is note:
-                del value._zeroblock_note
-                places[key] = mark[1]
-                fits = fits and value._version == note.versions[mark[1]]
-                continue
+    for i, value in enumerate(values) if fits else ():
+        mark = getattr(value, _ATTRIBUTE, None)
+        if mark is not None and mark[0] is note:
+            del value._zeroblock_note
+            places[i] = mark[1]
+            fits = fits and value._version == note.versions[mark[1]]
+        else:
             if isinstance(value, Tensor):
                 condition += _version(value)
-            if value is not theirs:
-                fits = fits and _is_the_same(value, theirs)
+            fits = fits and (value is theirs[i] or _is_the_same(value, theirs[i]))
     if not fits:
         link.stop()
         return None
@@ -141,14 +140,6 @@ def taken(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
 
 def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
-
-
-def _pairs(args: tuple[Any, ...], kwargs: dict[str, Any], note: _Note) -> list[tuple[int | str, Any, Any]]:
-    pairs: list[tuple[int | str, Any, Any]] = [(i, value, note.args[i]) for i, value in enumerate(args)]
-    theirs = note.kwargs
-    for name, value in kwargs.items():
-        pairs.append((name, value, theirs[name]))
-    return pairs
 
 
 def _is_the_same(value: Any, theirs: Any) -> bool:
@@ -192,22 +183,17 @@ def leave(
         return
     link.unread += 1
     note = _Note()
-    note.link, note.kind, note.prepared = link, type(block), prepared
-    places = link.places
-    note.args, note.kwargs = args, kwargs
+    note.link, note.kind, note.prepared, note.names = link, type(block), prepared, tuple(kwargs)
+    note.values = values = [*args, *kwargs.values()]
+    note.condition, note.versions = 0, []
     if prepared is None:
-        note.args = tuple(map(_weakly, args))
-        note.kwargs = {name: _weakly(value) for name, value in kwargs.items()}
-    elif kwargs:  # what the block was given need not live on
-        note.kwargs = {name: None if name in places else value for name, value in kwargs.items()}
-    if prepared is not None and args:
-        note.args = tuple([None if i in places else value for i, value in enumerate(args)])
-    note.condition = 0
-    if prepared is not None:
-        for value in (*note.args, *note.kwargs.values()):
+        note.values = list(map(_weakly, values))
+    else:
+        for i in link.places:
+            values[i] = None  # it need not live on
+        for value in values:
             if isinstance(value, Tensor):
                 note.condition += _version(value)
-    note.versions = []
     for i, r in enumerate(results):
         note.versions.append(r._version)
         r._zeroblock_note = note, i
