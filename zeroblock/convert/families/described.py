@@ -23,7 +23,7 @@ from ...blocks.decision import is_watched
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ...ops.register import left_to_compiler
 from .. import seam
-from ..family import Family, lacks, register
+from ..family import NEVER_ZERO, Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split, zeroing_tensors
 from .description import GatedBlock, Given, Joined, Row, joined
@@ -52,18 +52,24 @@ class DescribedFamily(Family):
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         d = self.description
         branches = [b for b in d.branches if submodule(block, b.layer) is not None]
-        if not d.linears:
+        if d.gates is None and not d.linears:
             return {b.layer: (torch.empty(1, device="meta"),) for b in branches}
-        each = d.rows_used // len(d.linears)
-        linears = [block.get_submodule(path) for path in d.linears]
+        gates = d.gates or self._gates
         found: dict[str, tuple[Tensor, ...]] = {}
         for b in branches:
             for i in (part.gate for part in b.parts() if part.gate is not None):
-                found[b.layer] = found.get(b.layer, ()) + gate_rows(linears[i // each], each, i % each)
+                found[b.layer] = found.get(b.layer, ()) + gates(block, i)
+            if d.gates is not None and b.layer not in found:
+                found[b.layer] = (NEVER_ZERO,)
             if b.last is not None:
                 last = block.get_submodule(b.last)
                 found[b.last] = zeroing_tensors(last, last.weight)
         return found
+
+    def _gates(self, block: Any, i: int) -> tuple[Tensor, ...]:
+        linears = self.description.linears
+        each = self.description.rows_used // len(linears)
+        return gate_rows(block.get_submodule(linears[i // each]), each, i % each)
 
     def example(self, block: Any, side: int) -> tuple:
         assert self.description.example is not None

@@ -137,6 +137,8 @@ class GatedBlock:
         classes: the names of the classes that may be this block; () stands for `name`.
         linear: where the block has the linear whose output is the rows, as many equal parts as the branches use: which
             gates are zero then shows in the report. Of several linears, one after the other.
+        gates: gates(block, i): in the place of `linear`, the tensors that hold row i at zero together; first part of a
+            parameter, a meta tensor standing for what is not known before the call.
         first: first(block, x, *args, **kwargs): x as the branches get it.
         unless: unless(block): where the description does not hold (active stochastic depth), the original runs.
         variant: variant(block): an option of the block for which there is no description, in words; None: it is known.
@@ -157,6 +159,7 @@ class GatedBlock:
     options: Callable[[Any], dict[str, tuple]] | None = None
     classes: tuple[str, ...] = ()
     linear: str | tuple[str, ...] | None = None
+    gates: Callable[[Any, int], tuple[Tensor, ...]] | None = None
     first: Callable[..., Tensor] | None = None
     unless: Callable[[Any], bool] | None = None
     variant: Callable[[Any], str | None] | None = None
