@@ -8,7 +8,12 @@ import pytest
 import torch
 
 import zeroblock as zb
+from zeroblock.convert.choice import BlockCall
 from zeroblock.plan import planned as _plan
+from zeroblock.testing import counters, reset_counters
+
+from .cases import randomize_
+from .diffusers_blocks import BLOCKS
 
 flux = pytest.importorskip("diffusers.models.transformers.transformer_flux", reason="diffusers is not installed")
 
@@ -21,7 +26,7 @@ class Timer:
 
     def __call__(self, name: str, run, device) -> float:
         run()
-        self.calls += "FluxSingle" in getattr(run.args[0], "kind", "")
+        self.calls += isinstance(run.args[0], BlockCall)
         return 1.0 if name == self.fast else 2.0
 
 
@@ -115,3 +120,31 @@ def test_a_block_that_leaves_a_trace_is_not_run_for_a_measurement():
         block(*inputs)
         block(*inputs)
     assert not timer.calls and len(seen) == 2
+
+
+WITH_A_TABLE = ("WanTransformerBlock", "SkyReelsV2TransformerBlock", "LTXVideoTransformerBlock", "SanaTransformerBlock")
+OF_TWO_LINEARS = ("CogVideoXBlock", "EasyAnimateTransformerBlock")
+
+
+@pytest.mark.parametrize("name", [*WITH_A_TABLE, "AceStepTransformerBlock", "AllegroTransformerBlock", *OF_TWO_LINEARS])
+def test_gates_of_a_table_leave_a_choice(name):
+    """A branch cannot be zero while its row of the table is not, whatever the timestep's is."""
+    block = randomize_(BLOCKS[name].make()).eval()
+    zb.accelerate(block, strict=True)
+    inputs, timer = tuple(BLOCKS[name].inputs(torch.Generator()).values()), Timer("library")
+    with torch.no_grad(), _plan.use(timer=timer):
+        expected = block(*inputs)
+        assert timer.calls, "nothing was measured"
+        reset_counters()
+        block(*inputs)
+        assert BLOCKS[name].name not in counters()  # the original ran
+        for row in (2, 5):
+            if name in OF_TWO_LINEARS:
+                for norm in (block.norm1, block.norm2):
+                    for t in (norm.linear.weight, norm.linear.bias):
+                        t.chunk(6)[row].zero_()
+            else:
+                table = block.scale_shift_table
+                table.view(-1, table.shape[-1])[row].zero_()
+        block(*inputs)
+        assert counters()[BLOCKS[name].name], expected

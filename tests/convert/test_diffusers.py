@@ -251,13 +251,13 @@ def _swap_scale_and_shift(monkeypatch):
 
 def _return_almost_x(monkeypatch):
     monkeypatch.setattr(diffusers_mmdit, "copy_of_residual", lambda x: x * 1.0001)
-    return BLOCKS["flux"], "zero", infer
+    return BLOCKS["joint"], "zero", infer
 
 
 def _forget_a_gate(monkeypatch):
     monkeypatch.setattr(_transformer, "gated", lambda residual, gate, branch: residual + branch)
     monkeypatch.setattr(diffusers_mmdit, "gated", lambda residual, gate, branch: residual + branch)
-    return BLOCKS["flux"], "dense", infer
+    return BLOCKS["joint"], "dense", infer
 
 
 def _detach_the_modulation(monkeypatch):

@@ -51,25 +51,52 @@ class Whole(NamedTuple):
     trusted: str | None = None  # whose layers draw no random numbers of their own: `may_draw`
 
 
-def forward(name: str, policy: str, x: Tensor, vectors: Vectors, attn: Half, mlp: Half) -> Tensor:
+class Next(NamedTuple):
+    """The first norm of the block that comes next; `find` returns its eps and vectors, or None."""
+
+    find: Callable[[], tuple[float, Vectors] | None]
+    found: list[tuple[Tensor, Vectors]]  # the norm's result, and those vectors
+
+
+def forward(
+    name: str,
+    policy: str,
+    x: Tensor,
+    vectors: Vectors,
+    attn: Half,
+    mlp: Half,
+    normed: Tensor | None = None,
+    after: Next | None = None,
+) -> Tensor:
     """The whole block; vectors [B, D] as CHUNKS says. Inference is one sequence: gate, residual and the next norm in
-    one pass, the MLP's activation at the end of its first GEMM."""
+    one pass, the MLP's activation at the end of its first GEMM. normed: the modulated first norm of x, where it was
+    computed before; after: whose norm is to be computed with the block's end."""
     x = x.contiguous()  # once for norm and residual; patch embeddings hand over transposed tokens
     answers = [decide_half(name, policy, x, vectors[2], attn), decide_half(name, policy, x, vectors[5], mlp)]
     if is_plain_inference(policy, answers, x):
         shift, scale, gate = vectors[MSA]
-        branch = run_half(functional.layer_norm_modulate(x, shift, scale, eps=attn.eps), attn)
-        return _seam_and_mlp(x, gate, branch, vectors[MLP], mlp)
+        if normed is None:
+            normed = functional.layer_norm_modulate(x, shift, scale, eps=attn.eps)
+        return _seam_and_mlp(x, gate, run_half(normed, attn), vectors[MLP], mlp, after)
     x = decided_half(name, policy, x, vectors[MSA], attn, answers[0])
     return decided_half(name, policy, x, vectors[MLP], mlp, answers[1])
 
 
-def forward_around(name: str, policy: str, x: Tensor, gate: Tensor, attn: Whole, vectors: Vectors, mlp: Half) -> Tensor:
+def forward_around(
+    name: str,
+    policy: str,
+    x: Tensor,
+    gate: Tensor,
+    attn: Whole,
+    vectors: Vectors,
+    mlp: Half,
+    after: Next | None = None,
+) -> Tensor:
     """`forward` for an attention that is called as a whole; vectors are those of the MLP."""
     x = x.contiguous()
     answers = [decide(name, policy, (), (gate,), attn.modules), decide_half(name, policy, x, vectors[2], mlp)]
     if is_plain_inference(policy, answers, x):
-        return _seam_and_mlp(x, gate, attn.branch(*attn.activations), vectors, mlp)
+        return _seam_and_mlp(x, gate, attn.branch(*attn.activations), vectors, mlp, after)
     if answers[0] in SKIPS:
         x = skip_residual(answers[0], x, attn.branch, None, gate, attn.activations, attn.modules, attn.trusted)
     else:
@@ -130,11 +157,20 @@ def is_plain_inference(policy: str, answers: list[Answer], x: Tensor) -> bool:
     return policy == "never" or all(answer is RUN for answer in answers)
 
 
-def _seam_and_mlp(x: Tensor, gate: Tensor, branch: Tensor, vectors: Vectors, mlp: Half) -> Tensor:
+def _seam_and_mlp(
+    x: Tensor, gate: Tensor, branch: Tensor, vectors: Vectors, mlp: Half, after: Next | None = None
+) -> Tensor:
     """The block in inference, from the attention's result on."""
     shift, scale, gate_mlp = vectors
     x, h = functional.gate_residual_layer_norm_modulate(x, gate, branch, shift, scale, eps=mlp.eps)
-    return functional.gate_residual(x, gate_mlp, run_half(h, mlp))
+    y = run_half(h, mlp)
+    found = None if after is None else after.find()
+    if found is None:
+        return functional.gate_residual(x, gate_mlp, y)
+    eps, theirs = found
+    x, h = functional.gate_residual_layer_norm_modulate(x, gate_mlp, y, *theirs[:2], eps=eps)
+    after.found.append((h, theirs))  # type: ignore[union-attr]
+    return x
 
 
 def run_half(h: Tensor, layers: Half) -> Tensor:

@@ -22,6 +22,8 @@ from ..plan.chosen import chosen
 from ..plan.describe import Explanation, describe_rows
 from ..plan.mode import training
 from ..plan.planned import PlannedOp, measures
+from . import seam
+from .family import NEVER_ZERO
 
 PREFERENCES = ("memory", "speed")
 _TRUSTED = ("torch.nn.", "diffusers.models.", "zeroblock.")
@@ -55,7 +57,8 @@ class BlockCall(NamedTuple):
         """One run for a measurement, which nothing counts; for training with a backward, of which nothing is kept."""
         counts = [(table, dict(table)) for table in (zero.executed, zero.skipped)]
         try:
-            return self._step(forward) if self.trained else forward(self.block, *self.args, **self.kwargs)
+            with seam.paused():
+                return self._step(forward) if self.trained else forward(self.block, *self.args, **self.kwargs)
         finally:
             for table, before in counts:
                 table.clear()
@@ -93,17 +96,19 @@ BLOCK.add("fused", lambda call: call.run(call.fused))
 
 
 class _Part(NamedTuple):
-    """What holds a branch at zero: rows of a parameter."""
+    """What holds a branch at zero: so many elements of a parameter, from `first` on."""
 
     owner: weakref.ref[nn.Module]
     name: str
     first: int
-    rows: int
+    elements: int
 
     def may_be_zero(self) -> bool:
         owner = self.owner()
         t = None if owner is None else owner._parameters.get(self.name)
-        return t is None or zero.is_exactly_zero(t.detach().narrow(0, self.first, self.rows))
+        if t is None or not t.is_contiguous() or t.numel() < self.first + self.elements:
+            return True
+        return zero.is_exactly_zero(t.detach().view(-1).narrow(0, self.first, self.elements))
 
 
 class _Known(NamedTuple):
@@ -167,7 +172,7 @@ class Choice:
 
     def _parts(self, block: nn.Module) -> tuple[_Part, ...] | None:
         owners = {
-            p.untyped_storage().data_ptr(): (m, name, p)
+            p.untyped_storage().data_ptr(): (m, name)
             for m in block.modules()
             for name, p in m._parameters.items()
             if p is not None
@@ -178,11 +183,12 @@ class Choice:
         }
         parts = []
         for first, *_ in self.branches(block).values():
+            if first is NEVER_ZERO:
+                continue
             if first.is_meta or not first.is_contiguous() or first.untyped_storage().data_ptr() not in owners:
                 return None
-            owner, name, p = owners[first.untyped_storage().data_ptr()]
-            row = p.stride(0)
-            parts.append(_Part(weakref.ref(owner), name, int(first.storage_offset()) // row, first.numel() // row))
+            owner, name = owners[first.untyped_storage().data_ptr()]
+            parts.append(_Part(weakref.ref(owner), name, int(first.storage_offset()), first.numel()))
         return tuple(parts) or None  # of a norm alone there is nothing to choose
 
 

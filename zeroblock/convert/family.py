@@ -48,11 +48,15 @@ import sys
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .report import Obstacle, Reason
 
 FAMILIES: dict[str, type[Family]] = {}
+
+# In `Family.branches`: nothing holds the branch at zero.
+NEVER_ZERO = torch.ones(1)
 
 # The side of an example of few pixels or tokens.
 SMALL = 2

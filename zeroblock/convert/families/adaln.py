@@ -24,14 +24,26 @@ from ..family import Family
 def is_plain(*tensors: Tensor | None) -> bool:
     """Ordinary tensors of a floating dtype that is computed in, no subclass (sharded, quantised)."""
     for t in tensors:
-        # FakeTensor stands for the others in torch.export.
-        if t is not None and not zero.may_test(t) and not (type(t) is FakeTensor and t.dtype in FLOATING):
+        if t is None:
+            continue
+        kind = type(t)
+        if t.dtype not in FLOATING:
+            return False
+        if kind in zero.PLAIN_TYPES:
+            if t.layout is not torch.strided or t.is_meta:
+                return False
+        elif kind is not FakeTensor:  # which stands for the others in torch.export
             return False
     return True
 
 
 def is_plain_linear(module: Any) -> bool:
-    return layers.is_plain_linear(module) and is_plain(module.weight, module.bias)
+    if not layers.is_plain_linear(module):
+        return False
+    parameters, fields = module._parameters, module.__dict__
+    if "weight" in fields or "bias" in fields:
+        return is_plain(module.weight, module.bias)
+    return is_plain(parameters.get("weight"), parameters.get("bias"))
 
 
 def zeroing_tensors(layer: nn.Module, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ...blocks import adaln
-from ...blocks.broadcast import fits_gate
+from ...blocks.broadcast import fits_gate, may_grow
 from ...blocks.decision import is_watched
+from ...blocks.one_pass import copy_if_gates_are_zero
 from ...ops.register import left_to_compiler
-from ..family import Family, lacks, register
+from .. import seam
+from ..family import NEVER_ZERO, Family, lacks, register
 from ..report import Obstacle, Reason
-from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split
-from .description import GatedBlock, Given, Row
+from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split, zeroing_tensors
+from .description import GatedBlock, Given, Joined, Row, joined
 from .dit import mlp_half
 from .operands import row_of, submodule
 from .step import Step
@@ -37,6 +40,8 @@ class DescribedFamily(Family):
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
     calls_functions: ClassVar[bool]  # norms that are no modules
     alone: ClassVar[bool]  # the layers see nothing but their tokens
+    gate: ClassVar[int | None]  # the row that is, where there is one branch and one linear gives its rows
+    seams: ClassVar[bool]  # the rows are known before the block that comes before has returned
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         d = self.description
@@ -47,15 +52,24 @@ class DescribedFamily(Family):
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         d = self.description
         branches = [b for b in d.branches if submodule(block, b.layer) is not None]
-        if not d.linears:
+        if d.gates is None and not d.linears:
             return {b.layer: (torch.empty(1, device="meta"),) for b in branches}
-        each = d.rows_used // len(d.linears)
-        linears = [block.get_submodule(path) for path in d.linears]
+        gates = d.gates or self._gates
         found: dict[str, tuple[Tensor, ...]] = {}
         for b in branches:
             for i in (part.gate for part in b.parts() if part.gate is not None):
-                found[b.layer] = found.get(b.layer, ()) + gate_rows(linears[i // each], each, i % each)
+                found[b.layer] = found.get(b.layer, ()) + gates(block, i)
+            if d.gates is not None and b.layer not in found:
+                found[b.layer] = (NEVER_ZERO,)
+            if b.last is not None:
+                last = block.get_submodule(b.last)
+                found[b.last] = zeroing_tensors(last, last.weight)
         return found
+
+    def _gates(self, block: Any, i: int) -> tuple[Tensor, ...]:
+        linears = self.description.linears
+        each = self.description.rows_used // len(linears)
+        return gate_rows(block.get_submodule(linears[i // each]), each, i % each)
 
     def example(self, block: Any, side: int) -> tuple:
         assert self.description.example is not None
@@ -71,26 +85,79 @@ class DescribedFamily(Family):
         given = None
         if (d.unless is None or not d.unless(block)) and not self._watched(block):
             given = _simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
-        if given is None or not self._takes(given.streams):
+        if given is None:
             return self.eager(block, *args, **kwargs)
-        rows = [row_of(row) for row in given.rows]
-        flat = given.streams[0].dim() == 2
+        seams = self.seams and seam.possible(args[0] if args else next(iter(kwargs.values()), None))
+        prepared = seam.taken(block, args, kwargs) if seams else None
+        xs, prepared = joined(given.streams, prepared)
+        if not self._takes(xs):
+            return self.eager(block, *args, **kwargs)
+        flat = xs[0].dim() == 2
+        if prepared is None and self.gate is not None and not torch.is_grad_enabled() and not block.training:
+            y = self._copy_if_zero(block, xs[0], args, kwargs)
+            if y is not None:
+                return y if d.finish is None else d.finish(block, (y,), given.more)
+        if prepared is not None:
+            rows = prepared.rows
+        else:
+            rows = [row_of(row) for row in (given.rows if d.rows is None else self._rows(block, args, kwargs))]
         if flat:  # one sample whose tokens have rows of their own
-            streams = [Stream(given.streams[0][None], d.fp32)]
+            streams = [Stream(xs[0][None], d.fp32)]
             rows = [Row(None if r.rows is None else r.rows[None], r.table) for r in rows]
         else:
-            index = given.which or (None,) * len(given.streams)
-            streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(given.streams, index, strict=True)]
+            index = given.which or (None,) * len(xs)
+            streams = [Stream(x.contiguous(), d.fp32, i) for x, i in zip(xs, index, strict=True)]
+        # What is clipped at the end is another tensor.
+        seams = seams and not flat and not (d.finish is not None and xs[0].dtype is torch.float16)
+        following = seam.following(block) if seams else None
         for branch in d.branches:
             if branch.optional and submodule(block, branch.layer) is None:
                 continue
             step = Step(block, branch, streams, rows, given.layers)
-            if not self._feeds_forward(step):
-                step.run(self.name, self.zero_skip)
+            if prepared is not None and branch is d.branches[0]:
+                step.run(self.name, self.zero_skip, prepared.normed, following is not None)
+            elif not self._feeds_forward(step):
+                step.run(self.name, self.zero_skip, None, following is not None)
+        after = None if following is None else self._next_step(following, streams, args, kwargs)
+        normed = None if after is None else after.normed()
         results = tuple(stream.settled() for stream in streams)
+        result = results if len(results) > 1 else results[0][0] if flat else results[0]
         if d.finish is not None:
-            return d.finish(block, results, given.more)
-        return results if len(results) > 1 else results[0][0] if flat else results[0]
+            result = d.finish(block, results, given.more)
+        if seams:
+            prepared = None
+            if after is not None and normed is not None:
+                of = zip(results, given.streams, strict=True)
+                found = [functools.partial(_same, x) if isinstance(g, Joined) else weakref.ref(x) for x, g in of]
+                prepared = seam.Prepared(after.rows, normed, found)
+            seam.leave(block, args, kwargs, result if isinstance(result, tuple) else (result,), prepared)
+        return result
+
+    def _copy_if_zero(self, block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result of a block of one branch whose gate is zero whatever the condition is, before that is looked at.
+        None: it is not, or the condition may make x larger."""
+        linear = submodule(block, self.description.linears[0])
+        if x.dim() != 3 or may_grow(x, tuple(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))):
+            return None
+        chunks, gate = self.description.rows_used, self.gate
+        assert gate is not None
+        return copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), chunks, (gate,))
+
+    def _rows(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        d = self.description
+        assert d.rows is not None
+        return d.rows(block, *(args if d.given is not None else args[1:]), **kwargs)
+
+    def _next_step(
+        self, block: Any, streams: list[Stream], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Step | None:
+        """The first step of the next block, if its norms can end what waits for the streams."""
+        d = self.description
+        if streams[0].waiting is None or d.unless is not None and d.unless(block) or self._watched(block):
+            return None
+        rows = [row_of(row) for row in self._rows(block, args, kwargs)]
+        step = Step(block, d.branches[0], streams, rows, {})
+        return step if step.fuses() else None
 
     def _watched(self, block: Any) -> bool:
         for path in self.wrappers:
@@ -146,13 +213,15 @@ class DescribedFamily(Family):
         return True
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 def _simple(d: GatedBlock, block: Any, x: Any, *args: Any, **kwargs: Any) -> Given:
     """`Given` of a block with one stream, its first argument; what else it was called with is for all its calls."""
-    assert d.rows is not None
-    rows = d.rows(block, *args, **kwargs)
     if d.first is not None:
         x = d.first(block, x, *args, **kwargs)
-    return Given((x,), rows, {"": (args, kwargs)})
+    return Given((x,), (), {"": (args, kwargs)})
 
 
 def _with_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -200,6 +269,8 @@ def family_of(description: GatedBlock) -> type[Family]:
         "description": d,
         "calls_functions": any(isinstance(part.norm, float) for b in d.branches for part in b.parts()),
         "alone": all(b.call is None for b in d.branches),
+        "gate": d.branches[0].gate if len(d.linears) == 1 == len(d.branches) and not d.branches[0].context else None,
+        "seams": d.rows is not None and d.first is None,
         "wrappers": tuple(dict.fromkeys(norm.rpartition(".")[0] for norm in norms if "." in norm)),
         "name": d.name,
         "classes": d.classes or (d.name,),

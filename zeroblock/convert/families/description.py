@@ -7,7 +7,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..seam import Prepared
 
 
 class Row(NamedTuple):
@@ -17,11 +20,43 @@ class Row(NamedTuple):
     table: Tensor | None = None
 
 
+class Joined(NamedTuple):
+    """Tokens before others, as one stream."""
+
+    first: Tensor
+    rest: Tensor
+
+    def whole(self) -> Tensor:
+        return torch.cat(self, dim=1)
+
+    def are_parts_of(self, x: Tensor) -> bool:
+        """Whether x, dense, is this stream."""
+        a, b = self
+        if a._base is not x or b._base is not x or a.stride() != x.stride() or b.stride() != x.stride():
+            return False
+        start, rows = x.storage_offset(), a.shape[1]
+        at = start == a.storage_offset() and b.storage_offset() == start + rows * x.stride(1)
+        return bool(at and a.shape[0] == b.shape[0] == x.shape[0] and rows + b.shape[1] == x.shape[1])
+
+
+def joined(streams: Sequence[Tensor | Joined], prepared: Prepared | None) -> tuple[tuple[Tensor, ...], Prepared | None]:
+    """The streams as tensors, and what the block before prepared, if it is of these."""
+    if prepared is not None:
+        theirs = [find() for find in prepared.streams]
+        for x, y in zip(streams, theirs, strict=True):
+            if x is not y and (y is None or not isinstance(x, Joined) or not x.are_parts_of(y)):
+                prepared = None
+                break
+        else:
+            return tuple(theirs), prepared  # type: ignore[arg-type]
+    return tuple([x.whole() if isinstance(x, Joined) else x for x in streams]), prepared
+
+
 class Given(NamedTuple):
     """What a call of a block gave.
 
     Args:
-        streams: what the branches are added to, [B, T, D] each.
+        streams: what the branches are added to, [B, T, D] each; a `Joined` of what becomes one stream.
         rows: the vectors of the modulation, [B, D], [B, 1, D] or [B, T, D], or a `Row` of such a vector and a table.
         layers: {name of a branch's layer: keyword arguments that it takes beside the streams}.
         more: whatever `GatedBlock.finish` needs.
@@ -29,7 +64,7 @@ class Given(NamedTuple):
             None: one row for all.
     """
 
-    streams: tuple[Tensor, ...]
+    streams: tuple[Tensor | Joined, ...]
     rows: Sequence[Tensor | Row] = ()
     layers: dict[str, Any] = {}  # noqa: RUF012
     more: Any = None
@@ -102,6 +137,8 @@ class GatedBlock:
         classes: the names of the classes that may be this block; () stands for `name`.
         linear: where the block has the linear whose output is the rows, as many equal parts as the branches use: which
             gates are zero then shows in the report. Of several linears, one after the other.
+        gates: gates(block, i): in the place of `linear`, the tensors that hold row i at zero together; first part of a
+            parameter, a meta tensor standing for what is not known before the call.
         first: first(block, x, *args, **kwargs): x as the branches get it.
         unless: unless(block): where the description does not hold (active stochastic depth), the original runs.
         variant: variant(block): an option of the block for which there is no description, in words; None: it is known.
@@ -110,6 +147,8 @@ class GatedBlock:
         about: where the block comes from.
         given: in the place of `rows` for a block of several streams, or whose tokens are not its first argument:
             given(block, *args, **kwargs) is a `Given` of all that the block was called with; None: the original runs.
+            With `rows` beside it, of the same arguments, `Given.rows` stays empty. The rows must then not depend on the
+            streams: they may be asked for while the block before still runs, to compute the first norm with its end.
         finish: finish(block, streams, more): what the block returns of its streams; by default x, or all as a tuple.
     """
 
@@ -120,6 +159,7 @@ class GatedBlock:
     options: Callable[[Any], dict[str, tuple]] | None = None
     classes: tuple[str, ...] = ()
     linear: str | tuple[str, ...] | None = None
+    gates: Callable[[Any, int], tuple[Tensor, ...]] | None = None
     first: Callable[..., Tensor] | None = None
     unless: Callable[[Any], bool] | None = None
     variant: Callable[[Any], str | None] | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..family import SMALL
+from .adaln import gate_rows
 from .described import described
 from .description import Given
 from .diffusers_flux import TEXT, rotary, rows_of, tokens
@@ -110,6 +111,11 @@ def _cogvideo_rows(block: Any, temb: Tensor) -> tuple[Tensor, ...]:
     return (*first[:3], *second[:3], *first[3:], *second[3:])
 
 
+def _cogvideo_gates(block: Any, i: int) -> tuple[Tensor, ...]:
+    norm = block.norm1 if i % 6 < 3 else block.norm2
+    return gate_rows(norm.linear, 6, i % 3 + 3 * (i // 6))
+
+
 def _cogvideox(
     block: Any,
     hidden_states: Tensor,
@@ -155,6 +161,7 @@ for name, rows_given, ff in (
         name,
         (joint("attn1", "norm1.norm", "norm1.norm", 0), joint("ff", "norm2.norm", "norm2.norm", 3, ff)),
         given=rows_given,
+        gates=_cogvideo_gates,
         example=_cogvideo_example,
         options=lambda block: {"image_rotary_emb": (rotary(block.attn1, SMALL**2),), "attention_kwargs": ({},)},
         variant=_easyanimate_variant if ff is _of_each else None,

@@ -1,5 +1,5 @@
 """diffusers' blocks in the manner of Flux: two streams with one attention, then one stream whose attention and MLP run
-side by side (`models/transformers/transformer_{longcat_image,bria,bria_fibo,ovis_image,chroma,flux2,flux3}.py`)."""
+side by side (`models/transformers/transformer_{flux,flux2,flux3,longcat_image,bria,bria_fibo,ovis_image,chroma}`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..family import SMALL
 from .described import described
-from .description import GatedBranch, Given
+from .description import GatedBranch, Given, Joined
 
 # What a proof has as text.
 TEXT = 3
@@ -75,7 +75,7 @@ def kwargs_options(attention: str) -> Any:
     return lambda block: {"image_rotary_emb": (rotary(block.attn),), attention: ({},)}
 
 
-# ---- LongCat-Image, Bria, Ovis: Flux's blocks ------------------------------------------------------------------------
+# ---- Flux, LongCat-Image, Bria, Ovis ---------------------------------------------------------------------------------
 
 
 def _flux(
@@ -88,8 +88,19 @@ def _flux(
 ) -> Given | None:
     if joint_attention_kwargs or adapts(block):
         return None
-    rows = (*rows_of(block.norm1, temb, 6), *rows_of(block.norm1_context, temb, 6))
-    return Given((hidden_states, encoder_hidden_states), rows, {"attn": {"image_rotary_emb": image_rotary_emb}})
+    return Given((hidden_states, encoder_hidden_states), (), {"attn": {"image_rotary_emb": image_rotary_emb}})
+
+
+def _rows(
+    block: Any, hidden_states: Any, encoder_hidden_states: Any, temb: Tensor, image_rotary_emb: Any = None, **more: Any
+) -> tuple[Tensor, ...]:
+    return *rows_of(block.norm1, temb, 6), *rows_of(block.norm1_context, temb, 6)
+
+
+def _single_rows(
+    block: Any, hidden_states: Any, encoder_hidden_states: Any, temb: Tensor, image_rotary_emb: Any = None, **more: Any
+) -> tuple[Tensor, ...]:
+    return rows_of(block.norm, temb, 3)
 
 
 def _bria(
@@ -113,9 +124,8 @@ def _flux_single(
 ) -> Given | None:
     if joint_attention_kwargs:
         return None
-    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    layers = {"attn": {"image_rotary_emb": image_rotary_emb}}
-    return Given((x,), rows_of(block.norm, temb, 3), layers, encoder_hidden_states.shape[1])
+    x = Joined(encoder_hidden_states, hidden_states)
+    return Given((x,), (), {"attn": {"image_rotary_emb": image_rotary_emb}}, encoder_hidden_states.shape[1])
 
 
 def _bria_single(
@@ -138,7 +148,13 @@ def _fibo_single(
 ) -> Given | None:
     if joint_attention_kwargs:
         return None
-    return Given((hidden_states,), rows_of(block.norm, temb, 3), {"attn": {"image_rotary_emb": image_rotary_emb}})
+    return Given((hidden_states,), (), {"attn": {"image_rotary_emb": image_rotary_emb}})
+
+
+def _fibo_rows(
+    block: Any, hidden_states: Any, temb: Tensor, image_rotary_emb: Any = None, joint_attention_kwargs: Any = None
+) -> tuple[Tensor, ...]:
+    return rows_of(block.norm, temb, 3)
 
 
 def _ovis_beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
@@ -157,6 +173,7 @@ def _of_one(block: Any, side: int) -> tuple:
 
 
 for origin, given, single, kwargs in (
+    ("Flux", _flux, _flux_single, "joint_attention_kwargs"),
     ("LongCatImage", _flux, _flux_single, "joint_attention_kwargs"),
     ("Bria", _bria, _bria_single, "attention_kwargs"),
     ("BriaFibo", _flux, _fibo_single, "joint_attention_kwargs"),
@@ -165,6 +182,7 @@ for origin, given, single, kwargs in (
     described(
         f"{origin}TransformerBlock",
         TWO_STREAMS,
+        rows=_rows,
         given=given,
         example=_of_two,
         options=kwargs_options(kwargs),
@@ -175,6 +193,7 @@ for origin, given, single, kwargs in (
     described(
         f"{origin}SingleTransformerBlock",
         one_stream(_ovis_beside) if origin == "OvisImage" else one_stream(),
+        rows=_fibo_rows if single is _fibo_single else _single_rows,
         given=single,
         example=_of_one if single is not _fibo_single else lambda block, side: _of_one(block, side)[::2],
         options=(

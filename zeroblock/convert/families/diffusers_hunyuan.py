@@ -224,7 +224,8 @@ def _replaced_single(
     assert token_replace_emb is not None and num_tokens is not None
     given = _one(block, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
     rows = _with_own_rows(block.norm, temb, token_replace_emb, 3)
-    return given._replace(rows=rows, which=(_is_first(given.streams[0], num_tokens),))
+    x: Any = given.streams[0]
+    return given._replace(rows=rows, which=(_is_first(x, num_tokens),))
 
 
 def _replaced_example(block: Any, side: int) -> tuple:

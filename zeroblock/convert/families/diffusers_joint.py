@@ -50,17 +50,28 @@ def _qwen(
 ) -> Given | None:
     if (modulate_index is not None) is not block.zero_cond_t:
         return None
-    img: Any = block.img_mod(temb)
-    if (
-        modulate_index is not None
-    ):  # of each sample, a row for the tokens of the image and one for those of its references
-        img = img.unflatten(0, (2, -1)).transpose(0, 1)
-        temb = temb.chunk(2, dim=0)[0]
-    rows = (*img.chunk(6, dim=-1), *block.txt_mod(temb).chunk(6, dim=-1))
     attn = {"encoder_hidden_states_mask": encoder_hidden_states_mask, "image_rotary_emb": image_rotary_emb}
     layers = {"attn": attn | (joint_attention_kwargs or {})}
     index = None if modulate_index is None else (modulate_index != 0).int()
-    return Given((hidden_states, encoder_hidden_states), rows, layers, which=(index, None))
+    return Given((hidden_states, encoder_hidden_states), (), layers, which=(index, None))
+
+
+def _qwen_rows(
+    block: Any,
+    hidden_states: Any,
+    encoder_hidden_states: Any,
+    encoder_hidden_states_mask: Any,
+    temb: Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: Any = None,
+    modulate_index: Any = None,
+) -> tuple[Tensor, ...]:
+    img: Any = block.img_mod(temb)
+    if modulate_index is not None:
+        # Of each sample, a row for the tokens of the image and one for those of its references.
+        img = img.unflatten(0, (2, -1)).transpose(0, 1)
+        temb = temb.chunk(2, dim=0)[0]
+    return *img.chunk(6, dim=-1), *block.txt_mod(temb).chunk(6, dim=-1)
 
 
 def _qwen_example(block: Any, side: int) -> tuple:
@@ -81,6 +92,7 @@ def _qwen_options(block: Any) -> dict[str, tuple]:
 described(
     "QwenImageTransformerBlock",
     in_streams("attn", "img_norm1", "txt_norm1", "img_mlp", "img_norm2", "txt_mlp", "txt_norm2"),
+    rows=_qwen_rows,
     given=_qwen,
     example=_qwen_example,
     options=_qwen_options,

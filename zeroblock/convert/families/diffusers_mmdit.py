@@ -1,5 +1,5 @@
-"""diffusers' two-stream transformer blocks: Stable Diffusion 3 (`models/attention.py`), Flux
-(`models/transformers/transformer_flux.py`)."""
+"""What blocks of two streams share that are written out, and that of Stable Diffusion 3 (diffusers
+`models/attention.py`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...blocks.broadcast import fits_gate, may_grow
+from ...blocks.broadcast import fits_gate
 from ...blocks.decision import NOT_ALLOWED, SKIPS, decide
 from ...blocks.layers import may_draw
-from ...blocks.one_pass import copy_if_gates_are_zero, copy_of_residual
+from ...blocks.one_pass import copy_of_residual
 from ...blocks.residual import skip_residual
-from ..family import SMALL, Family, lacks, register
+from ..family import Family, lacks, register
 from ..report import Obstacle
 from .adaln import (
     DIFFUSERS,
@@ -22,20 +22,11 @@ from .adaln import (
     gate_rows,
     gated,
     gated_branch,
-    gated_projection,
     is_plain,
-    is_plain_linear,
     projected,
-    zeroing_tensors,
 )
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
-
-
-def _rotary(attn: Any) -> tuple:
-    """(cos, sin) of as many angles as `_streams` has tokens."""
-    angles = torch.randn(SMALL**2 + 3, attn.inner_dim // attn.heads)
-    return angles.cos(), angles.sin()
 
 
 def _streams(D: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,122 +140,3 @@ class JointTransformerBlock(TwoStreams):
         if block.context_pre_only:
             return None, x
         return feed_forward(self, block.ff_context, block.norm2_context, context, *mlp_context), x
-
-
-@register
-class FluxTransformerBlock(TwoStreams):
-    """x + gate_msa * attn, then x + gate_mlp * ff(modulate(norm2 x)), and the context likewise; one joint attention
-
-    The two-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
-    Use: zb.accelerate(transformer); blocks with an image prompt adapter are left to diffusers.
-    Inference: attention is not run while the gates of both streams are zero, a feed-forward not while its own is.
-    Training forward while the gates are zero: attention and feed-forward run once, without a graph.
-    Training backward while zero: the gates' gradients alone; the rest are zeros.
-    """
-
-    name = "FluxTransformerBlock"
-    classes = ("FluxTransformerBlock",)
-
-    def options(self, block: Any) -> dict[str, tuple]:
-        return {"image_rotary_emb": (_rotary(block.attn),), "joint_attention_kwargs": ({},)}
-
-    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {
-            "attn": gate_rows(block.norm1.linear, 6, 2) + self._context_rows(block),
-            "ff": gate_rows(block.norm1.linear, 6, 5),
-            "ff_context": gate_rows(block.norm1_context.linear, 6, 5),
-        }
-
-    def forward(
-        self,
-        block: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        x, context = hidden_states, encoder_hidden_states
-        # What an image prompt's adapter adds has no gate.
-        if joint_attention_kwargs or x.dim() != 3 or hasattr(block.attn.processor, "to_k_ip"):
-            return self.eager(block, x, context, temb, image_rotary_emb, joint_attention_kwargs)
-        h, gate, *mlp = block.norm1(x, emb=temb)
-        h_context, gate_context, *mlp_context = block.norm1_context(context, emb=temb)
-        attn = block.attn
-
-        def attend(h: Tensor, h_context: Tensor) -> tuple[Tensor, Tensor]:
-            return attn(hidden_states=h, encoder_hidden_states=h_context, image_rotary_emb=image_rotary_emb)
-
-        x, context = self.attended(attend, x, context, (gate, gate_context), (h, h_context), (attn,))
-        x = feed_forward(self, block.ff, block.norm2, x, *mlp)
-        context = feed_forward(self, block.ff_context, block.norm2_context, context, *mlp_context)
-        return _clipped(context), x
-
-
-@register
-class FluxSingleTransformerBlock(Family):
-    """x + gate * proj_out([attn(h), gelu(proj_mlp h)]), h = modulate(norm x), x the context and the image as one stream
-
-    The one-stream block of Flux. Source: diffusers models/transformers/transformer_flux.py.
-    Use: zb.accelerate(transformer); attention processors stay as they are.
-    Inference while the gate or proj_out is zero: attention, MLP and projection are not run; with zero gate rows in
-    norm.linear nothing is.
-    Training forward while zero: they run once, without a graph.
-    Training backward while zero: the gate's (or proj_out's) gradient alone; the rest are zeros.
-    """
-
-    name = "FluxSingleTransformerBlock"
-    classes = ("FluxSingleTransformerBlock",)
-
-    def options(self, block: Any) -> dict[str, tuple]:
-        return {"image_rotary_emb": (_rotary(block.attn),), "joint_attention_kwargs": ({},)}
-
-    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
-        return lacks(block, "norm.linear", "proj_mlp", "act_mlp", "proj_out", "attn")
-
-    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
-        return {
-            "gate": gate_rows(block.norm.linear, 3, 2),
-            "proj_out": zeroing_tensors(block.proj_out, block.proj_out.weight),
-        }
-
-    def example(self, block: Any, side: int) -> tuple:
-        return _streams(block.norm.linear.in_features, side)
-
-    def forward(
-        self,
-        block: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        text = encoder_hidden_states.shape[1]
-        if joint_attention_kwargs or not is_plain_linear(block.proj_out) or hidden_states.dim() != 3:
-            return self.eager(
-                block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        y = None
-        if not block.training and not may_grow(x, (temb,)):
-            linear, gates = block.norm.linear, (2,)
-            y = copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), 3, gates)
-        if y is None:
-            h, gate = block.norm(x, emb=temb)
-            y = self._branch(block, x, h, gate, image_rotary_emb)
-        x = _clipped(y)
-        return x[:, :text], x[:, text:]
-
-    def _branch(self, block: Any, x: Tensor, h: Tensor, gate: Tensor, rotary: Any) -> Tensor:
-        def before_proj(h: Tensor) -> Tensor:
-            mlp = block.act_mlp(block.proj_mlp(h))
-            return torch.cat([block.attn(hidden_states=h, image_rotary_emb=rotary), mlp], dim=2)
-
-        modules = (block.attn, block.proj_mlp, block.act_mlp)
-        return gated_projection(self, x, gate, before_proj, (h,), block.proj_out, *modules)
-
-
-def _clipped(x: Tensor) -> Tensor:
-    """diffusers keeps fp16 streams finite."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

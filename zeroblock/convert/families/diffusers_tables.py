@@ -11,7 +11,7 @@ from torch import Tensor
 from ..family import SMALL
 from .described import described
 from .description import GatedBranch, Given
-from .diffusers_wan import table_rows
+from .diffusers_wan import table_gates, table_rows
 
 _TEXT = 3
 
@@ -58,6 +58,7 @@ described(
         GatedBranch("ff", "norm2", 3, 4, 5),
     ),
     given=_ltx,
+    gates=table_gates,
     example=_ltx_example,
     options=_ltx_options,
     about="diffusers models/transformers/transformer_ltx.py.",
@@ -136,6 +137,7 @@ for name, given, example, feed in (
             GatedBranch("ff", "norm2", 3, 4, 5, call=feed),
         ),
         given=given,
+        gates=table_gates,
         example=example,
         options=lambda block: {"encoder_attention_mask": (_text_mask(),)},
         about="diffusers, a block of SANA; its feed-forward is a convolution.",
@@ -184,6 +186,7 @@ described(
         GatedBranch("ff", "norm2", 3, 4, 5),
     ),
     given=_allegro,
+    gates=table_gates,
     example=_allegro_example,
     options=_allegro_options,
     about="diffusers models/transformers/transformer_allegro.py.",

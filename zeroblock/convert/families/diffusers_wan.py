@@ -24,6 +24,12 @@ def table_rows(table: Tensor, temb: Tensor, dim: int) -> list[Row]:
     return [Row(rows, t) for rows, t in zip(temb.unbind(dim), table.reshape(-1, table.shape[-1]), strict=True)]
 
 
+def table_gates(block: Any, i: int) -> tuple[Tensor, ...]:
+    """A row of the table is zero, and so are the timestep's"""
+    table = block.scale_shift_table.detach()
+    return table.reshape(-1, table.shape[-1])[i], torch.empty(1, device="meta")
+
+
 def _branches(call: Any = None, crossing: Any = None) -> tuple[GatedBranch, ...]:
     return (
         GatedBranch("attn1", "norm1", 0, 1, 2, call=call or _attend),
@@ -41,9 +47,12 @@ def _cross(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
 
 
 def _wan(block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Given:
+    return Given((hidden_states,), (), {"attn1": (None, rotary_emb), "attn2": encoder_hidden_states})
+
+
+def _wan_rows(block: Any, hidden_states: Any, encoder_hidden_states: Any, temb: Tensor, rotary_emb: Any) -> list[Row]:
     # A row for each token in Wan 2.2 TI2V.
-    rows = table_rows(block.scale_shift_table, temb, 2 if temb.dim() == 4 else 1)
-    return Given((hidden_states,), rows, {"attn1": (None, rotary_emb), "attn2": encoder_hidden_states})
+    return table_rows(block.scale_shift_table, temb, 2 if temb.dim() == 4 else 1)
 
 
 def _skyreels(
@@ -73,8 +82,10 @@ def _example(block: Any, side: int) -> tuple:
 described(
     "WanTransformerBlock",
     _branches(),
+    rows=_wan_rows,
     given=_wan,
     example=_example,
+    gates=table_gates,
     fp32=True,
     about="diffusers models/transformers/transformer_wan.py, also of Wan Animate and ChronoEdit.",
 )
@@ -84,6 +95,7 @@ described(
     given=_skyreels,
     example=lambda block, side: (*_example(block, side), None),
     options=lambda block: {"attention_mask": (torch.randn(1, 1, SMALL**2, SMALL**2),)},
+    gates=table_gates,
     fp32=True,
     about="diffusers models/transformers/transformer_skyreels_v2.py.",
 )
@@ -116,6 +128,7 @@ described(
     _branches(),
     given=_vace,
     example=_vace_example,
+    gates=table_gates,
     fp32=True,
     finish=lambda block, streams, more: (None if block.proj_out is None else block.proj_out(streams[0]), streams[0]),
     about="diffusers models/transformers/transformer_wan_vace.py.",
@@ -157,6 +170,7 @@ described(
     ),
     given=_anyflow,
     example=_anyflow_example,
+    gates=table_gates,
     fp32=True,
     variant=lambda block: "its attention is causal, over blocks of tokens" if block.is_causal else None,
     about="diffusers models/transformers/transformer_anyflow.py.",
@@ -197,6 +211,7 @@ described(
     _branches(crossing=_helios_crosses),
     given=_helios,
     example=_helios_example,
+    gates=table_gates,
     fp32=True,
     about="diffusers models/transformers/transformer_helios.py.",
 )
@@ -237,6 +252,7 @@ described(
         GatedBranch("mlp", "mlp_norm", 3, 4, 5),
     ),
     given=_ace_step,
+    gates=table_gates,
     example=_ace_step_example,
     options=lambda block: {"attention_mask": (torch.randn(2, 1, SMALL**2, SMALL**2),)},
     about="diffusers models/transformers/ace_step_transformer.py.",

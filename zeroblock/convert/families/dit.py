@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from ...blocks.decision import bypassable
 from ...blocks.layers import SILUS, Forwards, computes, is_plain_linear, is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
+from .. import seam
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import gate_rows, zeroing_tensors
@@ -48,6 +50,9 @@ class _Modulated(Family):
         raise NotImplementedError
 
 
+_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
+
+
 @register
 class DiTBlock(_Modulated):
     """x = x + gate_msa * attn(modulate(norm1 x)), then x + gate_mlp * mlp(modulate(norm2 x)); adaLN zero at the start.
@@ -65,7 +70,9 @@ class DiTBlock(_Modulated):
     parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation.1")
 
     def _fits(self, block: Any) -> bool:
-        return is_plain_norm(block.norm1) and is_plain_norm(block.norm2) and bypassable((block.norm1, block.norm2))
+        parts = block._modules  # spares the walk through nn.Module's attributes
+        one, two = parts.get("norm1"), parts.get("norm2")
+        return is_plain_norm(one) and is_plain_norm(two) and bypassable((one, two))
 
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         linear = block.adaLN_modulation[-1]
@@ -79,23 +86,52 @@ class DiTBlock(_Modulated):
     def forward(self, block: Any, x: Tensor, c: Tensor) -> Tensor:
         if x.dim() != 3 or c.dim() != 2 or not self._fits(block):
             return self.eager(block, x, c)
+        given = x, c
         x, c = tokens_and_condition(x, c)
-        last = block.adaLN_modulation[-1]
+        parts = block._modules
+        norm1, attn, norm2, mlp, modulation = [parts[name] for name in _PARTS]
         if not block.training:
+            last = modulation[-1]
             y = copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children(), adaln.CHUNKS, adaln.GATES)
             if y is not None:
                 return y
-        vectors = block.adaLN_modulation(c).chunk(adaln.CHUNKS, dim=1)
-        msa, mlp = vectors[adaln.MSA], vectors[adaln.MLP]
-        attention_half, last_half = _attention_half(block.norm1, block.attn), mlp_half(block.norm2, block.mlp)
+        seams = seam.possible(x)
+        prepared = seam.taken(block, given, {}) if seams else None
+        if prepared is not None and prepared.streams[0]() is not x:
+            prepared = None
+        vectors = modulation(c).chunk(adaln.CHUNKS, dim=1) if prepared is None else prepared.rows
+        of_attn, of_mlp = vectors[adaln.MSA], vectors[adaln.MLP]
+        attention_half, last_half = _attention_half(norm1, attn), mlp_half(norm2, mlp)
         if last_half is None:
-            x = self._half(x, msa, block.norm1, block.attn, attention_half)
-            return self._half(x, mlp, block.norm2, block.mlp, None)
+            x = self._half(x, of_attn, norm1, attn, attention_half)
+            return self._half(x, of_mlp, norm2, mlp, None)
+        normed = None if prepared is None else prepared.normed[0]
+        following = seam.following(block) if seams else None
+        after = None
+        if following is not None:
+            after = adaln.Next(lambda: self._first_norm(following, c), [])
+        name, policy = self.name, self.zero_skip
         if attention_half is not None:
-            return adaln.forward(self.name, self.zero_skip, x, vectors, attention_half, last_half)
-        shift, scale, gate = msa
-        attn = adaln.Whole(_modulated(block.norm1, block.attn), (x, shift, scale), (block.attn,))
-        return adaln.forward_around(self.name, self.zero_skip, x, gate, attn, mlp, last_half)
+            y = adaln.forward(name, policy, x, vectors, attention_half, last_half, normed, after)
+        else:
+            shift, scale, gate = of_attn
+            whole = adaln.Whole(_modulated(norm1, attn), (x, shift, scale), (attn,))
+            if normed is not None:
+                whole = adaln.Whole(attn, (normed,), (attn,))
+            y = adaln.forward_around(name, policy, x, gate, whole, of_mlp, last_half, after)
+        if seams:
+            prepared = None
+            if after is not None and after.found:
+                h, rows = after.found[0]
+                prepared = seam.Prepared(rows, (h,), (weakref.ref(y),))
+            seam.leave(block, given, {}, (y,), prepared)
+        return y
+
+    def _first_norm(self, block: Any, c: Tensor) -> tuple[float, adaln.Vectors] | None:
+        if not self._fits(block):
+            return None
+        parts = block._modules
+        return parts["norm1"].eps, parts["adaLN_modulation"](c).chunk(adaln.CHUNKS, dim=1)
 
     def _half(self, x: Tensor, vectors: adaln.Vectors, norm: Any, layer: nn.Module, half: adaln.Half | None) -> Tensor:
         """x + gate * layer(modulate(norm x)); half None: the layer is called as a whole."""
@@ -123,11 +159,12 @@ def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
         return None
     if "qkv" not in parts or "proj" not in parts or "attn_drop" not in parts or "proj_drop" not in parts:
         return None
-    plain = is_plain_linear(attn.qkv) and is_plain_linear(attn.proj) and computes(attn, _ATTENTIONS)
+    first, last = parts["qkv"], parts["proj"]
+    plain = is_plain_linear(first) and is_plain_linear(last) and computes(attn, _ATTENTIONS)
     between = [m for name, m in parts.items() if m is not None and name not in ("qkv", "proj")]
-    q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
+    q_norm, k_norm = parts.get("q_norm"), parts.get("k_norm")
     known = all(inactive(m) or m in (q_norm, k_norm) for m in between)
-    if not (plain and known and inactive(attn.attn_drop) and inactive(attn.proj_drop) and bypassable((attn,))):
+    if not (plain and known and inactive(parts["attn_drop"]) and inactive(parts["proj_drop"]) and bypassable((attn,))):
         return None
 
     def attend(qkv: Tensor) -> Tensor:
@@ -137,7 +174,7 @@ def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     norms = tuple(m for m in (q_norm, k_norm) if m is not None)
-    return adaln.Half(norm.eps, attn.qkv, attend, attn.proj, norms)
+    return adaln.Half(norm.eps, first, attend, last, norms)
 
 
 def mlp_half(norm: Any, mlp: Any) -> adaln.Half | None:
@@ -147,16 +184,17 @@ def mlp_half(norm: Any, mlp: Any) -> adaln.Half | None:
         return None
     if not is_plain_norm(norm):
         return None
-    if type(mlp.act) not in (nn.GELU, nn.SiLU):
+    act, first, last = parts["act"], parts["fc1"], parts["fc2"]
+    if type(act) not in (nn.GELU, nn.SiLU):
         return None
     rest = [m for name, m in parts.items() if m is not None and name not in ("fc1", "act", "fc2")]
-    silu = type(mlp.act) is nn.SiLU
-    plain = is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2)
-    plain = plain and computes(mlp, _MLPS) and computes(mlp.act, SILUS if silu else _GELUS)
+    silu = type(act) is nn.SiLU
+    plain = is_plain_linear(first) and is_plain_linear(last)
+    plain = plain and computes(mlp, _MLPS) and computes(act, SILUS if silu else _GELUS)
     if not (plain and all(map(inactive, rest)) and bypassable((mlp,))):
         return None
-    gelu = "gelu_tanh" if getattr(mlp.act, "approximate", None) == "tanh" else "gelu"
-    return adaln.Half(norm.eps, mlp.fc1, "silu" if silu else gelu, mlp.fc2)
+    gelu = "gelu_tanh" if getattr(act, "approximate", None) == "tanh" else "gelu"
+    return adaln.Half(norm.eps, first, "silu" if silu else gelu, last)
 
 
 @register

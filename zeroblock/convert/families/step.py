@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...blocks.broadcast import fits_gate, may_grow
-from ...blocks.decision import NOT_ALLOWED, SKIP_BY_GATE, SKIPS, Answer, decide, op_policy
+from ...blocks.decision import NOT_ALLOWED, RUN, SKIP_BY_GATE, SKIPS, Answer, decide, op_policy
 from ...blocks.layers import may_draw
 from ...blocks.one_pass import copy_of_residual
 from ...blocks.residual import skip_residual
@@ -27,7 +27,7 @@ class Step:
     def __init__(
         self, block: Any, branch: GatedBranch, streams: list[Stream], rows: Sequence[Row], layers: dict[str, Any]
     ):
-        self.block, self.branch, self.layers = block, branch, layers
+        self.block, self.branch, self.rows, self.layers = block, branch, rows, layers
         self.streams: list[Stream] = []
         self.norms: list[Any] = []
         self.modulations: list[tuple[Row | None, Row | None]] = []
@@ -48,22 +48,34 @@ class Step:
         found = [submodule(self.block, path) for path in (*self.branch.paths(), *self.branch.others)]
         return [m for m in found if m is not None]
 
-    def run(self, name: str, policy: str) -> None:
+    def fuses(self) -> bool:
+        """Whether every norm is computed in one pass with what waits to be added."""
+        for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True):
+            if not s.fuses(norm, *rows):
+                return False
+        return len(self.read) == len(self.streams)
+
+    def normed(self) -> list[Tensor]:
+        return [s.normed(norm, *rows) for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True)]
+
+    def run(self, name: str, policy: str, h: Sequence[Tensor] | None = None, waits: bool = False) -> None:
+        """h: the norms, where they were computed before; waits: a norm may follow what the branch adds."""
         answer = NOT_ALLOWED if self.read is not self.streams or is_compiling() else self._answer(name, policy)
         if answer in SKIPS:
             return self._skip(answer)
-        h = [s.normed(norm, *rows) for s, norm, rows in zip(self.read, self.norms, self.modulations, strict=True)]
+        h = self.normed() if h is None else h
         for s, gate, y in zip(self.streams, self.gates, self._called(h, self.layers), strict=True):
             if y is None:  # at this call there is no such branch
                 continue
-            if self.last is not None and gate.is_plain() and s.index is None:
+            waits = waits and answer is RUN
+            if self.last is not None and gate.is_plain() and s.index is None and not waits:
                 rows = gate.row.rows  # type: ignore[union-attr]
                 s.x = projected(s.settled(), rows, y, self.last, op_policy(answer, policy))  # type: ignore[arg-type]
             else:
                 s.add(y if self.last is None else self.last(y), gate)
         return None
 
-    def _called(self, h: list[Tensor], layers: dict[str, Any]) -> Sequence[Tensor]:
+    def _called(self, h: Sequence[Tensor], layers: dict[str, Any]) -> Sequence[Tensor]:
         """What the branch's layer returns, for each of its streams."""
         block, branch = self.block, self.branch
         if branch.call is not None:

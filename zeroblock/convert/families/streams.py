@@ -62,6 +62,12 @@ class Stream:
             self.waiting = None
         return self.x
 
+    def fuses(self, norm: Any, shift: Row | None, scale: Row | None) -> bool:
+        """Whether `normed` is one pass."""
+        if self.waiting is None or norm is None:
+            return False
+        return self._fits(norm, shift, scale) and self._fits_branch(*self.waiting)
+
     def normed(self, norm: Any, shift: Row | None, scale: Row | None) -> Tensor:
         """norm(x) * (1 + scale) + shift, in one pass with what waits to be added."""
         fits = norm is not None and self._fits(norm, shift, scale)

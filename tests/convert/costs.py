@@ -1,0 +1,157 @@
+"""What a gated transformer block costs, counted: no clock is involved.
+
+`python -m tests.convert.costs` renews the table (costs.csv), a line for each family:
+
+    results      how many tensors the block returns
+    inference    ops of norms and gates that zeroblock runs in a forward without gradients
+    in a row     the same of a block between others of its class (convert/seam.py)
+    training     the same of a forward with gradients
+    eager        kernels of the block's own forward that are neither products nor attention nor copies
+    beside       such kernels that still run beside zeroblock's ops: in attention, activations and the modulation
+    saved        bytes that autograd keeps for a backward, as a share of the block's own, of 256 tokens
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zeroblock as zb
+from zeroblock import ops
+from zeroblock.convert.families import known
+from zeroblock.testing import saved_activation_bytes
+
+from .cases import randomize_
+from .one_of_each import BLOCKS
+
+TABLE = Path(__file__).parent / "costs.csv"
+FIELDS = ("family", "results", "inference", "in a row", "training", "eager", "beside", "saved")
+WRITTEN_OUT = ("DiTBlock", "PixArtBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointTransformerBlock")
+OPS = [name for name in dir(ops) if ("norm" in name or "gate" in name) and "group" not in name and "bwd" not in name]
+CODES = {f.__code__ for name in OPS if hasattr(f := getattr(ops, name), "__code__")}
+POINTWISE = (
+    *("native_layer_norm", "_fused_rms_norm", "add", "sub", "mul", "div", "rsqrt", "mean", "pow", "tanh", "silu"),
+    *("gelu", "sigmoid", "_to_copy", "type_as", "clamp", "addcmul"),
+)
+
+
+def families() -> list[str]:
+    """The gated transformer blocks."""
+    described = [name for name, kind in known().items() if hasattr(kind, "description")]
+    return [name for name in BLOCKS if name in described or name in WRITTEN_OUT]
+
+
+class _Kernels(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = collections.Counter()  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func._schema.name.split("::")[1].removesuffix("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+    def pointwise(self) -> int:
+        return sum(n for name, n in self.found.items() if name in POINTWISE)
+
+
+def _ours(call: Any) -> int:
+    found: list[int] = []
+    # An op that records a gradient is entered again, directly.
+    sys.setprofile(
+        lambda frame, event, arg: (
+            event == "call" and frame.f_code in CODES and not frame.f_locals["direct"] and found.append(1)
+        )
+    )
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return len(found)
+
+
+def _first(result: Any) -> list[Tensor]:
+    return [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+
+
+def line(name: str) -> dict[str, str]:
+    torch.manual_seed(0)
+    plain: nn.Module = randomize_(BLOCKS[name]()).eval()
+    ours = copy.deepcopy(plain)
+    zb.accelerate(ours)
+    family = known()[name]()
+    args, large = family.example(plain, 4), family.example(plain, 16)
+    method = family.entry(type(plain))
+
+    def run(block: nn.Module, given: tuple) -> Any:
+        return getattr(block, method)(*given)
+
+    kernels = []
+    with torch.no_grad():
+        results = _first(run(ours, args))
+        inference, in_a_row = _ours(lambda: run(ours, args)), ""
+        for block in (plain, ours):
+            with _Kernels() as seen:
+                run(block, args)
+            kernels.append(seen.pointwise())
+        if getattr(family, "seams", name == "DiTBlock"):
+            in_a_row = str(_in_a_row(ours, args, run))
+
+    given = tuple(t.clone().requires_grad_() if _is_floating(t) and t.dim() == 3 else t for t in large)
+    plain.train(), ours.train()
+    exclude = [*given, *plain.parameters(), *ours.parameters()]
+    tensors = [t for t in exclude if isinstance(t, Tensor)]
+    saved = [saved_activation_bytes(lambda b=block: run(b, given), exclude=tensors) for block in (ours, plain)]
+    counts = (len(results), inference, in_a_row, _ours(lambda: run(ours, given)), *kernels)
+    return dict(zip(FIELDS, (name, *map(str, counts), f"{saved[0] / saved[1]:.2f}"), strict=True))
+
+
+def _is_floating(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def _in_a_row(block: nn.Module, args: tuple, run: Any) -> int:
+    """Three blocks, each given what the one before returned: the middle one's ops."""
+    blocks = [copy.deepcopy(block) for _ in range(3)]
+    counts = []
+    for _ in range(2):
+        given, counts = args, []
+        for b in blocks:
+            found: list[Any] = []
+            counts.append(_ours(lambda b=b, given=given, found=found: found.append(run(b, given))))
+            given = _handed_over(args, _first(found[0]), run)
+    return counts[1]
+
+
+def _handed_over(args: tuple, results: list[Tensor], run: Any) -> tuple:
+    """The streams are the first arguments; a family that returns them in another order has two of different sizes."""
+    left, given = list(results), []
+    for t in args:
+        same = [r for r in left if isinstance(t, Tensor) and r.shape == t.shape]
+        given.append(same[0] if same else t)
+        left = [r for r in left if not same or r is not same[0]]
+    return tuple(given)
+
+
+def table() -> dict[str, dict[str, str]]:
+    with TABLE.open(newline="") as file:
+        return {line["family"]: line for line in csv.DictReader(file)}
+
+
+def renew() -> None:
+    torch.set_num_threads(1)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(line, sorted(families())))
+
+
+if __name__ == "__main__":
+    renew()
