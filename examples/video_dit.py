@@ -5,21 +5,20 @@ all of them inside the kernels, and in sampling two rows, of the given frames an
 which token takes which.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from _example import Progress, options
 from PIL import Image
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import zeroblock as zb
 
-args = options(__doc__, steps=(700, "optimizer steps"), out=("video.gif", "the file to write"))
+args = options(__doc__, steps=(1400, "optimizer steps"), out=("video.gif", "the file to write"))
 steps, samplings = (2, 2) if args.quick else (args.steps, 40)
-FRAMES, GIVEN, SIZE, PATCH, D, HEADS, BATCH = 8, 2, 12, 3, 96, 4, 32
-SIDE = SIZE // PATCH
-TOKENS = SIDE**2  # of a frame
+FRAMES, GIVEN, HEIGHT, WIDTH, PATCH = 8, 2, 8, 16, 4
+D, HEADS, DEPTH, BATCH, RATE = 128, 4, 3, 48, 2e-3
+TOKENS = WIDTH // PATCH  # of a frame: strips of PATCH columns
 GLYPHS = """
 01110 00100 01110 11110 00010 11111 00110 11111 01110 01110
 10001 01100 10001 00001 00110 10000 01000 00001 10001 10001
@@ -34,7 +33,7 @@ GLYPHS = """
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.table = nn.Parameter(torch.randn(6, D) / D**0.5)
+        self.table = nn.Parameter(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].repeat(1, D))  # gates begin at 1
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
@@ -69,24 +68,26 @@ def waves(values, count, highest):
 class VideoDiT(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.digit = nn.Linear(PATCH**2, D), nn.Embedding(10, D)
-        self.place = nn.ParameterList(0.3 * torch.randn(n, D) for n in (FRAMES, SIDE, SIDE))
+        self.embed, self.digit = nn.Linear(HEIGHT * PATCH, D), nn.Embedding(10, D)
+        self.place = nn.ParameterList(0.3 * torch.randn(n, D) for n in (FRAMES, TOKENS))
         self.level = nn.Sequential(nn.Linear(32, D), nn.SiLU(), nn.Linear(D, D))
         self.rows = nn.Linear(D, 6 * D)
-        self.blocks = nn.ModuleList(Block() for _ in range(4))
-        self.last = zb.nn.ZeroLinear(D, PATCH**2)
+        nn.init.zeros_(self.rows.weight)
+        nn.init.zeros_(self.rows.bias)
+        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.last = zb.nn.ZeroLinear(D, HEIGHT * PATCH)
 
     def forward(self, video, digits, levels, index=None):
-        """video [B, FRAMES, SIZE, SIZE]; levels of noise in [0, 1]: [B, FRAMES], or [B, K] with an index."""
+        """video [B, FRAMES, HEIGHT, WIDTH]; levels of noise in [0, 1]: [B, FRAMES], or [B, K] with an index."""
         condition = self.level(waves(levels, 16, 6)) + self.digit(digits)[:, None]
         rows = self.rows(F.silu(condition)).unflatten(-1, (6, D))
-        tokens = video.view(-1, FRAMES, SIDE, PATCH, SIDE, PATCH).transpose(3, 4).reshape(len(video), -1, PATCH**2)
-        frame, row, column = self.place
-        x = self.embed(tokens) + (frame[:, None, None] + row[:, None] + column).flatten(0, 2)
+        strips = video.unflatten(3, (TOKENS, PATCH)).transpose(2, 3).flatten(3).flatten(1, 2)
+        frame, place = self.place
+        x = self.embed(strips) + (frame[:, None] + place).flatten(0, 1)
         for block in self.blocks:
             x = block(x, rows, index)
         y = self.last(F.layer_norm(x, (D,)))
-        return y.view(-1, FRAMES, SIDE, SIDE, PATCH, PATCH).transpose(3, 4).reshape(video.shape)
+        return y.view(-1, FRAMES, TOKENS, HEIGHT, PATCH).transpose(2, 3).flatten(3)
 
 
 def noisier(u):
@@ -95,18 +96,15 @@ def noisier(u):
 
 
 def videos(digits):
-    """[len(digits), FRAMES, SIZE, SIZE], 1 on 0: digits that move by up to a pixel in each frame, and turn at the edges."""
+    """[len(digits), FRAMES, HEIGHT, WIDTH], 1 on 0: digits that move a pixel or two a frame and turn at the edges."""
     pixels = torch.tensor([[int(c) for c in word] for word in GLYPHS.split()], dtype=torch.float)
     glyphs = pixels.view(7, 10, 5).transpose(0, 1)
-    time, found = torch.arange(FRAMES), torch.zeros(len(digits), FRAMES, SIZE, SIZE)
+    time, room, found = torch.arange(FRAMES), WIDTH - 5, torch.zeros(len(digits), FRAMES, HEIGHT, WIDTH)
     for video, digit in zip(found, digits.tolist(), strict=True):
-        paths = []
-        for extent in (7, 5):
-            room = SIZE - extent
-            at = torch.randint(2 * room, ()) + torch.randint(-1, 2, ()) * time
-            paths.append((room - (at % (2 * room) - room).abs()).tolist())
-        for frame, y, x in zip(video, *paths, strict=True):
-            frame[y : y + 7, x : x + 5] = glyphs[digit]
+        speed, start = (-2, -1, 1, 2)[torch.randint(4, ())], torch.randint(2 * room, ())
+        places = room - ((start + speed * time) % (2 * room) - room).abs()
+        for frame, x in zip(video, places.tolist(), strict=True):
+            frame[1:8, x : x + 5] = glyphs[digit]
     return found
 
 
@@ -116,13 +114,13 @@ data = videos(labels)
 MEAN, STD = data.mean(), data.std()
 data = (data - MEAN) / STD
 model = VideoDiT()
-average = copy.deepcopy(model)
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1)
+average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
+optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.1)
 progress, losses = Progress(lines=4), []
 for number in range(1, steps + 1):
     which = torch.randint(len(data), (BATCH,))
-    clean, noise = data[which], torch.randn(BATCH, FRAMES, SIZE, SIZE)
+    clean, noise = data[which], torch.randn(BATCH, FRAMES, HEIGHT, WIDTH)
     levels = noisier(torch.rand(BATCH, FRAMES))  # every frame its own
     levels[BATCH // 3 :] = levels[BATCH // 3 :, -1:]  # of two thirds as in sampling: one for all
     levels[2 * BATCH // 3 :, :GIVEN] = 0  # but for frames that are given
@@ -133,8 +131,7 @@ for number in range(1, steps + 1):
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    with torch.no_grad():
-        torch._foreach_lerp_([*average.parameters()], [*model.parameters()], max(0.02, 1 / number))
+    average.update_parameters(model)
     losses.append(loss.item())
     progress("train", number, steps, f"loss {loss.item():.4f}")
 progress.close()
@@ -142,9 +139,9 @@ progress.close()
 
 @torch.no_grad()
 def sample(start, digits):
-    """Videos that begin with the frames of `start`, out of noise: a step at a time towards what the model calls clean."""
+    """Videos that begin with the frames of `start`: out of noise, in steps towards what the model takes for clean."""
     given = start.shape[1]
-    video = torch.cat([start, torch.randn(len(start), FRAMES - given, SIZE, SIZE)], 1)
+    video = torch.cat([start, torch.randn(len(start), FRAMES - given, HEIGHT, WIDTH)], 1)
     index = (torch.arange(FRAMES * TOKENS) >= given * TOKENS).int()  # row 0: the given frames; row 1: all others
     schedule = noisier(torch.linspace(1, 0, samplings + 1)).tolist()
     for number, (level, lower) in enumerate(zip(schedule, schedule[1:], strict=False)):
@@ -162,10 +159,12 @@ real = (videos(digits) - MEAN) / STD
 continued, made = sample(real[:, :GIVEN], digits), sample(real[:, :0], digits)
 error = (continued - real)[:, GIVEN:].square().mean() / real[:, GIVEN:].square().mean()
 
-rows = torch.stack([real, continued, made]) * STD + MEAN  # [3, 10, FRAMES, SIZE, SIZE], from above to below
+rows = torch.stack([real, continued, made]) * STD + MEAN  # [3, 10, FRAMES, HEIGHT, WIDTH], from above to below
 sheets = F.pad(1 - rows.clamp(0, 1), (1, 1, 1, 1), value=0.8).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 pages = [Image.fromarray((255 * sheet).byte().numpy()) for sheet in sheets]
 pages = [page.resize((4 * page.width, 4 * page.height), Image.Resampling.NEAREST) for page in pages]
 pages[0].save(args.out, save_all=True, append_images=pages[1:], duration=200, loop=0)
-print(f"loss {losses[0]:.3f} -> {sum(losses[-20:]) / len(losses[-20:]):.3f}; {args.out}: above real digits, in the middle")
+print(
+    f"loss {losses[0]:.3f} -> {sum(losses[-20:]) / len(losses[-20:]):.3f}. {args.out}: above real digits, in the middle"
+)
 print(f"their first {GIVEN} frames continued (off by {100 * error:.0f} % of the variance), below made from noise alone")

@@ -88,6 +88,11 @@ def test_doctor_status_and_files(folder, capsys, factory, status):
     assert capsys.readouterr().out == ""
 
 
+def test_json_alone(folder, capsys):
+    assert cli.main(["doctor", "factories:dead", "--json", "-"]) == 1
+    assert json.loads(capsys.readouterr().out)["healthy"] is False
+
+
 def test_doctor_with_shapes(folder):
     assert cli.main(["doctor", "factories:model_alone", "--shape", "4,8", "--quiet"]) == 0
     assert (
