@@ -14,7 +14,7 @@ EXAMPLES = re.findall(r"```python\n((?:(?!```).)*)```(?:\n\n```text\n(.*?)```)?"
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 4 and sum(bool(text) for _, text in EXAMPLES) >= 2
+    assert len(EXAMPLES) >= 3 and sum(bool(text) for _, text in EXAMPLES) >= 2
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
