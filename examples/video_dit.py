@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import zeroblock as zb
 
-args = options(__doc__, steps=(1400, "optimizer steps"), out=("video.gif", "the file to write"))
+args = options(__doc__, steps=(1200, "optimizer steps"), out=("video.gif", "the file to write"))
 steps, samplings = (2, 2) if args.quick else (args.steps, 40)
 FRAMES, GIVEN, HEIGHT, WIDTH, PATCH = 8, 2, 8, 16, 4
 D, HEADS, DEPTH, BATCH, RATE = 128, 4, 3, 48, 2e-3

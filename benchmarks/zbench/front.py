@@ -114,7 +114,9 @@ def _block(axis) -> None:
     arrow((3.3, 7.9), (0.7, 7.9), (0.7, 2.0), (1.4, 2.0))
     axis.set(xlim=(0, 11.5), ylim=(0, 8.3))
     axis.axis("off")
-    axis.set_title("a ResBlock in float32: each blue box is one kernel", fontsize=9, color=INK)
+    axis.set_title(
+        "a ResBlock in float32: a blue box is one kernel, after its norm's statistics", fontsize=9, color=INK
+    )
 
 
 def _models(axis, folder: Path) -> None:
