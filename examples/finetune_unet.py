@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import zeroblock as zb
 from zeroblock.testing import saved_activation_bytes
 
-args = options(__doc__, steps=(60, "optimizer steps"), batch=(8, "pictures in a step"))
+args = options(__doc__, steps=(40, "optimizer steps"), batch=(8, "pictures in a step"))
 steps, size, width = (2, 16, 32) if args.quick else (args.steps, 32, 64)
 
 torch.manual_seed(0)

@@ -53,7 +53,7 @@ def load_factory(target: str) -> Callable[[], Any]:
     """
     where, colon, name = target.rpartition(":")
     if not colon or not where or not name:
-        raise CommandError(f"factory must be given as package.module:name or file.py:name, got {target!r}")
+        raise CommandError(f"factory must be given as package.module:name, file.py:name or a folder, got {target!r}")
     try:
         if where.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(where).stem, where)
@@ -141,18 +141,17 @@ def run_doctor(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     finally:
         progress.close()
-    if options.json:
-        _write(options.json, diagnosis.to_json())
-    if options.html:
-        _write(options.html, diagnosis.to_html())
-    if not options.quiet:
+    for path, text in ((options.json, diagnosis.to_json), (options.html, diagnosis.to_html)):
+        if path:
+            _write(path, text())
+    if not options.quiet and options.json != "-":
         print(render(diagnosis))
     return diagnosis.exit_status
 
 
 def _write(path: str, text: str) -> None:
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        print(text) if path == "-" else Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error}") from error
 
@@ -170,7 +169,8 @@ def run_bench(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     if options.json:
         _write(options.json, comparison.to_json())
-    print(comparison)
+    if options.json != "-":
+        print(comparison)
     return 0 if comparison.equal else 1
 
 
@@ -245,12 +245,12 @@ def parser() -> argparse.ArgumentParser:
         run_doctor,
         "will this initialisation learn, and when does each branch wake up?",
         "Predicts from the zeros of a model when each parameter gets its first gradient, checks it with plain SGD "
-        "steps (undone afterwards), and names what is dead or symmetric. Exit status 1 if anything is.",
+        "steps (undone afterwards), and names what is dead or symmetric. Exit status: 1 if anything is, 2 cannot run.",
         configured.LIMIT,
     )
     command.add_argument("--steps", type=positive(int), default=4, help="SGD steps (default: 4)")
     command.add_argument("--lr", type=positive(float), default=1e-2, help="their learning rate (default: 0.01)")
-    command.add_argument("--json", metavar="FILE", help="write everything found as JSON")
+    command.add_argument("--json", metavar="FILE", help="write everything found as JSON; -: print it alone")
     command.add_argument("--html", metavar="FILE", help="write a page with timeline, table and explanation")
     command.add_argument("--quiet", action="store_true", help="print nothing; the exit status tells")
 
@@ -260,12 +260,12 @@ def parser() -> argparse.ArgumentParser:
         "your own model in eager mode, compiled, accelerated, both, and frozen: which to use",
         "Times a model and an accelerated copy of it in turns, each as it is and under torch.compile, for inference "
         "also frozen; counts the bytes saved for backward and the most that a training step allocates; compares loss "
-        "and gradients, and says which to use. Exit status 1 if they differ.",
+        "and gradients, and says which to use. Exit status: 1 if they differ, 2 cannot run.",
         math.inf,
     )
     command.add_argument("--seconds", type=positive(float), default=5.0, help="for inference and for training each")
     command.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
-    command.add_argument("--json", metavar="FILE", help="write everything measured as JSON")
+    command.add_argument("--json", metavar="FILE", help="write everything measured as JSON; -: print it alone")
     command.add_argument("--picture", metavar="FILE", help="draw it, by the ending as PNG, SVG or PDF")
 
     command = commands.add_parser("info", help="what is built and why not", description="What is built and why not.")

@@ -21,11 +21,9 @@ def test_report_says_what_is_zero_now():
         ("blocks.0.out_layers.3", "ResBlock", True),
         ("blocks.1.out_layers.3", "ResBlock", False),
     ]
-    header, _, titles, first, second = str(report).splitlines()
-    assert header == (
-        "zeroblock: 2 blocks accelerated, 2 residual branches fused, 0 only skipped while zero, 1 zero now, "
-        "0 blocks left alone"
-    )
+    header, counts, _, titles, first, second = str(report).splitlines()
+    assert header == "zeroblock: 2 of 2 blocks fused, 0 only skipped while zero, 0 left alone"
+    assert counts == "residual branches: 2, zero now: 1"
     assert titles.split() == ["branch", "family", "zero", "now", "backend"]
     assert first.split()[:3] == ["blocks.0.out_layers.3", "ResBlock", "yes"] and second.split()[2] == "no"
     reset_counters()
@@ -38,10 +36,20 @@ def test_what_is_only_skipped_stands_apart():
     nn.init.zeros_(conv.weight)
     report = zb.accelerate(nn.Sequential(Net(), conv))
     lines = str(report).splitlines()
-    assert ", 2 residual branches fused, 1 only skipped while zero, 3 zero now, " in lines[0]
+    assert lines[0] == "zeroblock: 2 of 3 blocks fused, 1 only skipped while zero, 0 left alone"
+    assert (report.blocks, report.fused, report.only_skipped) == (3, 2, 1)
     at = next(i for i, line in enumerate(lines) if line.startswith("only skipped "))
     assert lines[at + 1].split() == ["1", "ZeroLayer", "yes"]
     assert [b.fused for b in report.branches if b.family == "ZeroLayer"] == [False]
+
+
+def test_parts_are_no_blocks():
+    normalization = pytest.importorskip("diffusers.models.normalization")
+    norms = nn.Sequential(*(normalization.AdaLayerNormZero(16) for _ in range(2)))
+    report = zb.accelerate(norms)
+    first, second = str(report).splitlines()
+    assert first.startswith("zeroblock: 0 of 0 blocks fused,") and second.endswith("; parts of blocks: 2")
+    assert (report.blocks, report.fused, report.only_skipped) == (2, 0, 0)
 
 
 def test_backend_of_the_forward():

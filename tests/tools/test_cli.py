@@ -88,6 +88,11 @@ def test_doctor_status_and_files(folder, capsys, factory, status):
     assert capsys.readouterr().out == ""
 
 
+def test_json_alone(folder, capsys):
+    assert cli.main(["doctor", "factories:dead", "--json", "-"]) == 1
+    assert json.loads(capsys.readouterr().out)["healthy"] is False
+
+
 def test_doctor_with_shapes(folder):
     assert cli.main(["doctor", "factories:model_alone", "--shape", "4,8", "--quiet"]) == 0
     assert (
@@ -247,8 +252,8 @@ def test_what_bench_advises():
     }
     found = bench.Comparison("", times, {"eager": 100, "accelerate": 40}, {}, {}, True, {})
     assert found.advice == (
-        "Use for inference accelerate (2.00x eager), for training eager (1.00x eager). "
-        "accelerate saves 0.40x of eager's bytes for backward."
+        "Use for inference accelerate (2.00x eager), for training eager (nothing beats it). "
+        "accelerate keeps 0.40x of eager's bytes for backward."
     )
 
 

@@ -14,7 +14,7 @@ EXAMPLES = re.findall(r"```python\n((?:(?!```).)*)```(?:\n\n```text\n(.*?)```)?"
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 4 and sum(bool(text) for _, text in EXAMPLES) >= 2
+    assert len(EXAMPLES) >= 3 and sum(bool(text) for _, text in EXAMPLES) >= 2
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
@@ -70,3 +70,7 @@ def test_what_tiny_tensors_cost_is_the_stored_result(monkeypatch):
         lost = [1 / r["ratio"] for r in rows if r["op"] == ids[0] and ids[1] in r["shape"]]
         (said,) = re.findall(rf"{words}[a-z ]* (\d\.\d) times", README)
         assert float(said) == pytest.approx(max(lost), abs=0.05), words
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 125

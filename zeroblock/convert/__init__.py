@@ -184,7 +184,9 @@ def coverage(model: nn.Module | Pipeline) -> Report:
 
 def _report(found: list[Found], left_alone: list[LeftAlone]) -> Report:
     rows = [row for path, block, family, _ in found for row in _rows(path, block, family)]
-    return Report(tuple(rows), tuple(left_alone), len(found))
+    skipped = sum(family.only_skips for _, _, family, _ in found)
+    fused = sum(not family.only_skips and bool(family.branches(block)) for _, block, family, _ in found)
+    return Report(tuple(rows), tuple(left_alone), len(found), fused, skipped)
 
 
 def restore(model: nn.Module | Pipeline) -> int:

@@ -110,11 +110,14 @@ class LeftAlone:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The result of `accelerate`; prints as a table. `blocks` counts the blocks converted by this call."""
+    """The result of `accelerate`; prints as a table. `blocks` counts what was converted by this call: blocks that are
+    `fused`, blocks that are `only_skipped` while zero, and parts of blocks that are left alone, as their norms."""
 
     branches: tuple[Branch, ...]
     left_alone: tuple[LeftAlone, ...]
     blocks: int
+    fused: int
+    only_skipped: int
 
     def counters(self) -> dict[str, tuple[int, int]]:
         """{family: (branches executed, branches skipped)} of the whole process since `zeroblock.testing.
@@ -126,9 +129,11 @@ class Report:
         zeros = sum(b.zero is True for b in self.branches)
         fused = [b for b in self.branches if b.fused]
         skipped = [b for b in self.branches if not b.fused]
+        parts = self.blocks - self.fused - self.only_skipped
         lines = [
-            f"zeroblock: {self.blocks} blocks accelerated, {len(fused)} residual branches fused, {len(skipped)} only "
-            f"skipped while zero, {zeros} zero now, {len(self.left_alone)} blocks left alone"
+            f"zeroblock: {self.fused} of {self.fused + self.only_skipped + len(self.left_alone)} blocks fused, "
+            f"{self.only_skipped} only skipped while zero, {len(self.left_alone)} left alone",
+            f"residual branches: {len(self.branches)}, zero now: {zeros}" + f"; parts of blocks: {parts}" * bool(parts),
         ]
         words = {True: "yes", False: "no", None: "unknown"}
         if fused:

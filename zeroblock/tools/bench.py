@@ -65,10 +65,12 @@ class Comparison:
         for mode in MODES:
             times = self.times[mode]
             best = max(times, key=lambda way: times[way].lo if way != EAGER else 1.0)
-            found.append(f"for {mode} {best} ({times[best].ratio:.2f}x eager)")
+            found.append(
+                f"for {mode} {best} ({'nothing beats it' if best == EAGER else f'{times[best].ratio:.2f}x eager'})"
+            )
         text = "Use " + ", ".join(found) + "."
         before, after = (self.saved_bytes.get(way, 0) for way in (EAGER, ACCELERATE))
-        return text + (f" accelerate saves {after / before:.2f}x of eager's bytes for backward." if before else "")
+        return text + (f" accelerate keeps {after / before:.2f}x of eager's bytes for backward." if before else "")
 
     def to_json(self) -> str:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -76,7 +78,7 @@ class Comparison:
         return json.dumps({**fields, "advice": self.advice}, indent=2)
 
     def __str__(self) -> str:
-        heads = ("", *(f"{mode}, ms   x eager" for mode in MODES), "saved, MiB", "peak, MiB")
+        heads = ("", *(f"{mode}, ms   x eager" for mode in MODES), "kept for backward, MiB", "peak, MiB")
         rows = [heads, *(self._row(way) for way in WAYS if any(way in self.times[mode] for mode in MODES))]
         widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
         table = ["  ".join(f"{cell:{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows]
