@@ -17,6 +17,7 @@ from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import NOT_ALLOWED, bypassable, op_policy
 from ...blocks.residual import residual_branch
 from ...ops.register import left_to_compiler
+from ...plan.mode import rounds_as_eager
 from ...reference import added, apply_activation, modulation
 from ..family import Family
 
@@ -74,7 +75,9 @@ def norm_kind(norm: Any) -> str | None:
 
 
 def fits(norm: Any, x: Tensor, *vectors: Tensor) -> bool:
-    """Whether the fused ops take norm and modulation here, and give the dtype eager does."""
+    """Whether the fused ops take norm and modulation here, and give the dtype eager does, rounded once."""
+    if rounds_as_eager():
+        return False
     if not _same_batch(x, *vectors) or not is_plain(x, getattr(norm, "weight", None), getattr(norm, "bias", None)):
         return False
     if cannot_be_saved(x):
@@ -119,6 +122,7 @@ def modulated_linear(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, linear:
 def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch; gate [B, D]"""
     fits = not left_to_compiler(residual) and residual.dim() == 3 and is_plain(residual, gate, branch)
+    fits = fits and not rounds_as_eager()
     return add_gated(residual, gate, branch) if fits else added(residual, modulation(gate) * branch)
 
 
@@ -142,7 +146,7 @@ def gated_branch(
 
 def projected(residual: Tensor, gate: Tensor, h: Tensor, proj: Any, policy: str) -> Tensor:
     """residual + gate * proj(h); gate [B, D]"""
-    plain = is_plain_linear(proj) and bypassable((proj,)) and is_plain(residual, gate, h)
+    plain = is_plain_linear(proj) and bypassable((proj,)) and is_plain(residual, gate, h) and not rounds_as_eager()
     if not plain or not fits_gate(gate, residual.shape) or h.shape[:-1] != residual.shape[:-1]:
         return gated(residual, gate, proj(h))
     return functional.linear_gate_residual(h, proj.weight, proj.bias, gate, residual, zero_skip=policy)
@@ -248,6 +252,8 @@ def is_split(ff: nn.Module) -> bool:
 def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
     """(first, activation, last) of a feed-forward without active dropout; `first` includes an activation that the ops
     do not know (activation None). None: it is to be called as a whole."""
+    if rounds_as_eager():
+        return None
     if isinstance(ff, nn.Sequential):
         known = len(ff) == 3 and layers.computes(ff, _SEQUENTIALS) and bypassable((ff,))
         if not known or not is_plain_linear(ff[0]) or not is_plain_linear(ff[2]):
