@@ -312,7 +312,7 @@ size_t shared_bytes(const ResidualNorm& p, const Work& w) {
 Work work_of(const ResidualNorm& p, int V) {
   Work w{};
   w.teams = row_teams(p, V);
-  const int64_t wanted = p.B * p.T / kRowNormBlocks, most = wanted < kMostRows ? wanted : kMostRows;
+  const int64_t wanted = p.B * p.T / row_norm_blocks(p.D), most = wanted < kMostRows ? wanted : kMostRows;
   int64_t rows = most > kLeastRows ? most : kLeastRows;
   if (rows > p.T) rows = p.T > 0 ? p.T : 1;
   w.rows = p.index ? rows : ceil_div(rows, w.teams.per_block);
