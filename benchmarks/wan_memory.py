@@ -1,4 +1,4 @@
-"""What a block of Wan 2.2 TI2V holds in a training step: `python benchmarks/wan_memory.py` writes results/wan-memory.md.
+"""What a block of Wan 2.2 holds in a training step: `python benchmarks/wan_memory.py` writes results/wan-memory.md.
 
 An exact account, no measurement: the step runs on fake tensors, which have a size and no memory, and every storage is
 counted from when it is made until nobody holds it. What a kernel allocates for itself does not show: partial sums, of
@@ -197,8 +197,8 @@ def render() -> str:
         "",
         "`python benchmarks/wan_memory.py` writes this page: an exact account on fake tensors, no measurement. Width",
         "3072, 24 heads, feed-forward 14336, 512 tokens of text; tokens and weights in bfloat16, temb and table in",
-        "float32. Beside inputs and weights, the caller's temb among them: tensors of the size of a temb of every token,",
-        "bytes kept for backward, and bytes held at most, all gradients among them.",
+        "float32. Beside inputs and weights (temb among them): tensors of the size of a temb of every token, bytes kept",
+        "for backward, and bytes held at most, all gradients among them.",
         "",
         "| tokens | block | temb, MB | of its size | saved, MB | held at most, MB |",
         "| ---: | --- | ---: | ---: | ---: | ---: |",
