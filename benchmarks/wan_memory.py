@@ -197,7 +197,7 @@ def render() -> str:
         "",
         "`python benchmarks/wan_memory.py` writes this page: an exact account on fake tensors, no measurement. Width",
         "3072, 24 heads, feed-forward 14336, 512 tokens of text; tokens and weights in bfloat16, temb and table in",
-        "float32. Beside inputs and weights (temb among them): tensors of the size of a temb of every token, bytes kept",
+        "float32. Beside inputs and weights (temb among them): tensors of the size of every token's temb, bytes kept",
         "for backward, and bytes held at most, all gradients among them.",
         "",
         "| tokens | block | temb, MB | of its size | saved, MB | held at most, MB |",
