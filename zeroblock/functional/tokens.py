@@ -123,7 +123,17 @@ def _general(
 
 
 def _modulated(op: str, x: Tensor, a: Modulated, index: Tensor | None, rounding: str) -> Tensor:
-    mixed = _checks.floating(op, 1, x=x, **a.tensors())
+    mixed = _checks.floating(
+        op,
+        1,
+        x=x,
+        weight=a.weight,
+        bias=a.bias,
+        shift=a.shift,
+        scale=a.scale,
+        shift_table=a.shift_table,
+        scale_table=a.scale_table,
+    )
     if rounding == "eager":
         return eager_norm(op, x, a, index)
     y: Tensor = residual_norm(op, x, None, a, index, mixed)[1]
