@@ -167,3 +167,14 @@ def cases(quick: bool, group: str = "memory_bound") -> Iterator[Case]:
                     for dtype in DTYPES:
                         for mode in MODES:
                             yield op_case(name, op, shape, layout, dtype, mode, group)
+
+
+# FLUX.1 at 1024 x 1024, and Wan 2.2 TI2V at 704 x 1280 x 121: for a GPU.
+LARGE_TOKENS = ((1, 4608, 3072), (1, 27280, 3072))
+
+
+def large_token_cases() -> Iterator[Case]:
+    for name, op in TOKEN_OPS.items():
+        for shape in LARGE_TOKENS:
+            for mode in MODES:
+                yield op_case(name, op, shape, "", "bf16", mode)
