@@ -187,13 +187,9 @@ inline int pack_size(DType dtype) { return 16 / element_size(dtype); }
 constexpr int64_t kElementwiseBlocks = 1024;   // gate_residual forward and two-pass group norms
 constexpr int64_t kSummingBlocks = 512;        // gate_residual backward: a block writes partial sums
 constexpr int64_t kRowNormBlocks = 448;        // backward of row norms: a block writes three rows of partial sums
-constexpr int64_t kLongRow = 2048;             // of longer rows two blocks on each SM of a B200 have as much in flight,
-constexpr int64_t kLongRowBlocks = 296;        // and of 27,280 tokens the sums are 3 % of the traffic
 constexpr int64_t kZeroFlagBlocks = 256;       // more would start after the flag is cleared
 constexpr int64_t kOnChipBlocks = 96;          // fewer blocks leave most of a GPU idle: then not one block per group,
 constexpr int64_t kClusterBlocks = 64;         // nor a cluster,
 constexpr size_t kSmallSlabBytes = 32 * 1024;  // unless a slab is small anyway
-
-inline int64_t row_norm_blocks(int64_t D) { return D > kLongRow ? kLongRowBlocks : kRowNormBlocks; }
 
 }  // namespace zeroblock::cuda

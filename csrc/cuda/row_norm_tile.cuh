@@ -50,7 +50,7 @@ inline Teams row_norm_teams(const RowNorm& p, int NV, int V, int max_warps) {
   t.warps = static_cast<int>(warps < max_warps ? warps : max_warps);
   t.per_block = t.warps < 8 ? 8 / t.warps : 1;
   t.threads = 32 * t.warps * t.per_block;
-  const int64_t most = ceil_div(p.T, t.per_block), wanted = ceil_div(row_norm_blocks(p.D), p.B > 0 ? p.B : 1);
+  const int64_t most = ceil_div(p.T, t.per_block), wanted = ceil_div(kRowNormBlocks, p.B > 0 ? p.B : 1);
   const int64_t chunks = wanted < most ? wanted : most;
   t.chunk = chunks > 0 ? ceil_div(ceil_div(p.T, chunks), t.per_block) * t.per_block : 1;
   t.chunks = ceil_div(p.T, t.chunk);

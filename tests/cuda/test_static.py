@@ -85,7 +85,7 @@ def test_backward_of_row_norms_has_25_kb_in_flight(D, gate):
         wanted = f"row_norm_bwd_kernel<bf16,8,{gate}>", target
         (row,) = (row for row in ROWS if (row["kernel"], row["target"]) == wanted)
         resident = static.resident(target, threads, int(row["registers"]), shared + int(row["static_shared"]))
-        blocks = min(resident, (296 if D > 2048 else 448) / processors)  # kLongRowBlocks, kRowNormBlocks
+        blocks = min(resident, 448 / processors)  # kRowNormBlocks
         needed = 12_000 if target == "sm_80" else 25_000
         assert blocks * ahead * tensors * 2 * D >= needed, (target, threads, shared, resident)
 

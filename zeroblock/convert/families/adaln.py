@@ -122,7 +122,6 @@ def modulated_linear(norm: Any, x: Tensor, shift: Tensor, scale: Tensor, linear:
 def gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch; gate [B, D]"""
     fits = not left_to_compiler(residual) and residual.dim() == 3 and is_plain(residual, gate, branch)
-    fits = fits and not rounds_as_eager()
     return add_gated(residual, gate, branch) if fits else added(residual, modulation(gate) * branch)
 
 
@@ -252,8 +251,6 @@ def is_split(ff: nn.Module) -> bool:
 def _split(ff: nn.Module) -> tuple[Any, str | None, Any] | None:
     """(first, activation, last) of a feed-forward without active dropout; `first` includes an activation that the ops
     do not know (activation None). None: it is to be called as a whole."""
-    if rounds_as_eager():
-        return None
     if isinstance(ff, nn.Sequential):
         known = len(ff) == 3 and layers.computes(ff, _SEQUENTIALS) and bypassable((ff,))
         if not known or not is_plain_linear(ff[0]) or not is_plain_linear(ff[2]):
