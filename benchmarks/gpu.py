@@ -42,6 +42,8 @@ NAN = float("nan")
 
 def make_cases(quick: bool) -> Iterator[Case]:
     yield from ops.cases(quick)
+    if not quick:
+        yield from ops.large_token_cases()
     for group in ("dense", "zero"):
         yield from (case for case in blocks.cases(quick, group) if case.dtype in DTYPES)
 

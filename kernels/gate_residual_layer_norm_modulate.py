@@ -256,7 +256,7 @@ def backward(
     if long:  # half as many threads, each with twice the registers (spills: python -m tests.triton.static)
         per_thread = max(BACKWARD_PER_THREAD)
     rows, block, warps = tile(D, per_thread)
-    steps = backward_steps(B, T, rows)
+    steps = backward_steps(B, T, D, rows)
     programs = cdiv(T, rows * steps)
     dresidual, dbranch = torch.empty_like(branch), torch.empty_like(branch)
 

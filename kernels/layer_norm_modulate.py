@@ -266,7 +266,7 @@ def backward(
     """(dx, dshift, dscale, dweight, dbias), each in the dtype of its operand; a per-token dshift is dy, left out."""
     B, T, D = x.shape
     rows, block, warps = tile(D, per_thread)
-    steps = backward_steps(B, T, rows)
+    steps = backward_steps(B, T, D, rows)
     programs = cdiv(T, rows * steps)
     kind, scale_rows = kind_of(scale), strides(scale)
     dx = torch.empty_like(x)

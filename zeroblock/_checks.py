@@ -53,7 +53,7 @@ def eps_value(op: str, eps: Any) -> None:
 
 def shapes(op: str, size: tuple, notation: str, **tensors: Tensor | None) -> None:
     for arg, t in tensors.items():
-        if t is not None and tuple(t.shape) != size:
+        if t is not None and t.shape != size:
             raise fail(op, arg, f"have shape {notation} = {list(size)}", list(t.shape))
 
 

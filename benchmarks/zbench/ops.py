@@ -1,7 +1,6 @@
 """Group memory_bound: the fused ops against what users write, each call beside a copy that moves as many bytes."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,20 +9,10 @@ import zeroblock as zb
 from zeroblock.testing import eager_ops
 
 from .case import DTYPES, IMAGES, LAYOUTS, MODES, QUICK_IMAGES, QUICK_TOKENS, TOKENS, Case, Side, Work, shape_text
+from .op import Op, Shape, normal
+from .seams import SEAMS
 
 GROUPS = 32  # of the group norms
-Shape = tuple[int, ...]
-
-
-class Op(NamedTuple):
-    """An op as a function of the tensors here: a block's modulation is one [N, k * C], as its linear layer gives it."""
-
-    eager: Callable[..., Tensor | tuple[Tensor, ...]]
-    own: Callable[..., Tensor | tuple[Tensor, ...]]
-    inputs: Callable[[Shape, torch.dtype], tuple[Tensor, ...]]
-    passes: dict[str, int]  # by mode: how often an activation is read or written at least
-
-
 # Each of these makes, of an op (eager's or zeroblock's), a function of the inputs below.
 
 
@@ -65,67 +54,28 @@ def _gate_modulate(op: Callable) -> Callable:
     return call
 
 
-def _indexed_seam(op: Callable) -> Callable:
-    """Two rows of modulation to choose from, and a table: as Wan 2.2 has them, with a clean first frame."""
-
-    def call(residual: Tensor, branch: Tensor, rows: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-        gate, shift, scale = rows.chunk(3, dim=2)
-        modulation = {"shift": shift, "scale": scale, "shift_table": tables[1], "scale_table": tables[2]}
-        tokens = residual.shape[1]
-        index = (torch.arange(tokens, device=residual.device) >= tokens // 4).long().expand(len(residual), tokens)
-        return op(residual, branch, gate=gate, gate_table=tables[0], index=index, eps=1e-6, **modulation)
-
-    return call
-
-
-def _tanh_seam(op: Callable) -> Callable:
-    """The gate through tanh, RMS norms of the branch and of the sum: as Lumina 2 and Z-Image have them."""
-    options = {"gate_activation": "tanh", "branch_norm": "rms", "norm": "rms"}
-
-    def call(residual: Tensor, branch: Tensor, modulation: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        gate, scale = modulation.chunk(2, dim=1)
-        return op(residual, branch, gate=gate, scale=scale, branch_weight=weights[0], weight=weights[1], **options)
-
-    return call
-
-
-def _normal(shape: Shape, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    return (mean + std * torch.randn(shape)).to(dtype)
-
-
 def _norm_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """x, weight, bias"""
     channels = shape[1:2]
-    return _normal(shape, dtype), _normal(channels, dtype, 1.0, 0.1), _normal(channels, dtype, std=0.1)
+    return normal(shape, dtype), normal(channels, dtype, 1.0, 0.1), normal(channels, dtype, std=0.1)
 
 
 def _film_norm_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return *_norm_inputs(shape, dtype), _normal((shape[0], 2 * shape[1]), dtype, std=0.1)
+    return *_norm_inputs(shape, dtype), normal((shape[0], 2 * shape[1]), dtype, std=0.1)
 
 
 def _modulate_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _normal(shape, dtype), _normal((shape[0], 2 * shape[2]), dtype, std=0.1)
+    return normal(shape, dtype), normal((shape[0], 2 * shape[2]), dtype, std=0.1)
 
 
 def _gate_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """residual, gate, branch"""
-    residual, branch = _normal(shape, dtype), _normal(shape, dtype)
-    return residual, _normal((shape[0], shape[2]), dtype, std=0.1), branch
+    residual, branch = normal(shape, dtype), normal(shape, dtype)
+    return residual, normal((shape[0], shape[2]), dtype, std=0.1), branch
 
 
 def _gate_modulate_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _normal(shape, dtype), _normal(shape, dtype), _normal((shape[0], 3 * shape[2]), dtype, std=0.1)
-
-
-def _indexed_seam_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    batch, _, width = shape
-    rows, tables = _normal((batch, 2, 3 * width), dtype, std=0.1), _normal((3, width), dtype, std=0.1)
-    return _normal(shape, dtype), _normal(shape, dtype), rows, tables
-
-
-def _tanh_seam_inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    rows, weights = _normal((shape[0], 2 * shape[2]), dtype, std=0.1), _normal((2, shape[2]), dtype, 1.0, 0.1)
-    return _normal(shape, dtype), _normal(shape, dtype), rows, weights
+    return normal(shape, dtype), normal(shape, dtype), normal((shape[0], 3 * shape[2]), dtype, std=0.1)
 
 
 IMAGE_OPS = {
@@ -167,18 +117,7 @@ TOKEN_OPS = {
         _gate_modulate_inputs,
         {"inference": 4, "training": 10},
     ),
-    "residual_norm_modulate_index": Op(
-        _indexed_seam(eager_ops.residual_norm_modulate),
-        _indexed_seam(zb.residual_norm_modulate),
-        _indexed_seam_inputs,
-        {"inference": 4, "training": 10},
-    ),
-    "residual_norm_modulate_tanh": Op(
-        _tanh_seam(eager_ops.residual_norm_modulate),
-        _tanh_seam(zb.residual_norm_modulate),
-        _tanh_seam_inputs,
-        {"inference": 4, "training": 10},
-    ),
+    **SEAMS,
 }
 VIDEO_OPS = {
     "channel_rms_norm_silu": IMAGE_OPS["channel_rms_norm_silu"],
@@ -228,3 +167,14 @@ def cases(quick: bool, group: str = "memory_bound") -> Iterator[Case]:
                     for dtype in DTYPES:
                         for mode in MODES:
                             yield op_case(name, op, shape, layout, dtype, mode, group)
+
+
+# FLUX.1 at 1024 x 1024, and Wan 2.2 TI2V at 704 x 1280 x 121: for a GPU.
+LARGE_TOKENS = ((1, 4608, 3072), (1, 27280, 3072))
+
+
+def large_token_cases() -> Iterator[Case]:
+    for name, op in TOKEN_OPS.items():
+        for shape in LARGE_TOKENS:
+            for mode in MODES:
+                yield op_case(name, op, shape, "", "bf16", mode)

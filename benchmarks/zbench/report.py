@@ -8,6 +8,7 @@ from pathlib import Path
 from zeroblock.testing.timing import geometric_mean
 
 from . import store
+from .seams import SEAMS
 
 # Geometric mean of all cases against the better of eager and torch.compile: (inference, training).
 OP_TARGETS = {
@@ -16,8 +17,7 @@ OP_TARGETS = {
     "layer_norm_modulate": (2.3, 2.0),
     "gate_residual": (1.5, 1.6),
     "gate_residual_layer_norm_modulate": (1.6, 1.5),
-    "residual_norm_modulate_index": (1.8, 1.4),
-    "residual_norm_modulate_tanh": (1.8, 1.4),
+    **dict.fromkeys(SEAMS, (1.8, 1.4)),
 }
 WORST_OP = 1.1  # no case below this ...
 COPY_PERCENT = 85.0  # ... unless it runs at this percentage of the copy bandwidth

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import zeroblock as zb
 from zeroblock.convert.families import known
+from zeroblock.convert.trial import tensors as tensors
 
 HERE = Path(__file__).parent
 TABLE = HERE / "coverage.csv"
@@ -163,12 +164,6 @@ def renew() -> None:
         writer.writeheader()
         writer.writerows(lines)
     print(collections.Counter(line["level"] for line in lines))
-
-
-def tensors(result: Any) -> list[Tensor]:
-    from zeroblock.convert.proof import _tensors
-
-    return _tensors(result)
 
 
 if __name__ == "__main__":

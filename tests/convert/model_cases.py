@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import zeroblock as zb
 from zeroblock import testing
 from zeroblock.convert import Reason, Report
-from zeroblock.convert.proof import _tensors as outputs
+from zeroblock.convert.trial import tensors as outputs
 
 from ..twins import Results, assert_within_budget
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock.convert.families import known
-from zeroblock.convert.proof import _tensors as outputs
+from zeroblock.convert.trial import tensors as outputs
 from zeroblock.testing import counters, reset_counters
 
 from .cases import randomize_

@@ -1,5 +1,7 @@
 """Of modulation in all its forms: wrong arguments, eager's roundings, memory, threads, compilers, transforms."""
 
+import typing
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,14 @@ def test_eager_rounding_is_eager_to_the_bit():
     )
     assert_bitwise_equal(x_new, x + chosen.tanh() * F.rms_norm(branch, (D,), None, 1e-6))
     assert_bitwise_equal(y, F.layer_norm(x_new, (D,), None, None, 1e-6) + v)
+
+
+@pytest.mark.skipif(not hasattr(typing, "get_overloads"), reason="Python 3.10 forgets them")
+def test_types_of_results():
+    for f in (zb.layer_norm_modulate, zb.rms_norm_modulate):
+        one, two = (o.__annotations__ for o in typing.get_overloads(f))
+        assert (one["second"], one["return"]) == ("None", "Tensor")
+        assert two["return"] == "tuple[Tensor, Tensor]" and list(one) == list(two) == list(f.__annotations__)
 
 
 def test_dtypes_of_results():

@@ -14,11 +14,11 @@ from ..support import BENCHMARKS, HANG
 pytestmark = [pytest.mark.slow, pytest.mark.one_worker]
 
 CASES = {
-    "memory_bound": 44,
+    "memory_bound": 72,
     "zero": 16,
     "dense": 22,
     "frozen": 11,
-    "overhead": 32,
+    "overhead": 46,
     "saved": 32,
     "models": 24,
     "whole": 12,

@@ -46,6 +46,15 @@ def rows(tmp_path_factory):
     return list(csv.DictReader(path.open(newline="")))
 
 
+def test_tokens_of_a_gpus_size(gpu):
+    """FLUX's and a video's, for every form of a modulation."""
+    from zbench import ops
+
+    found = {case.id for case in gpu.make_cases(quick=False)}
+    assert {f"memory_bound/{op}-1x27280x3072-bf16-{mode}" for op in ops.TOKEN_OPS for mode in ops.MODES} <= found
+    assert len(ops.TOKEN_OPS) >= 12
+
+
 def test_every_case_is_measured(rows, gpu):
     assert [row["case"] for row in rows] == [case.id for case in gpu.make_cases(quick=True)]
     for row in rows:

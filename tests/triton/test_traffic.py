@@ -10,11 +10,11 @@ pytest.importorskip("ml_dtypes")
 
 import triton.language as tl  # noqa: E402
 
-from . import traffic, traffic_cases  # noqa: E402
+from . import partials, traffic, traffic_cases  # noqa: E402
 
 traffic.install()
 
-from zeroblock.kernels import _group_tiles, group_norm_silu, group_norm_silu_bwd  # noqa: E402
+from zeroblock.kernels import _group_tiles, _row_tiles, group_norm_silu, group_norm_silu_bwd  # noqa: E402
 from zeroblock.kernels._launch import recording  # noqa: E402
 
 
@@ -222,6 +222,14 @@ def test_backward_reads_once_beside_its_partial_sums():
     partials = {name: int(row["partials"]) / int(row["compulsory"]) for name, row in rows.items()}
     assert max(share for name, share in partials.items() if name.startswith("group_norm")) <= 0.05, partials
     assert max(partials.values()) <= 0.35, partials
+
+
+def test_partial_sums_of_many_tokens_are_3_percent(monkeypatch):
+    """Of a video's 27,280 tokens of 3072; twice as many programs would show."""
+    shares = {kind: partials.share(kind, 27280) for kind in partials.KINDS}
+    assert max(shares.values()) <= 0.03, shares
+    monkeypatch.setattr(_row_tiles, "LONG_PROGRAMS", 512)
+    assert partials.share("layer_norm_modulate", 27280) > 0.03
 
 
 def test_a_second_read_would_show_in_the_table(monkeypatch):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import functional, reference
 from .._autocast import is_autocast
 from ..ops.register import left_to_compiler
+from ..plan.mode import rounds_as_eager
 from ..reference import apply_activation
 from .decision import NOT_ALLOWED, RUN, SKIPS, Answer, decide, op_policy, runs_eagerly
 from .layers import linear, parameters_of
@@ -205,4 +206,6 @@ def final_layer(
         branch = Branch(Tail(last), activations, parameters_of(*modules), body, hidden, activations[0])
         return skipped_branch(branch, None)
     x, shift, scale = body(*activations)
+    if rounds_as_eager():
+        return last(functional.layer_norm_modulate(x, shift, scale, eps=eps, rounding="eager"))
     return functional.layer_norm_modulate_linear(x, shift, scale, last.weight, last.bias, eps=eps)

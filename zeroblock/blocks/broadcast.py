@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from .._layout import is_settled
+from ..plan.mode import rounds_as_eager
 from ..reference import added, modulation
 
 
@@ -68,7 +69,8 @@ def add_gated(residual: Tensor, gate: Tensor, branch: Tensor, *, tokens: bool = 
     """residual + gate * branch, whatever is broadcast, in the layout that eager gives; of the `tokens` of a transformer
     block in that of the branch."""
     # The op returns what is dense; a permuted residual is added to.
-    if residual.shape == branch.shape and fits_gate(gate, branch.shape) and is_settled(residual):
+    fits = residual.shape == branch.shape and fits_gate(gate, branch.shape) and is_settled(residual)
+    if fits and not rounds_as_eager():
         return functional.gate_residual(residual, gate, branch)
     branch = modulation(gate) * branch
     return added(residual, branch) if tokens else residual + branch

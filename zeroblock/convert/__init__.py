@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 PRECISIONS = ("strict", "fast")
+ROUNDINGS = ("once", "eager")
 
 
 class Pipeline(Protocol):
@@ -104,6 +105,7 @@ def accelerate(
     precision: str = "strict",
     strict: bool = False,
     prefer: str = "memory",
+    rounding: str = "once",
 ) -> Report:
     """Has zeroblock run the blocks of `model` that it knows, in place; returns what was done, printable as a table.
 
@@ -124,6 +126,10 @@ def accelerate(
         prefer: what a training step on a CPU is to have less of where both cannot be had: "memory" runs zeroblock's
             forwards, which keep less for backward; "speed" a block's own where that is measured faster, as inference
             does in any case. `zeroblock.explain(block, *args)` shows the choice.
+        rounding: "once", or "eager", for images that must stay what they were to the bit: norms, modulations, gates and
+            residual sums are PyTorch's operators, one after another, with their roundings, and a block is proved to
+            give its own bits in bfloat16. Branches are skipped while they are zero as ever. Blocks whose forward only
+            rounds once (ResBlocks of U-Nets and autoencoders) are left alone.
         strict: raise when a residual block is left alone, or of one only parts are taken, or none is found.
 
     Called again, the new options replace the old; `restore` undoes it. Accelerate before torch.compile. Before or after
@@ -141,6 +147,7 @@ def accelerate(
     _checks.choice("accelerate", "backend", backend, ("auto", *_backends.BACKENDS))
     _checks.choice("accelerate", "precision", precision, PRECISIONS)
     _checks.choice("accelerate", "prefer", prefer, PREFERENCES)
+    _checks.choice("accelerate", "rounding", rounding, ROUNDINGS)
     if backend == "cpu" and _backends.CPU_MISSING is not None:
         raise RuntimeError(f"accelerate: the cpu backend cannot run: {_backends.CPU_MISSING}")
     _refuse_compiled("accelerate", model)
@@ -148,7 +155,7 @@ def accelerate(
     restore(model)
     try:
         with sharded_weights_count(model):
-            found, left_alone = search(model, [family(zero_skip, backend, precision, prefer) for family in in_order()])
+            found, left_alone = search(model, [f(zero_skip, backend, precision, prefer, rounding) for f in in_order()])
         if strict and (left_alone or not found):
             rest = "\n".join(f"  {b.path} ({b.block}): {b.reason}" for b in left_alone) or "  no block is known"
             raise RuntimeError(f"accelerate: strict, and not everything could be accelerated:\n{rest}")

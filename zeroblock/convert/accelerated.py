@@ -40,7 +40,7 @@ _classes: dict[tuple, type] = {}
 def accelerated_class(original: type, family: Family, proved: frozenset[str] | None = None) -> type:
     """The subclass of `original` whose method is the family's; one per class, family, options and `proved`, which
     optional arguments the family may be given (None: all). TypeError when the class cannot be extended."""
-    key = (original, type(family), family.zero_skip, family.backend, family.precision, family.prefer, proved)
+    key = (original, type(family), family.options_key(), proved)
     if key not in _classes:
         known = _Applied(original, family)
         body = {
@@ -81,6 +81,8 @@ def applied(block: nn.Module) -> _Applied | None:
 def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
     original, family, method, name = known.original, known.family, known.method, known.name
     forward, backend, fast = family.forward, family.backend, family.precision == "fast"
+    eager = family.rounding == "eager"
+    plain = backend == "auto" and not fast and not eager
     only_skips, choice = family.only_skips, known.choice
     taken = _Taken(forward, method, proved)
     sure = taken.sure
@@ -88,7 +90,7 @@ def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
     @functools.wraps(method)
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         compiled = is_compiling()
-        if compiled and only_skips:
+        if compiled and (only_skips or eager):  # a compiler rounds in its own way
             return method(self, *args, **kwargs)
         if len(args) > sure and not taken.positional(args) or kwargs and not taken.keywords(kwargs, len(args)):
             return method(self, *args, **kwargs)  # a fork's own argument, or one that was not proved
@@ -96,13 +98,15 @@ def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
             return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
         if not compiled and choice is not None and choice.prefers_original(self, forward, method, args, kwargs):
             return method(self, *args, **kwargs)
-        if compiled or backend == "auto" and not fast:  # what runs when it was compiled asks for its backend then
+        if compiled or plain:  # what runs when it was compiled asks for its backend then
             return forward(self, *args, **kwargs)
         with contextlib.ExitStack() as options:
             if backend != "auto":
                 options.enter_context(_backends.use_backend(backend))
             if fast:
                 options.enter_context(_mode.allow_reduced())
+            if eager:
+                options.enter_context(_mode.eager_rounding())
             return forward(self, *args, **kwargs)
 
     return replaced

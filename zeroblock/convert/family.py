@@ -10,6 +10,8 @@ file of its own in `families/`; it never imports the package whose blocks it kno
     inner      whether it leaves blocks alone that belong to an outer block (see below)
     only_skips  whether its forward is the original unless it skips: the original runs what is not zero, and under
                torch.compile, where no branch is skipped as a whole, everything
+    eager_rounding  whether its forward computes with PyTorch's operators, one after another, where it is asked to
+               (plan/mode.py): only then accelerate(rounding="eager") takes it, and proves that too
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
                forward and in training backward (three lines of use)
 
@@ -70,9 +72,21 @@ class Family:
     method: ClassVar[str] = "forward"
     inner: ClassVar[bool] = False
     only_skips: ClassVar[bool] = False
+    eager_rounding: ClassVar[bool] = False
 
-    def __init__(self, zero_skip: str = "auto", backend: str = "auto", precision: str = "strict", prefer: str = ""):
+    def __init__(
+        self,
+        zero_skip: str = "auto",
+        backend: str = "auto",
+        precision: str = "strict",
+        prefer: str = "",
+        rounding: str = "once",
+    ):
         self.zero_skip, self.backend, self.precision, self.prefer = zero_skip, backend, precision, prefer
+        self.rounding = rounding
+
+    def options_key(self) -> tuple[str, ...]:
+        return self.zero_skip, self.backend, self.precision, self.prefer, self.rounding
 
     def knows(self, block: nn.Module) -> bool:
         """Whether the block could be one of this family's, by the names of its class and bases."""

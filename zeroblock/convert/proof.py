@@ -2,8 +2,9 @@
 
 Both run in training mode, with gradients, and in eval mode, without; with few pixels or tokens and with many; with
 operands of one sample beside others of two; with each optional argument; and once more with zero branches where the
-family left dense ones to the original. A block that differs anywhere is left alone, an optional argument that does is
-left to the original (`family.py`).
+family left dense ones to the original. Where blocks are to round as eager does, both run in bfloat16 too, and give the
+same bits. A block that differs anywhere is left alone, an optional argument that does is left to the original
+(`family.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,8 @@ from .accelerated import accelerated_class
 from .family import SMALL, Family
 from .random_copy import random_copy
 from .report import Obstacle, Reason
+from .trial import as_bfloat16, close, run
 
-# Both run in float32: what rounds differently is below, another formula is far above.
-TOLERANCE = 1e-3
 # The side of the large examples (`Family.example`): neither it nor its square fits into a window of attention, or is a
 # multiple of one.
 LARGE = 17
@@ -39,21 +39,12 @@ class Verdict(NamedTuple):
     options: frozenset[str] | None = None
 
 
-class _Result(NamedTuple):
-    """What a call gave: its structure, the floating tensors in it and the gradients of its floating inputs, and the
-    random stream afterwards."""
-
-    structure: Any
-    tensors: list[Tensor]
-    stream: Tensor
-
-
 _proved: dict[tuple, Verdict] = {}
 
 
 def verdict(block: nn.Module, family: Family) -> Verdict:
     """Whether both forwards agree; remembered by fingerprint."""
-    key = (type(family), *_fingerprint(block, family))
+    key = (type(family), family.rounding, *_fingerprint(block, family))
     if key not in _proved:
         _proved[key] = _compare(block, family)
     return _proved[key]
@@ -90,6 +81,8 @@ def _compare(block: nn.Module, family: Family) -> Verdict:
         options = frozenset[str]() if obstacle is not None else pair.proved_options(example, given)
         if obstacle is None and pair.asked_original and pair.zero_branches():
             obstacle = pair.obstacle(example, large)
+        if obstacle is None and family.rounding == "eager":
+            obstacle = pair.other_bits(example) or pair.other_bits(_first(large))
         return Verdict(obstacle, options)
 
 
@@ -98,7 +91,7 @@ class _Pair:
 
     def __init__(self, twin: nn.Module, family: Family):
         self.twin, self.family, self.original = twin, family, type(twin)
-        self.accelerated: Any = accelerated_class(self.original, type(family)("sync"))
+        self.accelerated: Any = accelerated_class(self.original, type(family)("sync", rounding=family.rounding))
         self.asked_original = False  # whether the family's forward has called it
         self.method = family.entry(self.original)
 
@@ -114,6 +107,23 @@ class _Pair:
                     found = None
         return found
 
+    def other_bits(self, args: tuple) -> Obstacle | None:
+        """How the bits of the results differ in bfloat16, if they do."""
+        twin, parameters = self.twin, copy.deepcopy(self.twin.state_dict())
+        self.twin = twin.bfloat16()
+        args = tuple(as_bfloat16(t) for t in args)
+        found = None
+        try:
+            for zero_branch in (None, *self.family.branches(twin)):
+                for t in self.family.branches(twin)[zero_branch] if zero_branch is not None else ():
+                    t.detach().zero_()
+                found = found or self.differ(args, {}, False, same=torch.equal)
+                twin.load_state_dict(parameters)
+        finally:
+            self.twin = twin.float()
+            self.twin.load_state_dict(parameters)
+        return found and Obstacle(Reason.ROUNDING, f"in bfloat16 {found.found}")
+
     def zero_branches(self) -> bool:
         """Makes every branch zero; False where there is none."""
         tensors = [t for branch in self.family.branches(self.twin).values() for t in branch if not t.is_meta]
@@ -128,8 +138,9 @@ class _Pair:
         training: bool,
         gradients: bool = False,
         where_theirs_fails: Reason = Reason.UNTRIED,
+        same: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> Obstacle | None:
-        """How the results differ, if they do."""
+        """How the results differ, if they do; same: what equal tensors are, None: close ones."""
         self.twin.train(training)
         results = []
         for kind in (self.original, self.accelerated):
@@ -139,7 +150,7 @@ class _Pair:
             self.family.forget(self.twin)
             try:
                 with self._watched():
-                    results.append(_run(getattr(self.twin, self.method), args, kwargs, gradients))
+                    results.append(run(getattr(self.twin, self.method), args, kwargs, gradients))
             except Exception as error:  # whatever foreign code raises on our example
                 said = f"forward fails on the example of {self.family.name}: {_said(error)}"
                 if kind is self.original:
@@ -152,12 +163,7 @@ class _Pair:
             return Obstacle(Reason.RANDOM, "its forward draws random numbers in eval mode")
         if theirs.structure != ours.structure:
             return Obstacle(Reason.FORK, f"its forward returns something else than {self.family.name}")
-        # Everything is of size 1 here: what is a hundredth of that may be rounding alone (a norm cancels its bias).
-        close = all(
-            torch.isfinite(a).all() and (a - b).norm() <= TOLERANCE * max(a.norm(), 0.01 * a.numel() ** 0.5)
-            for a, b in zip(theirs.tensors, ours.tensors, strict=True)
-        )
-        if not close:
+        if not all(map(same or close, theirs.tensors, ours.tensors)):
             return Obstacle(Reason.FORK, f"its forward does not compute what {self.family.name} does")
         if not torch.equal(theirs.stream, ours.stream):
             return Obstacle(Reason.RANDOM, f"its forward draws other random numbers than {self.family.name}")
@@ -238,46 +244,5 @@ def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)[1:]
 
 
-def _run(method: Any, args: tuple, kwargs: dict[str, Any], gradients: bool) -> _Result:
-    inputs = [t.clone().requires_grad_(gradients) if _is_floating(t) else copy.deepcopy(t) for t in args]
-    kwargs = copy.deepcopy(kwargs)
-    with torch.set_grad_enabled(gradients):
-        # Non-leaves like in a model: blocks may write into their input's successors, never into the input.
-        result = method(*(t * 1 if _is_floating(t) else t for t in inputs), **kwargs)
-        # What it leaves in lists and dicts that it was given (caches of frames) is a result too.
-        left = [t for t in (*inputs, *kwargs.values()) if isinstance(t, (list, dict))]
-        result = (result, left) if left else result
-        tensors, stream = _tensors(result), torch.default_generator.get_state()
-        if gradients:
-            loss = torch.zeros(())
-            for t in tensors:
-                loss = loss + (t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum()
-            wanted = [t for t in inputs if _is_floating(t)]
-            found = torch.autograd.grad(loss, wanted, allow_unused=True)
-            tensors += [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
-    return _Result(_structure(result), [t.detach() for t in tensors], stream)
-
-
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _is_floating(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.is_floating_point()
-
-
-def _structure(result: Any) -> Any:
-    """The classes of a result and of what it holds, shapes and dtypes of tensors."""
-    if isinstance(result, Tensor):
-        return result.shape, result.dtype
-    if isinstance(result, dict):
-        return type(result), [(key, _structure(value)) for key, value in result.items()]
-    return (type(result), list(map(_structure, result))) if isinstance(result, (tuple, list)) else type(result)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    """The floating tensors of a result, in the order in which a tuple, dict or model output holds them."""
-    if isinstance(result, Tensor):
-        return [result] if result.is_floating_point() else []
-    values = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else ()
-    return [t for value in values for t in _tensors(value)]

@@ -65,6 +65,11 @@ class Reason(enum.Enum):
         "its weights are still DTensors when it is called (tensor parallelism): zeroblock computes with whole weights. "
         "Data parallelism (DDP, fully_shard) is no obstacle; accelerate the model that fully_shard was given",
     )
+    ROUNDING = (
+        "rounding",
+        "with rounding='eager' zeroblock takes the blocks whose bits it gives: this one runs as before, and its zero "
+        "layers are skipped all the same. Accelerate with rounding='once' to have it fused",
+    )
     RANDOM = (
         "random numbers",
         "it draws random numbers where the known block does not, and skipping it would shift the stream; take the "

@@ -9,8 +9,8 @@ in between (what a ControlNet adds, a hook that returns another tensor, a cache 
 its own norm, and the seam rests for a while.
 
 Without gradients alone: to add into a block's result in place is right in eager training, and would destroy what the
-norm saves. Not for inference tensors, which do not tell that they were changed, nor while the next block has hooks of
-its own (FSDP, offloading, caches) or a compiler looks on.
+norm saves. Not for inference tensors, which do not tell that they were changed (and a change through `.data` tells
+nobody), nor while the next block has hooks of its own (FSDP, offloading, caches) or a compiler looks on.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .. import zero
 from .._autocast import is_autocast
 from ..blocks.decision import is_watched, runs_eagerly
+from ..plan.mode import rounds_as_eager
 
 # Of a tensor: (the note, which of the results it is).
 _ATTRIBUTE = "_zeroblock_note"
@@ -97,6 +98,7 @@ def possible(x: Any) -> bool:
         or type(x) not in zero.PLAIN_TYPES
         or not runs_eagerly()
         or torch.is_inference_mode_enabled()
+        or rounds_as_eager()
         or is_autocast(x.device)
     )
 

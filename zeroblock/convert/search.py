@@ -88,6 +88,8 @@ def _tried(block: nn.Module, path: str, model: nn.Module, family: Family) -> pro
     if vars(block).keys() & {"forward", entry, "_hf_hook"}:
         said = f"its {entry} is replaced on the instance (an offloading or casting hook)"
         return proof.Verdict(Obstacle(Reason.WATCHED, said))
+    if family.rounding == "eager" and not (family.eager_rounding or family.only_skips):
+        return proof.Verdict(Obstacle(Reason.ROUNDING, f"the forward of {family.name} rounds once"))
     try:
         accelerated_class(type(block), family)
     except TypeError as error:

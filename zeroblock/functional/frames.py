@@ -33,12 +33,16 @@ def settled(op: str, tokens: list[Tensor], rows: Named, index: MaybeTensor) -> F
     """All for one batch; a batch of 1 expands as in eager."""
     size = tokens[0].shape
     B, T, D = size
-    if index is None and (len(tokens) == 1 or tokens[1].shape == size):
-        for v in rows.values():
-            if v is not None and v.shape != (B, D) and v.shape != size and v.shape != (D,):
-                break
+    if len(tokens) == 1 or tokens[1].shape == size:
+        if index is not None:
+            if (forms := _as_they_are(op, tokens, rows, index)) is not None:
+                return forms
         else:
-            return Forms(tokens, list(rows.values()), None, size)
+            for v in rows.values():
+                if v is not None and v.shape != (B, D) and v.shape != size and v.shape != (D,):
+                    break
+            else:
+                return Forms(tokens, list(rows.values()), None, size)
     at = 3 if index is not None else 2  # dimensions of an operand that has a batch
     batches = [t.shape[0] for t in tokens] + [v.shape[0] for v in rows.values() if v is not None and v.dim() >= at]
     if index is not None:
@@ -64,6 +68,27 @@ def settled(op: str, tokens: list[Tensor], rows: Named, index: MaybeTensor) -> F
     return Forms(flat, [_by_frame(v, batch, F, T) for v in given], None, size)
 
 
+def _as_they_are(op: str, tokens: list[Tensor], rows: Named, index: Tensor) -> Forms | None:
+    """Where every operand is one row, or rows [B, K, D], and the index is [B, T]: the usual forms need no views."""
+    size = tokens[0].shape
+    B, T, D = size
+    K = 0
+    for v in rows.values():
+        if v is None:
+            continue
+        shape = v.shape
+        if len(shape) == 3 and shape[0] == B and shape[2] == D and shape[1] > 0:
+            K = min(K, shape[1]) if K else shape[1]
+        elif shape != (D,):
+            return None
+    if K == 0 or not isinstance(index, Tensor) or index.shape != (B, T):
+        return None
+    _checks.index(op, index, tokens[0])
+    in_range(op, index, K)
+    index = index if index.dtype is torch.int32 else index.to(torch.int32)
+    return Forms(tokens, list(rows.values()), index.contiguous(), size)
+
+
 def _one_row(v: MaybeTensor, indexed: bool) -> MaybeTensor:
     """[D] of an operand that is one row for everything."""
     one = v is not None and v.dim() > 1 and not indexed and v.numel() == v.shape[-1]
@@ -82,6 +107,8 @@ def _by_frame(v: MaybeTensor, B: int, F: int, T: int) -> MaybeTensor:
     """The rows of an operand for samples that are frames."""
     if v is None or v.dim() == 1:
         return v
+    if v.shape[0] == B and v.dim() == 3 and v.shape[1] == F:
+        return v.flatten(0, 1)
     v = v[:, None] if v.dim() == 2 else v
     D = v.shape[2]
     if v.shape[1] == T:

@@ -110,8 +110,26 @@ def _view(t: MaybeTensor, size: torch.Size) -> Tensor:
 
 def check_gated(op: str, residual: Any, a: Gated, norm: Modulated | None = None) -> bool:
     """That all are tensors of a floating dtype, on one device. Whether there is more than one dtype."""
-    named = {"branch": a.branch, "gate": a.gate, "gate_table": a.table, "branch_weight": a.weight}
-    return _checks.floating(op, 2, residual=residual, **named, **({} if norm is None else norm.tensors()))
+    branch, gate, table, weight = a.branch, a.gate, a.table, a.weight
+    if norm is None:
+        return _checks.floating(
+            op, 2, residual=residual, branch=branch, gate=gate, gate_table=table, branch_weight=weight
+        )
+    return _checks.floating(
+        op,
+        2,
+        residual=residual,
+        branch=branch,
+        gate=gate,
+        gate_table=table,
+        branch_weight=weight,
+        weight=norm.weight,
+        bias=norm.bias,
+        shift=norm.shift,
+        scale=norm.scale,
+        shift_table=norm.shift_table,
+        scale_table=norm.scale_table,
+    )
 
 
 def rows_of(rows: MaybeTensor, table: MaybeTensor) -> tuple[MaybeTensor, MaybeTensor]:
@@ -137,8 +155,7 @@ def check_branch(op: str, a: Gated, D: int) -> None:
 
 
 def check_norm(op: str, a: Modulated, D: int) -> None:
-    tables = {"shift_table": a.shift_table, "scale_table": a.scale_table}
-    _checks.shapes(op, (D,), "[D]", weight=a.weight, bias=a.bias, **tables)
+    _checks.shapes(op, (D,), "[D]", weight=a.weight, bias=a.bias, shift_table=a.shift_table, scale_table=a.scale_table)
     _checks.eps_value(op, a.eps)
     dtype(op, "y_dtype", a.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,44 @@ from .. import reference as ref
 from . import operands
 from .general import NORMS, Modulated, residual_norm
 from .rounding import eager_norm
+
+Pair = tuple[Tensor | None, Tensor | None]  # shift and scale
+
+
+@overload
+def layer_norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    index: Tensor | None = None,
+    second: None = None,
+    y_dtype: torch.dtype | None = None,
+    rounding: str = "once",
+) -> Tensor: ...
+
+
+@overload
+def layer_norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    index: Tensor | None = None,
+    second: Pair,
+    y_dtype: torch.dtype | None = None,
+    rounding: str = "once",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def layer_norm_modulate(
@@ -25,10 +63,10 @@ def layer_norm_modulate(
     shift_table: Tensor | None = None,
     scale_table: Tensor | None = None,
     index: Tensor | None = None,
-    second: tuple[Tensor | None, Tensor | None] | None = None,
+    second: Pair | None = None,
     y_dtype: torch.dtype | None = None,
     rounding: str = "once",
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """y = layer_norm(x) * (1 + scale) + shift, the adaLN of DiT blocks.
 
     Args:
@@ -60,7 +98,7 @@ def layer_norm_modulate(
         taken = operands.modulated(op, x, shift, scale)
     if taken is None:
         a = Modulated(NORMS["layer"], weight, bias, shift, scale, shift_table, scale_table, eps, y_dtype)
-        return _modulated(op, x, a, index, second, rounding)
+        return _general(op, x, a, index, second, rounding)
     x, shift, scale = taken
     _checks.eps_value(op, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
@@ -71,16 +109,69 @@ def layer_norm_modulate(
     return ops.layer_norm_modulate(x, shift, scale, weight, bias, eps)[0]
 
 
-def _modulated(op: str, x: Tensor, a: Modulated, index: Tensor | None, second: Any, rounding: Any) -> Any:
+def _general(
+    op: str, x: Tensor, a: Modulated, index: Tensor | None, second: Pair | None, rounding: str
+) -> Tensor | tuple[Tensor, Tensor]:
     """What is not the plain form."""
     _checks.choice(op, "rounding", rounding, ("once", "eager"))
-    mixed = _checks.floating(op, 1, x=x, **a.tensors())
-    if second is not None:
-        if not isinstance(second, tuple) or len(second) != 2:
-            raise TypeError(f"{op}: second must be (shift, scale), got {type(second).__name__}")
-        other = a._replace(shift=second[0], scale=second[1])
-        return _modulated(op, x, a, index, None, rounding), _modulated(op, x, other, index, None, rounding)
-    return eager_norm(op, x, a, index) if rounding == "eager" else residual_norm(op, x, None, a, index, mixed)[1]
+    if second is None:
+        return _modulated(op, x, a, index, rounding)
+    if not isinstance(second, tuple) or len(second) != 2:
+        raise TypeError(f"{op}: second must be (shift, scale), got {type(second).__name__}")
+    other = a._replace(shift=second[0], scale=second[1])
+    return _modulated(op, x, a, index, rounding), _modulated(op, x, other, index, rounding)
+
+
+def _modulated(op: str, x: Tensor, a: Modulated, index: Tensor | None, rounding: str) -> Tensor:
+    mixed = _checks.floating(
+        op,
+        1,
+        x=x,
+        weight=a.weight,
+        bias=a.bias,
+        shift=a.shift,
+        scale=a.scale,
+        shift_table=a.shift_table,
+        scale_table=a.scale_table,
+    )
+    if rounding == "eager":
+        return eager_norm(op, x, a, index)
+    y: Tensor = residual_norm(op, x, None, a, index, mixed)[1]
+    return y
+
+
+@overload
+def rms_norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    index: Tensor | None = None,
+    second: None = None,
+    y_dtype: torch.dtype | None = None,
+    rounding: str = "once",
+) -> Tensor: ...
+
+
+@overload
+def rms_norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    weight: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    index: Tensor | None = None,
+    second: Pair,
+    y_dtype: torch.dtype | None = None,
+    rounding: str = "once",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def rms_norm_modulate(
@@ -93,10 +184,10 @@ def rms_norm_modulate(
     shift_table: Tensor | None = None,
     scale_table: Tensor | None = None,
     index: Tensor | None = None,
-    second: tuple[Tensor | None, Tensor | None] | None = None,
+    second: Pair | None = None,
     y_dtype: torch.dtype | None = None,
     rounding: str = "once",
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """y = x / sqrt(mean(x^2) + eps) [* weight] * (1 + scale) + shift.
 
     Args:
@@ -118,7 +209,7 @@ def rms_norm_modulate(
         taken = operands.modulated(op, x, shift, scale)
     if taken is None:
         a = Modulated(NORMS["rms"], weight, None, shift, scale, shift_table, scale_table, eps, y_dtype)
-        return _modulated(op, x, a, index, second, rounding)
+        return _general(op, x, a, index, second, rounding)
     x, shift, scale = taken
     _checks.eps_value(op, eps)
     _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)

@@ -1,7 +1,7 @@
-"""What the calls of a thread are: under the fixed rule, of a training step, allowed reduced float32 precision; and
-whether they go into a CUDA graph.
+"""What the calls of a thread are: under the fixed rule, of a training step, allowed reduced float32 precision, to round
+where eager rounds; and whether they go into a CUDA graph.
 
-One number holds the first three: reading an attribute of a thread's own costs as much as testing a bit (every planned
+One number holds the first four: reading an attribute of a thread's own costs as much as testing a bit (every planned
 step reads it, benchmarks/overhead.py).
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from ..kernels._torch import capturing as capturing
 
-FIXED, TRAINING, REDUCED = 1, 2, 4
+FIXED, TRAINING, REDUCED, EAGER = 1, 2, 4, 8
 
 _precision = torch._C._get_float32_matmul_precision
 
@@ -48,6 +48,12 @@ def allow_reduced(on: bool = True) -> contextlib.AbstractContextManager[None]:
     return _with(REDUCED, on)
 
 
+def eager_rounding() -> contextlib.AbstractContextManager[None]:
+    """Blocks round where PyTorch's operators round, in the block (this thread): what is fused otherwise is computed by
+    these, one after another."""
+    return _with(EAGER)
+
+
 def training(on: bool = True) -> contextlib.AbstractContextManager[None]:
     """The calls of the block are those of a training step (this thread)."""
     return _with(TRAINING, on)
@@ -55,6 +61,10 @@ def training(on: bool = True) -> contextlib.AbstractContextManager[None]:
 
 def is_training() -> bool:
     return bool(mode.bits & TRAINING)
+
+
+def rounds_as_eager() -> bool:
+    return bool(mode.bits & EAGER)
 
 
 def is_fixed() -> bool:

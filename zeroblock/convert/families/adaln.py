@@ -17,6 +17,7 @@ from ...blocks.broadcast import add_gated, cannot_be_saved, fits_gate
 from ...blocks.decision import NOT_ALLOWED, bypassable, op_policy
 from ...blocks.residual import residual_branch
 from ...ops.register import left_to_compiler
+from ...plan.mode import rounds_as_eager
 from ...reference import added, apply_activation, modulation
 from ..family import Family
 
@@ -86,7 +87,9 @@ def norm_kind(norm: Any) -> str | None:
 
 
 def fits(norm: Any, x: Tensor, *vectors: Tensor) -> bool:
-    """Whether the fused ops take norm and modulation here, and give the dtype eager does."""
+    """Whether the fused ops take norm and modulation here, and give the dtype eager does, rounded once."""
+    if rounds_as_eager():
+        return False
     if not _same_batch(x, *vectors) or not is_plain(x, getattr(norm, "weight", None), getattr(norm, "bias", None)):
         return False
     if cannot_be_saved(x):
@@ -154,7 +157,7 @@ def gated_branch(
 
 def projected(residual: Tensor, gate: Tensor, h: Tensor, proj: Any, policy: str) -> Tensor:
     """residual + gate * proj(h); gate [B, D]"""
-    plain = is_plain_linear(proj) and bypassable((proj,)) and is_plain(residual, gate, h)
+    plain = is_plain_linear(proj) and bypassable((proj,)) and is_plain(residual, gate, h) and not rounds_as_eager()
     if not plain or not fits_gate(gate, residual.shape) or h.shape[:-1] != residual.shape[:-1]:
         return gated(residual, gate, proj(h))
     return functional.linear_gate_residual(h, proj.weight, proj.bias, gate, residual, zero_skip=policy)

@@ -36,6 +36,8 @@ from .streams import Stream
 class DescribedFamily(Family):
     """What `family_of` makes subclasses of."""
 
+    eager_rounding = True
+
     description: ClassVar[GatedBlock]
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
     calls_functions: ClassVar[bool]  # norms that are no modules

@@ -17,6 +17,8 @@ from .adaln import modulated
 
 
 class _AdaLayerNorm(Family):
+    eager_rounding = True
+
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "silu", "linear", "norm")
 

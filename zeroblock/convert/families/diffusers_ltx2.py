@@ -70,6 +70,7 @@ class LTX2VideoTransformerBlock(Family):
     """
 
     name = "LTX2VideoTransformerBlock"
+    eager_rounding = True
     classes = ("LTX2VideoTransformerBlock",)
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:

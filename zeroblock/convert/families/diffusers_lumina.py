@@ -249,6 +249,7 @@ class ZImageFinalLayer(Family):
     """
 
     name = "ZImageFinalLayer"
+    eager_rounding = True
     classes = ("FinalLayer",)
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:

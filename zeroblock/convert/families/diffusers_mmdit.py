@@ -37,6 +37,8 @@ def _streams(D: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
 class TwoStreams(Family):
     """Attention of both streams together, then a feed-forward for each."""
 
+    eager_rounding = True
+
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")
 

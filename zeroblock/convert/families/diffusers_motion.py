@@ -153,6 +153,7 @@ class GatedSelfAttentionDense(Family):
     """
 
     name = "GatedSelfAttentionDense"
+    eager_rounding = True
     classes = ("GatedSelfAttentionDense",)
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:

@@ -49,6 +49,7 @@ class BasicTransformerBlock(Family):
     """
 
     name = "BasicTransformerBlock"
+    eager_rounding = True
     classes = ("BasicTransformerBlock",)
 
     def knows(self, block: Any) -> bool:
@@ -179,6 +180,7 @@ class DiTTransformer2DModel(Family):
     """
 
     name = "DiTTransformer2DModel"
+    eager_rounding = True
     classes = ("DiTTransformer2DModel",)
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:

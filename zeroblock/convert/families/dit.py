@@ -17,6 +17,7 @@ from ...blocks.decision import bypassable
 from ...blocks.layers import SILUS, Forwards, computes, is_plain_linear, is_plain_norm
 from ...blocks.one_pass import copy_if_gates_are_zero
 from ...blocks.residual import residual_branch
+from ...plan.mode import rounds_as_eager
 from .. import seam
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
@@ -66,6 +67,7 @@ class DiTBlock(_Modulated):
     """
 
     name = "DiTBlock"
+    eager_rounding = True
     classes = ("DiTBlock", "SiTBlock")
     parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation.1")
 
@@ -146,8 +148,10 @@ class DiTBlock(_Modulated):
 def _modulated(norm: Any, layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """layer(modulate(norm x)) as a function of x, shift and scale"""
 
+    rounding = "eager" if rounds_as_eager() else "once"
+
     def body(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return layer(functional.layer_norm_modulate(x, shift, scale, eps=norm.eps))
+        return layer(functional.layer_norm_modulate(x, shift, scale, eps=norm.eps, rounding=rounding))
 
     return body
 
@@ -155,6 +159,8 @@ def _modulated(norm: Any, layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor]
 def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
     """timm's Attention by its layers; None: it is to be called as a whole."""
     parts = attn._modules
+    if rounds_as_eager():
+        return None
     if type(attn).__name__ != "Attention" or not hasattr(attn, "num_heads"):
         return None
     if "qkv" not in parts or "proj" not in parts or "attn_drop" not in parts or "proj_drop" not in parts:
@@ -182,7 +188,7 @@ def mlp_half(norm: Any, mlp: Any) -> adaln.Half | None:
     parts = mlp._modules
     if type(mlp).__name__ not in _MLP_NAMES or "fc1" not in parts or "act" not in parts or "fc2" not in parts:
         return None
-    if not is_plain_norm(norm):
+    if not is_plain_norm(norm) or rounds_as_eager():
         return None
     act, first, last = parts["act"], parts["fc1"], parts["fc2"]
     if type(act) not in (nn.GELU, nn.SiLU):
@@ -209,6 +215,7 @@ class FinalLayer(_Modulated):
     """
 
     name = "FinalLayer"
+    eager_rounding = True
     classes = ("FinalLayer",)
     parts: tuple[str, ...] = ("norm_final", "linear", "adaLN_modulation.1")
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import functional
 from ...blocks import fixup
+from ...blocks.broadcast import add_gated
 from ...blocks.layers import is_plain_conv
 from ...blocks.residual import residual_branch
 from ..family import SMALL, Family, lacks, register
@@ -27,6 +27,7 @@ class FixupBlock(Family):
     """
 
     name = "FixupBlock"
+    eager_rounding = True
     classes = ("FixupBasicBlock", "FixupBottleneck")
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
@@ -66,6 +67,7 @@ class RZTXEncoderLayer(Family):
     """
 
     name = "RZTXEncoderLayer"
+    eager_rounding = True
     classes = ("RZTXEncoderLayer",)
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
@@ -99,4 +101,4 @@ class RZTXEncoderLayer(Family):
     def _half(self, block: Any, x: Tensor, body: Any, modules: tuple[nn.Module, ...]) -> Tensor:
         gate = block.resweight
         _, y = residual_branch(self.name, self.zero_skip, x, body, None, gate, (x,), modules=modules)
-        return functional.gate_residual(x, gate, body(x)) if y is None else y
+        return add_gated(x, gate, body(x)) if y is None else y

@@ -30,6 +30,8 @@ _OPTIONS = ("attn_mode", "split_attn")
 class _Attending(Family):
     """What both blocks share: how they come by their attention."""
 
+    eager_rounding = True
+
     def entry(self, kind: type[nn.Module]) -> str:
         """Trainers' forward only checkpoints."""
         return "_forward" if hasattr(kind, "_forward") else "forward"

@@ -15,6 +15,7 @@ from ...blocks.decision import NOT_ALLOWED, RUN, SKIP_BY_GATE, SKIPS, Answer, de
 from ...blocks.layers import may_draw
 from ...blocks.one_pass import copy_of_residual
 from ...blocks.residual import skip_residual
+from ...plan.mode import rounds_as_eager
 from .adaln import DIFFUSERS, is_plain, is_plain_linear, projected
 from .description import GatedBranch, Row
 from .operands import Gate, norm_of, submodule
@@ -68,7 +69,8 @@ class Step:
             if y is None:  # at this call there is no such branch
                 continue
             waits = waits and answer is RUN
-            if self.last is not None and gate.is_plain() and s.index is None and not waits:
+            takes = gate.is_plain() and s.index is None and not (waits or rounds_as_eager())
+            if self.last is not None and takes:
                 rows = gate.row.rows  # type: ignore[union-attr]
                 s.x = projected(s.settled(), rows, y, self.last, op_policy(answer, policy))  # type: ignore[arg-type]
             else:

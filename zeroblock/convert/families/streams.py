@@ -15,6 +15,7 @@ from ...blocks.decision import bypassable
 from ...blocks.layers import is_plain_norm
 from ...functional.general import NORMS
 from ...ops.residual_norm_modulate import RMS
+from ...plan.mode import rounds_as_eager
 from .adaln import is_plain, norm_kind
 from .description import Row
 from .operands import (
@@ -202,7 +203,7 @@ class Stream:
         x = self.x
         if x is not self._x:
             size, dtype = x.shape, x.dtype
-            if len(size) != 3 or not is_plain(x):
+            if len(size) != 3 or rounds_as_eager() or not is_plain(x):
                 return False
             if size != self._size or dtype is not self._dtype:
                 self._rows.clear()
