@@ -29,7 +29,8 @@ class _Resnet(Family):
 
     def forward(self, block: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         plain = input_tensor.dim() == 4 and type(block.dropout).forward in DROPOUTS
-        if args or kwargs or not plain or not bypassable([getattr(block, name) for name in self.parts]):
+        parts = block.norm1, block.conv1, block.norm2, block.dropout, block.conv2, block.nonlinearity
+        if args or kwargs or not plain or not bypassable(parts):
             return self.eager(block, input_tensor, temb, *args, **kwargs)
         y = self._fused(block, input_tensor, temb)
         if y is None:

@@ -127,7 +127,7 @@ def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
     between = [m for name, m in parts.items() if m is not None and name not in ("qkv", "proj")]
     q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     known = all(inactive(m) or m in (q_norm, k_norm) for m in between)
-    if not (plain and known and inactive(attn.attn_drop) and inactive(attn.proj_drop) and bypassable((attn,))):
+    if not (plain and known and bypassable((attn,))):
         return None
 
     def attend(qkv: Tensor) -> Tensor:
