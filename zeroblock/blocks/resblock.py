@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import functional
 from .._autocast import autocast_dtype
 from ..reference import draw_keep, dropout_keep
 from ..steps.conv import empty_conv_output, unit_geometry
 from .broadcast import same_batch
-from .decision import SKIPS, UNTESTED, Answer, bypassable, decide, op_policy
+from .decision import NOT_ALLOWED, SKIPS, UNTESTED, Answer, bypassable, decide, op_policy
 from .layers import fits_fused, is_group_norm, is_plain_conv, parameters_of
 from .one_pass import residual_if_zero
 from .skip import Branch, Tail, skipped_branch, skipped_value
@@ -71,7 +72,7 @@ def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
     """y of a block whose layers are `fusable`, with no hooks that watch them."""
     if emb is not None:
         x, emb = same_batch(x, emb)
-    answer, y = _decide(layers, x)
+    answer, y = (NOT_ALLOWED, None) if is_compiling() else _decide(layers, x)
     if y is not None:
         return y
     _, policy, _, conv1, norm2, conv2, dropout, _, _, shortcut, _, resample_x = layers
