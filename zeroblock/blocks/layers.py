@@ -130,7 +130,7 @@ def is_plain_conv(module: Any) -> bool:
         and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
         and "_conv_forward" not in module.__dict__
         and "forward" not in module.__dict__
-        and _is_plain_weight(module._parameters.get("weight"))
+        and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
         and module.padding_mode == "zeros"
     )
 
@@ -141,7 +141,7 @@ def is_plain_linear(module: Any) -> bool:
         isinstance(module, nn.Linear)
         and type(module).forward in _PLAIN_FORWARDS
         and "forward" not in module.__dict__
-        and _is_plain_weight(module._parameters.get("weight"))
+        and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
 
 

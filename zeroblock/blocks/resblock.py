@@ -80,7 +80,7 @@ def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
     size = (x.shape[0], conv1.out_channels, *resampled.shape[2:])
     if answer in SKIPS:
         return _skipped(layers, x, emb, resampled, size)
-    keep = _draw_keep(layers, x, size)
+    keep = None if dropout is None or not dropout.training else _draw_keep(layers, x, size)
     h, *film = _body(layers, size, x, emb)
     scale, shift = film or (None, None)
     return functional.group_norm_silu_conv_residual(

@@ -189,10 +189,10 @@ def group_norm_silu_conv_residual(
     weight, bias = autocast(weight, bias)
     if not traced:
         _checks.same_dtype(op, weight=weight, bias=bias)
-    if keep is None:
-        keep = ref.draw_keep(x, dropout_p, training)
-    else:
+    if keep is not None:
         _checks.same_shape(op, "keep", keep, "x", x.shape)
+    elif training:
+        keep = ref.draw_keep(x, dropout_p, True)
     if mixed and needs_fp64(x, norm_weight, norm_bias, scale, shift):
         x = x.double()
     if zero.transforms_active():
