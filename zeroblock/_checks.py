@@ -199,12 +199,7 @@ def convolution(
 
 
 def taken_convolution(
-    op: str,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    padding: Sequence[int],
+    op: str, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: Sequence[int]
 ) -> None:
     """`convolution` of operands in the form of the ops."""
     _weight_of_convolution(op, h, weight, bias)
@@ -214,13 +209,7 @@ def taken_convolution(
 
 
 def traced_padding(
-    op: str,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    padding: Any,
-    padding_mode: Any,
+    op: str, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: Any, padding_mode: Any
 ) -> list[int]:
     """What `convolution` returns, for a compiler: the usual padding as it is."""
     if padding_mode == "zeros":

@@ -23,3 +23,11 @@ FLOATING_NAMES = f"{', '.join(_names[:-1])} or {_names[-1]}"
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in this dtype; where it is, no operation, which torch.compile would have to trace."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype PyTorch's arithmetic gives these tensors (none of them 0-dimensional)."""
+    dtype = tensors[0].dtype
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dtypes import INTEGERS, cast
+from ._dtypes import promoted as promoted
 from ._padding import padded
 
 Padding = int | Sequence[int]
@@ -56,19 +57,10 @@ def row_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _kept_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """[..., 1]"""
     x = cast(x, compute_dtype(x))
     mean = x.mean(dim=-1, keepdim=True)
     mean = mean + (x - mean).mean(dim=-1, keepdim=True)
     return mean, _rstd((x - mean).square().mean(dim=-1, keepdim=True), eps)
-
-
-def promoted(*tensors: Tensor) -> torch.dtype:
-    """The dtype PyTorch's arithmetic gives these tensors (none of them 0-dimensional)."""
-    dtype = tensors[0].dtype
-    for t in tensors:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
 
 
 def modulation(v: Tensor) -> Tensor:

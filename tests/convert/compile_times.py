@@ -1,18 +1,19 @@
-"""What torch.compile takes for every model of test_compile.py, as it is and accelerated, in a table:
+"""What torch.compile takes for every model of test_compile.py, as it is and accelerated, in tables:
 
-    python -m tests.convert.compile_times [--repeats 3] [--csv benchmarks/results/compile.csv] [NAME ...]
+    python -m tests.convert.compile_times [--repeats 3] [--csv FILE] [NAME ...]       # seconds, some 25 minutes
+    python -m tests.convert.compile_times --counts --csv tests/convert/compile.csv    # what needs no clock
 
 Seconds of processor time of Dynamo and AOT autograd (backend "aot_eager", no code is generated), one inference and one
-training step each, on one thread, in turns; the median of the repeats. Graphs: 1 where nothing breaks. Functions: how
-many Dynamo traces through; guards: how many it checks at every call; no clock changes these two. Ratios above LIMIT are
-marked.
+training step each, on one thread, in turns, after one of each that does not count; the median of the repeats. Ratios
+above LIMIT are marked.
+Counts: graphs, 1 where nothing breaks; functions that Dynamo traces through; guards, which it checks at every call.
+test_compile_counts.py holds the package to the stored ones.
 """
 
 import argparse
 import copy
 import csv
 import gc
-import platform
 import statistics
 import sys
 import time
@@ -31,10 +32,10 @@ from .test_compile import CASES, MODELS, _trained
 
 LIMIT = 1.5
 COUNTED = ("graphs", "functions", "guards")
-COLUMNS = (
-    "name mode seconds seconds_accelerated ratio graphs graphs_accelerated functions functions_accelerated guards "
-    "guards_accelerated repeats torch machine"
-).split()
+COUNT_COLUMNS = ["name", "mode", "torch", *(f"{k}{which}" for k in COUNTED for which in ("", "_accelerated"))]
+COLUMNS = [*COUNT_COLUMNS, "seconds", "seconds_accelerated", "ratio", "repeats"]
+TORCH = torch.__version__.split("+")[0]
+MODES = ("inference", "training")
 
 
 def compiled_once(model, args, kwargs, training, backend="aot_eager"):
@@ -68,41 +69,62 @@ def compiled_once(model, args, kwargs, training, backend="aot_eager"):
     return seconds, counts
 
 
-def rows(name, build, repeats):
-    """For inference, then training."""
+def pair(build):
+    """(the model, its accelerated copy, positional and keyword arguments)"""
     plain, args, kwargs = build()
     ours = copy.deepcopy(plain)
     zb.accelerate(ours)
-    for training in (False, True):
-        seconds, counts = ([], []), [None, None]
-        for _ in range(repeats):
-            for i, model in enumerate((plain, ours)):
-                taken, counts[i] = compiled_once(model, args, kwargs, training)
-                seconds[i].append(taken)
-        before, after = map(statistics.median, seconds)
-        row = {"name": name, "mode": "training" if training else "inference", "repeats": repeats}
+    return plain, ours, args, kwargs
+
+
+def counts(name, build):
+    """The rows of inference and training, without seconds."""
+    plain, ours, args, kwargs = pair(build)
+    for mode in MODES:
+        row = {"name": name, "mode": mode, "torch": TORCH}
+        for which, model in (("", plain), ("_accelerated", ours)):
+            _, found = compiled_once(model, args, kwargs, mode == "training", backend="eager")
+            row |= {f"{k}{which}": v for k, v in found.items()}
+        yield row
+
+
+def rows(name, build, repeats):
+    """With seconds."""
+    plain, ours, args, kwargs = pair(build)
+    for mode in MODES:
+        row = {"name": name, "mode": mode, "repeats": repeats, "torch": TORCH}
+        seconds = {"": [], "_accelerated": []}
+        for repeat in range(1 + repeats):
+            for which, model in (("", plain), ("_accelerated", ours)):
+                taken, found = compiled_once(model, args, kwargs, mode == "training")
+                row |= {f"{k}{which}": v for k, v in found.items()}
+                if repeat:
+                    seconds[which].append(taken)
+        before, after = map(statistics.median, seconds.values())
         row |= {"seconds": f"{before:.3f}", "seconds_accelerated": f"{after:.3f}", "ratio": f"{after / before:.2f}"}
-        row |= {"torch": torch.__version__, "machine": platform.machine()}
-        yield row | counts[0] | {f"{k}_accelerated": v for k, v in counts[1].items()}
+        yield row
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of test_compile.py's CASES and MODELS; all by default")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--counts", action="store_true", help="no seconds")
     parser.add_argument("--csv", type=argparse.FileType("w"), help="the table as CSV")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    writer = csv.DictWriter(options.csv or sys.stdout, COLUMNS, lineterminator="\n")
+    out = options.csv or sys.stdout
+    writer = csv.DictWriter(out, COUNT_COLUMNS if options.counts else COLUMNS, lineterminator="\n")
     writer.writeheader()
     for name, build in {**CASES, **MODELS}.items():
-        for row in rows(name, build, options.repeats) if not options.names or name in options.names else ():
+        if options.names and name not in options.names:
+            continue
+        for row in counts(name, build) if options.counts else rows(name, build, options.repeats):
             writer.writerow(row)
-            (options.csv or sys.stdout).flush()
-            mark = "above the limit" if float(row["ratio"]) > LIMIT else ""
-            more = "MORE GRAPHS" if row["graphs_accelerated"] > row["graphs"] else ""
-            print(row["name"], row["mode"], row["ratio"], mark, more, file=sys.stderr, flush=True)
+            out.flush()
+            if float(row.get("ratio", 0)) > LIMIT or row["graphs_accelerated"] > row["graphs"]:
+                print(name, row["mode"], "is above the limit", file=sys.stderr)
     return 0
 
 
