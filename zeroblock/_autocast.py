@@ -15,13 +15,10 @@ def is_autocast(device: torch.device) -> bool:
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """The dtype autocast gives a convolution or linear with this weight now; None when it leaves it alone (fp64
     too)."""
-    if weight.is_cpu:  # asked for its name, a device costs as much as all the rest
-        if not torch.is_autocast_enabled("cpu") or weight.dtype == torch.float64:
-            return None
-        return torch.get_autocast_dtype("cpu")
-    if weight.dtype == torch.float64 or not is_autocast(weight.device):
+    device = "cpu" if weight.is_cpu else weight.device.type  # a device costs as much as all the rest
+    if device == "meta" or not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(weight.device.type)
+    return torch.get_autocast_dtype(device)
 
 
 def autocast(weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ._dtypes import FLOATING, FLOATING_NAMES
 
@@ -43,9 +43,22 @@ def floating(op: str, required: int, **tensors: Any) -> bool:
     return mixed
 
 
+def mixed(*tensors: Tensor | None) -> bool:
+    """What `floating` answers, for a compiler. It traces checks instruction by instruction, which takes longer than all
+    the rest of a call; so compiled calls leave them to the fakes of the ops, which run as they are."""
+    dtype = None
+    for t in tensors:
+        if t is not None:
+            if dtype is None:
+                dtype = t.dtype
+            elif t.dtype is not dtype:
+                return True
+    return False
+
+
 def eps_value(op: str, eps: Any) -> None:
     if type(eps) is not float:
-        if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat, torch.SymInt)):
+        if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat, SymInt)):
             raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
     if not 0.0 <= eps < inf:
         raise fail(op, "eps", "be finite and >= 0", eps)
@@ -61,7 +74,7 @@ def images(
     op: str, x: Tensor, num_groups: Any, scale: Tensor | None, shift: Tensor | None, **affine: Tensor | None
 ) -> None:
     """x [N, C, *S], the two norm parameters [C], scale/shift [N, C], C divisible by num_groups."""
-    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
+    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, SymInt)):
         raise TypeError(f"{op}: num_groups must be an int, got {type(num_groups).__name__}")
     if x.dim() < 2:
         raise fail(op, "x", "have shape [N, C, *S]", list(x.shape))
@@ -106,6 +119,15 @@ def rows(op: str, arg: str, v: Tensor, size: Sequence[int]) -> None:
         raise fail(op, arg, f"have shape {forms}", list(v.shape))
 
 
+def modulated(op: str, x: Tensor, eps: Any, **vectors: Tensor | None) -> None:
+    """Tokens x [B, T, D] of a norm, and rows for them."""
+    tokens(op, "x", x)
+    eps_value(op, eps)
+    for arg, v in vectors.items():
+        if v is not None:
+            rows(op, arg, v, x.shape)
+
+
 def indexed_rows(op: str, arg: str, v: Tensor, size: Sequence[int]) -> None:
     """Beside an index: one row [D], or rows [K, D] or [B, K, D] to choose from; B may be 1."""
     B, _, D = size
@@ -145,7 +167,6 @@ def same_shape(op: str, arg: str, t: Tensor, other: str, size: tuple) -> None:
 
 def convolution(
     op: str,
-    channels: int,
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -155,39 +176,74 @@ def convolution(
 ) -> list[int]:
     """Checks a stride-1 convolution of [N, C, *S] and its residual; returns the padding as ops take it: a number for
     each dimension, zeros on both sides; where it is something else three: in front, behind, 1 for repeated edges."""
-    images, filters = h.shape, weight.shape
-    dims = len(filters) - 2
-    if not 1 <= dims <= 3 or len(images) != len(filters):
-        raise fail(op, "weight", f"have shape [Cout, Cin, *K] with as many dimensions as {list(images)}", list(filters))
-    if filters[1] != channels:
-        raise fail(op, "weight", f"take {channels} input channels (groups are not supported)", list(filters))
-    if bias is not None:
-        shapes(op, (filters[0],), "[Cout]", bias=bias)
+    _weight_of_convolution(op, h, weight, bias)
+    dims = weight.dim() - 2
     if not isinstance(padding, (int, list, tuple)):
         raise _not_padding(op, dims, padding)
     pad = [padding] * dims if isinstance(padding, int) else list(padding)
     pairs = False
     for p in pad:
-        if not isinstance(p, (int, torch.SymInt)):
-            pairs = isinstance(p, (list, tuple)) and [isinstance(n, (int, torch.SymInt)) for n in p] == [True, True]
+        if not isinstance(p, (int, SymInt)):
+            pairs = isinstance(p, (list, tuple)) and [isinstance(n, (int, SymInt)) for n in p] == [True, True]
             if not pairs:
                 raise _not_padding(op, dims, padding)
     if len(pad) != dims or (min(map(_least, pad)) if pairs else min(pad)) < 0:
         raise fail(op, "padding", f"be >= 0, one number or {dims}", padding)
-    size = list(images[2:])
     plain = not pairs and padding_mode == "zeros"
     sides = pad if plain else _sides(op, dims, pad, padding_mode)
-    for i in range(dims):
+    _size_of_convolution(op, h, weight, residual, sides)
+    if not plain and all(a == b and not (repeated and a) for a, b, repeated in zip(*[iter(sides)] * 3, strict=True)):
+        return sides[::3]
+    if not plain and not all(h.shape[2:]):
+        raise fail(op, "h", "have at least one element in each dimension that is padded", list(h.shape))
+    return sides
+
+
+def taken_convolution(
+    op: str, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: Sequence[int]
+) -> None:
+    """`convolution` of operands in the form of the ops."""
+    _weight_of_convolution(op, h, weight, bias)
+    if len(padding) not in (weight.dim() - 2, 3 * (weight.dim() - 2)) or min(padding) < 0:
+        raise fail(op, "padding", f"be >= 0, one number or {weight.dim() - 2}", padding)
+    _size_of_convolution(op, h, weight, residual, padding)
+
+
+def traced_padding(
+    op: str, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: Any, padding_mode: Any
+) -> list[int]:
+    """What `convolution` returns, for a compiler: the usual padding as it is."""
+    if padding_mode == "zeros":
+        dims = weight.dim() - 2
+        if isinstance(padding, int):
+            return [padding] * dims
+        pad = list(padding)
+        if pad and isinstance(pad[0], int) and pad == pad[:1] * dims:
+            return pad
+    return convolution(op, h, weight, bias, residual, padding, padding_mode)
+
+
+def _weight_of_convolution(op: str, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    images, filters = h.shape, weight.shape
+    if not 3 <= len(images) <= 5 or len(filters) != len(images):
+        raise fail(op, "weight", f"have shape [Cout, Cin, *K] with as many dimensions as {list(images)}", list(filters))
+    if filters[1] != images[1]:
+        raise fail(op, "weight", f"take {images[1]} input channels (groups are not supported)", list(filters))
+    if bias is not None:
+        shapes(op, (filters[0],), "[Cout]", bias=bias)
+
+
+def _size_of_convolution(op: str, h: Tensor, weight: Tensor, residual: Tensor | None, sides: Sequence[int]) -> None:
+    """sides: in either form of padding."""
+    images, filters = h.shape, weight.shape
+    size = list(images[2:])
+    plain = len(sides) == len(size)
+    for i in range(len(size)):
         size[i] += (2 * sides[i] if plain else sides[3 * i] + sides[3 * i + 1]) - filters[2 + i] + 1
         if size[i] <= 0:
             raise fail(op, "weight", f"fit into the padded input {list(images)}", list(filters))
     if residual is not None:
         same_shape(op, "residual", residual, "the convolution's output", (images[0], filters[0], *size))
-    if not plain and all(a == b and not (repeated and a) for a, b, repeated in zip(*[iter(sides)] * 3, strict=True)):
-        return sides[::3]
-    if not plain and not all(images[2:]):
-        raise fail(op, "h", "have at least one element in each dimension that is padded", list(images))
-    return sides
 
 
 def _least(p: Any) -> Any:

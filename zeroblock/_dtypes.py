@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 KERNELS = (torch.float32, torch.bfloat16, torch.float16)
 FLOATING = (*KERNELS, torch.float64)  # float64 runs through the reference
@@ -17,3 +18,16 @@ INTEGERS = {
 
 _names = [str(dtype).removeprefix("torch.") for dtype in FLOATING]
 FLOATING_NAMES = f"{', '.join(_names[:-1])} or {_names[-1]}"
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in this dtype; where it is, no operation, which torch.compile would have to trace."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype PyTorch's arithmetic gives these tensors (none of them 0-dimensional)."""
+    dtype = tensors[0].dtype
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype

@@ -7,7 +7,6 @@ round once, at the end; shapes are written `[N, C, *S]` (images, any number of d
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dtypes import INTEGERS
+from ._dtypes import INTEGERS, cast
+from ._dtypes import promoted as promoted
 from ._padding import padded
 
 Padding = int | Sequence[int]
@@ -52,15 +52,15 @@ def group_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tenso
 
 def row_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """mean and 1/sqrt(var + eps) of each row of [..., D]."""
-    x = x.to(compute_dtype(x))
-    mean = x.mean(dim=-1)
-    mean = mean + (x - mean[..., None]).mean(dim=-1)
-    return mean, _rstd((x - mean[..., None]).square().mean(dim=-1), eps)
+    mean, rstd = _kept_moments(x, eps)
+    return mean.squeeze(-1), rstd.squeeze(-1)
 
 
-def promoted(*tensors: Tensor) -> torch.dtype:
-    """The dtype PyTorch's arithmetic gives these tensors (none of them 0-dimensional)."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+def _kept_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = cast(x, compute_dtype(x))
+    mean = x.mean(dim=-1, keepdim=True)
+    mean = mean + (x - mean).mean(dim=-1, keepdim=True)
+    return mean, _rstd((x - mean).square().mean(dim=-1, keepdim=True), eps)
 
 
 def modulation(v: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def draw_keep(h: Tensor, p: float, training: bool) -> Tensor | None:
 
 def dropout_keep(h: Tensor, keep: Tensor | None, p: float) -> Tensor:
     """Dropout with a given boolean mask: h / (1 - p) where kept, 0 elsewhere (p = 1 keeps nothing)."""
-    return h if keep is None else h * (keep.to(h.dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0))
+    return h if keep is None else h * (cast(keep, h.dtype) * (1.0 / (1.0 - p) if p < 1 else 0.0))
 
 
 def group_norm_silu(
@@ -113,14 +113,14 @@ def group_norm_silu(
     mean, rstd = group_moments(x, num_groups, eps)
     per_channel = x.shape[1] // num_groups
     mean, rstd = (channel_view(m.repeat_interleave(per_channel, dim=1), x.dim()) for m in (mean, rstd))
-    z = (x.to(mean.dtype) - mean) * rstd
+    z = (cast(x, mean.dtype) - mean) * rstd
     return activated_affine(z, weight, bias, scale, shift, activation).to(x.dtype)
 
 
 def channel_rstd(x: Tensor, eps: float, inside: bool) -> Tensor:
     """What each pixel of [N, C, *S] is multiplied by, [N, 1, *S]: 1 / sqrt(mean(x^2) + eps) over its channels or, not
     inside, sqrt(C) / max(norm, eps), negative where eps is no less, for that divisor is a constant."""
-    squares = x.to(compute_dtype(x)).square()
+    squares = cast(x, compute_dtype(x)).square()
     if inside:
         return (squares.mean(dim=1, keepdim=True) + eps).rsqrt()
     squares = squares.sum(dim=1, keepdim=True)
@@ -145,7 +145,7 @@ def channel_rms_norm_silu(
     """act((normalize(x, dim=1) * sqrt(C) * weight + bias) * (1 + scale) + shift); x [N, C, *S], weight/bias [C],
     scale/shift [N, C]; eps_mode "inside": x / sqrt(mean(x^2) + eps) for the norm."""
     rstd = channel_rstd(x, eps, eps_mode == "inside").abs()
-    return activated_affine(x.to(rstd.dtype) * rstd, weight, bias, scale, shift, activation).to(x.dtype)
+    return activated_affine(cast(x, rstd.dtype) * rstd, weight, bias, scale, shift, activation).to(x.dtype)
 
 
 def activated_affine(
@@ -158,9 +158,9 @@ def activated_affine(
 ) -> Tensor:
     """act((z * weight + bias) * (1 + scale) + shift) in the dtype of z [N, C, *S]."""
     if weight is not None:
-        z = z * channel_view(weight.to(z.dtype), z.dim())
+        z = z * channel_view(cast(weight, z.dtype), z.dim())
     if bias is not None:
-        z = z + channel_view(bias.to(z.dtype), z.dim())
+        z = z + channel_view(cast(bias, z.dtype), z.dim())
     if scale is not None:
         z = z * (1 + channel_view(scale.to(z.dtype), z.dim()))
     if shift is not None:
@@ -205,10 +205,10 @@ def group_norm_silu_conv_residual(
     return conv_residual(dropout_keep(h, keep, dropout_p), weight, bias, residual, padding=padding)
 
 
-def _modulate(xhat: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+def modulated(xhat: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     if scale is not None:
-        xhat = xhat * (1 + modulation(scale).to(xhat.dtype))
-    return xhat if shift is None else xhat + modulation(shift).to(xhat.dtype)
+        xhat = xhat * (1 + cast(modulation(scale), xhat.dtype))
+    return xhat if shift is None else xhat + cast(modulation(shift), xhat.dtype)
 
 
 def layer_norm_modulate(
@@ -221,31 +221,31 @@ def layer_norm_modulate(
     bias: Tensor | None = None,
 ) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift; x [B, T, D], shift/scale [B, D] or [B, T, D], weight/bias [D]."""
-    mean, rstd = row_moments(x, eps)
-    xhat = (x.to(mean.dtype) - mean[..., None]) * rstd[..., None]
+    mean, rstd = _kept_moments(x, eps)
+    xhat = (cast(x, mean.dtype) - mean) * rstd
     if weight is not None:
-        xhat = xhat * weight.to(xhat.dtype)
+        xhat = xhat * cast(weight, xhat.dtype)
     if bias is not None:
-        xhat = xhat + bias.to(xhat.dtype)
-    return _modulate(xhat, shift, scale).to(x.dtype)
+        xhat = xhat + cast(bias, xhat.dtype)
+    return cast(modulated(xhat, shift, scale), x.dtype)
 
 
 def rms_norm_modulate(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, *, eps: float = 1e-6, weight: Tensor | None = None
 ) -> Tensor:
     """rms_norm(x) * (1 + scale) + shift, rms_norm(x) = x / sqrt(mean(x^2) + eps) [* weight]."""
-    wide = x.to(compute_dtype(x))
+    wide = cast(x, compute_dtype(x))
     xhat = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     if weight is not None:
-        xhat = xhat * weight.to(xhat.dtype)
-    return _modulate(xhat, shift, scale).to(x.dtype)
+        xhat = xhat * cast(weight, xhat.dtype)
+    return cast(modulated(xhat, shift, scale), x.dtype)
 
 
 def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """residual + gate * branch in their promoted dtype, rounded once; gate [B, D], [B, T, D], [D] or [1]."""
     out = promoted(residual, gate, branch)
     wide = torch.promote_types(out, torch.float32)
-    return added(residual.to(wide), modulation(gate).to(wide) * branch.to(wide)).to(out)
+    return cast(added(cast(residual, wide), cast(modulation(gate), wide) * cast(branch, wide)), out)
 
 
 def gate_residual_layer_norm_modulate(
@@ -266,7 +266,7 @@ def layer_norm_modulate_linear(
     eps: float = 1e-6,
 ) -> Tensor:
     """linear(layer_norm_modulate(x, shift, scale)); weight [O, D]."""
-    return F.linear(layer_norm_modulate(x, shift, scale, eps=eps).to(weight.dtype), weight, bias)
+    return F.linear(cast(layer_norm_modulate(x, shift, scale, eps=eps), weight.dtype), weight, bias)
 
 
 def linear_gate_residual(
@@ -279,7 +279,7 @@ def linear_gate_residual(
     activation: str | None = None,
 ) -> Tensor:
     """residual + gate * linear(act(h)); h [B, T, K], weight [D, K], gate as in gate_residual, or None (1)."""
-    return add_gated(residual, gate, F.linear(apply_activation(h, activation).to(weight.dtype), weight, bias))
+    return add_gated(residual, gate, F.linear(cast(apply_activation(h, activation), weight.dtype), weight, bias))
 
 
 def add_gated(residual: Tensor | None, gate: Tensor | None, branch: Tensor) -> Tensor:

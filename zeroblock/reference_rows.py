@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._dtypes import cast
 from .reference import compute_dtype, modulation, row_moments
 
 
@@ -18,17 +19,17 @@ def flat_index(index: Tensor, rows: int) -> Tensor:
 def operand_rows(rows: Tensor | None, table: Tensor | None, index: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """rows + table as they broadcast against [B, T, D]: [D], [B, D], [B, T, D] or, with an index [B, T], [B, K, D]."""
     if rows is None:
-        return None if table is None else table.to(dtype)
-    rows = rows.to(dtype)
+        return None if table is None else cast(table, dtype)
+    rows = cast(rows, dtype)
     if rows.dim() == 3 and index is not None:
         rows = F.embedding(flat_index(index, rows.shape[1]), rows.flatten(0, 1))  # sums gradients in a fixed order
     rows = modulation(rows)
-    return rows if table is None else rows + table.to(dtype)
+    return rows if table is None else rows + cast(table, dtype)
 
 
 def rms_rstd(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of each row of [..., D]."""
-    return (x.to(compute_dtype(x)).square().mean(dim=-1) + eps).rsqrt()
+    return (cast(x, compute_dtype(x)).square().mean(dim=-1) + eps).rsqrt()
 
 
 def gated_branch(
@@ -42,11 +43,11 @@ def gated_branch(
     eps: float,
 ) -> Tensor:
     """act(gate + gate_table) * norm_b(branch), not rounded: fp32 or fp64."""
-    wide = branch.to(compute_dtype(branch))
+    wide = cast(branch, compute_dtype(branch))
     if rms:
         wide = wide * rms_rstd(branch, eps)[..., None]
     if weight is not None:
-        wide = wide * weight.to(wide.dtype)
+        wide = wide * cast(weight, wide.dtype)
     factor = operand_rows(gate, gate_table, index, wide.dtype)
     if factor is None:
         return wide
@@ -67,13 +68,13 @@ def norm_modulate(
     dtype: torch.dtype,
 ) -> Tensor:
     """norm(x) [* weight + bias] * (1 + scale + scale_table) + shift + shift_table, rounded once to `dtype`."""
-    wide = x.to(compute_dtype(x))
+    wide = cast(x, compute_dtype(x))
     mean, rstd = (None, rms_rstd(x, eps)) if rms else row_moments(x, eps)
     y = (wide if mean is None else wide - mean[..., None]) * rstd[..., None]
     if weight is not None:
-        y = y * weight.to(y.dtype)
+        y = y * cast(weight, y.dtype)
     if bias is not None:
-        y = y + bias.to(y.dtype)
+        y = y + cast(bias, y.dtype)
     factor, offset = (operand_rows(*v, index, y.dtype) for v in ((scale, scale_table), (shift, shift_table)))
     y = y if factor is None else y * (1 + factor)
-    return (y if offset is None else y + offset).to(dtype)
+    return cast(y if offset is None else y + offset, dtype)

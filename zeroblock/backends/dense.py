@@ -38,7 +38,7 @@ class ConvArguments(NamedTuple):
             norm = GroupNorm(*(a[name] for name in names))
         weight, bias, residual = a["weight"], a["bias"], a["residual"]
         how = a["padding"], a["padding_mode"]
-        padding = _checks.convolution(op, x.shape[1], x, weight, bias, residual, *how)
+        padding = _checks.convolution(op, x, weight, bias, residual, *how)
         return cls(x, with_dtype(x, weight.dtype), norm, weight, bias, residual, tuple(padding))
 
 

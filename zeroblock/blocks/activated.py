@@ -117,7 +117,7 @@ class _Activated(torch.autograd.Function):
             h = plan.activate(*read[: plan.operands])
             keep = _draw(h, plan.p, plan.framewise)
             w, b, h = autocast(weight, bias, dropout_keep(h, keep, plan.p))
-            pad = convolution("conv_residual", h.shape[1], h, w, b, residual, conv.padding, conv.padding_mode)
+            pad = convolution("conv_residual", h, w, b, residual, conv.padding, conv.padding_mode)
             ctx.padding, ctx.test = pad, zero.test_of("conv_residual", plan.zero_skip, w, weight)
             y, skipped = ops.conv_residual(h, w, b, residual, pad, ctx.test)
         ctx.save_for_backward(weight, bias, keep, skipped, *read)

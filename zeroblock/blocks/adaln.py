@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional, reference
+from .. import functional
 from .._autocast import is_autocast
+from ..ops.layer_norm_modulate_linear import traced as traced_norm_linear
 from ..ops.register import left_to_compiler
 from ..plan.mode import rounds_as_eager
 from ..reference import apply_activation
@@ -141,7 +142,7 @@ def decided_half(name: str, policy: str, x: Tensor, vectors: Vectors, layers: Ha
 def _after_first(layers: Half, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     first = layers.first
     if left_to_compiler(x):  # spares it the checks
-        return reference.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=layers.eps)
+        return traced_norm_linear(x, shift, scale, first.weight, first.bias, layers.eps)
     return functional.layer_norm_modulate_linear(x, shift, scale, first.weight, first.bias, eps=layers.eps)
 
 

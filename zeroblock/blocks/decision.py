@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -125,6 +126,8 @@ def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bo
     ):
         return False
     waiting = list(modules)
+    if is_compiling():
+        return _bypassable_in_a_graph(waiting, may_draw)
     for m in waiting:  # grows by the children of each
         if m is None:
             continue
@@ -140,13 +143,27 @@ def bypassable(modules: Iterable[nn.Module | None], may_draw: bool = True) -> bo
         ):
             return False
         if fields["training"]:
-            if isinstance(m, nn.modules.batchnorm._NormBase) or not may_draw and draws(m):  # learns, or draws
+            if isinstance(m, _NormBase) or not may_draw and draws(m):  # learns, or draws
                 return False
         elif not may_draw and (type(m) not in undeclared or "draws_random_numbers" in fields) and draws(m):
             return False
         children = fields["_modules"]
         if children:
             waiting.extend(children.values())
+    return True
+
+
+def _bypassable_in_a_graph(waiting: list[nn.Module | None], may_draw: bool) -> bool:
+    """For a compiler, by attributes: it knows those of modules, and guards empty hooks as it does for modules that are
+    called."""
+    for m in waiting:
+        if m is not None:
+            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+                return False
+            if "forward" in m.__dict__ or isinstance(m, _NormBase) and m.training or not may_draw and draws(m):
+                return False
+            if m._modules:
+                waiting.extend(m._modules.values())
     return True
 
 

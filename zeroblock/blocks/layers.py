@@ -25,6 +25,7 @@ Forwards = dict[Callable[..., Any], None]
 # Convolution or linear of the module's own weight and bias, and what nn.ConvNd.forward computes with.
 _PLAIN_FORWARDS: Forwards = dict.fromkeys(m.forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
 _PLAIN_FORWARDS.update(dict.fromkeys(m._conv_forward for m in (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYER_NORMS: Forwards = {nn.LayerNorm.forward: None}
 GROUP_NORMS: Forwards = {nn.GroupNorm.forward: None}
 SILUS: Forwards = {nn.SiLU.forward: None}
@@ -121,27 +122,24 @@ def _is_plain_weight(t: Any) -> bool:
 
 def is_plain_conv(module: Any) -> bool:
     """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding, no patch."""
-    kind, fields = type(module), module.__dict__
     return (
-        issubclass(kind, (nn.Conv2d, nn.Conv1d, nn.Conv3d))
-        and kind.forward in _PLAIN_FORWARDS
-        and kind._conv_forward in _PLAIN_FORWARDS
-        and "_conv_forward" not in fields
-        and "forward" not in fields
-        and (type(weight := fields["_parameters"].get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
+        isinstance(module, CONVS)
+        and type(module).forward in _PLAIN_FORWARDS
+        and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
+        and "_conv_forward" not in module.__dict__
+        and "forward" not in module.__dict__
+        and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
         and module.padding_mode == "zeros"
     )
 
 
 def is_plain_linear(module: Any) -> bool:
     """A linear layer whose forward is F.linear of its weight, an ordinary tensor."""
-    if not isinstance(module, nn.Linear):
-        return False
-    fields = module.__dict__
     return (
-        type(module).forward in _PLAIN_FORWARDS
-        and "forward" not in fields
-        and (type(weight := fields["_parameters"].get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
+        isinstance(module, nn.Linear)
+        and type(module).forward in _PLAIN_FORWARDS
+        and "forward" not in module.__dict__
+        and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
 
 
@@ -167,17 +165,14 @@ def is_group_norm(module: Any, swish: float = 0.0) -> bool:
     )
 
 
-_ONES = ((1, 1), (1, 1, 1), (1,))  # the usual one first
-
-
 def fits_fused(conv: Any) -> bool:
     """A convolution that the fused ops take: plain, stride 1, dilation 1, one group."""
     return (
         is_plain_conv(conv)
         and not isinstance(conv.padding, str)
         and conv.groups == 1
-        and conv.stride in _ONES
-        and conv.dilation in _ONES
+        and conv.stride in ((1, 1), (1, 1, 1), (1,))  # written out: a compiler guards what it reads of a global
+        and conv.dilation in ((1, 1), (1, 1, 1), (1,))
     )
 
 
@@ -185,13 +180,13 @@ def is_unit_conv(module: Any) -> bool:
     """A convolution's weight, an ordinary tensor, of stride 1, dilation 1 and one group, whatever its forward does
     beside: video autoencoders pad in a forward of their own."""
     return (
-        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        isinstance(module, CONVS)
         and "forward" not in module.__dict__
         and "_conv_forward" not in module.__dict__
         and _is_plain_weight(module._parameters.get("weight"))
         and module.groups == 1
-        and module.stride in _ONES
-        and module.dilation in _ONES
+        and module.stride in ((1, 1), (1, 1, 1), (1,))
+        and module.dilation in ((1, 1), (1, 1, 1), (1,))
     )
 
 

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import functional
 from .._autocast import autocast_dtype
 from ..reference import draw_keep, dropout_keep
 from ..steps.conv import empty_conv_output, unit_geometry
 from .broadcast import same_batch
-from .decision import SKIPS, UNTESTED, Answer, bypassable, decide, op_policy
+from .decision import NOT_ALLOWED, SKIPS, UNTESTED, Answer, bypassable, decide, op_policy
 from .layers import fits_fused, is_group_norm, is_plain_conv, parameters_of
 from .one_pass import residual_if_zero
 from .skip import Branch, Tail, skipped_branch, skipped_value
@@ -76,7 +77,7 @@ def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
     """y of a block whose layers are `fusable`, with no hooks that watch them."""
     if emb is not None:
         x, emb = same_batch(x, emb)
-    answer, y = _decide(layers, x)
+    answer, y = (NOT_ALLOWED, None) if is_compiling() else _decide(layers, x)
     if y is not None:
         return y
     _, policy, _, conv1, norm2, conv2, dropout, _, _, shortcut, _, resample_x = layers
@@ -84,7 +85,7 @@ def forward(layers: Layers, x: Tensor, emb: Any) -> Tensor:
     size = (x.shape[0], conv1.out_channels, *resampled.shape[2:])
     if answer in SKIPS:
         return _skipped(layers, x, emb, resampled, size)
-    keep = _draw_keep(layers, x, size)
+    keep = None if dropout is None or not dropout.training else _draw_keep(layers, x, size)
     h, *film = _body(layers, size, x, emb)
     scale, shift = film or (None, None)
     return functional.group_norm_silu_conv_residual(

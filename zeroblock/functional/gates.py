@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks, ops, zero
 from .. import reference as ref
@@ -49,8 +50,12 @@ def gate_residual(
     taken = None
     plain = gate_table is index is gate_activation is branch_norm is branch_weight is out_dtype is None
     if plain and gate is not None:
-        if _checks.floating(op, 3, residual=residual, gate=gate, branch=branch):
-            residual = residual.double() if operands.needs_fp64(residual, gate, branch) else residual
+        if is_compiling():
+            mixed = _checks.mixed(residual, gate, branch)
+        else:
+            mixed = _checks.floating(op, 3, residual=residual, gate=gate, branch=branch)
+        if mixed and operands.needs_fp64(residual, gate, branch):
+            residual = residual.double()
         taken = operands.gated(op, residual, gate, branch)
     if taken is None:
         gated = Gated(branch, gate, gate_table, gate_activation, branch_norm, branch_weight, branch_eps, out_dtype)
@@ -168,8 +173,12 @@ def gate_residual_layer_norm_modulate(
     Source: the seam between attention and MLP in facebookresearch/DiT `DiTBlock`.
     """
     op = "gate_residual_layer_norm_modulate"
-    mixed = _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
-    _checks.tokens(op, "residual", residual)
+    if is_compiling():
+        mixed = _checks.mixed(residual, gate, branch, shift, scale)
+    else:
+        mixed = _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
+        _checks.tokens(op, "residual", residual)
+        _checks.eps_value(op, eps)
     with_gate = with_norm = None
     if gate_table is shift_table is scale_table is index is None:
         with_gate = operands.gated(op, residual, gate, branch)
@@ -181,7 +190,6 @@ def gate_residual_layer_norm_modulate(
         return residual_norm(op, residual, gated, modulated, index, mixed)
     residual, gate, branch = with_gate
     x, shift_rows, scale_rows = with_norm
-    _checks.eps_value(op, eps)
     if x is not branch or mixed and operands.needs_fp64(residual, shift, scale):
         x_new = gate_residual(residual, gate, branch)  # of a batch of 1, or narrower than what modulates it
         return x_new, layer_norm_modulate(x_new, shift, scale, eps=eps)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks, ops, zero
 from .. import reference as ref
@@ -48,9 +49,12 @@ def group_norm_silu(
     >>> y = group_norm_silu(torch.randn(2, 64, 8, 8), 32)
     """
     op = "group_norm_silu"
-    mixed = _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
-    _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
-    _checks.eps_value(op, eps)
+    if is_compiling():
+        mixed = _checks.mixed(x, weight, bias, scale, shift)
+    else:
+        mixed = _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+        _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
+        _checks.eps_value(op, eps)
     _checks.choice(op, "activation", activation, ("silu", None))
     if per_frame:
         _checks.video(op, x)
@@ -95,10 +99,15 @@ def channel_rms_norm_silu(
     >>> y = channel_rms_norm_silu(torch.randn(1, 96, 5, 8, 8), torch.ones(96, 1, 1, 1))
     """
     op = "channel_rms_norm_silu"
-    mixed = _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    traced = is_compiling()
+    if traced:
+        mixed = _checks.mixed(x, weight, bias, scale, shift)
+    else:
+        mixed = _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
     weight, bias = _checks.channel_vector(weight), _checks.channel_vector(bias)
-    _checks.images(op, x, 1, scale, shift, weight=weight, bias=bias)
-    _checks.eps_value(op, eps)
+    if not traced:
+        _checks.images(op, x, 1, scale, shift, weight=weight, bias=bias)
+        _checks.eps_value(op, eps)
     _checks.choice(op, "eps_mode", eps_mode, ("max", "inside"))
     _checks.choice(op, "activation", activation, ("silu", None))
     if mixed and needs_fp64(x, weight, bias, scale, shift):
@@ -156,29 +165,34 @@ def group_norm_silu_conv_residual(
     Source: openai/guided-diffusion `ResBlock.in_layers`, `out_layers`.
     """
     op = "group_norm_silu_conv_residual"
-    mixed = _checks.floating(
-        op,
-        2,
-        x=x,
-        weight=weight,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        bias=bias,
-        residual=residual,
-        scale=scale,
-        shift=shift,
-    )
-    _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
-    _checks.eps_value(op, eps)
-    _checks.probability(op, dropout_p)
-    pad = _checks.convolution(op, x.shape[1], x, weight, bias, residual, padding, padding_mode)
-    given = weight
-    weight, bias = autocast(weight, bias)
-    _checks.same_dtype(op, weight=weight, bias=bias)
-    if keep is None:
-        keep = ref.draw_keep(x, dropout_p, training)
+    given, traced = weight, is_compiling()
+    if traced:
+        mixed = _checks.mixed(x, norm_weight, norm_bias, scale, shift)
+        pad = _checks.traced_padding(op, x, weight, bias, residual, padding, padding_mode)
     else:
+        mixed = _checks.floating(
+            op,
+            2,
+            x=x,
+            weight=weight,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            bias=bias,
+            residual=residual,
+            scale=scale,
+            shift=shift,
+        )
+        _checks.images(op, x, num_groups, scale, shift, norm_weight=norm_weight, norm_bias=norm_bias)
+        _checks.eps_value(op, eps)
+        _checks.probability(op, dropout_p)
+        pad = _checks.convolution(op, x, weight, bias, residual, padding, padding_mode)
+    weight, bias = autocast(weight, bias)
+    if not traced:
+        _checks.same_dtype(op, weight=weight, bias=bias)
+    if keep is not None:
         _checks.same_shape(op, "keep", keep, "x", x.shape)
+    elif training:
+        keep = ref.draw_keep(x, dropout_p, True)
     if mixed and needs_fp64(x, norm_weight, norm_bias, scale, shift):
         x = x.double()
     if zero.transforms_active():
@@ -222,15 +236,18 @@ def conv_residual(
     Source: `zero_module` convolutions of openai/guided-diffusion and lllyasviel/ControlNet.
     """
     op = "conv_residual"
-    _checks.floating(op, 2, h=h, weight=weight, bias=bias, residual=residual)
-    if h.dim() < 3:
-        raise _checks.fail(op, "h", "have shape [N, Cin, *S]", list(h.shape))
+    given, traced = weight, is_compiling()
+    if not traced:
+        _checks.floating(op, 2, h=h, weight=weight, bias=bias, residual=residual)
+        if h.dim() < 3:
+            raise _checks.fail(op, "h", "have shape [N, Cin, *S]", list(h.shape))
     if conv_cache is not None:
         h, padding = _with_cache(op, h, conv_cache, padding, weight.dim() - 2)
-    pad = _checks.convolution(op, h.shape[1], h, weight, bias, residual, padding, padding_mode)
-    given = weight
+    check = _checks.traced_padding if traced else _checks.convolution
+    pad = check(op, h, weight, bias, residual, padding, padding_mode)
     weight, bias, h = autocast(weight, bias, h)
-    _checks.same_dtype(op, h=h, weight=weight, bias=bias)
+    if not traced:
+        _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.conv_residual(h, weight, bias, residual, padding=pad)
     return ops.conv_residual(h, weight, bias, residual, pad, zero.test_of(op, zero_skip, weight, given))[0]

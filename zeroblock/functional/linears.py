@@ -44,15 +44,20 @@ def layer_norm_modulate_linear(
     Source: facebookresearch/DiT `DiTBlock` (qkv, fc1).
     """
     op = "layer_norm_modulate_linear"
-    mixed = _checks.floating(op, 2, x=x, weight=weight, shift=shift, scale=scale, bias=bias)
-    _checks.tokens(op, "x", x)
+    traced = is_compiling()
+    if traced:
+        mixed = _checks.mixed(x, shift, scale)
+    else:
+        mixed = _checks.floating(op, 2, x=x, weight=weight, shift=shift, scale=scale, bias=bias)
+        _checks.tokens(op, "x", x)
+        _checks.eps_value(op, eps)
+        _checks.linear(op, x.shape[2], weight, bias)
     taken = None
     if shift_table is scale_table is index is None:
         taken = operands.modulated(op, x, shift, scale)
-    _checks.eps_value(op, eps)
-    _checks.linear(op, x.shape[2], weight, bias)
     weight, bias = autocast(weight, bias)
-    _checks.same_dtype(op, weight=weight, bias=bias)
+    if not traced:
+        _checks.same_dtype(op, weight=weight, bias=bias)
     if taken is None:
         a = Modulated(NORMS["layer"], None, None, shift, scale, shift_table, scale_table, eps, weight.dtype)
         mixed = _checks.floating(op, 1, x=x, **a.tensors())
@@ -103,9 +108,13 @@ def linear_gate_residual(
     Source: facebookresearch/DiT `DiTBlock` (proj, fc2).
     """
     op = "linear_gate_residual"
-    mixed = _checks.floating(op, 2, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
-    _checks.tokens(op, "h", h)
-    _checks.linear(op, h.shape[2], weight, bias)
+    traced = is_compiling()
+    if traced:
+        mixed = _checks.mixed(weight, gate, residual)
+    else:
+        mixed = _checks.floating(op, 2, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
+        _checks.tokens(op, "h", h)
+        _checks.linear(op, h.shape[2], weight, bias)
     _checks.choice(op, "activation", activation, _checks.ACTIVATIONS)
     plain = gate_table is index is None and not (mixed and operands.needs_fp64(weight, gate, residual))
     if not plain or (gate is not None and gate.dim() == 3 and operands.has_frames(h.shape[1], gate)):
@@ -116,7 +125,8 @@ def linear_gate_residual(
     h, gate, residual = operands.around_linear(op, h, weight.shape[0], gate, residual)
     given = weight
     weight, bias, h = autocast(weight, bias, h)
-    _checks.same_dtype(op, h=h, weight=weight, bias=bias)
+    if not traced:
+        _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     if zero.transforms_active():
         return ref.linear_gate_residual(h, weight, bias, gate, residual, activation=activation)
     skip = zero.test_of(op, zero_skip, weight, given)

@@ -6,6 +6,7 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _checks, ops, zero
 from .. import reference as ref
@@ -91,8 +92,12 @@ def layer_norm_modulate(
     >>> y = layer_norm_modulate(torch.randn(2, 16, 64), torch.randn(2, 64), torch.randn(2, 64))
     """
     op = "layer_norm_modulate"
-    mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
-    _checks.tokens(op, "x", x)
+    traced = is_compiling()
+    if traced:
+        mixed = _checks.mixed(x, shift, scale, weight, bias)
+    else:
+        mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+        _checks.tokens(op, "x", x)
     taken = None
     if shift_table is scale_table is index is second is y_dtype is None and rounding == "once":
         taken = operands.modulated(op, x, shift, scale)
@@ -100,8 +105,9 @@ def layer_norm_modulate(
         a = Modulated(NORMS["layer"], weight, bias, shift, scale, shift_table, scale_table, eps, y_dtype)
         return _general(op, x, a, index, second, rounding)
     x, shift, scale = taken
-    _checks.eps_value(op, eps)
-    _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
+    if not traced:
+        _checks.eps_value(op, eps)
+        _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
     if mixed and operands.needs_fp64(x, shift, scale, weight, bias):
         return layer_norm_modulate(x.double(), shift, scale, eps=eps, weight=weight, bias=bias).to(x.dtype)
     if zero.transforms_active():
@@ -202,8 +208,12 @@ def rms_norm_modulate(
     Source: Zhang & Sennrich 2019.
     """
     op = "rms_norm_modulate"
-    mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
-    _checks.tokens(op, "x", x)
+    traced = is_compiling()
+    if traced:
+        mixed = _checks.mixed(x, shift, scale, weight)
+    else:
+        mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
+        _checks.tokens(op, "x", x)
     taken = None
     if shift_table is scale_table is index is second is y_dtype is None and rounding == "once":
         taken = operands.modulated(op, x, shift, scale)
@@ -211,8 +221,9 @@ def rms_norm_modulate(
         a = Modulated(NORMS["rms"], weight, None, shift, scale, shift_table, scale_table, eps, y_dtype)
         return _general(op, x, a, index, second, rounding)
     x, shift, scale = taken
-    _checks.eps_value(op, eps)
-    _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
+    if not traced:
+        _checks.eps_value(op, eps)
+        _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
     if mixed and operands.needs_fp64(x, shift, scale, weight):
         return rms_norm_modulate(x.double(), shift, scale, eps=eps, weight=weight).to(x.dtype)
     if zero.transforms_active():

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
 from .._layout import empty_like_dense
 from ..backends.base import MaybeTensor
@@ -60,6 +61,10 @@ def _fake(
     shift: MaybeTensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
+    op = "channel_rms_norm_silu"
+    _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    _checks.images(op, x, 1, scale, shift, weight=weight, bias=bias)
+    _checks.eps_value(op, eps)
     return empty_like_dense(x), shapes.statistics(x, x.shape[0], *x.shape[2:])
 
 

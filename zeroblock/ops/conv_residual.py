@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
 from .._padding import is_padded
 from ..backends.base import Backend, ConvGrads, MaybeTensor
@@ -71,6 +72,10 @@ def conv_residual(
 def _fake(
     h: Tensor, weight: Tensor, bias: MaybeTensor, residual: MaybeTensor, padding: Sequence[int], zero_skip: int
 ) -> tuple[Tensor, Tensor]:
+    op = "conv_residual"
+    _checks.floating(op, 2, h=h, weight=weight, bias=bias, residual=residual)
+    _checks.taken_convolution(op, h, weight, bias, residual, padding)
+    _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     return shapes.add(residual, shapes.conv(h, weight, bias, padding)), shapes.flag(h)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
 from .._layout import empty_like_dense
 from ..backends import reference as reference_backend
@@ -32,6 +33,10 @@ def gate_residual(residual: Tensor, gate: Tensor, branch: Tensor, *, direct: boo
 
 @FORWARD.fake
 def _fake(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    op = "gate_residual"
+    _checks.floating(op, 3, residual=residual, gate=gate, branch=branch)
+    _checks.same_shape(op, "branch", branch, "residual", residual.shape)
+    _checks.gate(op, gate, branch.shape)
     return empty_like_dense(residual).to(promoted(residual, gate, branch))
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
 from ..backends import reference as reference_backend
 from ..backends.base import MaybeTensor
 from ..backends.select import select
 from . import shapes
 from .gate_residual import gate_residual_bwd
+from .layer_norm_modulate import traced as norm
 from .register import Grads, Op, recorded_grads
 
 
@@ -57,6 +59,11 @@ def gate_residual_layer_norm_modulate(
 def _fake(
     residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, ...]:
+    op = "gate_residual_layer_norm_modulate"
+    _checks.floating(op, 5, residual=residual, gate=gate, branch=branch, shift=shift, scale=scale)
+    _checks.modulated(op, residual, eps, shift=shift, scale=scale)
+    _checks.same_shape(op, "branch", branch, "residual", residual.shape)
+    _checks.gate(op, gate, branch.shape)
     x_new, rows = branch.new_empty(branch.shape), branch.shape[:2]
     return x_new, x_new.new_empty(x_new.shape), shapes.statistics(x_new, *rows), shapes.statistics(x_new, *rows)
 
@@ -100,10 +107,11 @@ def _fake_bwd(
 
 
 @FORWARD.definition
-def _reference(
+def _traced(
     residual: Tensor, gate: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return ref.gate_residual_layer_norm_modulate(residual, gate, branch, shift, scale, eps=eps)
+    x_new = ref.gate_residual(residual, gate, branch)
+    return x_new, norm(x_new, shift, scale, None, None, eps)
 
 
 def _double_backward(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
 from .._layout import empty_like_dense
 from ..backends.base import MaybeTensor
@@ -59,6 +60,10 @@ def _fake(
     silu: bool,
     per_frame: bool = False,
 ) -> tuple[Tensor, ...]:
+    op = "group_norm_silu"
+    _checks.floating(op, 1, x=x, weight=weight, bias=bias, scale=scale, shift=shift)
+    _checks.images(op, x, num_groups, scale, shift, weight=weight, bias=bias)
+    _checks.eps_value(op, eps)
     N = x.shape[0] * x.shape[2] if per_frame else x.shape[0]
     return empty_like_dense(x), shapes.statistics(x, N, num_groups), shapes.statistics(x, N, num_groups)
 

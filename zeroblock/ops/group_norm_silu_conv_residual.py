@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
 from .._layout import as_norm_input, empty_like_dense
 from .._padding import is_padded
@@ -60,14 +61,15 @@ def group_norm_silu_conv_residual(
     direct: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, mean, rstd, skipped)"""
-    norm = GroupNorm(num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
     if not direct and (route := FORWARD.route(x, norm_weight, norm_bias, scale, shift, keep, weight, bias, residual)):
-        return route(x, *norm, weight, bias, residual, padding, zero_skip)
+        norm_arguments = num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p
+        return route(x, *norm_arguments, weight, bias, residual, padding, zero_skip)
     if weight_is_zero("group_norm_silu_conv_residual", zero_skip, weight):
         both = x.is_contiguous() or x.shape[1] == 1  # the norm's result is contiguous where it is both
         y = conv_residual_alone(as_norm_input(x)[0] if both else x, weight, bias, residual, padding)
         moments = x.new_zeros(2, x.shape[0], num_groups, dtype=torch.promote_types(x.dtype, torch.float32))
         return y, moments[0].clone(), moments[1].clone(), report(x, ZERO_WEIGHT)
+    norm = GroupNorm(num_groups, norm_weight, norm_bias, eps, scale, shift, keep, dropout_p)
     backend = select("group_norm_silu_conv_residual", x)
     if is_padded(padding, weight):
         return padded.norm_conv_residual(backend, x, norm, weight, bias, residual, padding)
@@ -91,6 +93,14 @@ def _fake(
     padding: Sequence[int],
     zero_skip: int,
 ) -> tuple[Tensor, ...]:
+    op, affine = "group_norm_silu_conv_residual", {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    others = {"bias": bias, "residual": residual, "scale": scale, "shift": shift}
+    _checks.floating(op, 2, x=x, weight=weight, **affine, **others)
+    _checks.images(op, x, num_groups, scale, shift, **affine)
+    _checks.eps_value(op, eps)
+    _checks.probability(op, dropout_p)
+    _checks.taken_convolution(op, x, weight, bias, residual, padding)
+    _checks.same_dtype(op, weight=weight, bias=bias)
     y = shapes.add(residual, shapes.conv(empty_like_dense(x).to(weight.dtype), weight, bias, padding))
     mean, rstd = (shapes.statistics(x, x.shape[0], num_groups) for _ in range(2))
     return y, mean, rstd, shapes.flag(x)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
+from .._dtypes import cast
 from ..backends.base import MaybeTensor
 from ..backends.select import select
+from ..reference import compute_dtype
 from . import shapes
 from .register import Grads, Op, through
 
@@ -45,6 +49,10 @@ def layer_norm_modulate(
 def _fake(
     x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float
 ) -> tuple[Tensor, ...]:
+    op = "layer_norm_modulate"
+    _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+    _checks.modulated(op, x, eps, shift=shift, scale=scale)
+    _checks.shapes(op, (x.shape[2],), "[D]", weight=weight, bias=bias)
     return x.new_empty(x.shape), shapes.statistics(x, *x.shape[:2]), shapes.statistics(x, *x.shape[:2])
 
 
@@ -83,6 +91,18 @@ def _fake_bwd(
 
 
 @FORWARD.definition
+def traced(
+    x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float
+) -> Tensor:
+    """By torch's layer norm of float32: one operation to trace and to differentiate, which inductor fuses."""
+    wide = compute_dtype(x)
+    if weight is not None:
+        weight = cast(weight, wide)
+    if bias is not None:
+        bias = cast(bias, wide)
+    return cast(ref.modulated(F.layer_norm(cast(x, wide), x.shape[-1:], weight, bias, eps), shift, scale), x.dtype)
+
+
 def _reference(
     x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: MaybeTensor, bias: MaybeTensor, eps: float
 ) -> Tensor:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
+from .._dtypes import cast
 from ..backends.base import MaybeTensor
 from ..backends.select import select
 from ..steps.linear import linear_grads
 from . import shapes
+from .layer_norm_modulate import traced as norm
 from .register import Grads, Op, through
 
 FORWARD = Op(
@@ -48,6 +52,11 @@ def layer_norm_modulate_linear(
 def _fake(
     x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: Tensor, bias: MaybeTensor, eps: float
 ) -> tuple[Tensor, ...]:
+    op = "layer_norm_modulate_linear"
+    _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
+    _checks.modulated(op, x, eps, shift=shift, scale=scale)
+    _checks.linear(op, x.shape[2], weight, bias)
+    _checks.same_dtype(op, weight=weight, bias=bias)
     y = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
     return y, shapes.statistics(x, *x.shape[:2]), shapes.statistics(x, *x.shape[:2])
 
@@ -100,6 +109,10 @@ def _fake_bwd(
 
 
 @FORWARD.definition
+def traced(x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: Tensor, bias: MaybeTensor, eps: float) -> Tensor:
+    return F.linear(cast(norm(x, shift, scale, None, None, eps), weight.dtype), weight, bias)
+
+
 def _reference(
     x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: Tensor, bias: MaybeTensor, eps: float
 ) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks, zero
 from .. import reference as ref
-from .. import zero
 from .._layout import empty_like_dense
 from ..backends.base import MaybeTensor
 from ..backends.select import select
@@ -100,7 +100,16 @@ def _fake(
     zero_skip: int,
     save_branch: bool,
 ) -> tuple[Tensor, ...]:
+    op = "linear_gate_residual"
+    _checks.floating(op, 2, h=h, weight=weight, bias=bias, gate=gate, residual=residual)
+    _checks.tokens(op, "h", h)
+    _checks.linear(op, h.shape[2], weight, bias)
+    _checks.same_dtype(op, h=h, weight=weight, bias=bias)
     branch = h.new_empty(*h.shape[:-1], weight.shape[0], dtype=weight.dtype)
+    if residual is not None:
+        _checks.same_shape(op, "residual", residual, "the output", branch.shape)
+    if gate is not None:
+        _checks.gate(op, gate, branch.shape)
     y = branch if residual is None else empty_like_dense(residual)
     y = y.to(promoted(*(t for t in (residual, gate, branch) if t is not None)))
     return y, branch.new_empty(branch.shape if save_branch else (0,)), shapes.flag(h)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _checks
 from .. import reference as ref
 from ..backends.base import MaybeTensor
 from ..backends.select import select
@@ -35,6 +36,10 @@ def rms_norm_modulate(
 
 @FORWARD.fake
 def _fake(x: Tensor, shift: MaybeTensor, scale: MaybeTensor, weight: MaybeTensor, eps: float) -> tuple[Tensor, Tensor]:
+    op = "rms_norm_modulate"
+    _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
+    _checks.modulated(op, x, eps, shift=shift, scale=scale)
+    _checks.shapes(op, (x.shape[2],), "[D]", weight=weight)
     return x.new_empty(x.shape), shapes.statistics(x, *x.shape[:2])
 
 

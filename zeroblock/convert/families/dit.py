@@ -170,7 +170,7 @@ def _attention_half(norm: Any, attn: Any) -> adaln.Half | None:
     between = [m for name, m in parts.items() if m is not None and name not in ("qkv", "proj")]
     q_norm, k_norm = parts.get("q_norm"), parts.get("k_norm")
     known = all(inactive(m) or m in (q_norm, k_norm) for m in between)
-    if not (plain and known and inactive(parts["attn_drop"]) and inactive(parts["proj_drop"]) and bypassable((attn,))):
+    if not (plain and known and bypassable((attn,))):
         return None
 
     def attend(qkv: Tensor) -> Tensor:
