@@ -247,6 +247,10 @@ setup(
     version=f"{VERSION}+{LOCAL_VERSION}" if LOCAL_VERSION else VERSION,
     packages=[*find_packages(include=["zeroblock", "zeroblock.*"]), "zeroblock.kernels"],
     package_dir={"zeroblock": "zeroblock", "zeroblock.kernels": "kernels"},
-    package_data={"zeroblock": ["py.typed"], "zeroblock.doctor": ["report.html"]},
+    package_data={
+        "zeroblock": ["py.typed"],
+        "zeroblock.doctor": ["report.html"],
+        "zeroblock.convert": ["coverage.csv"],
+    },
     **extension(),
 )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ._explain import info
 from .convert import families
+from .convert.table import coverage_table
 from .doctor import doctor
 from .doctor.examine import random_target_loss
 from .doctor.text import render
@@ -186,16 +187,15 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_info(options: argparse.Namespace) -> int:
     """Exit status 0. Raises CommandError for a family that is not known."""
-    if options.family is None:
-        print(info())
-        return 0
-    known = families()
-    if options.family == "all":
+    known, name = families(), options.family
+    if name is None or name == "coverage":
+        print(info() if name is None else coverage_table())
+    elif name == "all":
         print("\n\n".join(f"{name}\n{text}" for name, text in known.items()))
-    elif options.family in known:
-        print(known[options.family])
+    elif name in known:
+        print(known[name])
     else:
-        raise CommandError(f"no family {options.family!r}; known: {', '.join(known)}")
+        raise CommandError(f"no family {name!r}; known: {', '.join(known)}")
     return 0
 
 
@@ -269,7 +269,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--picture", metavar="FILE", help="draw it, by the ending as PNG, SVG or PDF")
 
     command = commands.add_parser("info", help="what is built and why not", description="What is built and why not.")
-    command.add_argument("family", nargs="?", help="a family of blocks that accelerate knows, or all")
+    command.add_argument("family", nargs="?", help="a family of blocks, all, or coverage: of diffusers' models")
     command.set_defaults(run=run_info, traceback=False)
 
     command = commands.add_parser("demo", help=DEMO_HELP, description=DEMO_HELP)

@@ -1,8 +1,8 @@
 """What accelerate does with every transformer of the installed diffusers, in tiny sizes, and a table of it.
 
-`python -m tests.convert.coverage` renews the table (coverage.csv): the model's class; the level; the families of whole
-blocks and how many of their branches there are; every residual block that is left alone, with the reason. Sizes and
-inputs of the models are in diffusers_models.json.
+`python -m tests.convert.coverage` renews the table (zeroblock/convert/coverage.csv): the model's class; the level; the
+families of whole blocks and how many of their branches there are; every residual block that is left alone, with the
+reason. Sizes and inputs of the models are in diffusers_models.json.
 
 Levels: "blocks" (every residual block that has norms of its own is run by zeroblock, none of them asks its original
 at a call), "some blocks", "parts" (layers or norms alone), "nothing".
@@ -24,10 +24,10 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock.convert.families import known
+from zeroblock.convert.table import TABLE as TABLE
 from zeroblock.convert.trial import tensors as tensors
 
 HERE = Path(__file__).parent
-TABLE = HERE / "coverage.csv"
 FIELDS = ("class", "level", "blocks", "left alone")
 # Classes that are not run, and why.
 NOT_RUN = {

@@ -185,6 +185,8 @@ def test_info(capsys, monkeypatch):
     monkeypatch.setattr(cli, "families", lambda: {"DiTBlock": "adaLN", "ResBlock": "FiLM"})
     assert cli.main(["info", "DiTBlock"]) == 0 and capsys.readouterr().out == "adaLN\n"
     assert cli.main(["info", "all"]) == 0 and "ResBlock\nFiLM" in capsys.readouterr().out
+    assert cli.main(["info", "coverage"]) == 0
+    assert "DiTTransformer2DModel: blocks\n  blocks: BasicTransformerBlock" in capsys.readouterr().out
     assert cli.main(["info", "Other"]) == 2 and "known: DiTBlock, ResBlock" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .conventions import expected_zero
 from .factors import Ranks
 from .html import page
 from .kinds import ALARMS, NEAR_ZERO, UNUSED, finite
@@ -53,6 +54,8 @@ class Diagnosis:
     predicted_steps: int | None  # after so many steps nothing more moves; None: no prediction
     near_zero: list[ParameterReport] = field(default_factory=list)  # close to zero, but not zero
     savings: Savings | None = None  # what the fast path leaves out now
+    # Not zero, though a fresh model of its family has it at zero: {name: "class, whose code"} (conventions.py).
+    expected_zero: dict[str, str] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)  # what is wrong with the diagnosis itself, in sentences
     explanation: list[str] = field(default_factory=list)  # in paragraphs, with the measured numbers
 
@@ -105,6 +108,7 @@ class Diagnosis:
           ranks}] in the model's order, as in `ParameterReport`: predicted and measured are steps, counted from 1, or
           None; waits_for: [[name]]; ranks: None or {h, dy, grad, unit_differences}, each None or [rank, most].
         - near_zero: the same of those that are close to zero.
+        - expected_zero: {name: "class, whose code"} of those that its family's code starts at zero and that are not.
         - savings: None or {branches: [{parameters, by, flops, steps}], inference_flops, inference_saved,
           training_flops, training_saved, activation_bytes, activation_saved}.
         - findings, explanation: sentences for people, which may be worded otherwise in another version.
@@ -210,6 +214,7 @@ def diagnose(
         prediction.steps if prediction else None,
         near,
         savings,
+        expected_zero(model, initial.zero),
     )
     result.findings = _findings(result)
     return result

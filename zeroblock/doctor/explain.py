@@ -65,9 +65,20 @@ def explain(d: Diagnosis) -> list[str]:
     unused = d.of_kind("unused")
     if unused:
         paragraphs.append(_why_unused(unused))
+    if d.expected_zero:
+        paragraphs.append(_not_zero(d.expected_zero))
     if not zeros and not unused and d.healthy:
         paragraphs.append("No weight or gate is exactly zero: every parameter can learn from the first step.")
     return paragraphs
+
+
+def _not_zero(expected: dict[str, str]) -> str:
+    families = listed(dict.fromkeys(expected.values()))
+    return (
+        f"Zero by convention, but not here: {listed(expected)} (of {families}, where a fresh model has them at zero). "
+        "That is right of a model that was trained. In a fresh one the zero initialisation was forgotten, or "
+        "overwritten by one that came after it."
+    )
 
 
 def _factors(r: Ranks | None) -> str:
