@@ -11,6 +11,7 @@ from torch import nn
 import zeroblock as zb
 from zeroblock import testing
 
+from ..freeze.cases import needs_native
 from .model_cases import Case, accelerated, infer, normal, three_tests
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -121,3 +122,24 @@ def test_adapter_of_a_quantised_layer(known):
     assert len(report.branches) == 2 - known
     x = {"x": torch.randn(2, 3, 5, 4)}
     testing.assert_error_budget(infer(ours, x)["y0"], infer(plain, x)["y0"], infer(plain, x)["y0"].double())
+
+
+@needs_native
+def test_an_adapter_that_is_merged_while_frozen_raises():
+    """peft writes the sum through `.data`, which leaves no trace but the values."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = peft.get_peft_model(layers, peft.LoraConfig(target_modules=["0", "2"], r=4))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    model.eval().requires_grad_(False)
+    x = torch.randn(3, 64)
+    expected = model(x)
+    zb.freeze(model)
+    torch.testing.assert_close(model(x), expected)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="was written while frozen"):
+        model(x)
+    zb.unfreeze(model)
+    torch.testing.assert_close(model(x), expected)
