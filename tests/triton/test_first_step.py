@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytestmark = pytest.mark.usefixtures("benchmark_path")
 
