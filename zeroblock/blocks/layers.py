@@ -156,12 +156,11 @@ def is_plain_norm(module: Any) -> bool:
 def is_group_norm(module: Any, swish: float = 0.0) -> bool:
     """A GroupNorm with parameters of its own (parametrized ones live elsewhere) that computes one, and then silu(y)
     where `swish` is 1: glide-text2im's norms hold their activation, as an attribute of that name."""
-    fields = module.__dict__
     return (
         isinstance(module, nn.GroupNorm)
         and (type(module).forward in GROUP_NORMS or computes(module, GROUP_NORMS))
-        and fields["_parameters"].get("weight") is not None
-        and fields.get("swish", 0.0) == swish
+        and module._parameters.get("weight") is not None
+        and module.__dict__.get("swish", 0.0) == swish
     )
 
 
