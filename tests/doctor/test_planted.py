@@ -225,7 +225,7 @@ def plain(value):
 
 
 KEYS = "schema healthy alarms unused not_seen mismatches model steps losses parameters predicted_steps near_zero "
-KEYS += "savings findings explanation"
+KEYS += "expected_zero savings findings explanation"
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ class DescribedFamily(Family):
         if not self._takes(xs):
             return self.eager(block, *args, **kwargs)
         flat = xs[0].dim() == 2
-        if prepared is None and self.gate is not None and not torch.is_grad_enabled() and not block.training:
+        may_skip = self.gate is not None and not is_compiling()
+        if prepared is None and may_skip and not torch.is_grad_enabled() and not block.training:
             y = self._copy_if_zero(block, xs[0], args, kwargs)
             if y is not None:
                 return y if d.finish is None else d.finish(block, (y,), given.more)
