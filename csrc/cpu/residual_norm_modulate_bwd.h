@@ -19,6 +19,24 @@ struct BackwardRow {
   T *dresidual, *dbranch;
 };
 
+// The operands of a row, and where in place the gradients of those that each token has go, or null.
+struct StagedRows {
+  static constexpr bool kInPlace = false;
+  StagedRow factor, slope, plain, mult, scaled;
+};
+template <class M>
+struct RowsInPlace {
+  static constexpr bool kInPlace = true;
+  RowInPlace<M> factor;
+  OnePlus<RowInPlace<M>> mult;
+  M *dgate, *dshift, *dscale;
+  bool streamed;
+  template <class Lanes>
+  ZB_INLINE void put(M* to, int64_t i, Vec v, Lanes lanes) const {
+    if (to != nullptr) store_or_stream(to + i, v, lanes, streamed);
+  }
+};
+
 // The buffers of a chunk, and what is staged in them.
 struct Staged {
   float *d, *mult, *scaled, *factor, *slope, *plain, *x, *dy, *dx_new, *branch, *dresidual, *dbranch;
@@ -30,52 +48,82 @@ struct Staged {
                             &x, &dy,   &dx_new, &branch, &dresidual, &dbranch};
     for (int k = 0; k < kBuffers; ++k) *rows[k] = buffers.row(k);
   }
+
+  // The operands of token t, staged where their rows change.
+  ZB_INLINE StagedRows rows(void*, const ResidualNormModulate& p, int64_t b, int64_t t, bool affine, bool) {
+    if (p.norm && p.dy != nullptr && scale.move(p.index, b, t, p.T)) {
+      stage_mult(p, scale, mult);
+      if (affine) stage_scaled(scale, scaled, p.D);
+    }
+    if (p.branch != nullptr && gate.move(p.index, b, t, p.T)) stage_gate(p, gate, factor, slope, plain);
+    return {{factor}, {slope}, {plain}, {mult}, {scaled}};
+  }
+  // In place.
+  template <class M>
+  ZB_INLINE RowsInPlace<M> rows(M*, const ResidualNormModulate& p, int64_t b, int64_t t, bool, bool streamed) {
+    const auto grad = [&](const RowOperand& a) {
+      return a.kind == RowKind::kToken && a.grad != nullptr ? static_cast<M*>(a.grad) + (b * p.T + t) * p.D : nullptr;
+    };
+    scale.move(p.index, b, t, p.T);
+    gate.move(p.index, b, t, p.T);
+    return {gate.in_place<M>(ones.lanes),
+            {scale.in_place<M>(kZeros)},
+            grad(p.gate),
+            grad(p.shift),
+            grad(p.scale),
+            streamed};
+  }
+  const ConstantRow ones{1.0f};
 };
 
 // dx = rstd * (g - mean_g - xhat * mean_gxhat) of one row, and the sums over tokens of its modulation.
+template <class Mult>
 struct NormGradient {
   Vec mean, rstd, mean_g, mean_gxhat;
-  const float* mult;
+  Mult mult;
   template <class T, class Lanes>
   ZB_INLINE Vec at(const BackwardRow<T>& r, int64_t i, Lanes lanes) const {
-    const Vec xhat = (load(r.x + i, lanes) - mean) * rstd, g = load(r.dy + i, lanes) * load(mult + i, lanes);
+    const Vec xhat = (load(r.x + i, lanes) - mean) * rstd, g = load(r.dy + i, lanes) * mult.at(i, lanes);
     return fnmadd(xhat, mean_gxhat, g - mean_g) * rstd;
   }
 };
 
-template <class T>
-ZB_INLINE NormGradient norm_row(const ResidualNormModulate& p, const BackwardRow<T>& r, const Staged& a,
-                                const RunningSums& sums, int64_t row) {
+template <class T, class Rows>
+ZB_INLINE auto norm_row(const ResidualNormModulate& p, const BackwardRow<T>& r, const Rows& a, const RunningSums& sums,
+                        int64_t row) {
   const int64_t D = p.D;
   const double inverse = 1.0 / static_cast<double>(D);
   const Vec mean = set1(p.mean != nullptr ? p.mean[row] : 0.0f), rstd = set1(p.rstd[row]);
   const bool affine = sums.wants(kWeight) || sums.wants(kBias);
   const RunningSums::Sum dy = sums.sum(kDy), dy_xhat = sums.sum(kDyXhat), dbias = sums.sum(kBias),
                          dweight = sums.sum(kWeight);
-  const float *const mult = a.mult, *const scaled = a.scaled;
   double sum_g = 0, sum_gxhat = 0;
   for (int64_t begin = 0; begin < D; begin += kSummedColumns) {
     Vec part_g = zero(), part_gxhat = zero();
     each_column(begin, begin + kSummedColumns < D ? begin + kSummedColumns : D, [&](int64_t i, auto lanes) ZB_BODY {
       const Vec v = load(r.dy + i, lanes), xhat = keep_first((load(r.x + i, lanes) - mean) * rstd, lanes);
-      const Vec g = v * load(mult + i, lanes);
+      const Vec g = v * a.mult.at(i, lanes);
       part_g += g;
       part_gxhat = fmadd(g, xhat, part_gxhat);
       dy.add(i, v, lanes);
       dy_xhat.add(i, v * xhat, lanes);
-      if (!affine) return;
-      const Vec s = v * load(scaled + i, lanes);
-      dbias.add(i, s, lanes);
-      dweight.add(i, s * xhat, lanes);
+      if constexpr (Rows::kInPlace) {
+        a.put(a.dshift, i, v, lanes);
+        a.put(a.dscale, i, v * xhat, lanes);
+      } else if (affine) {
+        const Vec s = v * a.scaled.at(i, lanes);
+        dbias.add(i, s, lanes);
+        dweight.add(i, s * xhat, lanes);
+      }
     });
     sum_g += static_cast<double>(sum(part_g));
     sum_gxhat += static_cast<double>(sum(part_gxhat));
   }
-  if (p.shift.kind == RowKind::kToken && p.shift.grad != nullptr) {
+  if (!Rows::kInPlace && p.shift.kind == RowKind::kToken && p.shift.grad != nullptr) {
     write_row(p.shift.dtype, row_at(p.shift.dtype, p.shift.grad, row, D), nullptr, D, false,
               [&](int64_t i, auto lanes) ZB_BODY { return load(r.dy + i, lanes); });
   }
-  if (p.scale.kind == RowKind::kToken && p.scale.grad != nullptr) {
+  if (!Rows::kInPlace && p.scale.kind == RowKind::kToken && p.scale.grad != nullptr) {
     const ConstantRow ones(1.0f);
     const OperandRow<float> weight = channel_row(p.weight, ones.lanes), bias = channel_row(p.bias, kZeros);
     write_row(p.scale.dtype, row_at(p.scale.dtype, p.scale.grad, row, D), nullptr, D, false,
@@ -85,12 +133,13 @@ ZB_INLINE NormGradient norm_row(const ResidualNormModulate& p, const BackwardRow
               });
   }
   const Vec mean_g = set1(p.rms ? 0.0f : static_cast<float>(sum_g * inverse));
-  return {mean, rstd, mean_g, set1(static_cast<float>(sum_gxhat * inverse)), mult};
+  const Vec mean_gxhat = set1(static_cast<float>(sum_gxhat * inverse));
+  return NormGradient<decltype(a.mult)>{mean, rstd, mean_g, mean_gxhat, a.mult};
 }
 
-// d of one row, given as d(i, lanes), to residual, branch and gate.
-template <class T, class At>
-ZB_INLINE void gated_row_bwd(const ResidualNormModulate& p, const BackwardRow<T>& r, const Staged& a,
+// d of one row, given as d(i, lanes), to residual, branch and gate. `kept`: a buffer.
+template <class T, class Rows, class At>
+ZB_INLINE void gated_row_bwd(const ResidualNormModulate& p, const BackwardRow<T>& r, const Rows& a, float* kept,
                              const RunningSums& sums, int64_t row, bool stream_residual, bool stream_branch,
                              const At& d_at) {
   const int64_t D = p.D;
@@ -98,10 +147,8 @@ ZB_INLINE void gated_row_bwd(const ResidualNormModulate& p, const BackwardRow<T>
   const RunningSums::Sum dgate = sums.sum(kGate), dweight = sums.sum(kBranchWeight);
   const bool wants_gate = sums.wants(kGate), wants_weight = sums.wants(kBranchWeight), rms = p.branch_rms;
   const bool reads_branch = r.branch != nullptr && (wants_gate || wants_weight || token_gate || rms);
-  const bool keeps = token_gate || (rms && r.dbranch != nullptr);
+  const bool keeps = (token_gate && !Rows::kInPlace) || (rms && r.dbranch != nullptr);
   const Vec rstd = set1(rms ? p.branch_rstd[row] : 1.0f);
-  float* const kept = a.d;
-  const float *const factor = a.factor, *const slope = a.slope, *const plain = a.plain;
   Vec projection = zero();
   double total = 0;
   for (int64_t begin = 0; begin < D; begin += kSummedColumns) {
@@ -109,53 +156,59 @@ ZB_INLINE void gated_row_bwd(const ResidualNormModulate& p, const BackwardRow<T>
       const Vec d = d_at(i, lanes);
       if (r.dresidual != nullptr) store_or_stream(r.dresidual + i, d, lanes, stream_residual);
       if (keeps) store(kept + i, d, lanes);
-      if (!rms && r.dbranch != nullptr)
-        store_or_stream(r.dbranch + i, d * load(factor + i, lanes), lanes, stream_branch);
+      if (!rms && r.dbranch != nullptr) store_or_stream(r.dbranch + i, d * a.factor.at(i, lanes), lanes, stream_branch);
       if (!reads_branch) return;
       const Vec hhat = load(r.branch + i, lanes) * rstd, product = d * hhat;
-      if (wants_gate) dgate.add(i, product * load(slope + i, lanes), lanes);
-      if (wants_weight) dweight.add(i, product * load(plain + i, lanes), lanes);
-      if (rms) projection = fmadd(keep_first(product, lanes), load(factor + i, lanes), projection);
+      if constexpr (Rows::kInPlace) {
+        if (wants_gate) dgate.add(i, product, lanes);
+        a.put(a.dgate, i, product, lanes);
+      } else {
+        if (wants_gate) dgate.add(i, product * a.slope.at(i, lanes), lanes);
+        if (wants_weight) dweight.add(i, product * a.plain.at(i, lanes), lanes);
+      }
+      if (rms) projection = fmadd(keep_first(product, lanes), a.factor.at(i, lanes), projection);
     });
     total += static_cast<double>(sum(projection));
     projection = zero();
   }
-  if (token_gate) {
-    write_row(p.gate.dtype, row_at(p.gate.dtype, p.gate.grad, row, D), nullptr, D, false,
-              [&](int64_t i, auto lanes) ZB_BODY {
-                return load(kept + i, lanes) * (load(r.branch + i, lanes) * rstd) * load(slope + i, lanes);
-              });
+  if constexpr (!Rows::kInPlace) {
+    if (token_gate) {
+      write_row(p.gate.dtype, row_at(p.gate.dtype, p.gate.grad, row, D), nullptr, D, false,
+                [&](int64_t i, auto lanes) ZB_BODY {
+                  return load(kept + i, lanes) * (load(r.branch + i, lanes) * rstd) * a.slope.at(i, lanes);
+                });
+    }
   }
   if (!rms || r.dbranch == nullptr) return;
   const Vec mean = set1(static_cast<float>(total / static_cast<double>(D)));
   each_column(0, D, [&](int64_t i, auto lanes) ZB_BODY {
     const Vec hhat = load(r.branch + i, lanes) * rstd;
-    const Vec dh = fnmadd(hhat, mean, load(kept + i, lanes) * load(factor + i, lanes)) * rstd;
+    const Vec dh = fnmadd(hhat, mean, load(kept + i, lanes) * a.factor.at(i, lanes)) * rstd;
     store_or_stream(r.dbranch + i, dh, lanes, stream_branch);
   });
 }
 
-template <class T>
-ZB_LOOPS void backward_row(const ResidualNormModulate& p, const BackwardRow<T>& r, const Staged& a,
+template <class T, class Rows>
+ZB_LOOPS void backward_row(const ResidualNormModulate& p, const BackwardRow<T>& r, const Rows& a, float* kept,
                            const RunningSums& sums, int64_t row, bool stream_residual, bool stream_branch) {
   if (!(p.norm && p.dy != nullptr)) {
-    gated_row_bwd(p, r, a, sums, row, stream_residual, stream_branch,
+    gated_row_bwd(p, r, a, kept, sums, row, stream_residual, stream_branch,
                   [&](int64_t i, auto lanes) ZB_BODY { return load(r.dx_new + i, lanes); });
     return;
   }
-  const NormGradient dx = norm_row(p, r, a, sums, row);
+  const auto dx = norm_row(p, r, a, sums, row);
   if (r.dx_new == nullptr) {
-    gated_row_bwd(p, r, a, sums, row, stream_residual, stream_branch,
+    gated_row_bwd(p, r, a, kept, sums, row, stream_residual, stream_branch,
                   [&](int64_t i, auto lanes) ZB_BODY { return dx.at(r, i, lanes); });
   } else {
-    gated_row_bwd(p, r, a, sums, row, stream_residual, stream_branch,
+    gated_row_bwd(p, r, a, kept, sums, row, stream_residual, stream_branch,
                   [&](int64_t i, auto lanes) ZB_BODY { return dx.at(r, i, lanes) + load(r.dx_new + i, lanes); });
   }
 }
 
 // Rows of several types, through buffers.
-inline void mixed_row(const ResidualNormModulate& p, const Staged& a, const RunningSums& sums, int64_t row,
-                      bool stream_residual, bool stream_branch) {
+inline void mixed_row(const ResidualNormModulate& p, const StagedRows& rows, const Staged& a, const RunningSums& sums,
+                      int64_t row, bool stream_residual, bool stream_branch) {
   const int64_t D = p.D;
   const auto widened = [&](DType dtype, const void* from, float* to) -> const float* {
     if (from == nullptr) return nullptr;
@@ -167,7 +220,7 @@ inline void mixed_row(const ResidualNormModulate& p, const Staged& a, const Runn
       normed ? widened(p.x_dtype, p.x, a.x) : nullptr, normed ? widened(p.y_dtype, p.dy, a.dy) : nullptr,
       widened(p.x_dtype, p.dx_new, a.dx_new),          widened(p.branch_dtype, p.branch, a.branch),
       p.dresidual != nullptr ? a.dresidual : nullptr,  p.dbranch != nullptr ? a.dbranch : nullptr};
-  backward_row(p, r, a, sums, row, false, false);
+  backward_row(p, r, rows, a.d, sums, row, false, false);
   const auto put = [&](DType dtype, void* to, const float* from, bool streamed) {
     if (to == nullptr) return;
     write_row(dtype, row_at(dtype, to, row, D), nullptr, D, streamed,
@@ -252,16 +305,21 @@ inline void finish_rows(const ResidualNormModulate& p, const Sums& sums, Paralle
   }
 }
 
-template <class T>
-void residual_norm_modulate_bwd_of(T* type, const ResidualNormModulate& p, ParallelFor run) {
+// Whether the gradient of a row of each token, if there is one, may be streamed.
+ZB_INLINE bool stream_tokens(const RowOperand& a, int64_t D, int64_t bytes) {
+  return a.kind != RowKind::kToken || a.grad == nullptr || streams_rows(a.dtype, a.grad, D, bytes);
+}
+
+template <class T, class M>
+void residual_norm_modulate_bwd_of(T* type, M* operand, const ResidualNormModulate& p, bool uniform, ParallelFor run) {
   const int64_t D = p.D, bytes = 12 * p.B * p.T * D;
   const Sums sums(p, p.workspace);
   const bool sorted = sums.rows > 0;
   if (sorted) sums.sort(p.index);
   const bool stream_residual = streams_rows(p.residual_dtype, p.dresidual, D, bytes);
   const bool stream_branch = streams_rows(p.branch_dtype, p.dbranch, D, bytes);
-  const bool uniform = is_of(p.y_dtype, p.x_dtype, p.dy) && is_of(p.branch_dtype, p.x_dtype, p.branch) &&
-                       is_of(p.residual_dtype, p.x_dtype, p.dresidual);
+  const bool stream_operands = bytes > kStreamBytes && stream_tokens(p.gate, D, bytes) &&
+                               stream_tokens(p.shift, D, bytes) && stream_tokens(p.scale, D, bytes);
   const int64_t buffer_count = Staged::kBuffers + sums.slots + 2 * sums.runs;
   each_chunk_with(run, p.B, p.T, D, buffer_count,
                   [&](const Buffers& buffers, int64_t chunk, int64_t b, int64_t begin, int64_t end) {
@@ -277,22 +335,16 @@ void residual_norm_modulate_bwd_of(T* type, const ResidualNormModulate& p, Paral
                         if (k != current && current >= 0) running.flush(sums, b, c, current);
                         current = k;
                       }
-                      if (p.norm && p.dy != nullptr && staged.scale.move(p.index, b, t, p.T)) {
-                        stage_mult(p, staged.scale, staged.mult);
-                        if (affine) stage_scaled(staged.scale, staged.scaled, D);
-                      }
-                      if (p.branch != nullptr && staged.gate.move(p.index, b, t, p.T)) {
-                        stage_gate(p, staged.gate, staged.factor, staged.slope, staged.plain);
-                      }
+                      const auto rows = staged.rows(operand, p, b, t, affine, stream_operands);
                       if (uniform) {
                         const auto at = [&](const void* array) {
                           return array == nullptr ? nullptr : typed(type, array) + row * D;
                         };
                         const BackwardRow<T> r = {at(p.x),      at(p.dy),        at(p.dx_new),
                                                   at(p.branch), at(p.dresidual), at(p.dbranch)};
-                        backward_row(p, r, staged, running, row, stream_residual, stream_branch);
-                      } else {
-                        mixed_row(p, staged, running, row, stream_residual, stream_branch);
+                        backward_row(p, r, rows, staged.d, running, row, stream_residual, stream_branch);
+                      } else if constexpr (!decltype(rows)::kInPlace) {
+                        mixed_row(p, rows, staged, running, row, stream_residual, stream_branch);
                       }
                       if (++running.rows == kRowsInSum) running.fold(D);
                     }
@@ -304,7 +356,12 @@ void residual_norm_modulate_bwd_of(T* type, const ResidualNormModulate& p, Paral
 }
 
 inline void residual_norm_modulate_bwd(const ResidualNormModulate& p, ParallelFor run) {
-  with_type(p.x_dtype, [&](auto* type) { residual_norm_modulate_bwd_of(type, p, run); });
+  const bool uniform = is_of(p.y_dtype, p.x_dtype, p.dy) && is_of(p.branch_dtype, p.x_dtype, p.branch) &&
+                       is_of(p.residual_dtype, p.x_dtype, p.dresidual);
+  with_type(p.x_dtype, [&](auto* type) {
+    with_operands(type, p.x_dtype, p, uniform,
+                  [&](auto* operand) { residual_norm_modulate_bwd_of(type, operand, p, uniform, run); });
+  });
 }
 
 inline int64_t residual_norm_modulate_bwd_workspace(const ResidualNormModulate& p) { return Sums(p, nullptr).size(); }

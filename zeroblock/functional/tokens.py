@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -92,6 +93,16 @@ def layer_norm_modulate(
     >>> y = layer_norm_modulate(torch.randn(2, 16, 64), torch.randn(2, 64), torch.randn(2, 64))
     """
     op = "layer_norm_modulate"
+    if second is not None:
+        shared: dict[str, Any] = {
+            "eps": eps,
+            "weight": weight,
+            "bias": bias,
+            "shift_table": shift_table,
+            "scale_table": scale_table,
+        }
+        shared |= {"index": index, "y_dtype": y_dtype, "rounding": rounding}
+        return _twice(layer_norm_modulate, x, (shift, scale), second, shared)
     traced = is_compiling()
     if traced:
         mixed = _checks.mixed(x, shift, scale, weight, bias)
@@ -99,11 +110,11 @@ def layer_norm_modulate(
         mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight, bias=bias)
         _checks.tokens(op, "x", x)
     taken = None
-    if shift_table is scale_table is index is second is y_dtype is None and rounding == "once":
+    if shift_table is scale_table is index is y_dtype is None and rounding == "once":
         taken = operands.modulated(op, x, shift, scale)
     if taken is None:
         a = Modulated(NORMS["layer"], weight, bias, shift, scale, shift_table, scale_table, eps, y_dtype)
-        return _general(op, x, a, index, second, rounding)
+        return _modulated(op, x, a, index, rounding)
     x, shift, scale = taken
     if not traced:
         _checks.eps_value(op, eps)
@@ -115,20 +126,17 @@ def layer_norm_modulate(
     return ops.layer_norm_modulate(x, shift, scale, weight, bias, eps)[0]
 
 
-def _general(
-    op: str, x: Tensor, a: Modulated, index: Tensor | None, second: Pair | None, rounding: str
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What is not the plain form."""
-    _checks.choice(op, "rounding", rounding, ("once", "eager"))
-    if second is None:
-        return _modulated(op, x, a, index, rounding)
+def _twice(
+    norm: Callable[..., Any], x: Tensor, first: Pair, second: Pair, shared: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     if not isinstance(second, tuple) or len(second) != 2:
-        raise TypeError(f"{op}: second must be (shift, scale), got {type(second).__name__}")
-    other = a._replace(shift=second[0], scale=second[1])
-    return _modulated(op, x, a, index, rounding), _modulated(op, x, other, index, rounding)
+        raise TypeError(f"{norm.__name__}: second must be (shift, scale), got {type(second).__name__}")
+    return norm(x, *first, **shared), norm(x, *second, **shared)
 
 
 def _modulated(op: str, x: Tensor, a: Modulated, index: Tensor | None, rounding: str) -> Tensor:
+    """What is not the plain form."""
+    _checks.choice(op, "rounding", rounding, ("once", "eager"))
     mixed = _checks.floating(
         op,
         1,
@@ -208,6 +216,10 @@ def rms_norm_modulate(
     Source: Zhang & Sennrich 2019.
     """
     op = "rms_norm_modulate"
+    if second is not None:
+        shared: dict[str, Any] = {"eps": eps, "weight": weight, "shift_table": shift_table, "scale_table": scale_table}
+        shared |= {"index": index, "y_dtype": y_dtype, "rounding": rounding}
+        return _twice(rms_norm_modulate, x, (shift, scale), second, shared)
     traced = is_compiling()
     if traced:
         mixed = _checks.mixed(x, shift, scale, weight)
@@ -215,11 +227,11 @@ def rms_norm_modulate(
         mixed = _checks.floating(op, 1, x=x, shift=shift, scale=scale, weight=weight)
         _checks.tokens(op, "x", x)
     taken = None
-    if shift_table is scale_table is index is second is y_dtype is None and rounding == "once":
+    if shift_table is scale_table is index is y_dtype is None and rounding == "once":
         taken = operands.modulated(op, x, shift, scale)
     if taken is None:
         a = Modulated(NORMS["rms"], weight, None, shift, scale, shift_table, scale_table, eps, y_dtype)
-        return _general(op, x, a, index, second, rounding)
+        return _modulated(op, x, a, index, rounding)
     x, shift, scale = taken
     if not traced:
         _checks.eps_value(op, eps)

@@ -27,6 +27,7 @@ _OPERANDS = (
     "Tensor? scale_table, Tensor? index, float eps, ScalarType x_dtype, ScalarType y_dtype"
 )
 _AT = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13)  # where `differentiable` stands among the operands; then comes the index
+_SHIFT = 5  # the shift's place among the gradients after the branch's
 
 
 def _saved(inputs: Sequence[Any], outputs: Sequence[MaybeTensor]) -> tuple[MaybeTensor, ...]:
@@ -220,7 +221,24 @@ def _backward(
 ) -> Grads:
     given, residual_dtype = Operands(*inputs[1:]), inputs[0]
     dx_new, dy = _of_results(given, dx_new, dy)
-    # Without dy the gradient of the residual is dx_new.
+    # Without dy the gradient of the residual is dx_new; a branch that is only added has the residual's; and a shift
+    # that each token has of its own has dy.
     wanted = Needed(needed[0] and dy is not None, *(needed[1 + i] for i in _AT))
-    dresidual, *grads = residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(wanted))
-    return _in_place((dresidual if wanted.residual else None, *grads))
+    shared = wanted.residual and wanted.branch and _is_only_added(given, residual_dtype)
+    own_dy = wanted.shift and dy is not None and _is_only_added_to_each(given.shift, given.index, dy)
+    reduced = wanted._replace(branch=wanted.branch and not shared, shift=wanted.shift and not own_dy)
+    dresidual, dbranch, *grads = residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(reduced))
+    if own_dy:
+        grads[_SHIFT] = dy
+    dresidual = dresidual if wanted.residual else None
+    return _in_place((dresidual, dresidual if shared else dbranch, *grads))
+
+
+def _is_only_added(given: Operands, residual_dtype: torch.dtype) -> bool:
+    branch = given.branch
+    scaled = given.gate is not None or given.branch_rms or given.branch_weight is not None
+    return branch is not None and not scaled and branch.dtype == residual_dtype
+
+
+def _is_only_added_to_each(shift: MaybeTensor, index: MaybeTensor, dy: Tensor) -> bool:
+    return shift is not None and index is None and shift.shape == dy.shape and shift.dtype == dy.dtype

@@ -1,5 +1,6 @@
-// Shifts, scales and gates of every form and type, one row at a time in fp32: a row is staged in a buffer where it is
-// another than the last one. Also the rows of activations, to and from such buffers.
+// Shifts, scales and gates of every form and type, one row at a time in fp32: staged in a buffer where a row is another
+// than the last one, or, where each token has its own, read in place. Also the rows of activations, to and from
+// buffers.
 #pragma once
 
 #include <cstdlib>
@@ -63,16 +64,58 @@ ZB_INLINE bool streams_rows(DType dtype, const void* out, int64_t D, int64_t byt
                                                  : streams(static_cast<const bf16*>(out), D, bytes));
 }
 
+// One row of an operand as a loop reads it: staged in fp32, or in place, with its table.
+struct StagedRow {
+  const float* p;
+  template <class Lanes>
+  ZB_INLINE Vec at(int64_t i, Lanes lanes) const {
+    return load(p + i, lanes);
+  }
+};
+template <class M>
+struct RowInPlace {
+  OperandRow<M> row;
+  OperandRow<float> table;
+  template <class Lanes>
+  ZB_INLINE Vec at(int64_t i, Lanes lanes) const {
+    return row.at(i, lanes) + table.at(i, lanes);
+  }
+};
+template <class Row>
+struct OnePlus {
+  Row row;
+  template <class Lanes>
+  ZB_INLINE Vec at(int64_t i, Lanes lanes) const {
+    return set1(1.0f) + row.at(i, lanes);
+  }
+};
+
 // The row of the table of rows that token t of sample b takes.
 ZB_INLINE int64_t chosen(const RowOperand& a, const int32_t* index, int64_t token) {
   const int64_t k = index[token];
   return k < 0 ? 0 : k < a.count ? k : a.count - 1;
 }
 
+// -0, which leaves any number that it is added to as it is.
+struct MinusZeros {
+  alignas(64) float lanes[kConstant];
+  constexpr MinusZeros() : lanes() {
+    for (int i = 0; i < kConstant; ++i) lanes[i] = -0.0f;
+  }
+};
+constexpr MinusZeros kMinusZeros;  // made by the compiler: nothing of one instruction set runs as the library is loaded
+
 // Follows an operand through the tokens of a chunk.
 class OperandCursor {
  public:
   explicit OperandCursor(const RowOperand& a) : a_(a) {}
+
+  // The row where it is, of type M; `absent`, kConstant of one number, where there is no operand.
+  template <class M>
+  ZB_INLINE RowInPlace<M> in_place(const float* absent) const {
+    if (a_.kind == RowKind::kNone) return {{reinterpret_cast<const M*>(kZeros), 0}, {absent, 0}};
+    return {{static_cast<const M*>(a_.ptr) + offset_, -1}, channel_row(a_.table, kMinusZeros.lanes)};
+  }
 
   // Goes to token t of sample b; whether its row is another than before. An absent operand has one row.
   ZB_INLINE bool move(const int32_t* index, int64_t b, int64_t t, int64_t T) {
