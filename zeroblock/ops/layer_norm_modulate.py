@@ -19,7 +19,8 @@ from .register import Grads, Op, through
 
 FORWARD = Op(
     "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    again=(0, lambda inputs, extra: layer_norm_modulate(*inputs, direct=True)[0]),
 )
 BACKWARD = Op(
     "layer_norm_modulate_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? shift, Tensor? scale, "

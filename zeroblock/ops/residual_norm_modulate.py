@@ -35,11 +35,18 @@ def _saved(inputs: Sequence[Any], outputs: Sequence[MaybeTensor]) -> tuple[Maybe
     return x if inputs[8] else None, *outputs[2:]
 
 
+def _norm_again(inputs: Sequence[Any], extra: Sequence[MaybeTensor]) -> Tensor:
+    """y, of what was saved of the norm's operand."""
+    nothing = (None, None, None, False, False, None, 0.0)
+    return residual_norm_modulate(extra[0], *nothing, *inputs[8:], direct=True)[1]  # type: ignore[return-value, arg-type]
+
+
 FORWARD = Op(
     f"residual_norm_modulate(Tensor residual, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     differentiable=2,
     residual=0,
     save=_saved,
+    again=(1, _norm_again),
 )
 BACKWARD = Op(
     "residual_norm_modulate_bwd(Tensor? dx_new, Tensor? dy, Tensor? x, Tensor? mean, Tensor? rstd, "

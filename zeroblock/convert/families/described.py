@@ -37,6 +37,7 @@ class DescribedFamily(Family):
     """What `family_of` makes subclasses of."""
 
     eager_rounding = True
+    remakes = True
 
     description: ClassVar[GatedBlock]
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
