@@ -64,6 +64,7 @@ class Op:
     residual: the number of an input that is merely added: it is not saved (backward sees its dtype instead,
     double_backward None), and its gradient is dy unless they say otherwise.
     save(inputs, outputs): what is saved beside the inputs, by default the outputs that carry no gradient.
+    kept_as(inputs): the inputs as they are saved: stand-ins of those that this call's backward does not read.
     again: (the number of a result, what makes it once more of the inputs and what is saved beside them): `remade.py`.
     """
 
@@ -75,11 +76,12 @@ class Op:
         device_arg: int | None = 0,
         residual: int | None = None,
         save: Callable[[Sequence[Any], tuple[Tensor, ...]], tuple[MaybeTensor, ...]] | None = None,
+        kept_as: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
         again: tuple[int, Callable[[Sequence[Any], Sequence[MaybeTensor]], Tensor]] | None = None,
     ):
         self.name = schema[: schema.index("(")]
         self.differentiable, self.device_arg, self.residual, self.save = differentiable, device_arg, residual, save
-        self.again = again
+        self.kept_as, self.again = kept_as, again
         _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, STRIDES_TAG))
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._autograd: _Autograd | None = None
@@ -212,6 +214,7 @@ class _Autograd:
         residual = None if op.residual is None else inputs[op.residual]
         ctx.kept = [inputs[i] if i != op.residual or residual is None else residual.dtype for i in self.kept_at]
         saved = output[op.differentiable :] if op.save is None else op.save(inputs, output)
+        inputs = inputs if op.kept_as is None else op.kept_as(inputs)
         ctx.save_for_backward(*[inputs[i] for i in self.saved_at], *saved)
 
     def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:

@@ -77,7 +77,8 @@ class remaking:  # noqa: N801
         return made
 
 
-def _is_remaking() -> bool:
+def is_remaking() -> bool:
+    """Whether this is within `remaking`, and no other hooks are set since."""
     hooks = _autograd._top_saved_tensors_default_hooks(False) if TELLS_SAVED else None
     return hooks is not None and isinstance(getattr(hooks[0], "__self__", None), remaking)
 
@@ -212,7 +213,7 @@ def _join(node: Any) -> Tensor:
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """torch.cat(parts, dim) for a linear; in `remaking` the parts are kept in its place, each as it is kept anyway."""
-    if is_compiling() or not _is_remaking() or any(type(t) is not Tensor for t in parts):
+    if is_compiling() or not is_remaking() or any(type(t) is not Tensor for t in parts):
         return torch.cat(list(parts), dim=dim)
     result: Tensor = _Joined.apply(dim, *parts)
     return result

@@ -35,6 +35,19 @@ def _saved(inputs: Sequence[Any], outputs: Sequence[MaybeTensor]) -> tuple[Maybe
     return x if inputs[8] else None, *outputs[2:]
 
 
+def _merely_added(inputs: Sequence[Any]) -> bool:
+    """A branch without a gate or norm, which backward does not read."""
+    return inputs[1] is not None and inputs[2] is inputs[3] is None and not inputs[5]
+
+
+def _kept_as(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Without such a branch: what stands for it has one element."""
+    if not _merely_added(inputs):
+        return inputs
+    branch = inputs[1]
+    return inputs[0], branch.new_empty(()).expand(branch.shape), *inputs[2:]
+
+
 def _norm_again(inputs: Sequence[Any], extra: Sequence[MaybeTensor]) -> Tensor:
     """y, of what was saved of the norm's operand."""
     nothing = (None, None, None, False, False, None, 0.0)
@@ -46,6 +59,7 @@ FORWARD = Op(
     differentiable=2,
     residual=0,
     save=_saved,
+    kept_as=_kept_as,
     again=(1, _norm_again),
 )
 BACKWARD = Op(
@@ -203,7 +217,9 @@ def _double_backward(
     if dy is not None:
         through, *of_norm = recorded_grads(_norm, (extra[0], *tensors[4:], given), dy)[:7]
         dx = through if dx is None else dx if through is None else dx + through
-    if given.branch is not None and dx is not None:
+    if dx is not None and _merely_added(inputs):
+        of_branch = [dx.to(given.branch.dtype), None, None, None]  # type: ignore[union-attr]
+    elif given.branch is not None and dx is not None:
         of_branch = recorded_grads(_added, (*tensors[:4], given), dx.to(compute_dtype(given.branch)))[:4]
     return _in_place((dx, *of_branch, *of_norm))
 
@@ -227,6 +243,11 @@ def _backward(
 ) -> Grads:
     given, residual_dtype = Operands(*inputs[1:]), inputs[0]
     dx_new, dy = _of_results(given, dx_new, dy)
+    if _merely_added(inputs):
+        assert given.branch is not None
+        if given.norm == NO_NORM:
+            return _in_place((None, None if dx_new is None else dx_new.to(given.branch.dtype), *(None,) * 9))
+        given = given._replace(branch=saved[0].to(given.branch.dtype))  # type: ignore[union-attr]
     # Without dy the gradient of the residual is dx_new.
     wanted = Needed(needed[0] and dy is not None, *(needed[1 + i] for i in _AT))
     dresidual, *grads = residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(wanted))
