@@ -132,6 +132,7 @@ def _saved(call: Any, exclude: list[Tensor]) -> tuple[int, int]:
             found[at] = storage, _in_attention() and found.get(at, (None, True))[1]
         return t
 
+    pack.only_counts = True  # type: ignore[attr-defined]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = call()
     kept = [0, 0]

@@ -9,13 +9,14 @@ In `remaking(...)`, of all that any code saves for its backward (a model's own a
 
 Each is made by the op that made it, of the same operands: gradients have the same bits. It is known by the node of the
 autograd graph that made it, which holds the operands, and runs after all that may ask. No product of matrices and no
-attention runs twice. Hooks that others have set for saved tensors (checkpointing, offloading) are given all that stays.
+attention runs twice. Where others have set hooks for saved tensors (checkpointing, offloading), which may be asked but
+once for each, everything is theirs, as without zeroblock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,9 @@ class remaking:  # noqa: N801
     """Context: see above. Blocks whose tokens are small, and calls that record no gradients, need none (`worthwhile`)."""
 
     def __init__(self) -> None:
-        self.others = _autograd._top_saved_tensors_default_hooks(False)
-        self.keep, take = (_kept, _taken) if self.others is None else self.others
+        others = _autograd._top_saved_tensors_default_hooks(False)  # such as only count
+        self.keep, take = (_Kept.of, _Kept.tensor) if others is None else others
+        self.theirs = others is not None
         self.made: dict[tuple[Any, int], _Remade] = {}
 
         def unpack(packed: Any) -> Tensor:
@@ -70,11 +72,22 @@ class remaking:  # noqa: N801
         made = self.made.get(key)
         if made is None:
             rule = _rule(node, t.output_nr)
-            if rule is None:
+            if rule is None or not self._keeps(node):
                 return None
             made = self.made[key] = _Remade(rule, node, t)
         made.asked += 1
         return made
+
+
+    def _keeps(self, node: Any) -> bool:
+        """Whether what the node saved is at hand: it is, and was not left to hooks set in between."""
+        if self.theirs:
+            return True
+        raw = getattr(node, "_raw_saved_tensors", None)
+        if raw is None:
+            raw = [node._raw_saved_self] + ([node._raw_saved_other] if type(node).__name__ == _MUL else [])
+            return all(type(t.data) in _PACKED for t in raw)
+        return all(t.data is None or type(t.data) in _PACKED for t in raw)
 
 
 def is_remaking() -> bool:
@@ -86,6 +99,9 @@ def is_remaking() -> bool:
 def worthwhile(x: Any) -> bool:
     """Whether a block whose tokens are x should run in `remaking`."""
     if type(x) is not Tensor or x.nbytes < LEAST_BYTES or not torch.is_grad_enabled() or not TELLS_SAVED:
+        return False
+    hooks = _autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and not getattr(hooks[0], "only_counts", False):
         return False
     return not zero.transforms_active() and bool(_autograd._saved_tensors_hooks_is_enabled())
 
@@ -130,22 +146,28 @@ class _View:
 _OURS = (_Remade, _View)
 
 
-# ---- what stays, where nobody else has set hooks -----------------------------------------------------------------------
+class _Kept(NamedTuple):
+    """What stays. A parameter as it is: who shards or offloads it exchanges what it holds. Nothing else may hold the
+    node that saves it, which made it perhaps."""
+
+    t: Tensor
+    version: int
+
+    @staticmethod
+    def of(t: Tensor) -> _Kept:
+        return _Kept(t if t.is_leaf else t.detach(), t._version)
+
+    def tensor(self) -> Tensor:
+        t, version = self
+        if t._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {version} instead."
+            )
+        return t
 
 
-def _kept(t: Tensor) -> tuple[Tensor, int]:
-    """A parameter as it is: who shards or offloads it exchanges what it holds. Nothing else may hold its own node."""
-    return t if t.is_leaf else t.detach(), t._version
-
-
-def _taken(packed: tuple[Tensor, int]) -> Tensor:
-    t, version = packed
-    if t._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {version} instead."
-        )
-    return t
+_PACKED = (*_OURS, _Kept)
 
 
 # ---- how a tensor is made again ------------------------------------------------------------------------------------------
@@ -164,16 +186,16 @@ def _product(node: Any) -> Tensor:
     return product
 
 
-_OF_TORCH: dict[str, Rule] = {"GeluBackward0": _gelu, "SiluBackward0": _silu, "MulBackward0": _product}
+_MUL = "MulBackward0"
+_OF_TORCH: dict[str, Rule] = {"GeluBackward0": _gelu, "SiluBackward0": _silu, _MUL: _product}
 
 
 def _rule(node: Any, output: int) -> Rule | None:
     kind = type(node)
     rule = _OF_TORCH.get(kind.__name__)
-    if rule is not None:
-        if rule is _product and (node._raw_saved_self.data is None or node._raw_saved_other.data is None):
-            return None
-        return rule
+    if rule is not None:  # a product does not keep a factor beside one without gradients
+        kept = rule is not _product or node._raw_saved_self.data is not None is not node._raw_saved_other.data
+        return rule if kept else None
     function = getattr(kind, "_forward_cls", None)
     if function is _Joined:
         return _join
