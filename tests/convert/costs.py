@@ -8,8 +8,9 @@
     training     the same of a forward with gradients
     eager        kernels of the block's own forward that are neither products nor attention nor copies
     beside       such kernels that still run beside zeroblock's ops: in attention, activations and the modulation
+    eager norms  those of them that are norms or gates of the block's own: none but additions
     saved        bytes that autograd keeps for a backward, as a share of the block's own, of 256 tokens
-    attention    what of this the block's own attention keeps: q, k and v before and after their norms, its result, masks
+    attention    what of it the block's own attention keeps: q, k and v before and after their norms, its result, masks
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 import zeroblock as zb
 from zeroblock import ops
+from zeroblock.convert.accelerated import applied
 from zeroblock.convert.families import known
 from zeroblock.convert.family import Family
 from zeroblock.ops import remade
@@ -37,7 +39,7 @@ from .cases import randomize_
 from .one_of_each import BLOCKS
 
 TABLE = Path(__file__).parent / "costs.csv"
-FIELDS = ("family", "results", "inference", "in a row", "training", "eager", "beside", "saved", "attention")
+FIELDS = ("family", "results", "inference", "in a row", "training", "eager", "beside", "eager norms", "saved", "attention")
 WRITTEN_OUT = ("DiTBlock", "PixArtBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointTransformerBlock")
 OPS = [name for name in dir(ops) if ("norm" in name or "gate" in name) and "group" not in name and "bwd" not in name]
 CODES = {f.__code__ for name in OPS if hasattr(f := getattr(ops, name), "__code__")}
@@ -57,13 +59,31 @@ class _Kernels(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found = collections.Counter()  # type: ignore[var-annotated]
+        self.norms = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found[func._schema.name.split("::")[1].removesuffix("_")] += 1
+        name = func._schema.name.split("::")[1].removesuffix("_")
+        self.found[name] += 1
+        self.norms += name in POINTWISE and name != "add" and _of_the_block()
         return func(*args, **(kwargs or {}))
 
     def pointwise(self) -> int:
         return sum(n for name, n in self.found.items() if name in POINTWISE)
+
+
+def _of_the_block() -> bool:
+    """Whether an op that is not zeroblock's belongs to a norm or gate that a family has of a block, and not to what it
+    calls: by the frames around it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if "/zeroblock/convert/" in path:
+            return path.endswith("/streams.py") or name in ("modulated", "gated", "eager", "replaced")
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and "Norm" not in type(owner).__name__ and applied(owner) is None:
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _ours(call: Any) -> int:
@@ -105,6 +125,7 @@ def line(name: str) -> dict[str, str]:
             with _Kernels() as seen:
                 run(block, args)
             kernels.append(seen.pointwise())
+        kernels.append(seen.norms)
         if getattr(family, "seams", name == "DiTBlock"):
             in_a_row = str(_in_a_row(ours, args, run))
 
@@ -112,7 +133,7 @@ def line(name: str) -> dict[str, str]:
     plain.train(), ours.train()
     exclude = [*tree_leaves(given), *plain.parameters(), *ours.parameters()]
     tensors = [t for t in exclude if isinstance(t, Tensor)]
-    with mock.patch.object(remade, "LEAST_BYTES", 1024):
+    with mock.patch.multiple(remade, LEAST_BYTES=1024, LEAST_WIDTH=0):
         kept = [_saved(lambda b=block: run(b, given), tensors) for block in (ours, plain)]
     counts = (len(results), inference, in_a_row, _ours(lambda: run(ours, given)), *kernels)
     shares = [f"{n / sum(kept[1]):.2f}" for n in (sum(kept[0]), kept[0][1])]

@@ -25,6 +25,7 @@ D = 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(remade, "LEAST_BYTES", 0)
+    monkeypatch.setattr(remade, "LEAST_WIDTH", 0)
 
 
 class Block(nn.Module):
@@ -217,6 +218,9 @@ def test_small_tensors_and_no_gradients_need_none(monkeypatch):
     monkeypatch.setattr(remade, "LEAST_BYTES", x.nbytes + 1)
     assert not remade.worthwhile(x) and not remade.worthwhile(None)
     monkeypatch.setattr(remade, "LEAST_BYTES", 0)
+    monkeypatch.setattr(remade, "LEAST_WIDTH", D + 1)
+    assert not remade.worthwhile(x)
+    monkeypatch.setattr(remade, "LEAST_WIDTH", D)
     with torch.autograd.graph.disable_saved_tensors_hooks("none"):
         assert not remade.worthwhile(x)
 

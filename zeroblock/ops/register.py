@@ -222,7 +222,7 @@ class _Autograd:
         ctx.mark_non_differentiable(*output[self.op.differentiable :])
         self.save_inputs(ctx, inputs, output)
 
-    def saved(self, ctx: Any) -> tuple[list[Any], Sequence[MaybeTensor]]:
+    def saved(self, ctx: Any) -> tuple[list[Any], Sequence[Any]]:
         """The inputs, the dtype of the residual in its place, and what was saved beside them."""
         saved, count = ctx.saved_tensors, len(self.saved_at)
         stored = [*saved[:count], *ctx.kept]
@@ -252,7 +252,7 @@ class _Autograd:
         return tuple([r if n else None for r, n in zip(results, needed, strict=True)][:given])
 
 
-def from_node(node: Any) -> tuple[Op, list[Any], Sequence[MaybeTensor]]:
+def from_node(node: Any) -> tuple[Op, list[Any], Sequence[Any]]:
     """The op of a node of its eager function in the autograd graph, its inputs, and what was saved beside them."""
     op: Op = type(node)._forward_cls.op
     assert op._autograd is not None

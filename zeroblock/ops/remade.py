@@ -31,12 +31,14 @@ from .register import Op, from_node
 
 # Smaller tensors cost more to look at than they hold.
 LEAST_BYTES = 2**18
+# Where a CPU multiplies by narrower matrices, an activation takes a share of the time that shows.
+LEAST_WIDTH = 768
 
 Rule = Callable[[Any], Tensor]
 
 
 class remaking:  # noqa: N801
-    """Context: see above. Blocks whose tokens are small, and calls that record no gradients, need none (`worthwhile`)."""
+    """Context: see above. Calls that record no gradients and blocks with few tokens need none (`worthwhile`)."""
 
     def __init__(self) -> None:
         others = _autograd._top_saved_tensors_default_hooks(False)  # such as only count
@@ -65,7 +67,7 @@ class remaking:  # noqa: N801
         made = None if node is None or whole._version else self._remade(whole, node)
         if made is None:
             return self.keep(t)
-        return made if base is None else _View(made, t, whole.storage_offset())
+        return made if base is None else _View(made, t, int(whole.storage_offset()))
 
     def _remade(self, t: Tensor, node: Any) -> _Remade | None:
         key = node, t.output_nr
@@ -77,7 +79,6 @@ class remaking:  # noqa: N801
             made = self.made[key] = _Remade(rule, node, t)
         made.asked += 1
         return made
-
 
     def _keeps(self, node: Any) -> bool:
         """Whether what the node saved is at hand: it is, and was not left to hooks set in between."""
@@ -100,10 +101,12 @@ def worthwhile(x: Any) -> bool:
     """Whether a block whose tokens are x should run in `remaking`."""
     if type(x) is not Tensor or x.nbytes < LEAST_BYTES or not torch.is_grad_enabled() or not TELLS_SAVED:
         return False
+    if x.dim() == 0 or x.is_cpu and x.shape[-1] < LEAST_WIDTH:
+        return False
     hooks = _autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and not getattr(hooks[0], "only_counts", False):
         return False
-    return not zero.transforms_active() and bool(_autograd._saved_tensors_hooks_is_enabled())
+    return not zero.transforms_active() and bool(_autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
 class _Remade:
@@ -170,7 +173,7 @@ class _Kept(NamedTuple):
 _PACKED = (*_OURS, _Kept)
 
 
-# ---- how a tensor is made again ------------------------------------------------------------------------------------------
+# ---- how a tensor is made again --------------------------------------------------------------------------------------
 
 
 def _gelu(node: Any) -> Tensor:

@@ -14,7 +14,6 @@ from ...blocks.broadcast import add_gated, cannot_be_saved
 from ...blocks.decision import bypassable
 from ...blocks.layers import is_plain_norm
 from ...functional.general import NORMS
-from ...ops.remade import is_remaking
 from ...ops.residual_norm_modulate import RMS
 from ...plan.mode import rounds_as_eager
 from .adaln import is_plain, norm_kind
@@ -74,8 +73,8 @@ class Stream:
         """norm(x) * (1 + scale) + shift, in one pass with what waits to be added."""
         fits = norm is not None and self._fits(norm, shift, scale)
         if self.waiting is None or not fits or not self._fits_branch(*self.waiting):
-            # Without modulation torch's norm is as good, but for what its result holds until backward.
-            ours = fits and (shift is not None or scale is not None or not is_compiling() and is_remaking())
+            # A compiler fuses a norm without modulation with what surrounds it.
+            ours = fits and (shift is not None or scale is not None or not is_compiling())
             return self._modulated(self.settled(), norm, shift, scale, ours)
         branch, gate = self.waiting
         self.waiting = None
