@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +68,12 @@ class DescribedFamily(Family):
                 last = block.get_submodule(b.last)
                 found[b.last] = zeroing_tensors(last, last.weight)
         return found
+
+    def inner_modules(self, block: Any) -> Iterable[nn.Module]:
+        """None of a block without gates: what holds a branch at zero is in its layers, which are families' own."""
+        d = self.description
+        gated = d.gates is not None or any(part.gate is not None for b in d.branches for part in b.parts())
+        return block.modules() if gated else ()
 
     def _gates(self, block: Any, i: int) -> tuple[Tensor, ...]:
         linears = self.description.linears
