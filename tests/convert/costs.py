@@ -39,7 +39,8 @@ from .cases import randomize_
 from .one_of_each import BLOCKS
 
 TABLE = Path(__file__).parent / "costs.csv"
-FIELDS = ("family", "results", "inference", "in a row", "training", "eager", "beside", "eager norms", "saved", "attention")
+COUNTS = ("results", "inference", "in a row", "training", "eager", "beside", "eager norms")
+FIELDS = ("family", *COUNTS, "saved", "attention")
 WRITTEN_OUT = ("DiTBlock", "PixArtBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointTransformerBlock")
 OPS = [name for name in dir(ops) if ("norm" in name or "gate" in name) and "group" not in name and "bwd" not in name]
 CODES = {f.__code__ for name in OPS if hasattr(f := getattr(ops, name), "__code__")}

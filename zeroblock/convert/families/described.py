@@ -56,7 +56,7 @@ class DescribedFamily(Family):
         d = self.description
         branches = [b for b in d.branches if submodule(block, b.layer) is not None]
         if d.gates is None and not d.linears:
-            return {b.layer: (torch.empty(1, device="meta"),) for b in branches}
+            return {b.layer: (torch.empty(1, device="meta") if self._gated() else NEVER_ZERO,) for b in branches}
         gates = d.gates or self._gates
         found: dict[str, tuple[Tensor, ...]] = {}
         for b in branches:
@@ -71,9 +71,10 @@ class DescribedFamily(Family):
 
     def inner_modules(self, block: Any) -> Iterable[nn.Module]:
         """None of a block without gates: what holds a branch at zero is in its layers, which are families' own."""
-        d = self.description
-        gated = d.gates is not None or any(part.gate is not None for b in d.branches for part in b.parts())
-        return block.modules() if gated else ()
+        return block.modules() if self._gated() else ()
+
+    def _gated(self) -> bool:
+        return any(part.gate is not None for b in self.description.branches for part in b.parts())
 
     def _gates(self, block: Any, i: int) -> tuple[Tensor, ...]:
         linears = self.description.linears

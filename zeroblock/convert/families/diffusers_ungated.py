@@ -52,6 +52,11 @@ def _at_places(name: str) -> Any:
     return attends
 
 
+def _basic_example(block: Any, side: int) -> tuple:
+    tokens = side**2 if block.pos_embed is None else min(side**2, block.pos_embed.pe.shape[1])
+    return torch.randn(2, tokens, block.dim), None, _context(block)
+
+
 def _basic_variant(block: Any) -> str | None:
     return None if block.norm_type == "layer_norm" else f"norm_type {block.norm_type!r}"
 
@@ -63,6 +68,8 @@ def _context(block: Any) -> Tensor | None:
 
 def _basic_options(block: Any) -> dict[str, tuple]:
     found: dict[str, tuple] = {"attention_mask": (torch.randn(2, 1, SMALL**2),), "cross_attention_kwargs": ({},)}
+    # Norms of other kinds take these.
+    found |= {"timestep": (torch.ones(2),), "class_labels": (torch.ones(2),), "added_cond_kwargs": ({},)}
     if block.attn2 is not None:
         tokens = SMALL**2 if block.attn2.to_k.in_features == block.dim and _context(block) is None else _TEXT
         found["encoder_attention_mask"] = (torch.randn(2, 1, tokens),)
@@ -77,14 +84,14 @@ described(
         GatedBranch("ff", "norm3"),
     ),
     given=_basic,
-    example=lambda block, side: (torch.randn(2, side**2, block.dim), None, _context(block)),
+    example=_basic_example,
     options=_basic_options,
     classes=("BasicTransformerBlock",),
     variant=_basic_variant,
     about="diffusers models/attention.py.",
 )
 
-# ---- OmniGen, Stable Audio, MiniMax-Music3 -----------------------------------------------------------------------------
+# ---- OmniGen, Stable Audio, MiniMax-Music3 ---------------------------------------------------------------------------
 
 
 def _omnigen(block: Any, hidden_states: Tensor, attention_mask: Tensor, image_rotary_emb: Any) -> Given:
