@@ -32,6 +32,9 @@ STRIDES_TAG = torch.Tag.needs_exact_strides if VERSION >= (2, 8) else torch.Tag.
 # Whether torch.compiler.is_exporting tells an export from a compilation; traced by 2.11 or older it is always true.
 TELLS_EXPORTS = VERSION >= (2, 13)
 
+# Whether it can be asked which hooks for saved tensors are set, and what a node of the autograd graph keeps.
+TELLS_SAVED = VERSION >= (2, 11)
+
 # aten._fused_rms_norm came with 2.8.
 HAS_FUSED_RMS_NORM = VERSION >= (2, 8)
 

@@ -8,7 +8,9 @@
     training     the same of a forward with gradients
     eager        kernels of the block's own forward that are neither products nor attention nor copies
     beside       such kernels that still run beside zeroblock's ops: in attention, activations and the modulation
+    eager norms  those of them that are norms or gates of the block's own: none but additions
     saved        bytes that autograd keeps for a backward, as a share of the block's own, of 256 tokens
+    attention    what of it the block's own attention keeps: q, k and v before and after their norms, its result, masks
 """
 
 from __future__ import annotations
@@ -19,21 +21,26 @@ import csv
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zeroblock as zb
 from zeroblock import ops
+from zeroblock.convert.accelerated import applied
 from zeroblock.convert.families import known
-from zeroblock.testing import saved_activation_bytes
+from zeroblock.convert.family import Family
+from zeroblock.ops import remade
 
 from .cases import randomize_
 from .one_of_each import BLOCKS
 
 TABLE = Path(__file__).parent / "costs.csv"
-FIELDS = ("family", "results", "inference", "in a row", "training", "eager", "beside", "saved")
+COUNTS = ("results", "inference", "in a row", "training", "eager", "beside", "eager norms")
+FIELDS = ("family", *COUNTS, "saved", "attention")
 WRITTEN_OUT = ("DiTBlock", "PixArtBlock", "DoubleStreamBlock", "SingleStreamBlock", "JointTransformerBlock")
 OPS = [name for name in dir(ops) if ("norm" in name or "gate" in name) and "group" not in name and "bwd" not in name]
 CODES = {f.__code__ for name in OPS if hasattr(f := getattr(ops, name), "__code__")}
@@ -53,13 +60,33 @@ class _Kernels(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found = collections.Counter()  # type: ignore[var-annotated]
+        self.norms = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found[func._schema.name.split("::")[1].removesuffix("_")] += 1
+        name = func._schema.name.split("::")[1].removesuffix("_")
+        self.found[name] += 1
+        self.norms += name in POINTWISE and name != "add" and _of_the_block()
         return func(*args, **(kwargs or {}))
 
     def pointwise(self) -> int:
         return sum(n for name, n in self.found.items() if name in POINTWISE)
+
+
+def _of_the_block() -> bool:
+    """Whether an op that is not zeroblock's belongs to a norm or gate that a family has of a block, and not to what it
+    calls: by the frames around it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if "/zeroblock/functional/" in path:  # of an index, say
+            return False
+        if "/zeroblock/convert/" in path:
+            return path.endswith("/streams.py") or name in ("modulated", "gated", "eager", "replaced")
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and "Norm" not in type(owner).__name__ and applied(owner) is None:
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _ours(call: Any) -> int:
@@ -101,16 +128,53 @@ def line(name: str) -> dict[str, str]:
             with _Kernels() as seen:
                 run(block, args)
             kernels.append(seen.pointwise())
+        kernels.append(seen.norms)
         if getattr(family, "seams", name == "DiTBlock"):
             in_a_row = str(_in_a_row(ours, args, run))
 
     given = tuple(t.clone().requires_grad_() if _is_floating(t) and t.dim() == 3 else t for t in large)
     plain.train(), ours.train()
-    exclude = [*given, *plain.parameters(), *ours.parameters()]
+    exclude = [*tree_leaves(given), *plain.parameters(), *ours.parameters()]
     tensors = [t for t in exclude if isinstance(t, Tensor)]
-    saved = [saved_activation_bytes(lambda b=block: run(b, given), exclude=tensors) for block in (ours, plain)]
+    with mock.patch.multiple(remade, LEAST_BYTES=1024, LEAST_WIDTH=0):
+        kept = [_saved(lambda b=block: run(b, given), tensors) for block in (ours, plain)]
     counts = (len(results), inference, in_a_row, _ours(lambda: run(ours, given)), *kernels)
-    return dict(zip(FIELDS, (name, *map(str, counts), f"{saved[0] / saved[1]:.2f}"), strict=True))
+    shares = [f"{n / sum(kept[1]):.2f}" for n in (sum(kept[0]), kept[0][1])]
+    return dict(zip(FIELDS, (name, *map(str, counts), *shares), strict=True))
+
+
+def _saved(call: Any, exclude: list[Tensor]) -> tuple[int, int]:
+    """Bytes that call() leaves saved, of the block and of its attention: a storage is attention's that nobody else
+    saves."""
+    known = {t.untyped_storage().data_ptr() for t in exclude}
+    found: dict[int, tuple[Any, bool]] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        at = storage.data_ptr()
+        if at not in known and storage.nbytes():
+            found[at] = storage, _in_attention() and found.get(at, (None, True))[1]
+        return t
+
+    pack.only_counts = True  # type: ignore[attr-defined]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    kept = [0, 0]
+    for storage, attention in found.values():
+        kept[attention] += storage.nbytes()
+    del result
+    return kept[0], kept[1]
+
+
+def _in_attention() -> bool:
+    """Whether a foreign module or processor of attention is being called."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = type(frame.f_locals.get("self"))
+        if "Att" in owner.__name__ and not issubclass(owner, Family) and "Block" not in owner.__name__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _is_floating(t: Any) -> bool:

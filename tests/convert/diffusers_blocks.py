@@ -147,6 +147,10 @@ _ALL = [
     *_of("transformer_bria_fibo2", "BriaFibo2TransformerBlock")(24, 2, 1e-5, cross_attention_dim=12),
     *_of("transformer_qwenimage21", "QwenImage21TransformerBlock")(32, 2, 16),
     *_of("transformer_stable_audio3", "StableAudio3DiTBlock")(32, 12, dim_heads=16, local_add_cond_dim=5),
+    *_of("transformer_minimax_music3", "MiniMaxMusic3TransformerBlock")(16, 2, 8, 32),
+    *_of("transformer_omnigen", "OmniGenBlock")(16, 2, 1, 32, 1e-5),
+    *_of("stable_audio_transformer", "StableAudioDiTBlock")(32, 2, 1, 16, cross_attention_dim=12),
+    *_of("transformer_cosmos3", "Cosmos3VLTextMoTDecoderLayer")(16, 8, 2, 1, 32, False, 1e-5),
     *_of("transformer_ernie_image", "ErnieImageSharedAdaLNBlock")(16, 2, 32),
 ]
 # By name, numbered where a class is built in several ways.

@@ -10,7 +10,6 @@ from torch import nn
 
 import zeroblock as zb
 from zeroblock import testing
-from zeroblock.convert import Reason
 
 from .model_cases import Case, accelerated, check, drawn, infer, normal, prepared, rows, three_tests
 from .test_diffusers_models import CONDITIONED, UNET, diffusers
@@ -99,8 +98,7 @@ def test_every_residual_branch_of_stable_diffusion_has_a_row():
     assert rows["down_blocks.0.attentions.0"] == ("Transformer2DModel", False, "eager")
     assert {rows[f"{block}.{name}"] for name in ("attn1", "attn2")} == {("Attention", False, "eager")}
     assert rows[f"{block}.ff"] == ("FeedForward", False, "eager")
-    blocks = {n for n, m in model.named_modules() if type(m).__name__ == "BasicTransformerBlock"}
-    assert {(b.path, b.kind) for b in report.left_alone} == {(path, Reason.PARTS) for path in blocks}
+    assert not report.left_alone
     added = {n for n, m in model.named_modules() if type(m).__name__ in ("Attention", "FeedForward", "ResnetBlock2D")}
     assert added == {path.removesuffix(".conv2") for path in rows if rows[path][0] != "Transformer2DModel"}
 
@@ -136,7 +134,7 @@ def test_a_lora_in_the_last_layer_is_not_bypassed():
     inputs = _tokens(torch.Generator().manual_seed(1))
     testing.reset_counters()
     for _ in range(2):
-        assert torch.equal(infer(ours, inputs)["y0"], infer(block, inputs)["y0"])
+        torch.testing.assert_close(infer(ours, inputs)["y0"], infer(block, inputs)["y0"])
     assert "Attention" not in testing.counters() or testing.counters()["Attention"][1] == 0
 
 

@@ -82,3 +82,20 @@ def test_a_second_modulation_is_a_plain_one(monkeypatch):
         y, y2 = function(x, *rows[:2], second=rows[2:])
         assert_bitwise_equal(y, function(x, *rows[:2]))
         assert_bitwise_equal(y2, function(x, *rows[2:]))
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_a_branch_with_a_weight_alone_is_read_in_backward(norm):
+    generator = torch.Generator().manual_seed(0)
+    x, h = (_drawn(generator, (2, 6, 40), FP32) for _ in range(2))
+    weight = _drawn(generator, (40,), FP32)
+    if norm is None:
+        y = zb.gate_residual(x, None, h, branch_weight=weight)
+        expected = x + h * weight
+    else:
+        y = zb.residual_norm_modulate(x, h, branch_weight=weight)[1]
+        expected = torch.nn.functional.layer_norm(x + h * weight, (40,), eps=1e-6)
+    dy = torch.randn(y.shape, generator=generator)
+    mine = torch.autograd.grad(y, (x, h, weight), dy)
+    for grad, right in zip(mine, torch.autograd.grad(expected, (x, h, weight), dy), strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-4, atol=1e-5)

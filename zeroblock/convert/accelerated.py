@@ -18,6 +18,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from ..backends import available as _backends
+from ..ops.remade import remaking, worthwhile
 from ..plan import mode as _mode
 from .choice import choice_of
 from .family import Family
@@ -84,6 +85,7 @@ def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
     eager = family.rounding == "eager"
     plain = backend == "auto" and not fast and not eager
     only_skips, choice = family.only_skips, known.choice
+    remakes = family.remakes and family.prefer != "speed"
     taken = _Taken(forward, method, proved)
     sure = taken.sure
 
@@ -98,9 +100,12 @@ def _replacement(known: _Applied, proved: frozenset[str] | None) -> Callable:
             return getattr(original, name)(self, *args, **kwargs)  # somebody patched the class since
         if not compiled and choice is not None and choice.prefers_original(self, forward, method, args, kwargs):
             return method(self, *args, **kwargs)
-        if compiled or plain:  # what runs when it was compiled asks for its backend then
+        remade = remakes and not compiled and worthwhile(args[0] if args else next(iter(kwargs.values()), None))
+        if compiled or plain and not remade:  # what runs when it was compiled asks for its backend then
             return forward(self, *args, **kwargs)
         with contextlib.ExitStack() as options:
+            if remade:
+                options.enter_context(remaking())
             if backend != "auto":
                 options.enter_context(_backends.use_backend(backend))
             if fast:

@@ -12,6 +12,8 @@ file of its own in `families/`; it never imports the package whose blocks it kno
                torch.compile, where no branch is skipped as a whole, everything
     eager_rounding  whether its forward computes with PyTorch's operators, one after another, where it is asked to
                (plan/mode.py): only then accelerate(rounding="eager") takes it, and proves that too
+    remakes    whether, with prefer="memory", a training step makes again what norms and activations return instead of
+               keeping it (ops/remade.py)
     docstring  what the user reads: the formula, the source, then what is skipped while zero in inference, in training
                forward and in training backward (three lines of use)
 
@@ -73,6 +75,7 @@ class Family:
     inner: ClassVar[bool] = False
     only_skips: ClassVar[bool] = False
     eager_rounding: ClassVar[bool] = False
+    remakes: ClassVar[bool] = False
 
     def __init__(
         self,

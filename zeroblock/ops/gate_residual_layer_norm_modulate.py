@@ -15,6 +15,7 @@ from ..backends.base import MaybeTensor
 from ..backends.select import select
 from . import shapes
 from .gate_residual import gate_residual_bwd
+from .layer_norm_modulate import layer_norm_modulate
 from .layer_norm_modulate import traced as norm
 from .register import Grads, Op, recorded_grads
 
@@ -23,12 +24,19 @@ def _x_new_and_statistics(inputs: Sequence[Any], output: tuple[Tensor, ...]) -> 
     return output[0], *output[2:]
 
 
+def _norm_again(inputs: Sequence[Any], extra: Sequence[MaybeTensor]) -> Tensor:
+    """y, of x_new."""
+    _, _, _, shift, scale, eps = inputs
+    return layer_norm_modulate(extra[0], shift, scale, None, None, eps, direct=True)[0]  # type: ignore[arg-type]
+
+
 FORWARD = Op(
     "gate_residual_layer_norm_modulate(Tensor residual, Tensor gate, Tensor branch, Tensor shift, Tensor scale, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     differentiable=2,
     residual=0,
     save=_x_new_and_statistics,
+    again=(1, _norm_again),
 )
 BACKWARD = Op(
     "gate_residual_layer_norm_modulate_bwd(Tensor? dx_new, Tensor dy, Tensor x_new, Tensor mean, Tensor rstd, "

@@ -19,7 +19,8 @@ from .register import Grads, Op, through
 
 FORWARD = Op(
     "layer_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "
-    "-> (Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor)",
+    again=(0, lambda inputs, extra: _again(*inputs)),
 )
 BACKWARD = Op(
     "layer_norm_modulate_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? shift, Tensor? scale, "
@@ -43,6 +44,10 @@ def layer_norm_modulate(
     if not direct and (route := FORWARD.route(x, shift, scale, weight, bias)):
         return route(x, shift, scale, weight, bias, eps)
     return select("layer_norm_modulate", x).layer_norm_modulate(x, shift, scale, weight, bias, eps, False)
+
+
+def _again(*inputs: Any) -> Tensor:
+    return layer_norm_modulate(*inputs, direct=True)[0]
 
 
 @FORWARD.fake

@@ -64,6 +64,8 @@ class Op:
     residual: the number of an input that is merely added: it is not saved (backward sees its dtype instead,
     double_backward None), and its gradient is dy unless they say otherwise.
     save(inputs, outputs): what is saved beside the inputs, by default the outputs that carry no gradient.
+    kept_as(inputs): the inputs as they are saved: stand-ins of those that this call's backward does not read.
+    again: (the number of a result, what makes it once more of the inputs and what is saved beside them): `remade.py`.
     """
 
     def __init__(
@@ -74,9 +76,12 @@ class Op:
         device_arg: int | None = 0,
         residual: int | None = None,
         save: Callable[[Sequence[Any], tuple[Tensor, ...]], tuple[MaybeTensor, ...]] | None = None,
+        kept_as: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+        again: tuple[int, Callable[[Sequence[Any], Sequence[MaybeTensor]], Tensor]] | None = None,
     ):
         self.name = schema[: schema.index("(")]
         self.differentiable, self.device_arg, self.residual, self.save = differentiable, device_arg, residual, save
+        self.kept_as, self.again = kept_as, again
         _registry.define(schema, tags=(torch.Tag.pt2_compliant_tag, STRIDES_TAG))
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._autograd: _Autograd | None = None
@@ -148,17 +153,18 @@ class Op:
                 return self.overload
         if needs_grad and self._autograd is not None and is_grad_enabled():
             if self._function is None:
-                self._function = _eager_function(self.name, self._run, self.differentiable, self._autograd)
+                self._function = _eager_function(self, self._run, self._autograd)
             return self._function.apply
         return None
 
 
-def _eager_function(
-    name: str, run: Callable[..., Any], differentiable: int, autograd: _Autograd
-) -> type[torch.autograd.Function]:
+def _eager_function(owner: Op, run: Callable[..., Any], autograd: _Autograd) -> type[torch.autograd.Function]:
     """The differentiable form of an op: the same forward, saved tensors and backward as the registered one."""
+    differentiable = owner.differentiable
 
     class EagerFunction(torch.autograd.Function):
+        op = owner
+
         # One method: a separate setup_context would bind the signature anew at every call.
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
@@ -185,7 +191,7 @@ def _eager_function(
             finally:
                 mode.bits = bits
 
-    EagerFunction.__name__ = name
+    EagerFunction.__name__ = owner.name
     return EagerFunction
 
 
@@ -208,6 +214,7 @@ class _Autograd:
         residual = None if op.residual is None else inputs[op.residual]
         ctx.kept = [inputs[i] if i != op.residual or residual is None else residual.dtype for i in self.kept_at]
         saved = output[op.differentiable :] if op.save is None else op.save(inputs, output)
+        inputs = inputs if op.kept_as is None else op.kept_as(inputs)
         ctx.save_for_backward(*[inputs[i] for i in self.saved_at], *saved)
 
     def setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -215,16 +222,19 @@ class _Autograd:
         ctx.mark_non_differentiable(*output[self.op.differentiable :])
         self.save_inputs(ctx, inputs, output)
 
+    def saved(self, ctx: Any) -> tuple[list[Any], Sequence[Any]]:
+        """The inputs, the dtype of the residual in its place, and what was saved beside them."""
+        saved, count = ctx.saved_tensors, len(self.saved_at)
+        stored = [*saved[:count], *ctx.kept]
+        return [stored[i] for i in self.place], saved[count:]
+
     def run(self, ctx: Any, *grads: MaybeTensor) -> tuple[MaybeTensor, ...]:
         residual, count = self.op.residual, self.count
         grads = grads[: self.op.differentiable]
         if grads[0] is None and all(g is None for g in grads):
             return (None,) * count
-        saved, tensors_saved = ctx.saved_tensors, len(self.saved_at)
-        stored = [*saved[:tensors_saved], *ctx.kept]
-        inputs = [stored[i] for i in self.place]
+        inputs, extra = self.saved(ctx)
         residual_dtype = None if residual is None else inputs[residual]
-        extra = saved[tensors_saved:]
         needed = list(ctx.needs_input_grad[:count])
         given = len(needed)
         if given < count:  # a call through the dispatcher that left arguments to their defaults
@@ -240,6 +250,13 @@ class _Autograd:
             results[residual] = grads[0].to(residual_dtype)
         # Through the dispatcher what is absent comes back as an empty tensor.
         return tuple([r if n else None for r, n in zip(results, needed, strict=True)][:given])
+
+
+def from_node(node: Any) -> tuple[Op, list[Any], Sequence[Any]]:
+    """The op of a node of its eager function in the autograd graph, its inputs, and what was saved beside them."""
+    op: Op = type(node)._forward_cls.op
+    assert op._autograd is not None
+    return op, *op._autograd.saved(node)
 
 
 # ---- gradients through the reference --------------------------------------------------------------------------------

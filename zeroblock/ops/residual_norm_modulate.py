@@ -36,11 +36,32 @@ def _saved(inputs: Sequence[Any], outputs: Sequence[MaybeTensor]) -> tuple[Maybe
     return x if inputs[8] else None, *outputs[2:]
 
 
+def _merely_added(inputs: Sequence[Any]) -> bool:
+    """A branch without a gate, norm or weight, which backward does not read."""
+    return inputs[1] is not None and inputs[2] is inputs[3] is inputs[6] is None and not inputs[5]
+
+
+def _kept_as(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Without such a branch: what stands for it has one element."""
+    if not _merely_added(inputs):
+        return inputs
+    branch = inputs[1]
+    return inputs[0], branch.new_empty(()).expand(branch.shape), *inputs[2:]
+
+
+def _norm_again(inputs: Sequence[Any], extra: Sequence[MaybeTensor]) -> Tensor:
+    """y, of what was saved of the norm's operand."""
+    nothing = (None, None, None, False, False, None, 0.0)
+    return residual_norm_modulate(extra[0], *nothing, *inputs[8:], direct=True)[1]  # type: ignore[return-value, arg-type]
+
+
 FORWARD = Op(
     f"residual_norm_modulate(Tensor residual, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     differentiable=2,
     residual=0,
     save=_saved,
+    kept_as=_kept_as,
+    again=(1, _norm_again),
 )
 BACKWARD = Op(
     "residual_norm_modulate_bwd(Tensor? dx_new, Tensor? dy, Tensor? x, Tensor? mean, Tensor? rstd, "
@@ -197,7 +218,9 @@ def _double_backward(
     if dy is not None:
         through, *of_norm = recorded_grads(_norm, (extra[0], *tensors[4:], given), dy)[:7]
         dx = through if dx is None else dx if through is None else dx + through
-    if given.branch is not None and dx is not None:
+    if dx is not None and _merely_added(inputs):
+        of_branch = [dx.to(given.branch.dtype), None, None, None]  # type: ignore[union-attr]
+    elif given.branch is not None and dx is not None:
         of_branch = recorded_grads(_added, (*tensors[:4], given), dx.to(compute_dtype(given.branch)))[:4]
     return _in_place((dx, *of_branch, *of_norm))
 
@@ -221,11 +244,17 @@ def _backward(
 ) -> Grads:
     given, residual_dtype = Operands(*inputs[1:]), inputs[0]
     dx_new, dy = _of_results(given, dx_new, dy)
-    # Without dy the gradient of the residual is dx_new; a branch that is only added has the residual's; and a shift
+    merely_added = _merely_added(inputs)
+    if merely_added:
+        assert given.branch is not None
+        if given.norm == NO_NORM:
+            return _in_place((None, None if dx_new is None else dx_new.to(given.branch.dtype), *(None,) * 9))
+        given = given._replace(branch=saved[0].to(given.branch.dtype))  # type: ignore[union-attr]
+    # Without dy the gradient of the residual is dx_new; a branch that is merely added has the residual's; and a shift
     # that each token has of its own has dy.
     wanted = Needed(needed[0] and dy is not None, *(needed[1 + i] for i in _AT))
-    shared = wanted.residual and wanted.branch and _is_only_added(given, residual_dtype)
-    own_dy = wanted.shift and dy is not None and _is_only_added_to_each(given.shift, given.index, dy)
+    shared = wanted.residual and wanted.branch and merely_added and given.branch.dtype == residual_dtype  # type: ignore[union-attr]
+    own_dy = wanted.shift and dy is not None and _is_of_each_token(given.shift, given.index, dy)
     reduced = wanted._replace(branch=wanted.branch and not shared, shift=wanted.shift and not own_dy)
     dresidual, dbranch, *grads = residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(reduced))
     if own_dy:
@@ -234,11 +263,5 @@ def _backward(
     return _in_place((dresidual, dresidual if shared else dbranch, *grads))
 
 
-def _is_only_added(given: Operands, residual_dtype: torch.dtype) -> bool:
-    branch = given.branch
-    scaled = given.gate is not None or given.branch_rms or given.branch_weight is not None
-    return branch is not None and not scaled and branch.dtype == residual_dtype
-
-
-def _is_only_added_to_each(shift: MaybeTensor, index: MaybeTensor, dy: Tensor) -> bool:
+def _is_of_each_token(shift: MaybeTensor, index: MaybeTensor, dy: Tensor) -> bool:
     return shift is not None and index is None and shift.shape == dy.shape and shift.dtype == dy.dtype

@@ -14,7 +14,10 @@ from ..backends.select import select
 from . import shapes
 from .register import Grads, Op, through
 
-FORWARD = Op("rms_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, float eps) -> (Tensor, Tensor)")
+FORWARD = Op(
+    "rms_norm_modulate(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    again=(0, lambda inputs, extra: _again(*inputs)),
+)
 BACKWARD = Op(
     "rms_norm_modulate_bwd(Tensor dy, Tensor x, Tensor rstd, Tensor? shift, Tensor? scale, Tensor? weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -32,6 +35,10 @@ def rms_norm_modulate(
     backend = select("rms_norm_modulate", x)
     y, _, rstd = backend.layer_norm_modulate(x, shift, scale, weight, None, eps, True)
     return y, rstd
+
+
+def _again(*inputs: Any) -> Tensor:
+    return rms_norm_modulate(*inputs, direct=True)[0]
 
 
 @FORWARD.fake

@@ -126,6 +126,7 @@ def count_saved(exclude: Iterable[Tensor] = ()) -> Iterator[dict[int, int]]:
             alive.append(storage)
         return t
 
+    pack.only_counts = True  # type: ignore[attr-defined]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield found
 

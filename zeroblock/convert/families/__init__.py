@@ -31,6 +31,7 @@ ORIGINS = (
     "diffusers_blocks",
     "diffusers_kandinsky",
     "diffusers_later",
+    "diffusers_ungated",
     "diffusers_video",
     "dit",
     "edm",

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ class DescribedFamily(Family):
     """What `family_of` makes subclasses of."""
 
     eager_rounding = True
+    remakes = True
 
     description: ClassVar[GatedBlock]
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
@@ -55,7 +56,7 @@ class DescribedFamily(Family):
         d = self.description
         branches = [b for b in d.branches if submodule(block, b.layer) is not None]
         if d.gates is None and not d.linears:
-            return {b.layer: (torch.empty(1, device="meta"),) for b in branches}
+            return {b.layer: (torch.empty(1, device="meta") if self._gated() else NEVER_ZERO,) for b in branches}
         gates = d.gates or self._gates
         found: dict[str, tuple[Tensor, ...]] = {}
         for b in branches:
@@ -67,6 +68,13 @@ class DescribedFamily(Family):
                 last = block.get_submodule(b.last)
                 found[b.last] = zeroing_tensors(last, last.weight)
         return found
+
+    def inner_modules(self, block: Any) -> Iterable[nn.Module]:
+        """None of a block without gates: what holds a branch at zero is in its layers, which are families' own."""
+        return block.modules() if self._gated() else ()
+
+    def _gated(self) -> bool:
+        return any(part.gate is not None for b in self.description.branches for part in b.parts())
 
     def _gates(self, block: Any, i: int) -> tuple[Tensor, ...]:
         linears = self.description.linears

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.remade import joined
 from ..family import SMALL
 from .adaln import gate_rows
 from .described import described
@@ -19,7 +20,7 @@ from .diffusers_joint import both_clipped, in_streams, joint
 def _together(block: Any, h: tuple[Tensor, Tensor], layers: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """One feed-forward of both streams, the context first"""
     x, context = h
-    y = block.ff(torch.cat([context, x], dim=1))
+    y = block.ff(joined([context, x], dim=1))
     return y[:, context.shape[1] :], y[:, : context.shape[1]]
 
 

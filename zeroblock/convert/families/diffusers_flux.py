@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.remade import joined
 from ..family import SMALL
 from .described import described
 from .description import GatedBranch, Given, Joined
@@ -34,7 +35,7 @@ def rows_of(norm: Any, emb: Tensor, chunks: int) -> tuple[Tensor, ...]:
 
 def beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
     """Attention and MLP of the same tokens, side by side"""
-    return torch.cat([block.attn(hidden_states=h, **layers["attn"]), block.act_mlp(block.proj_mlp(h))], dim=2)
+    return joined([block.attn(hidden_states=h, **layers["attn"]), block.act_mlp(block.proj_mlp(h))], dim=2)
 
 
 def one_stream(call: Any = None, *others: str) -> tuple[GatedBranch, ...]:
@@ -159,7 +160,7 @@ def _fibo_rows(
 
 def _ovis_beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
     mlp, gate = block.proj_mlp(h).split([block.mlp_hidden_dim, block.mlp_hidden_dim], dim=-1)
-    return torch.cat([block.attn(hidden_states=h, **layers["attn"]), block.act_mlp(gate) * mlp], dim=2)
+    return joined([block.attn(hidden_states=h, **layers["attn"]), block.act_mlp(gate) * mlp], dim=2)
 
 
 def _of_two(block: Any, side: int) -> tuple:

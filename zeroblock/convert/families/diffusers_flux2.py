@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.remade import joined
 from ..family import SMALL
 from .described import described
 from .description import GatedBranch, Given
@@ -185,7 +186,7 @@ def _flux3_both(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
 
 def _flux3_of_two(block: Any, h: tuple[Tensor, Tensor], layers: dict[str, Any]) -> tuple[Tensor, Tensor]:
     x, context = h
-    y = _flux3_both(block, torch.cat([context, x], dim=1), layers)
+    y = _flux3_both(block, joined([context, x], dim=1), layers)
     return y[:, context.shape[1] :], y[:, : context.shape[1]]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.remade import joined
 from ..family import SMALL
 from .described import described
 from .description import GatedBranch, Given
@@ -147,7 +148,7 @@ def _beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
     if getattr(block, "cross_attn", None) is not None:
         image = layers["image"]
         attn = attn + block.cross_attn(attn, encoder_hidden_states=context, image_embed_seq_len=image, **layers["attn"])
-    return torch.cat([torch.cat([attn, of_context], dim=1), block.act_mlp(block.proj_mlp(h))], dim=2)
+    return joined([torch.cat([attn, of_context], dim=1), block.act_mlp(block.proj_mlp(h))], dim=2)
 
 
 def _image_first(block: Any, streams: tuple[Tensor, ...], text: int) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,7 @@ class LTX2VideoTransformerBlock(Family):
 
     name = "LTX2VideoTransformerBlock"
     eager_rounding = True
+    remakes = True
     classes = ("LTX2VideoTransformerBlock",)
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:

@@ -38,6 +38,7 @@ class TwoStreams(Family):
     """Attention of both streams together, then a feed-forward for each."""
 
     eager_rounding = True
+    remakes = True
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "norm1.linear", "norm1_context.linear", "attn", "norm2", "ff")

@@ -50,6 +50,7 @@ class BasicTransformerBlock(Family):
 
     name = "BasicTransformerBlock"
     eager_rounding = True
+    remakes = True
     classes = ("BasicTransformerBlock",)
 
     def knows(self, block: Any) -> bool:

@@ -68,6 +68,7 @@ class DiTBlock(_Modulated):
 
     name = "DiTBlock"
     eager_rounding = True
+    remakes = True
     classes = ("DiTBlock", "SiTBlock")
     parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation.1")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...blocks import adaln
 from ...blocks.broadcast import may_grow
 from ...blocks.one_pass import copy_if_gates_are_zero
+from ...ops.remade import joined
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import feed_forward, gate_rows, gated_projection, modulated_linear, zeroing_tensors
@@ -31,6 +32,7 @@ class _Attending(Family):
     """What both blocks share: how they come by their attention."""
 
     eager_rounding = True
+    remakes = True
 
     def entry(self, kind: type[nn.Module]) -> str:
         """Trainers' forward only checkpoints."""
@@ -217,7 +219,7 @@ class SingleStreamBlock(_Attending):
             D = x.shape[-1]
             h = modulated_linear(block.pre_norm, x, shift, scale, block.linear1)
             attn = _attention(block, *_heads(block, h[..., : 3 * D], block.norm), pe)
-            return torch.cat((attn, block.mlp_act(h[..., 3 * D :])), dim=2)
+            return joined((attn, block.mlp_act(h[..., 3 * D :])), dim=2)
 
         inner = _inner(block)
         modules = (block.pre_norm, block.linear1, block.norm, block.mlp_act, *(() if inner is None else (inner,)))

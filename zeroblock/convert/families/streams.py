@@ -73,9 +73,9 @@ class Stream:
         """norm(x) * (1 + scale) + shift, in one pass with what waits to be added."""
         fits = norm is not None and self._fits(norm, shift, scale)
         if self.waiting is None or not fits or not self._fits_branch(*self.waiting):
-            return self._modulated(
-                self.settled(), norm, shift, scale, fits and (shift is not None or scale is not None)
-            )
+            # A compiler fuses a norm without modulation with what surrounds it.
+            ours = fits and (shift is not None or scale is not None or not is_compiling())
+            return self._modulated(self.settled(), norm, shift, scale, ours)
         branch, gate = self.waiting
         self.waiting = None
         row: Any = gate.row
