@@ -59,6 +59,8 @@ def copy_if_gates_are_zero(
     weight, bias = modulation._parameters["weight"], modulation._parameters.get("bias")
     if not allowed(name, policy, weight) or weight.shape[0] % chunks:
         return None
+    if zero.is_seen_nonzero(weight, gates[0] * (weight.numel() // chunks)):
+        return None
     backend = _kernel(modulation, weight, bias, x, True)
     if backend is not None:
         y = backend.residual_if_zero(weight, bias, chunks, _mask(gates), x, None, True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import adaln
+from ..blocks import adaln, tiny
 from ..blocks.adaln import CHUNKS, GATES
 from ..blocks.broadcast import add_gated, tokens_and_condition
 from ..blocks.decision import bypassable
@@ -77,8 +77,11 @@ class DiTBlock(nn.Module):
         y = copy_if_gates_are_zero(name, policy, x, self._modulation_linear(), modules.values(), CHUNKS, GATES)
         if y is not None:
             return y
-        halves = self._halves()
         vectors = self.adaLN_modulation(c).chunk(CHUNKS, dim=1)
+        holders = (*self._last_weights(), vectors[GATES[0]], vectors[GATES[1]])
+        if tiny.runs_as_written(name, policy, x, tiny.TOKENS, *holders, branches=len(GATES)):
+            return self._unfused(x, *vectors)
+        halves = self._halves()
         return self._unfused(x, *vectors) if halves is None else adaln.forward(name, policy, x, vectors, *halves)
 
     def _unfused(
@@ -94,6 +97,12 @@ class DiTBlock(nn.Module):
         """The same block through its submodules, so that their hooks run."""
         x = add_gated(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)), tokens=True)
         return add_gated(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)), tokens=True)
+
+    def _last_weights(self) -> list[Tensor | None]:
+        """Those that hold the branches at zero, where they are parameters."""
+        modules: dict[str, Any] = self._modules
+        last = modules["attn"]._modules.get("proj"), modules["mlp"]._modules.get("fc2")
+        return [None if m is None else m._parameters.get("weight") for m in last]
 
     def _modulation_linear(self) -> Any:
         """The layer that gives all of adaLN_modulation's result; None where it was replaced by something else."""
@@ -123,7 +132,7 @@ class DiTBlock(nn.Module):
 
 
 def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return h * (1 + scale[:, None]) + shift[:, None]
+    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class FinalLayer(nn.Module):
