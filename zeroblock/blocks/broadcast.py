@@ -13,7 +13,6 @@ from .. import functional
 from .._layout import is_settled
 from ..plan.mode import rounds_as_eager
 from ..reference import added, modulation
-from . import tiny
 
 
 def same_batch(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,11 +68,9 @@ def fits_gate(gate: Tensor, size: torch.Size) -> bool:
 def add_gated(residual: Tensor, gate: Tensor, branch: Tensor, *, tokens: bool = False) -> Tensor:
     """residual + gate * branch, whatever is broadcast, in the layout that eager gives; of the `tokens` of a transformer
     block in that of the branch."""
-    if tokens and tiny.is_tiny(residual, tiny.TOKENS):
-        return added(residual, modulation(gate) * branch)
     # The op returns what is dense; a permuted residual is added to.
-    fits = residual.shape == branch.shape and fits_gate(gate, branch.shape)
-    if fits and is_settled(residual) and not rounds_as_eager():
+    fits = residual.shape == branch.shape and fits_gate(gate, branch.shape) and is_settled(residual)
+    if fits and not rounds_as_eager():
         return functional.gate_residual(residual, gate, branch)
     branch = modulation(gate) * branch
     return added(residual, branch) if tokens else residual + branch

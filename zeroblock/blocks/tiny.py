@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from .. import zero
 from ..backends import available
-from ..plan.mode import rounds_as_eager
+from ..plan.mode import EAGER, mode
 from ..steps import packed
 from ..steps.flag import PLAIN_TYPES, is_seen_nonzero
 from .decision import runs_eagerly
@@ -39,7 +39,7 @@ def runs_as_written(name: str, policy: str, x: Tensor, limit: int, *holders: Ten
     for t in holders:
         if not is_seen_nonzero(t) or packed.copies and packed.is_frozen(t):  # type: ignore[arg-type]
             return False
-    if not runs_eagerly() or rounds_as_eager():  # the fused forwards see to both
+    if mode.bits & EAGER or not runs_eagerly():  # the fused forwards see to both
         return False
     if policy != "never":
         zero.count(name, False, branches)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -78,9 +80,9 @@ class DiTBlock(nn.Module):
         if y is not None:
             return y
         vectors = self.adaLN_modulation(c).chunk(CHUNKS, dim=1)
-        holders = (*self._last_weights(), vectors[GATES[0]], vectors[GATES[1]])
+        holders = (vectors[GATES[0]], vectors[GATES[1]], *self._last_weights())
         if tiny.runs_as_written(name, policy, x, tiny.TOKENS, *holders, branches=len(GATES)):
-            return self._unfused(x, *vectors)
+            return self._unfused(x, *vectors, add=_add_gated)
         halves = self._halves()
         return self._unfused(x, *vectors) if halves is None else adaln.forward(name, policy, x, vectors, *halves)
 
@@ -93,16 +95,19 @@ class DiTBlock(nn.Module):
         shift_mlp: Tensor,
         scale_mlp: Tensor,
         gate_mlp: Tensor,
+        add: Callable[[Tensor, Tensor, Tensor], Tensor] = functools.partial(add_gated, tokens=True),
     ) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
-        x = add_gated(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)), tokens=True)
-        return add_gated(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)), tokens=True)
+        x = add(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)))
+        return add(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
     def _last_weights(self) -> list[Tensor | None]:
-        """Those that hold the branches at zero, where they are parameters."""
+        """Those that hold the branches at zero; None where they are not parameters."""
         modules: dict[str, Any] = self._modules
-        last = modules["attn"]._modules.get("proj"), modules["mlp"]._modules.get("fc2")
-        return [None if m is None else m._parameters.get("weight") for m in last]
+        proj, fc2 = modules["attn"]._modules.get("proj"), modules["mlp"]._modules.get("fc2")
+        return (
+            [None] if proj is None or fc2 is None else [proj._parameters.get("weight"), fc2._parameters.get("weight")]
+        )
 
     def _modulation_linear(self) -> Any:
         """The layer that gives all of adaLN_modulation's result; None where it was replaced by something else."""
@@ -133,6 +138,11 @@ class DiTBlock(nn.Module):
 
 def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _add_gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """`add_gated` by torch's operators; of the layout of the branch."""
+    return gate.unsqueeze(1) * branch + residual
 
 
 class FinalLayer(nn.Module):
