@@ -52,6 +52,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+_ADD = functools.partial(add_gated, tokens=True)
 _ATTENTION, _MLP, _GELU = Attention.forward, Mlp.forward, nn.GELU.forward
 
 
@@ -82,12 +83,15 @@ class DiTBlock(nn.Module):
         vectors = self.adaLN_modulation(c).chunk(CHUNKS, dim=1)
         holders = (vectors[GATES[0]], vectors[GATES[1]], *self._last_weights())
         if tiny.runs_as_written(name, policy, x, tiny.TOKENS, *holders, branches=len(GATES)):
-            return self._unfused(x, *vectors, add=_add_gated)
+            return self._unfused(_add_gated, x, *vectors)
         halves = self._halves()
-        return self._unfused(x, *vectors) if halves is None else adaln.forward(name, policy, x, vectors, *halves)
+        if halves is None:
+            return self._unfused(_ADD, x, *vectors)
+        return adaln.forward(name, policy, x, vectors, *halves)
 
     def _unfused(
         self,
+        add: Callable[[Tensor, Tensor, Tensor], Tensor],
         x: Tensor,
         shift_msa: Tensor,
         scale_msa: Tensor,
@@ -95,7 +99,6 @@ class DiTBlock(nn.Module):
         shift_mlp: Tensor,
         scale_mlp: Tensor,
         gate_mlp: Tensor,
-        add: Callable[[Tensor, Tensor, Tensor], Tensor] = functools.partial(add_gated, tokens=True),
     ) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
         x = add(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)))
