@@ -101,6 +101,22 @@ def test_a_last_weight_that_begins_with_zeros_is_not_taken_for_zero():
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_does_not_fit_is_refused_as_at_any_size(name):
+    block, _, (x, condition) = pair(name, "dense")
+    half = x.shape[1 if x.dim() == 4 else 2] // 2
+    for wrong in (x[:, :half] if x.dim() == 4 else x[..., :half], x[0]):
+        with pytest.raises(ValueError, match="must"):
+            block(wrong, condition)
+
+
+def test_a_norm_without_parameters():
+    norm, x = zb.nn.resblock.GroupNorm32(4, 8, affine=False), torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(norm(x), nn.functional.group_norm(x, 4))
+    with pytest.raises(ValueError, match="must"):
+        zb.nn.resblock.GroupNorm32(4, 8)(x[:, :4])
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_hooks_run(name):
     block, _, inputs = pair(name, "dense")
     seen = []

@@ -21,9 +21,11 @@ class GroupNorm32(nn.GroupNorm):
     """GroupNorm with fp32 statistics whatever the dtype of x; the result has the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if tiny.is_tiny(x, tiny.IMAGES) and x.dtype == self.weight.dtype == torch.float32:
-            return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return functional.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, activation=None)
+        weight, bias = self.weight, self.bias
+        if tiny.is_tiny(x, tiny.IMAGES) and x.dim() > 2 and x.size(1) == self.num_channels:
+            if weight is not None and bias is not None and x.dtype == weight.dtype == bias.dtype == torch.float32:
+                return torch.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return functional.group_norm_silu(x, self.num_groups, weight, bias, self.eps, activation=None)
 
 
 GROUP_NORMS[GroupNorm32.forward] = None
@@ -110,7 +112,8 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if tiny.runs_as_written("ResBlock", self.zero_skip, x, tiny.IMAGES, self._last_weight()):
+        fits = x.dim() > 2 and x.size(1) == self.channels  # else the fused forward says what is wrong
+        if fits and tiny.runs_as_written("ResBlock", self.zero_skip, x, tiny.IMAGES, self._last_weight()):
             return self._unfused(x, emb)
         layers = self._layers()
         return self._unfused(x, emb) if layers is None else resblock.forward(layers, x, emb)
