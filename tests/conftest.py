@@ -33,12 +33,17 @@ if INTERPRETS and importlib.util.find_spec("triton") and importlib.util.find_spe
     interpret.install()
     torch.backends.cudnn.allow_tf32 = False  # eager on the CPU has no tf32 either
 
+from zeroblock.blocks import tiny  # noqa: E402
+
 from .cuda.simt import emulated  # noqa: E402
 from .support import BENCHMARKS  # noqa: E402
 
 # The tensors here are too small to share between threads: on a busy machine the hand-over takes longer than the work.
 # Tests about threads set their own number.
 torch.set_num_threads(1)
+
+# The blocks of the tests are tiny and would run as they were written; tests/blocks/test_tiny.py lets them.
+tiny.IMAGES = tiny.TOKENS = 0
 
 TESTS = pathlib.Path(__file__).parent
 

@@ -65,7 +65,7 @@ def _kept_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def modulation(v: Tensor) -> Tensor:
     """[B, D] -> [B, 1, D], broadcast over the tokens; [B, T, D], [D] and [1] as they are."""
-    return v[:, None] if v.dim() == 2 else v
+    return v.unsqueeze(1) if v.dim() == 2 else v
 
 
 def apply_activation(h: Tensor, activation: str | None) -> Tensor:

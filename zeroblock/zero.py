@@ -50,6 +50,7 @@ from .steps.flag import HOST as HOST
 from .steps.flag import NEVER as NEVER
 from .steps.flag import PLAIN_TYPES as PLAIN_TYPES
 from .steps.flag import is_plain_tensor as is_plain_tensor
+from .steps.flag import is_seen_nonzero as is_seen_nonzero
 from .steps.flag import may_test as may_test
 
 POLICIES = ("auto", "sync", "never")
@@ -78,7 +79,7 @@ def is_exactly_zero(t: Tensor) -> bool:
     copy = packed.find(t) if packed.copies else None
     if copy is not None:
         return copy.zero  # as `freeze` found it: the user promised not to change it
-    if not may_test(t):
+    if is_seen_nonzero(t) or not may_test(t):
         return False
     return select("is_zero", t).is_zero(t)
 

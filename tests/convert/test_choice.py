@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import zeroblock as zb
+from zeroblock.blocks import tiny
 from zeroblock.convert.choice import BlockCall
 from zeroblock.plan import planned as _plan
 from zeroblock.testing import counters, reset_counters
@@ -148,3 +149,37 @@ def test_gates_of_a_table_leave_a_choice(name):
                 table.view(-1, table.shape[-1])[row].zero_()
         block(*inputs)
         assert counters()[BLOCKS[name].name], expected
+
+
+@pytest.fixture
+def all_are_tiny(monkeypatch):
+    monkeypatch.setattr(tiny, "TOKENS", 1 << 15)
+
+
+def test_a_tiny_block_runs_its_own_forward(all_are_tiny):
+    """In training too: neither time nor memory is to be won. While a branch is zero, ours."""
+    own, inputs = Own(), _inputs()
+    block = own.block()
+    randomize_(block)
+    assert own.calls_of(block, inputs) == 1
+    with torch.no_grad():
+        assert own.calls_of(block, inputs) == 1
+        assert "library (tiny" in str(zb.explain(block, *inputs))
+        block.norm.linear.weight.zero_()
+        block.norm.linear.bias.zero_()
+        assert own.calls_of(block, inputs) == 0
+        assert "tiny" not in str(zb.explain(block, *inputs))
+
+
+@pytest.mark.parametrize("policy", ["fixed", "measure"])
+def test_a_proof_is_about_the_fused_forward(all_are_tiny, policy):
+    """Small as its inputs are, and whatever were faster."""
+
+    class FluxSingleTransformerBlock(flux.FluxSingleTransformerBlock):
+        def forward(self, *args, **kwargs):
+            return tuple(2 * t for t in super().forward(*args, **kwargs))
+
+    FluxSingleTransformerBlock.__module__ = flux.__name__
+    with _plan.use(policy, timer=Timer("library")):
+        report = zb.accelerate(torch.nn.Sequential(FluxSingleTransformerBlock(16, 2, 8)))
+    assert report.fused == 0 and "another formula" in str(report)

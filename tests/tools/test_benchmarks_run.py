@@ -1,6 +1,7 @@
 """What the benchmarks compare with and count: baselines in both layouts, limits of scaling, memory of processes."""
 
 import csv
+import ctypes
 import signal
 import subprocess
 import sys
@@ -96,6 +97,17 @@ def test_the_most_memory_is_that_of_memory_given_back_too():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, cwd=BENCHMARKS)
     assert done.returncode == 0, done.stderr
     assert 0.9 * (1 << 28) < int(done.stdout) < 1.5 * (1 << 28)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this libc does not tell what malloc gave out")
+def test_the_holders_of_memory_are_named():
+    command = [sys.executable, "-m", "zbench.holders", "dit_s2", "zeroblock", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    sizes = {line.split("  ")[-1]: float(line.split()[0]) for line in done.stdout.splitlines()}
+    tensors = sizes["tensors at the peak"]
+    assert 0 < tensors and 0 < sizes["the parameters' gradients, all of them"] < tensors + 1
+    assert abs(sum(size for what, size in sizes.items() if " < " in what) - tensors) < 0.3 * tensors + 0.2
 
 
 def test_the_scaling_run_writes_every_point(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .. import zero
 from .._layout import is_dense, is_settled
@@ -54,11 +55,14 @@ def copy_if_gates_are_zero(
     """Without gradients: a copy of x while the `gates` among the `chunks` vectors that `modulation`, a plain linear,
     gives are zero whatever its input, so that nothing need be computed, not even the modulation; counted as a skip of
     a branch for each. None: the branches are to be looked at one by one."""
-    if torch.is_grad_enabled() or not is_plain_linear(modulation):
+    if torch.is_grad_enabled() or is_compiling() or modulation is None:
         return None
-    weight, bias = modulation._parameters["weight"], modulation._parameters.get("bias")
-    if not allowed(name, policy, weight) or weight.shape[0] % chunks:
+    weight = modulation._parameters.get("weight")
+    if weight is None or zero.is_seen_nonzero(weight, gates[0] * (weight.numel() // chunks)):
+        return None  # whatever else would have to hold
+    if not is_plain_linear(modulation) or not allowed(name, policy, weight) or weight.shape[0] % chunks:
         return None
+    bias = modulation._parameters.get("bias")
     backend = _kernel(modulation, weight, bias, x, True)
     if backend is not None:
         y = backend.residual_if_zero(weight, bias, chunks, _mask(gates), x, None, True)

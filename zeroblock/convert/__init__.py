@@ -125,7 +125,7 @@ def accelerate(
             relative error up to 2e-6 in the L2 norm, 7e-6 in the maximum norm).
         prefer: what a training step on a CPU is to have less of where both cannot be had: "memory" runs zeroblock's
             forwards, which keep less for backward; "speed" a block's own where that is measured faster, as inference
-            does in any case. `zeroblock.explain(block, *args)` shows the choice.
+            does in any case, and training of tiny blocks. `zeroblock.explain(block, *args)` shows the choice.
         rounding: "once", or "eager", for images that must stay what they were to the bit: norms, modulations, gates and
             residual sums are PyTorch's operators, one after another, with their roundings, and a block is proved to
             give its own bits in bfloat16. Branches are skipped while they are zero as ever. Blocks whose forward only

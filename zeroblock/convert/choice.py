@@ -3,7 +3,8 @@
 A choice between two forwards that are both exact, by the size of the first operand, remembered like that of any other
 step. It is made on a CPU: in inference; in training where `prefer="speed"`, since zeroblock's forward keeps less for
 backward. Both run a few times for it, so it is left out where running a block leaves a trace: hooks, layers that draw
-random numbers, code that is neither torch's nor diffusers'. A block with a branch that is zero runs zeroblock's.
+random numbers, code that is neither torch's nor diffusers'. A block with a branch that is zero runs zeroblock's. One
+that is tiny (blocks/tiny.py) runs its own without a measurement.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import zero
+from ..blocks import tiny
 from ..blocks.decision import bypassable, runs_eagerly
 from ..blocks.layers import may_draw
 from ..plan.chosen import chosen
@@ -26,6 +28,7 @@ from . import seam
 from .family import NEVER_ZERO
 
 PREFERENCES = ("memory", "speed")
+FUSED = "fused"  # of a family that is being proved: no choice, the fused forward is what the proof is about
 _TRUSTED = ("torch.nn.", "diffusers.models.", "zeroblock.")
 
 
@@ -103,20 +106,27 @@ class _Part(NamedTuple):
     first: int
     elements: int
 
-    def may_be_zero(self) -> bool:
+    def held(self) -> Tensor | None:
         owner = self.owner()
-        t = None if owner is None else owner._parameters.get(self.name)
+        return None if owner is None else owner._parameters.get(self.name)
+
+    def is_seen_nonzero(self) -> bool:
+        return zero.is_seen_nonzero(self.held(), self.first)
+
+    def may_be_zero(self) -> bool:
+        t = self.held()
         if t is None or not t.is_contiguous() or t.numel() < self.first + self.elements:
             return True
         return zero.is_exactly_zero(t.detach().view(-1).narrow(0, self.first, self.elements))
 
 
 class _Known(NamedTuple):
-    """What was found out about a block: its kind in words, and a part of what holds each branch at zero; None: this
-    cannot be told from outside, or the block may not be run twice."""
+    """What was found out about a block: its kind in words, whether it may be run twice, and a part of what holds each
+    branch at zero; None: this cannot be told from outside."""
 
     kind: str
     training: bool
+    repeatable: bool
     parts: tuple[_Part, ...] | None
 
 
@@ -132,6 +142,8 @@ class Choice:
     def prefers_original(
         self, block: nn.Module, fused: Callable[..., Any], original: Callable[..., Any], args: Any, kwargs: Any
     ) -> bool:
+        if self._is_tiny(block, args, kwargs):
+            return True
         call = self._call(block, fused, original, args, kwargs) if measures() else None
         if call is None:
             return False
@@ -144,6 +156,8 @@ class Choice:
 
     def explain(self, block: nn.Module, *call: Any) -> Explanation | None:
         """What prefers_original would say and why; None where there is no choice."""
+        if self._is_tiny(block, *call[2:]):
+            return Explanation(BLOCK.name, BLOCK.library.name, "tiny: calls are what it costs", {}, {})
         found = self._call(block, *call)
         if found is None:
             return None
@@ -157,18 +171,29 @@ class Choice:
         trained = torch.is_grad_enabled()
         if trained and not self.in_training:
             return None
-        x: Any = args[0] if args else next(iter(kwargs.values()), None)
+        x = _first_operand(args, kwargs)
         if type(x) not in zero.PLAIN_TYPES or not x.is_cpu or not runs_eagerly():
             return None
-        known = _known.get(block)
-        if known is None or known.training != block.training:
-            known = _known[block] = self._look_at(block)
-        return None if known.parts is None else BlockCall(block, x, known.kind, fused, original, args, kwargs, trained)
+        known = self._look_at(block)
+        if known.parts is None or not known.repeatable:
+            return None
+        return BlockCall(block, x, known.kind, fused, original, args, kwargs, trained)
+
+    def _is_tiny(self, block: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Whether the call is so small, and no branch zero."""
+        x = _first_operand(args, kwargs)
+        if type(x) not in zero.PLAIN_TYPES or not tiny.is_tiny(x, tiny.TOKENS if x.dim() == 3 else tiny.IMAGES):
+            return False
+        parts = self._look_at(block).parts
+        return parts is not None and all(part.is_seen_nonzero() for part in parts) and runs_eagerly()
 
     def _look_at(self, block: nn.Module) -> _Known:
-        count = sum(p.numel() for p in block.parameters())
-        parts = self._parts(block) if leaves_no_trace(block) else None
-        return _Known(f"{self.name}, {count} parameters", block.training, parts)
+        known = _known.get(block)
+        if known is None or known.training != block.training:
+            count = sum(p.numel() for p in block.parameters())
+            kind = f"{self.name}, {count} parameters"
+            known = _known[block] = _Known(kind, block.training, leaves_no_trace(block), self._parts(block))
+        return known
 
     def _parts(self, block: nn.Module) -> tuple[_Part, ...] | None:
         owners = {
@@ -192,6 +217,10 @@ class Choice:
         return tuple(parts) or None  # of a norm alone there is nothing to choose
 
 
+def _first_operand(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 def _is_zero(block: nn.Module) -> bool:
     """Whether a branch may be zero now: its weights decide, at each call."""
     parts = _known[block].parts
@@ -204,7 +233,7 @@ def _may_be_measured(call: BlockCall) -> bool:
         return False  # it will not stay so
     if leaves_no_trace(block):
         return True
-    _known[block] = _known[block]._replace(parts=None)  # hooked since: not asked again
+    _known[block] = _known[block]._replace(repeatable=False)  # hooked since: not asked again
     return False
 
 
@@ -228,4 +257,4 @@ def leaves_no_trace(block: nn.Module) -> bool:
 def choice_of(family: Any, keeps_state: bool) -> Choice | None:
     """None for a family whose forward always runs: a backend or precision was asked for, or it runs the original."""
     free = family.backend == "auto" and family.precision == "strict" and not family.only_skips and not keeps_state
-    return Choice(family.name, family.branches, family.prefer) if free else None
+    return Choice(family.name, family.branches, family.prefer) if free and family.prefer != FUSED else None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import zero
 from ..plan import mode as _mode
 from .accelerated import accelerated_class
+from .choice import FUSED
 from .family import SMALL, Family
 from .random_copy import random_copy
 from .report import Obstacle, Reason
@@ -91,7 +92,9 @@ class _Pair:
 
     def __init__(self, twin: nn.Module, family: Family):
         self.twin, self.family, self.original = twin, family, type(twin)
-        self.accelerated: Any = accelerated_class(self.original, type(family)("sync", rounding=family.rounding))
+        self.accelerated: Any = accelerated_class(
+            self.original, type(family)("sync", prefer=FUSED, rounding=family.rounding)
+        )
         self.asked_original = False  # whether the family's forward has called it
         self.method = family.entry(self.original)
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import adaln
+from ..blocks import adaln, tiny
 from ..blocks.adaln import CHUNKS, GATES
 from ..blocks.broadcast import add_gated, tokens_and_condition
 from ..blocks.decision import bypassable
@@ -50,6 +52,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+_ADD = functools.partial(add_gated, tokens=True)
 _ATTENTION, _MLP, _GELU = Attention.forward, Mlp.forward, nn.GELU.forward
 
 
@@ -77,12 +80,19 @@ class DiTBlock(nn.Module):
         y = copy_if_gates_are_zero(name, policy, x, self._modulation_linear(), modules.values(), CHUNKS, GATES)
         if y is not None:
             return y
-        halves = self._halves()
         vectors = self.adaLN_modulation(c).chunk(CHUNKS, dim=1)
-        return self._unfused(x, *vectors) if halves is None else adaln.forward(name, policy, x, vectors, *halves)
+        holders = (vectors[GATES[0]], vectors[GATES[1]], *self._last_weights())
+        fits = x.dim() == 3 and x.size(2) == vectors[0].size(-1)  # else the fused forward says what is wrong
+        if fits and tiny.runs_as_written(name, policy, x, tiny.TOKENS, *holders, branches=len(GATES)):
+            return self._unfused(_add_gated, x, *vectors)
+        halves = self._halves()
+        if halves is None:
+            return self._unfused(_ADD, x, *vectors)
+        return adaln.forward(name, policy, x, vectors, *halves)
 
     def _unfused(
         self,
+        add: Callable[[Tensor, Tensor, Tensor], Tensor],
         x: Tensor,
         shift_msa: Tensor,
         scale_msa: Tensor,
@@ -92,8 +102,16 @@ class DiTBlock(nn.Module):
         gate_mlp: Tensor,
     ) -> Tensor:
         """The same block through its submodules, so that their hooks run."""
-        x = add_gated(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)), tokens=True)
-        return add_gated(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)), tokens=True)
+        x = add(x, gate_msa, self.attn(_modulate(self.norm1(x), shift_msa, scale_msa)))
+        return add(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+    def _last_weights(self) -> list[Tensor | None]:
+        """Those that hold the branches at zero; None where they are not parameters."""
+        modules: dict[str, Any] = self._modules
+        proj, fc2 = modules["attn"]._modules.get("proj"), modules["mlp"]._modules.get("fc2")
+        return (
+            [None] if proj is None or fc2 is None else [proj._parameters.get("weight"), fc2._parameters.get("weight")]
+        )
 
     def _modulation_linear(self) -> Any:
         """The layer that gives all of adaLN_modulation's result; None where it was replaced by something else."""
@@ -123,7 +141,12 @@ class DiTBlock(nn.Module):
 
 
 def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return h * (1 + scale[:, None]) + shift[:, None]
+    return h * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _add_gated(residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """`add_gated` by torch's operators; of the layout of the branch."""
+    return gate.unsqueeze(1) * branch + residual
 
 
 class FinalLayer(nn.Module):
