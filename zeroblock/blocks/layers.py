@@ -29,7 +29,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYER_NORMS: Forwards = {nn.LayerNorm.forward: None}
 GROUP_NORMS: Forwards = {nn.GroupNorm.forward: None}
 SILUS: Forwards = {nn.SiLU.forward: None}
-# The same functions one by one. Of torch's very classes a compiler asks for them in a third of the time of a look into a
+# The same functions one by one: of torch's own classes a compiler asks for them in a third of the time of a look into a
 # table, all of which it reads and guards.
 _CONV2D, _CONVOLVE2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
 _LINEAR, _LAYER_NORM, _GROUP_NORM = nn.Linear.forward, nn.LayerNorm.forward, nn.GroupNorm.forward
