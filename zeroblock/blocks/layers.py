@@ -127,14 +127,17 @@ def _is_plain_weight(t: Any) -> bool:
 def is_plain_conv(module: Any) -> bool:
     """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding, no patch."""
     return (
-        (
-            (type(module) is nn.Conv2d and nn.Conv2d.forward is _CONV2D and nn.Conv2d._conv_forward is _CONVOLVE2D)
-            or isinstance(module, CONVS)
-            and type(module).forward in _PLAIN_FORWARDS
-            and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
-        )
+        isinstance(module, CONVS)
         and "_conv_forward" not in module.__dict__
         and "forward" not in module.__dict__
+        and (
+            type(module) is nn.Conv2d
+            and module.forward.__func__ is _CONV2D  # type: ignore[attr-defined]
+            and module._conv_forward.__func__ is _CONVOLVE2D  # type: ignore[attr-defined]
+            or type(module).forward in _PLAIN_FORWARDS
+            and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
+            and module._conv_forward is not None  # which a compiler guards, unlike __dict__
+        )
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
         and module.padding_mode == "zeros"
     )
@@ -143,12 +146,13 @@ def is_plain_conv(module: Any) -> bool:
 def is_plain_linear(module: Any) -> bool:
     """A linear layer whose forward is F.linear of its weight, an ordinary tensor."""
     return (
-        (
-            (type(module) is nn.Linear and nn.Linear.forward is _LINEAR)
-            or isinstance(module, nn.Linear)
-            and type(module).forward in _PLAIN_FORWARDS
-        )
+        isinstance(module, nn.Linear)
         and "forward" not in module.__dict__
+        and (
+            type(module) is nn.Linear
+            and module.forward.__func__ is _LINEAR  # type: ignore[attr-defined]
+            or type(module).forward in _PLAIN_FORWARDS
+        )
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
 
@@ -196,6 +200,7 @@ def is_unit_conv(module: Any) -> bool:
         isinstance(module, CONVS)
         and "forward" not in module.__dict__
         and "_conv_forward" not in module.__dict__
+        and module._conv_forward is not None
         and _is_plain_weight(module._parameters.get("weight"))
         and module.groups == 1
         and module.stride in ((1, 1), (1, 1, 1), (1,))
