@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -184,3 +185,83 @@ def test_options_do_not_break_the_graph(options):
     with torch.no_grad():
         got = torch.compile(block, backend="aot_eager", fullgraph=True)(*inputs)
         torch.testing.assert_close(got, block(*inputs), rtol=1e-4, atol=1e-4)
+
+
+class _Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _Shifted(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def _doubled(self: nn.Module, x: Tensor) -> Tensor:
+    return 2 * nn.functional.conv2d(x, self.weight, self.bias, padding=1)  # type: ignore[arg-type]
+
+
+def _tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As seamless textures are made."""
+    return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+
+def _dilated(conv: nn.Conv2d) -> None:
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+
+
+def _circular(conv: nn.Conv2d) -> None:
+    conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "class of a convolution": lambda m: setattr(m.out_layers[3], "__class__", _Doubled),
+    "class of a norm": lambda m: setattr(m.out_layers[0], "__class__", _Shifted),
+    "forward of an instance": lambda m: setattr(
+        m.out_layers[3], "forward", types.MethodType(_doubled, m.out_layers[3])
+    ),
+    "convolution of an instance": lambda m: setattr(m.out_layers[3], "_conv_forward", _tiled),
+    "dilation": lambda m: _dilated(m.in_layers[2]),
+    "padding mode": lambda m: _circular(m.out_layers[3]),
+    "layer": lambda m: m.in_layers.__setitem__(1, nn.GELU()),
+    "parametrization": lambda m: nn.utils.parametrizations.weight_norm(m.in_layers[2]),
+    "dtype": lambda m: m.double(),
+    "groups": lambda m: setattr(m.out_layers[0], "num_groups", 2),
+}
+# Which change the result by nothing but rounding.
+_SAME = ("parametrization", "dtype")
+
+
+def _compiled() -> tuple[nn.Module, nn.Module, Any, tuple]:
+    """(accelerated, untouched, the accelerated one compiled, inputs) of a block that is not zero."""
+    case = test_guided.CASES["film"]
+    torch.manual_seed(0)
+    theirs, inputs = case.make().eval(), case.inputs()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.2)
+    ours = copy.deepcopy(theirs)
+    assert zb.accelerate(ours).blocks
+    return ours, theirs, torch.compile(ours, backend="eager", fullgraph=True), inputs
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_after_compilation_is_compiled_anew(change):
+    ours, theirs, compiled, inputs = _compiled()
+    with torch.no_grad():
+        before = compiled(*inputs)
+        for model in (ours, theirs):
+            CHANGES[change](model)
+        inputs = tuple(t.to(next(ours.parameters()).dtype) for t in inputs)
+        expected, got = theirs(*inputs), compiled(*inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert change in _SAME or not torch.allclose(before, got, rtol=1e-2, atol=1e-2)
+
+
+def test_a_class_that_is_patched_after_compilation_is_compiled_anew(monkeypatch):
+    _, theirs, compiled, inputs = _compiled()
+    with torch.no_grad():
+        before = compiled(*inputs)
+        monkeypatch.setattr(nn.Conv2d, "forward", _doubled)
+        got = compiled(*inputs)
+        torch.testing.assert_close(got, theirs(*inputs), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, got, rtol=1e-2, atol=1e-2)

@@ -1,5 +1,5 @@
-"""channel_rms_norm_silu and residual_norm_modulate of the CUDA kernels, emulated: where they cut their work, beyond the
-cases that every backend runs."""
+"""channel_rms_norm_silu, residual_norm_modulate and gate_residual of the CUDA kernels, emulated: where they cut their
+work, beyond the cases that every backend runs."""
 
 import pytest
 import torch
@@ -47,6 +47,13 @@ TOKEN = _rows("per token", {"gate_activation": "tanh", "branch_norm": "rms"}, T=
 def test_sums_over_tokens(case, dtype, shared):
     with emulated.gpu(shared, 1):
         assert_parity(case, dtype)
+
+
+@pytest.mark.parametrize("dtype, D", ((F32, 1032), (BF16, 2056), (BF16, 301)), ids=("fp32", "bf16", "odd"))
+@pytest.mark.parametrize("gate", ("d", "bd"))
+def test_a_gate_of_two_tiles_of_columns(gate, dtype, D):
+    """The second one is cut; its sums over tokens, of several blocks, lie beside those of the next block."""
+    assert_parity(Case("gate_residual", "two tiles", {"size": (2, 19, D), "gate": gate}), dtype)
 
 
 def _call(kind, dtype=BF16, seed=0, B=2, T=41, D=136, K=7):

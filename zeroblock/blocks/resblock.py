@@ -69,6 +69,8 @@ def _same_size(conv: Any) -> bool:
     if not fits_fused(conv):
         return False
     size, padding = conv.kernel_size, conv.padding
+    if size == (3, 3):
+        return padding == (1, 1)
     usual = _SAME_PADDING.get(size)
     return padding == usual if usual is not None else all(k == 2 * p + 1 for k, p in zip(size, padding, strict=True))
 

@@ -229,6 +229,7 @@ def _traced_feed_forward(policy: str, ff: Any, x: Tensor, h: Tensor, gate: Tenso
         and layers.computes(ff, _FEED_FORWARDS)
         and not (fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields)
         and not (fields["_backward_hooks"] or fields["_backward_pre_hooks"])
+        and ff.forward is not None  # which a compiler guards, unlike __dict__
         and _same_batch(x, h)
         and is_plain(x)
         and fits_gate(gate, x.shape)

@@ -5,7 +5,7 @@ Nothing of theirs starts at zero; while somebody holds their last layer at zero 
 from __future__ import annotations
 
 import functools
-import sys
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,6 +94,13 @@ class Attention(_Ungated):
         return self.predicted(block, key, y, eager)
 
 
+def keep_output_class(kind: type[nn.Module]) -> None:
+    """What a transformer's forward returns its result in, whatever module a subclass is of. Looked up once: a compiler
+    would read all of the modules to find it."""
+    forward: Any = inspect.unwrap(kind._zeroblock.method)  # type: ignore[attr-defined]
+    kind._zeroblock_output = forward.__globals__.get("Transformer2DModelOutput")  # type: ignore[attr-defined]
+
+
 @register
 class FeedForward(_Ungated):
     """y = linear(act(proj x))
@@ -136,6 +143,9 @@ class Transformer2DModel(_Ungated):
     classes = ("Transformer2DModel",)
     last = ("proj_out",)
 
+    def on_class_created(self, kind: type[nn.Module]) -> None:
+        keep_output_class(kind)
+
     def knows(self, block: Any) -> bool:
         return super().knows(block) and getattr(block, "is_input_continuous", False)
 
@@ -143,7 +153,7 @@ class Transformer2DModel(_Ungated):
         eager = functools.partial(self.eager, block, hidden_states, *args, **kwargs)
         if args[7:] or not self.skips(block):
             return eager()
-        output = sys.modules[type(block).__module__].Transformer2DModelOutput
+        output = block._zeroblock_output
         wrap = (lambda y: output(sample=y)) if kwargs.get("return_dict", True) else (lambda y: (y,))
         y = self._residual_alone(block, hidden_states, True)
         x = hidden_states

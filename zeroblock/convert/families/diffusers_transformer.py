@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from .adaln import (
     modulated,
     zeroing_tensors,
 )
-from .diffusers_attention import plain_processor
+from .diffusers_attention import keep_output_class, plain_processor
 
 
 @register
@@ -111,7 +110,8 @@ class BasicTransformerBlock(Family):
             rest = (encoder_hidden_states, encoder_attention_mask, timestep, cross_attention_kwargs, class_labels)
             return self.eager(block, x, attention_mask, *rest, added_cond_kwargs)
         if block.norm_type == "ada_norm_zero":
-            if block.attn2 is None and not block.training and not _more_conditions(x, timestep, class_labels):
+            alone = block.attn2 is None and not block.training and not is_compiling()
+            if alone and not _more_conditions(x, timestep, class_labels):
                 linear = block.norm1.linear
                 y = copy_if_gates_are_zero(
                     self.name, self.zero_skip, x, linear, block.children(), adaln.CHUNKS, adaln.GATES
@@ -187,6 +187,9 @@ class DiTTransformer2DModel(Family):
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         return lacks(block, "pos_embed", "transformer_blocks.0.norm1.emb", "norm_out", "proj_out_1", "proj_out_2")
 
+    def on_class_created(self, kind: type[nn.Module]) -> None:
+        keep_output_class(kind)
+
     def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
         return {"proj_out_2": zeroing_tensors(block.proj_out_2, block.proj_out_2.weight)}
 
@@ -227,7 +230,7 @@ class DiTTransformer2DModel(Family):
         sample = x.reshape(-1, channels, side * p, side * p)
         if not return_dict:
             return (sample,)
-        return sys.modules[type(block).__module__].Transformer2DModelOutput(sample=sample)
+        return block._zeroblock_output(sample=sample)
 
     def _head(self, norm: Any, linear: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """linear(norm(x) * (1 + scale) + shift)"""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ... import functional
 from ...blocks import adaln
@@ -93,7 +94,7 @@ class DiTBlock(_Modulated):
         x, c = tokens_and_condition(x, c)
         parts = block._modules
         norm1, attn, norm2, mlp, modulation = [parts[name] for name in _PARTS]
-        if not block.training:
+        if not block.training and not is_compiling():
             last = modulation[-1]
             y = copy_if_gates_are_zero(self.name, self.zero_skip, x, last, block.children(), adaln.CHUNKS, adaln.GATES)
             if y is not None:

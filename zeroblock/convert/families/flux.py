@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ...blocks import adaln
 from ...blocks.broadcast import may_grow
@@ -207,7 +208,7 @@ class SingleStreamBlock(_Attending):
     def forward(self, block: Any, x: Tensor, vec: Tensor, pe: Tensor, *rest: Any, **named: Any) -> Tensor:
         if not _is_known(x, vec, pe, (*rest, *named.values())):
             return self.eager(block, x, vec, pe, *rest, **named)
-        if not block.training and not may_grow(x, (vec,)):
+        if not block.training and not is_compiling() and not may_grow(x, (vec,)):
             linear, bypassed = block.modulation.lin, block.children()
             y = copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, bypassed, 3, (2,))
             if y is not None:

@@ -75,10 +75,11 @@ class ResBlock(_Entered):
         return x, torch.randn(2, *frames, last.in_features)
 
     def _fits(self, block: Any) -> bool:
-        if len(block.in_layers) != 3 or len(block.out_layers) != 4:
+        head, tail = block.in_layers._modules, block.out_layers._modules
+        if len(head) != 3 or len(tail) != 4:
             return False
-        norm1, act1, conv1 = block.in_layers
-        norm2, act2, dropout, conv2 = block.out_layers
+        norm1, act1, conv1 = head.values()
+        norm2, act2, dropout, conv2 = tail.values()
         swish = _own_swish(norm1), _own_swish(norm2)
         return (
             _activates(act1, swish[0])
@@ -89,8 +90,8 @@ class ResBlock(_Entered):
         )
 
     def _layers(self, block: Any) -> resblock.Layers:
-        norm1, _, conv1 = block.in_layers
-        norm2, _, dropout, conv2 = block.out_layers
+        norm1, _, conv1 = block.in_layers._modules.values()
+        norm2, _, dropout, conv2 = block.out_layers._modules.values()
         updown = getattr(block, "updown", False)
         no_embedding = getattr(block, "skip_t_emb", False)
 
