@@ -33,10 +33,11 @@ LARGE = 17
 
 class Verdict(NamedTuple):
     """Why the block is to be left alone (None: both forwards agree), and the optional arguments about which they agree
-    too (None: nothing had to be proved)."""
+    too (None: nothing had to be proved); tried: whether the block was like the family's, so that both ran."""
 
     obstacle: Obstacle | None
     options: frozenset[str] | None = None
+    tried: bool = False
 
 
 _proved: dict[tuple, Verdict] = {}

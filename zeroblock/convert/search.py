@@ -51,7 +51,7 @@ def search(model: nn.Module, known: list[Family]) -> tuple[list[Found], list[Lef
                 continue
             # Families share names of classes: the one that has the block's structure knows more.
             first = obstacles.setdefault(block, verdict.obstacle)
-            if first.reason is Reason.NAMESAKE and verdict.obstacle.reason is not Reason.NAMESAKE:
+            if first.reason is Reason.NAMESAKE and (verdict.tried or verdict.obstacle.reason is not Reason.NAMESAKE):
                 obstacles[block] = verdict.obstacle
     names = {f.block: f.family.name for f in found}
     for block in residual.blocks_beside(model, blocks, taken):
@@ -96,7 +96,7 @@ def _tried(block: nn.Module, path: str, model: nn.Module, family: Family) -> pro
         return proof.Verdict(Obstacle(Reason.CLASS, f"its class cannot be extended: {error}"))
     verdict = proof.verdict(family.proof_target(block), family)
     state = None if verdict.obstacle is None else _state(block)
-    return verdict if state is None else proof.Verdict(state)
+    return verdict._replace(tried=True) if state is None else proof.Verdict(state)
 
 
 def _state(block: nn.Module) -> Obstacle | None:

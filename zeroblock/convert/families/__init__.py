@@ -39,8 +39,12 @@ ORIGINS = (
     "fixup_rezero",
     "flux",
     "guided_diffusion",
+    "hunyuan_dit",
+    "hunyuan_video",
     "diffusers_frames",
     "ldm",
+    "ltx",
+    "lumina",
     "mar",
     "mdt",
     "peft_lora",
@@ -49,6 +53,7 @@ ORIGINS = (
     "timm_nfnet",
     "var",
     "wan",
+    "wan_blocks",
     "zero_layers",
 )
 

@@ -29,6 +29,7 @@ from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, 
 from .description import GatedBlock, Given, Joined, Row, joined
 from .dit import mlp_half
 from .operands import row_of, submodule
+from .stand_in import find_home, inner_method, with_stand_ins
 from .step import Step
 from .streams import Stream
 
@@ -47,7 +48,7 @@ class DescribedFamily(Family):
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         d = self.description
-        missing = lacks(block, *(p for b in d.branches if not b.optional for p in b.paths()), *d.linears)
+        missing = lacks(block, *(p for b in d.branches if not b.optional for p in b.paths()), *d.linears, *d.has)
         said = None if missing is not None or d.variant is None else d.variant(block)
         return missing if said is None else Obstacle(Reason.VARIANT, said)
 
@@ -72,6 +73,15 @@ class DescribedFamily(Family):
         linears = self.description.linears
         each = self.description.rows_used // len(linears)
         return gate_rows(block.get_submodule(linears[i // each]), each, i % each)
+
+    def entry(self, kind: type[nn.Module]) -> str:
+        return inner_method(kind, self.method)
+
+    def on_class_created(self, kind: type[nn.Module]) -> None:
+        find_home(kind)
+
+    def proof_target(self, block: nn.Module) -> nn.Module:
+        return with_stand_ins(block, self.description.stand_ins or {})
 
     def example(self, block: Any, side: int) -> tuple:
         assert self.description.example is not None
@@ -149,7 +159,9 @@ class DescribedFamily(Family):
     def _rows(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         d = self.description
         assert d.rows is not None
-        return d.rows(block, *(args if d.given is not None else args[1:]), **kwargs)
+        if d.given is None:  # x, the first argument or one by its name
+            args, kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "x"}
+        return d.rows(block, *args, **kwargs)
 
     def _next_step(
         self, block: Any, streams: list[Stream], args: tuple[Any, ...], kwargs: dict[str, Any]

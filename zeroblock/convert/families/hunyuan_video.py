@@ -1,0 +1,290 @@
+"""Tencent/HunyuanVideo (`hyvideo/modules`), and kohya-ss/musubi-tuner's copies of it and of 1.5: Flux's blocks with the
+text behind the image. Attention stays the author's: the function `attention` that the block's method calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..family import SMALL
+from .described import described
+from .description import GatedBranch, Given
+from .diffusers_flux import TEXT
+from .stand_in import home, of_heads
+
+
+def _parallel(block: Any) -> bool:
+    """Its sequence is spread over several devices."""
+    return bool(getattr(block, "hybrid_seq_parallel_attn", None))
+
+
+def _musubis(block: Any) -> bool:
+    return hasattr(block, "attn_mode")
+
+
+# ---- what the copies are called with ---------------------------------------------------------------------------------
+
+
+def _lengths(q: Any, kv: Any, most: Any, most_kv: Any) -> dict[str, Any]:
+    return {"cu_seqlens_q": q, "cu_seqlens_kv": kv, "max_seqlen_q": most, "max_seqlen_kv": most_kv}
+
+
+def _two(
+    block: Any,
+    img: Tensor,
+    txt: Tensor,
+    vec: Tensor,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    freqs_cis: Any = None,
+) -> Given:
+    attn = _lengths(cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
+    return Given((img, txt), (), {"attn": attn, "angles": freqs_cis})
+
+
+def _two_of_musubi(
+    block: Any,
+    img: Tensor,
+    txt: Tensor,
+    vec: Tensor,
+    attn_mask: Any = None,
+    total_len: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    freqs_cis: Any = None,
+) -> Given:
+    given = _two(block, img, txt, vec, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, freqs_cis)
+    given.layers["attn"] |= {"attn_mask": attn_mask, "total_len": total_len, "mode": block.attn_mode}
+    return given
+
+
+def _two_of_15(
+    block: Any, img: Tensor, txt: Tensor, vec: Tensor, freqs_cis: Any = None, attn_params: Any = None
+) -> Given:
+    return Given((img, txt), (), {"attn": {"attn_params": attn_params}, "angles": freqs_cis})
+
+
+def _one(
+    block: Any,
+    x: Tensor,
+    vec: Tensor,
+    txt_len: int,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    freqs_cis: Any = None,
+) -> Given:
+    attn = _lengths(cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv)
+    return Given((x,), (), {"attn": attn, "angles": freqs_cis, "text": txt_len})
+
+
+def _one_of_musubi(
+    block: Any,
+    x: Tensor,
+    vec: Tensor,
+    txt_len: int,
+    attn_mask: Any = None,
+    total_len: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    freqs_cis: Any = None,
+) -> Given:
+    given = _one(block, x, vec, txt_len, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, freqs_cis)
+    given.layers["attn"] |= {"attn_mask": attn_mask, "total_len": total_len, "mode": block.attn_mode}
+    return given
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention(block: Any, q: Tensor, k: Tensor, v: Tensor, layers: dict[str, Any]) -> Tensor:
+    attention, attn = home(block).attention, layers["attn"]
+    if "attn_params" in attn:
+        return attention([q, k, v], **attn)
+    streams = ([q, k, v],) if "mode" in attn else (q, k, v)
+    return attention(*streams, batch_size=q.shape[0], **attn)
+
+
+def _heads(block: Any, name: str, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a stream, [B, T, heads, features]."""
+    whole = block._modules.get(f"{name}_attn_qkv")
+    parts = whole(h).chunk(3, dim=-1) if whole is not None else [getattr(block, f"{name}_attn_{i}")(h) for i in "qkv"]
+    q, k, v = (t.unflatten(-1, (block.heads_num, -1)) for t in parts)
+    return getattr(block, f"{name}_attn_q_norm")(q).to(v), getattr(block, f"{name}_attn_k_norm")(k).to(v), v
+
+
+def _attend(block: Any, h: tuple[Tensor, Tensor], layers: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    (q, k, v), txt = (_heads(block, name, t) for name, t in zip(("img", "txt"), h, strict=True))
+    if layers["angles"] is not None:
+        q, k = home(block).apply_rotary_emb(q, k, layers["angles"], head_first=False)
+    both = (torch.cat(pair, dim=1) for pair in zip((q, k, v), txt, strict=True))
+    attn, T = _attention(block, *both, layers), q.shape[1]
+    return block.img_attn_proj(attn[:, :T]), block.txt_attn_proj(attn[:, T:])
+
+
+def _beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
+    """Attention and MLP, side by side"""
+    text, D = layers["text"], h.shape[-1]
+    h = block.linear1(h)
+    q, k, v = h[..., : 3 * D].unflatten(-1, (3, block.heads_num, -1)).unbind(2)
+    q, k = block.q_norm(q).to(v), block.k_norm(k).to(v)
+    if layers["angles"] is not None:
+        rotated = home(block).apply_rotary_emb(q[:, :-text], k[:, :-text], layers["angles"], head_first=False)
+        q, k = (torch.cat([t, rest[:, -text:]], dim=1) for t, rest in zip(rotated, (q, k), strict=True))
+    return torch.cat((_attention(block, q, k, v, layers), block.mlp_act(h[..., 3 * D :])), dim=2)
+
+
+# ---- the families ----------------------------------------------------------------------------------------------------
+
+
+def _random(side: int, *sizes: int) -> Tensor:
+    """The lengths of sequences are those of so many samples: one in a large example."""
+    return torch.randn(2 if side == SMALL else 1, *sizes)
+
+
+def _rest(block: Any, D: int, side: int) -> tuple:
+    """What a proof gives its attention."""
+    T, B = side**2 + TEXT, 2 if side == SMALL else 1
+    ends = torch.tensor([0, *(n for i in range(B) for n in ((i + 1) * T - 1, (i + 1) * T))], dtype=torch.int32)
+    mask = (None, torch.tensor([T - 1, T][:B])) if _musubis(block) else ()
+    return *mask, ends, ends, T, T, _angles(block, D, side)
+
+
+def _angles(block: Any, D: int, side: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(side**2, D // block.heads_num)
+    return angles.cos(), angles.sin()
+
+
+def _two_example(block: Any, side: int) -> tuple:
+    D = block.img_mod.linear.in_features
+    rest = _rest(block, D, side) if hasattr(block, "img_attn_qkv") else (_angles(block, D, side), 0.5)
+    return _random(side, side**2, D), _random(side, TEXT, D), _random(side, D), *rest
+
+
+def _one_example(block: Any, side: int) -> tuple:
+    D = block.modulation.linear.in_features
+    return _random(side, side**2 + TEXT, D), _random(side, D), TEXT, *_rest(block, D, side)
+
+
+def _two_rows(block: Any, img: Any, txt: Any, vec: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return *block.img_mod(vec).chunk(6, dim=-1), *block.txt_mod(vec).chunk(6, dim=-1)
+
+
+def _one_rows(block: Any, x: Any, vec: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return block.modulation(vec).chunk(3, dim=-1)
+
+
+def _of_both(*names: str) -> tuple[str, ...]:
+    return tuple(f"{stream}_{name}" for stream in ("img", "txt") for name in names)
+
+
+for name, given, attention, musubis in (
+    ("MMDoubleStreamBlock", _two, ("attn_qkv",), False),
+    ("MusubiMMDoubleStreamBlock", _two_of_musubi, ("attn_qkv",), True),
+    ("MusubiMM15DoubleStreamBlock", _two_of_15, ("attn_q", "attn_k", "attn_v"), False),
+):
+    others = _of_both(*attention, "attn_q_norm", "attn_k_norm", "attn_proj")
+    described(
+        name,
+        (
+            GatedBranch(
+                "img_attn_proj",
+                "img_norm1",
+                0,
+                1,
+                2,
+                call=_attend,
+                context=GatedBranch("txt_attn_proj", "txt_norm1", 6, 7, 8, stream=1),
+                others=others,
+            ),
+            GatedBranch("img_mlp", "img_norm2", 3, 4, 5),
+            GatedBranch("txt_mlp", "txt_norm2", 9, 10, 11, stream=1),
+        ),
+        rows=_two_rows,
+        given=given,
+        example=_two_example,
+        linear=("img_mod.linear", "txt_mod.linear"),
+        classes=("MMDoubleStreamBlock",),
+        has=("heads_num", *others, *(("attn_mode",) if musubis else ())),
+        unless=_parallel,
+        stand_ins={"attention": of_heads},
+        about="Tencent/HunyuanVideo `MMDoubleStreamBlock`"
+        + ("" if given is _two else ", as kohya-ss/musubi-tuner has it" + ", of 1.5" * (given is _two_of_15))
+        + ".",
+    )
+
+for name, given, musubis in (
+    ("MMSingleStreamBlock", _one, False),
+    ("MusubiMMSingleStreamBlock", _one_of_musubi, True),
+):
+    described(
+        name,
+        (
+            GatedBranch(
+                "linear1",
+                "pre_norm",
+                0,
+                1,
+                2,
+                call=_beside,
+                last="linear2",
+                others=("q_norm", "k_norm", "mlp_act"),
+            ),
+        ),
+        rows=_one_rows,
+        given=given,
+        example=_one_example,
+        linear="modulation.linear",
+        classes=("MMSingleStreamBlock",),
+        has=("heads_num", *(("attn_mode",) if musubis else ())),
+        unless=_parallel,
+        stand_ins={"attention": of_heads},
+        about="Tencent/HunyuanVideo `MMSingleStreamBlock`"
+        + (", as kohya-ss/musubi-tuner has it." if musubis else "."),
+    )
+
+# ---- the refiner of the text -----------------------------------------------------------------------------------------
+
+
+def _refines(block: Any, h: Tensor, c: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    q, k, v = block.self_attn_qkv(h).unflatten(-1, (3, block.heads_num, -1)).unbind(2)
+    q, k = block.self_attn_q_norm(q).to(v), block.self_attn_k_norm(k).to(v)
+    return block.self_attn_proj(home(block).attention(q, k, v, mode="torch", attn_mask=attn_mask))
+
+
+def _refiner_example(block: Any, side: int) -> tuple:
+    D, T = block.adaLN_modulation[1].in_features, side**2
+    mask = torch.ones(2, 1, T, T, dtype=torch.bool)
+    mask[1, ..., -1] = False
+    return torch.randn(2, T, D), torch.randn(2, D), mask
+
+
+described(
+    "IndividualTokenRefinerBlock",
+    (
+        GatedBranch(
+            "self_attn_proj",
+            "norm1",
+            gate=0,
+            call=_refines,
+            others=("self_attn_qkv", "self_attn_q_norm", "self_attn_k_norm"),
+        ),
+        GatedBranch("mlp", "norm2", gate=1),
+    ),
+    rows=lambda block, c, attn_mask=None: block.adaLN_modulation(c).chunk(2, dim=1),
+    example=_refiner_example,
+    linear="adaLN_modulation.1",
+    has=("self_attn_qkv", "heads_num"),
+    stand_ins={"attention": of_heads},
+    about="Tencent/HunyuanVideo `IndividualTokenRefinerBlock`.",
+)
