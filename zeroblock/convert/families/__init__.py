@@ -10,6 +10,7 @@ from ..family import FAMILIES, Family
 # In the order in which they are asked.
 ORIGINS = (
     "compvis",
+    "compvis_attention",
     "diffusers_adaln",
     "diffusers_attention",
     "diffusers_controlnet",
@@ -40,8 +41,12 @@ ORIGINS = (
     "fixup_rezero",
     "flux",
     "guided_diffusion",
+    "hunyuan_dit",
+    "hunyuan_video",
     "diffusers_frames",
     "ldm",
+    "ltx",
+    "lumina",
     "mar",
     "mdt",
     "peft_lora",
@@ -50,6 +55,7 @@ ORIGINS = (
     "timm_nfnet",
     "var",
     "wan",
+    "wan_blocks",
     "zero_layers",
 )
 

@@ -71,13 +71,15 @@ _PLAIN_GELUS: layers.Forwards = {nn.GELU.forward: None}
 # The forwards of diffusers' classes that were proved.
 _RMS_NORMS: layers.Forwards = {}
 _RMS_NAMES = ("RMSNorm", "MochiModulatedRMSNorm", "Krea2RMSNorm", "StableAudio3RMSNorm")
+# Layer norms that compute in float32.
+_LAYER_NAMES = ("FP32LayerNorm", "FP32_Layernorm", "WanLayerNorm")
 _FEED_FORWARDS: layers.Forwards = {}
 _GELUS: layers.Forwards = {}
 
 
 def norm_kind(norm: Any) -> str | None:
     """ "layer" or "rms" for a norm over the last dimension whose formula the fused ops compute."""
-    if type(norm).forward in layers.LAYER_NORMS or type(norm).__name__ == "FP32LayerNorm":
+    if type(norm).forward in layers.LAYER_NORMS or type(norm).__name__ in _LAYER_NAMES:
         known = layers.computes(norm, layers.LAYER_NORMS)
         return "layer" if known and len(norm.normalized_shape) == 1 else None
     if type(norm).__name__ in _RMS_NAMES and getattr(norm, "bias", None) is None and norm.eps is not None:

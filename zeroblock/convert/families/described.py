@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -26,9 +26,11 @@ from .. import seam
 from ..family import NEVER_ZERO, Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split, zeroing_tensors
-from .description import GatedBlock, Given, Joined, Row, joined
+from .arguments import forward_like, simple, with_arguments
+from .description import GatedBlock, Joined, Row, joined
 from .dit import mlp_half
 from .operands import row_of, submodule
+from .stand_in import find_home, inner_method, with_stand_ins
 from .step import Step
 from .streams import Stream
 
@@ -45,6 +47,9 @@ class DescribedFamily(Family):
     alone: ClassVar[bool]  # the layers see nothing but their tokens
     gate: ClassVar[int | None]  # the row that is, where there is one branch and one linear gives its rows
     seams: ClassVar[bool]  # the rows are known before the block that comes before has returned
+
+    def knows(self, block: nn.Module) -> bool:
+        return super().knows(block) and lacks(block, *self.description.has) is None
 
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         d = self.description
@@ -81,6 +86,15 @@ class DescribedFamily(Family):
         each = self.description.rows_used // len(linears)
         return gate_rows(block.get_submodule(linears[i // each]), each, i % each)
 
+    def entry(self, kind: type[nn.Module]) -> str:
+        return inner_method(kind, self.method)
+
+    def on_class_created(self, kind: type[nn.Module]) -> None:
+        find_home(kind)
+
+    def proof_target(self, block: nn.Module) -> nn.Module:
+        return with_stand_ins(block, self.description.stand_ins or {})
+
     def example(self, block: Any, side: int) -> tuple:
         assert self.description.example is not None
         return self.description.example(block, side)
@@ -94,7 +108,7 @@ class DescribedFamily(Family):
         d = self.description
         given = None
         if (d.unless is None or not d.unless(block)) and not self._watched(block):
-            given = _simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
+            given = simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
         if given is None:
             return self.eager(block, *args, **kwargs)
         seams = self.seams and seam.possible(args[0] if args else next(iter(kwargs.values()), None))
@@ -155,9 +169,10 @@ class DescribedFamily(Family):
         return copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), chunks, (gate,))
 
     def _rows(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        d = self.description
-        assert d.rows is not None
-        return d.rows(block, *(args if d.given is not None else args[1:]), **kwargs)
+        d: Any = self.description
+        if d.given is None:  # without x, the first argument or one of that name
+            args, kwargs = args[1:], {name: v for name, v in kwargs.items() if name != "x"}
+        return d.rows(block, *args, **kwargs)
 
     def _next_step(
         self, block: Any, streams: list[Stream], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -228,38 +243,6 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _simple(d: GatedBlock, block: Any, x: Any, *args: Any, **kwargs: Any) -> Given:
-    """`Given` of a block with one stream, its first argument; what else it was called with is for all its calls."""
-    if d.first is not None:
-        x = d.first(block, x, *args, **kwargs)
-    return Given((x,), (), {"": (args, kwargs)})
-
-
-def _with_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A call(block, h, *args, **kwargs) as one of the `layers` that `_simple` gives."""
-
-    def called(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
-        args, kwargs = layers[""]
-        return call(block, h, *args, **kwargs)
-
-    return called
-
-
-def _forward_like(function: Callable[..., Any], streams: int) -> Callable[..., Any]:
-    """DescribedFamily.forward with the parameters of `function` (after `streams` named x): by these it is known what
-    may be passed."""
-
-    @functools.wraps(DescribedFamily.forward)
-    def forward(self: DescribedFamily, block: Any, *args: Any, **kwargs: Any) -> Any:
-        return DescribedFamily.forward(self, block, *args, **kwargs)
-
-    ours = list(inspect.signature(DescribedFamily.forward).parameters.values())[:2]
-    x = [inspect.Parameter("x", inspect.Parameter.POSITIONAL_OR_KEYWORD)] * streams
-    theirs = list(inspect.signature(function).parameters.values())[1:]
-    forward.__signature__ = inspect.Signature([*ours, *x, *theirs])  # type: ignore[attr-defined]
-    return forward
-
-
 def family_of(description: GatedBlock) -> type[Family]:
     d = description
     doc = f"""{d.formula()}
@@ -271,10 +254,8 @@ def family_of(description: GatedBlock) -> type[Family]:
     Training backward while a gate is zero: the gate's gradient alone; the rest are zeros.
     """
     if d.given is None:
-        with_arguments = [
-            b if b.call is None else dataclasses.replace(b, call=_with_arguments(b.call)) for b in d.branches
-        ]
-        d = dataclasses.replace(d, branches=tuple(with_arguments))
+        branches = (b if b.call is None else dataclasses.replace(b, call=with_arguments(b.call)) for b in d.branches)
+        d = dataclasses.replace(d, branches=tuple(branches))
     norms = [part.norm for b in d.branches for part in b.parts() if isinstance(part.norm, str)]
     fields = {
         "description": d,
@@ -286,7 +267,7 @@ def family_of(description: GatedBlock) -> type[Family]:
         "name": d.name,
         "classes": d.classes or (d.name,),
         "method": d.method,
-        "forward": _forward_like(d.rows, 1) if d.given is None else _forward_like(d.given, 0),  # type: ignore[arg-type]
+        "forward": forward_like(DescribedFamily.forward, d.given or d.rows, int(d.given is None)),  # type: ignore[arg-type]
         "__doc__": doc,
         "__module__": __name__,
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..seam import Prepared
+from .stand_in import StandIns
 
 
 class Row(NamedTuple):
@@ -150,6 +151,9 @@ class GatedBlock:
             With `rows` beside it, of the same arguments, `Given.rows` stays empty. The rows must then not depend on the
             streams: they may be asked for while the block before still runs, to compute the first norm with its end.
         finish: finish(block, streams, more): what the block returns of its streams; by default x, or all as a tuple.
+        has: further attributes that tell the block from others of its name.
+        stand_ins: {name of a layer of the block, or of a function that its method calls: what computes in its place for
+            a proof}, where that need not run on a CPU (stand_in.py). `call` finds such functions in `home(block)`.
     """
 
     name: str
@@ -168,6 +172,8 @@ class GatedBlock:
     about: str = ""
     given: Callable[..., Given | None] | None = None
     finish: Callable[..., Any] | None = None
+    has: tuple[str, ...] = ()
+    stand_ins: StandIns | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._autocast import autocast_dtype
 from ...blocks.layers import is_plain_layer
 from ...ops.residual_alone import residual_alone
-from ..family import lacks, register
+from ..family import NEVER_ZERO, lacks, register
 from ..report import Obstacle, Reason
+from .described import described
+from .description import GatedBranch, Given
+from .stand_in import of_tokens, width_of
 from .whole_skip import ControlBranch, InferenceSkip, batches
 
 
@@ -48,6 +52,30 @@ class SpatialTransformer(InferenceSkip):
         y = residual_alone(x, bias, None, 1, dtype, None)
         key = (x.dtype, dtype, *batches(x, args, kwargs))
         return self.predicted(block, key, y, lambda: self.eager(block, x, *args, **kwargs))
+
+
+def _given(block: Any, x: Tensor, context: Tensor | None = None) -> Given:
+    # Where self-attention is disabled, the first one looks at the context too.
+    own = context if getattr(block, "disable_self_attn", False) else None
+    return Given((x,), (), {"attn1": {"context": own}, "attn2": {"context": context}})
+
+
+def _example(block: Any, side: int) -> tuple:
+    D = block.norm1.normalized_shape[0]
+    return torch.randn(2, side**2, D), torch.randn(2, 3, width_of(block.attn2, "to_k", D))
+
+
+described(
+    "LDMTransformerBlock",
+    (GatedBranch("attn1", "norm1"), GatedBranch("attn2", "norm2"), GatedBranch("ff", "norm3")),
+    given=_given,
+    example=_example,
+    gates=lambda block, i: (NEVER_ZERO,),
+    classes=("BasicTransformerBlock",),
+    has=("_forward", "checkpoint", "attn2.to_k"),
+    stand_ins={"attn1": of_tokens, "attn2": of_tokens},
+    about="CompVis/latent-diffusion and Stability-AI/generative-models `BasicTransformerBlock`.",
+)
 
 
 @register
