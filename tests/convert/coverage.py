@@ -1,8 +1,9 @@
-"""What accelerate does with every transformer of the installed diffusers, in tiny sizes, and a table of it.
+"""What accelerate does with every model of the installed diffusers, in tiny sizes, and a table of it.
 
 `python -m tests.convert.coverage` renews the table (zeroblock/convert/coverage.csv): the model's class; the level; the
 families of whole blocks and how many of their branches there are; every residual block that is left alone, with the
-reason. Sizes and inputs of the models are in diffusers_models.json.
+reason. Sizes and inputs of the models are in diffusers_models.json (transformers) and diffusers_others.json (U-Nets,
+ControlNets, autoencoders).
 
 Levels: "blocks" (every residual block that has norms of its own is run by zeroblock, none of them asks its original
 at a call), "some blocks", "parts" (layers or norms alone), "nothing".
@@ -42,6 +43,30 @@ NOT_RUN = {
     "SanaWMTransformer3DModel": "takes rays of a camera",
     "WanAnimate2Transformer3DModel": "takes a cache of keys and values",
 }
+# Models that are not transformers and are not run, by why.
+OTHERS_NOT_RUN = {
+    "several models of another class, or weights for one": (
+        *("ControlNetXSAdapter", "FluxMultiControlNetModel", "MotionAdapter", "MultiAdapter", "MultiControlNetModel"),
+        *("QwenImageMultiControlNetModel", "SD3MultiControlNetModel", "Kandinsky6SRLatentUpscalerBank"),
+    ),
+    "prepares conditions": (
+        *("AceStepConditionEncoder", "AnimaTextConditioner", "AudioLDM2ProjectionModel", "CLIPImageProjection"),
+        *("Ideogram4PromptEnhancerHead", "MiniMaxMusic3ConditionEncoder", "ReduxImageEncoder"),
+        *("StableAudio3DurationEmbedder", "StableAudioProjectionModel", "UniDiffuserTextDecoder"),
+    ),
+    "tokens or waves of sound": (
+        *("AceStepAudioTokenDetokenizer", "AceStepAudioTokenizer", "AutoencoderKLKVAEAudio", "AutoencoderSAME"),
+        *("AutoencoderKLMiniMaxH3Audio", "Cosmos3AVAEAudioTokenizer", "LongCatAudioDiTVae", "MMAudioVAE"),
+        *("MMAudioVocoder", "MiniMaxMusic3RVQDepthDecoder", "MiniMaxMusic3Vocoder", "T5FilmDecoder"),
+    ),
+    "has no small size here yet": (
+        *("AutoencoderKLAllegro", "AutoencoderKLHunyuanImageRefiner", "AutoencoderKLKVAEVideo"),
+        *("AutoencoderKLMiniMaxH3", "AutoencoderKLQwenImage21", "AutoencoderRAE", "AutoencoderVidTok"),
+        *("CosmosControlNetModel", "DreamLiteUNetModel", "I2VGenXLUNet", "Kandinsky3UNet", "Kandinsky6SRVAE"),
+        *("LTX2VideoDiffusionDecoderModel", "RFD4ProteinaAutoencoder", "UniDiffuserModel", "ZImageControlNetModel"),
+    ),
+}
+NOT_RUN |= {name: why for why, names in OTHERS_NOT_RUN.items() for name in names}
 
 
 class Model(NamedTuple):
@@ -50,16 +75,21 @@ class Model(NamedTuple):
 
 
 def classes() -> list[str]:
-    """The names of diffusers' transformers."""
+    """The names of diffusers' models."""
     import diffusers
 
     kinds = {name: getattr(diffusers, name, None) for name in dir(diffusers)}
-    models = [name for name, k in kinds.items() if isinstance(k, type) and issubclass(k, diffusers.ModelMixin)]
-    return [n for n in models if ("ransformer" in n or "DiT" in n) and not n.endswith("Vae")]
+    base = diffusers.ModelMixin
+    return [name for name, k in kinds.items() if isinstance(k, type) and issubclass(k, base) and k is not base]
+
+
+def is_transformer(name: str) -> bool:
+    return ("ransformer" in name or "DiT" in name) and not name.endswith("Vae")
 
 
 def sizes() -> dict[str, dict[str, Any]]:
-    return json.loads((HERE / "diffusers_models.json").read_text())
+    files = ("diffusers_models.json", "diffusers_others.json")
+    return {name: size for file in files for name, size in json.loads((HERE / file).read_text()).items()}
 
 
 def build(name: str) -> Model:
