@@ -131,7 +131,7 @@ def test_what_is_not_tiny():
     assert tiny.is_tiny(x, x.numel()) and not tiny.is_tiny(x, x.numel() - 1) and not tiny.is_tiny(x[:0], 64)
     with testing.use_backend("reference"):
         assert not tiny.is_tiny(x, 64)
-    holder, calls = nn.Parameter(torch.ones(3)), dict(name="ResBlock", policy="auto", x=x, limit=64)
+    holder, calls = nn.Parameter(torch.ones(3)), dict(name="ResBlock", policy="auto", x=x)
 
     def taken(*holders, **others):
         arguments = {**calls, **others}
@@ -173,3 +173,24 @@ def test_a_frozen_block_keeps_its_packed_weights():
         torch.testing.assert_close(block(*inputs), expected)
         assert fused_calls(block, inputs)
         zb.unfreeze(block)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_whoever_records_or_transforms_a_call_is_left_alone(name):
+    block, _, inputs = pair(name, "dense", torch.float32)
+    with torch.no_grad():
+        expected = block(*inputs)
+        traced = torch.jit.trace(block, inputs)
+        testing.assert_bitwise_equal(traced(*inputs), traced(*inputs))
+        torch.testing.assert_close(traced(*inputs), expected, rtol=1e-4, atol=1e-4)
+    twice = torch.func.vmap(block)(*(torch.stack([t, t]) for t in inputs))
+    torch.testing.assert_close(twice[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_stored_is_not_read():
+    """A sharded weight that is not gathered, torch's zero tensors, a tensor of a transform."""
+    freed = torch.randn(4)
+    freed.untyped_storage().resize_(0)
+    for t in (freed, torch._efficientzerotensor((4,)), torch.empty(0), torch.empty(4, device="meta")):
+        assert not is_seen_nonzero(t)
+    torch.func.vmap(lambda t: (is_seen_nonzero(t), t)[1])(torch.randn(2, 4))

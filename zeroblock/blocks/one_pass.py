@@ -55,7 +55,7 @@ def copy_if_gates_are_zero(
     """Without gradients: a copy of x while the `gates` among the `chunks` vectors that `modulation`, a plain linear,
     gives are zero whatever its input, so that nothing need be computed, not even the modulation; counted as a skip of
     a branch for each. None: the branches are to be looked at one by one."""
-    if torch.is_grad_enabled() or is_compiling() or modulation is None:
+    if torch.is_grad_enabled() or is_compiling() or modulation is None or zero.transforms_active():
         return None
     weight = modulation._parameters.get("weight")
     if weight is None or zero.is_seen_nonzero(weight, gates[0] * (weight.numel() // chunks)):

@@ -8,6 +8,7 @@ weights and gates are looked at before each such call, and a branch that is zero
 from __future__ import annotations
 
 from torch import Tensor
+from torch._C import _get_tracing_state
 from torch.compiler import is_compiling
 
 from .. import zero
@@ -24,17 +25,19 @@ TOKENS = 1 << 14
 
 
 def is_tiny(x: Tensor, limit: int) -> bool:
-    """Whether x has few elements: on a CPU, and with no backend asked for."""
-    return not is_compiling() and 0 < x.numel() <= limit and x.is_cpu and available._forced == "auto"
+    """Whether x has few elements: on a CPU, with no backend asked for, and with nobody recording the call."""
+    if is_compiling() or _get_tracing_state() is not None:
+        return False
+    return 0 < x.numel() <= limit and x.is_cpu and available._forced == "auto"
 
 
-def runs_as_written(name: str, policy: str, x: Tensor, limit: int, *holders: Tensor | None, branches: int = 1) -> bool:
-    """Whether the block `name` is tiny and runs as it was written; it is then counted once for each of its branches.
+def runs_as_written(name: str, policy: str, x: Tensor, *holders: Tensor | None, branches: int = 1) -> bool:
+    """Whether the tiny block `name` runs as it was written; it is then counted once for each of its branches.
 
     holders: every tensor that holds a branch at zero while it is zero (None: it is not known). All of them have to show
     in their first element that they are not, else the block is looked at as one of any other size.
     """
-    if not is_tiny(x, limit) or type(x) not in PLAIN_TYPES or policy not in zero.POLICIES:
+    if type(x) not in PLAIN_TYPES or policy not in zero.POLICIES:
         return False
     for t in holders:
         if not is_seen_nonzero(t) or packed.copies and packed.is_frozen(t):  # type: ignore[arg-type]

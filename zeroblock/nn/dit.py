@@ -81,10 +81,11 @@ class DiTBlock(nn.Module):
         if y is not None:
             return y
         vectors = self.adaLN_modulation(c).chunk(CHUNKS, dim=1)
-        holders = (vectors[GATES[0]], vectors[GATES[1]], *self._last_weights())
-        fits = x.dim() == 3 and x.size(2) == vectors[0].size(-1)  # else the fused forward says what is wrong
-        if fits and tiny.runs_as_written(name, policy, x, tiny.TOKENS, *holders, branches=len(GATES)):
-            return self._unfused(_add_gated, x, *vectors)
+        # The fused forward says what is wrong with other sizes.
+        if tiny.is_tiny(x, tiny.TOKENS) and x.dim() == 3 and x.size(2) == vectors[0].size(-1):
+            holders = (vectors[GATES[0]], vectors[GATES[1]], *self._last_weights())
+            if tiny.runs_as_written(name, policy, x, *holders, branches=len(GATES)):
+                return self._unfused(_add_gated, x, *vectors)
         halves = self._halves()
         if halves is None:
             return self._unfused(_ADD, x, *vectors)

@@ -112,9 +112,10 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        fits = x.dim() > 2 and x.size(1) == self.channels  # else the fused forward says what is wrong
-        if fits and tiny.runs_as_written("ResBlock", self.zero_skip, x, tiny.IMAGES, self._last_weight()):
-            return self._unfused(x, emb)
+        # The fused forward says what is wrong with other sizes.
+        if tiny.is_tiny(x, tiny.IMAGES) and x.dim() > 2 and x.size(1) == self.channels:
+            if tiny.runs_as_written("ResBlock", self.zero_skip, x, self._last_weight()):
+                return self._unfused(x, emb)
         layers = self._layers()
         return self._unfused(x, emb) if layers is None else resblock.forward(layers, x, emb)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .._dtypes import FLOATING
 from ..kernels._torch import capturing, stream_of
@@ -40,12 +42,14 @@ def is_seen_nonzero(t: Any, at: int = 0) -> bool:
     """Whether the element that lies `at` so many behind the first one in memory is not zero, by its bits; False where
     that may not be tested. Most weights that are not zero show it here, without an op: between those of a small block
     one more takes ten times as long as in a loop of its own (benchmarks/run.py --group overhead)."""
-    if type(t) not in PLAIN_TYPES or not t.is_cpu or t.dtype not in _WORDS or t.numel() <= at:
+    if type(t) not in PLAIN_TYPES or is_functorch_wrapped_tensor(t) or _get_tracing_state() is not None:
+        return False
+    if not t.is_cpu or t.dtype not in _WORDS or t.numel() <= at:
         return False
     if t.layout is not torch.strided or at and not t.is_contiguous():
         return False
-    address = t.data_ptr() + at * t.itemsize if at else t.data_ptr()
-    return _WORDS[t.dtype].from_address(address).value & _MAGNITUDE[t.dtype] != 0
+    address = t.data_ptr()  # 0 where nothing is stored: a sharded weight that is not gathered, torch's zero tensors
+    return address != 0 and _WORDS[t.dtype].from_address(address + at * t.itemsize).value & _MAGNITUDE[t.dtype] != 0
 
 
 def skipped(like: Tensor, what: int) -> Tensor:
