@@ -84,8 +84,10 @@ def _of_the_block() -> bool:
         if "/zeroblock/convert/" in path:
             return path.endswith("/streams.py") or name in ("modulated", "gated", "eager", "replaced")
         owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and "Norm" not in type(owner).__name__ and applied(owner) is None:
-            return False
+        if isinstance(owner, nn.Module) and "Norm" not in type(owner).__name__:
+            ours = applied(owner)
+            if ours is None or ours.family.inner:
+                return False
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

@@ -8,10 +8,20 @@ from . import costs
 
 pytest.importorskip("diffusers.models.transformers", reason="diffusers is not installed")
 
+# What keeps more than 0.65 of its own: by what its attention makes and keeps, or by its example.
+MORE = {
+    **dict.fromkeys(("HunyuanVideo15TransformerBlock", "LuminaNextDiTBlock"), "a mask of all pairs of tokens"),
+    **dict.fromkeys(
+        ("CogView3PlusTransformerBlock", "CogView4TransformerBlock", "GlmImageTransformerBlock"), "layer norms"
+    ),
+    **dict.fromkeys(("CogVideoXBlock", "ConsisIDBlock"), "layer norms of q and k, and both streams once more as one"),
+    "Cosmos3VLTextMoTDecoderLayer": "three tokens in its first stream, after which it goes",
+    "ErnieImageSharedAdaLNBlock": "q, k and v, and tokens in another order",
+    "PixArtBlock": "a feed-forward twice as wide as the tokens",
+    "MDTBlock": "four tokens, of which nothing is made again",
+}
 # Blocks whose attention and feed-forward run by their layers; elsewhere what those keep for themselves outweighs.
 BY_LAYERS = ("DiTBlock", "F5DiTBlock", "AdaLNSelfAttn", "SD3SingleTransformerBlock")
-# Blocks without gates: what is merely added is kept as well.
-UNGATED = ("HunYuanDiTBlock", "HunyuanDiTBlock", "LDMTransformerBlock")
 
 
 def test_every_family_is_in_the_table():
@@ -22,7 +32,8 @@ def test_what_the_table_says():
     lines = costs.table()
     for name, line in lines.items():
         # A norm before each branch and a gate after it are one op, and one more at the end of each stream.
-        assert float(line["saved"]) <= 1.0 or name in ("ErnieImageSharedAdaLNBlock", *UNGATED), name
+        assert line["saved"] and (float(line["saved"]) <= 0.65 or name in MORE), name
+        assert float(line["saved"]) <= 0.9 and int(line["eager norms"]) == 0, name
         assert int(line["beside"]) < int(line["eager"]), name
         assert line["in a row"] == "" or int(line["in a row"]) <= int(line["inference"]), name
     for name in BY_LAYERS:
