@@ -32,7 +32,7 @@ SILUS: Forwards = {nn.SiLU.forward: None}
 # The same functions one by one: of torch's own classes a compiler asks for them in a third of the time of a look into a
 # table, all of which it reads and guards.
 _CONV2D, _CONVOLVE2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
-_LINEAR, _LAYER_NORM, _GROUP_NORM = nn.Linear.forward, nn.LayerNorm.forward, nn.GroupNorm.forward
+_LINEAR, _GROUP_NORM = nn.Linear.forward, nn.GroupNorm.forward
 DROPOUTS: Forwards = {nn.Dropout.forward: None}
 
 
@@ -126,18 +126,14 @@ def _is_plain_weight(t: Any) -> bool:
 
 def is_plain_conv(module: Any) -> bool:
     """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding, no patch."""
+    kind: Any = type(module)
+    known = kind is nn.Conv2d and nn.Conv2d.forward is _CONV2D and nn.Conv2d._conv_forward is _CONVOLVE2D
     return (
-        isinstance(module, CONVS)
+        (known or isinstance(module, CONVS) and kind.forward in _PLAIN_FORWARDS)
+        and (known or kind._conv_forward in _PLAIN_FORWARDS)
         and "_conv_forward" not in module.__dict__
+        and module._conv_forward is not None  # a compiler guards attributes, not what __dict__ lacks
         and "forward" not in module.__dict__
-        and (
-            type(module) is nn.Conv2d
-            and module.forward.__func__ is _CONV2D  # type: ignore[attr-defined]
-            and module._conv_forward.__func__ is _CONVOLVE2D  # type: ignore[attr-defined]
-            or type(module).forward in _PLAIN_FORWARDS
-            and type(module)._conv_forward in _PLAIN_FORWARDS  # type: ignore[attr-defined]
-            and module._conv_forward is not None  # which a compiler guards, unlike __dict__
-        )
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
         and module.padding_mode == "zeros"
     )
@@ -145,14 +141,10 @@ def is_plain_conv(module: Any) -> bool:
 
 def is_plain_linear(module: Any) -> bool:
     """A linear layer whose forward is F.linear of its weight, an ordinary tensor."""
+    known = type(module) is nn.Linear and nn.Linear.forward is _LINEAR
     return (
-        isinstance(module, nn.Linear)
+        (known or isinstance(module, nn.Linear) and type(module).forward in _PLAIN_FORWARDS)
         and "forward" not in module.__dict__
-        and (
-            type(module) is nn.Linear
-            and module.forward.__func__ is _LINEAR  # type: ignore[attr-defined]
-            or type(module).forward in _PLAIN_FORWARDS
-        )
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
 
@@ -163,20 +155,16 @@ def is_plain_layer(module: Any) -> bool:
 
 def is_plain_norm(module: Any) -> bool:
     """A LayerNorm of the last dimension without parameters."""
-    exactly = type(module) is nn.LayerNorm and nn.LayerNorm.forward is _LAYER_NORM
-    plain = exactly or type(module).forward in LAYER_NORMS
+    plain = type(module).forward in LAYER_NORMS
     return plain and module._parameters.get("weight") is None and len(module.normalized_shape) == 1
 
 
 def is_group_norm(module: Any, swish: float = 0.0) -> bool:
     """A GroupNorm with parameters of its own (parametrized ones live elsewhere) that computes one, and then silu(y)
     where `swish` is 1: glide-text2im's norms hold their activation, as an attribute of that name."""
+    known = type(module) is nn.GroupNorm and nn.GroupNorm.forward is _GROUP_NORM
     return (
-        (
-            (type(module) is nn.GroupNorm and nn.GroupNorm.forward is _GROUP_NORM)
-            or isinstance(module, nn.GroupNorm)
-            and computes(module, GROUP_NORMS)
-        )
+        (known or isinstance(module, nn.GroupNorm) and computes(module, GROUP_NORMS))
         and module._parameters.get("weight") is not None
         and module.__dict__.get("swish", 0.0) == swish
     )
