@@ -157,6 +157,11 @@ class _Taken:
         return True
 
 
+def takes(family: Family, original: type, args: tuple[Any, ...]) -> bool:
+    """Whether a call of the original with these goes to the family."""
+    return _Taken(family.forward, getattr(original, family.entry(original)), None).positional(args)
+
+
 def _names(method: Callable) -> list[str]:
     """The names of a method's parameters after self; none where they are not known, as those of a builtin."""
     try:

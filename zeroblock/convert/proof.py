@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import zero
 from ..plan import mode as _mode
-from .accelerated import accelerated_class
+from .accelerated import accelerated_class, takes
 from .family import SMALL, Family
 from .random_copy import random_copy
 from .report import Obstacle, Reason
@@ -99,6 +99,8 @@ class _Pair:
     def obstacle(self, example: tuple, large: tuple) -> Obstacle | None:
         """The first difference that there is, optional arguments aside."""
         found = self.differ(example, {}, True, True, Reason.NAMESAKE)
+        if found is None and not takes(self.family, self.original, example):
+            return Obstacle(Reason.NAMESAKE, f"its {self.method} takes other arguments than {self.family.name}")
         for training in (True, False):
             found = found or self.differ(_first(large), {}, training)
         for operands in _with_one_sample(example):

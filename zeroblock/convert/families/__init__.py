@@ -10,6 +10,7 @@ from ..family import FAMILIES, Family
 # In the order in which they are asked.
 ORIGINS = (
     "compvis",
+    "compvis_attention",
     "diffusers_adaln",
     "diffusers_attention",
     "diffusers_controlnet",

@@ -257,9 +257,16 @@ for name, given, musubis in (
 
 
 def _refines(block: Any, h: Tensor, c: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    return block.self_attn_proj(home(block).attention(*_refined(block, h), mode="torch", attn_mask=attn_mask))
+
+
+def _refines_15(block: Any, h: Tensor, c: Tensor, attn_params: Any) -> Tensor:
+    return block.self_attn_proj(home(block).attention([*_refined(block, h)], attn_params=attn_params))
+
+
+def _refined(block: Any, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = block.self_attn_qkv(h).unflatten(-1, (3, block.heads_num, -1)).unbind(2)
-    q, k = block.self_attn_q_norm(q).to(v), block.self_attn_k_norm(k).to(v)
-    return block.self_attn_proj(home(block).attention(q, k, v, mode="torch", attn_mask=attn_mask))
+    return block.self_attn_q_norm(q).to(v), block.self_attn_k_norm(k).to(v), v
 
 
 def _refiner_example(block: Any, side: int) -> tuple:
@@ -269,22 +276,41 @@ def _refiner_example(block: Any, side: int) -> tuple:
     return torch.randn(2, T, D), torch.randn(2, D), mask
 
 
-described(
-    "IndividualTokenRefinerBlock",
+def _refiner_rows(block: Any, c: Tensor, attn_mask: Any = None) -> tuple[Tensor, ...]:
+    return block.adaLN_modulation(c).chunk(2, dim=1)
+
+
+def _refiner_rows_15(block: Any, c: Tensor, attn_params: Any) -> tuple[Tensor, ...]:
+    return _refiner_rows(block, c)
+
+
+for name, rows, refines, example in (
+    ("IndividualTokenRefinerBlock", _refiner_rows, _refines, _refiner_example),
     (
-        GatedBranch(
-            "self_attn_proj",
-            "norm1",
-            gate=0,
-            call=_refines,
-            others=("self_attn_qkv", "self_attn_q_norm", "self_attn_k_norm"),
-        ),
-        GatedBranch("mlp", "norm2", gate=1),
+        "MusubiTokenRefinerBlock",
+        _refiner_rows_15,
+        _refines_15,
+        lambda block, side: (*_refiner_example(block, side)[:2], 0.5),
     ),
-    rows=lambda block, c, attn_mask=None: block.adaLN_modulation(c).chunk(2, dim=1),
-    example=_refiner_example,
-    linear="adaLN_modulation.1",
-    has=("self_attn_qkv", "heads_num"),
-    stand_ins={"attention": of_heads},
-    about="Tencent/HunyuanVideo `IndividualTokenRefinerBlock`.",
-)
+):
+    described(
+        name,
+        (
+            GatedBranch(
+                "self_attn_proj",
+                "norm1",
+                gate=0,
+                call=refines,
+                others=("self_attn_qkv", "self_attn_q_norm", "self_attn_k_norm"),
+            ),
+            GatedBranch("mlp", "norm2", gate=1),
+        ),
+        rows=rows,
+        example=example,
+        linear="adaLN_modulation.1",
+        classes=("IndividualTokenRefinerBlock",),
+        has=("self_attn_qkv", "heads_num"),
+        stand_ins={"attention": of_heads},
+        about="Tencent/HunyuanVideo `IndividualTokenRefinerBlock`"
+        + (", of 1.5 as kohya-ss/musubi-tuner has it." if refines is _refines_15 else "."),
+    )

@@ -1,5 +1,5 @@
-"""Alpha-VLLM/Lumina-Image-2.0's block and Z-Image's as kohya-ss/musubi-tuner has it: RMS norms before and after each
-layer, a scale without shift, gates through tanh. Z-Image's own code has the block that diffusers has."""
+"""The blocks of Alpha-VLLM/Lumina-Image-2.0, Tongyi-MAI/Z-Image and kohya-ss/musubi-tuner's Z-Image: RMS norms before
+and after each layer, a scale without shift, gates through tanh."""
 
 from __future__ import annotations
 
@@ -62,6 +62,14 @@ def _lumina_example(block: Any, side: int) -> tuple:
     return torch.randn(2, T, block.dim), token_mask(T), polar(2, T, block.head_dim // 2), _condition(block)
 
 
+# ---- Z-Image ---------------------------------------------------------------------------------------------------------
+
+
+def _authors(block: Any, x: Tensor, attn_mask: Any, freqs_cis: Any, adaln_input: Tensor | None = None) -> Given:
+    layers = {"attention": {"attention_mask": attn_mask, "freqs_cis": freqs_cis}}
+    return Given((x,), _rows(block, adaln_input), layers)
+
+
 # ---- Z-Image of musubi-tuner -----------------------------------------------------------------------------------------
 
 
@@ -84,6 +92,7 @@ def _z_image_example(block: Any, side: int) -> tuple:
 
 for kind, name, given, example, has, attend, feed in (
     ("JointTransformerBlock", "LuminaJoint", _lumina, _lumina_example, "ffn_norm2", _lumina_attends, None),
+    ("ZImageTransformerBlock", "OriginalZImage", _authors, _lumina_example, "ffn_norm2", None, None),
     ("ZImageTransformerBlock", "MusubiZImage", _z_image, _z_image_example, "_forward", None, _z_image_feeds),
 ):
     for modulated in (True, False):
@@ -97,7 +106,9 @@ for kind, name, given, example, has, attend, feed in (
             variant=_unmodulated if modulated else _modulated,
             has=("modulation" if modulated else "dim", has),
             stand_ins={"attention": of_tokens},
-            about="Alpha-VLLM/Lumina-Image-2.0 `JointTransformerBlock`."
-            if given is _lumina
-            else "Z-Image, as kohya-ss/musubi-tuner has it.",
+            about={
+                _lumina: "Alpha-VLLM/Lumina-Image-2.0 `JointTransformerBlock`.",
+                _authors: "Tongyi-MAI/Z-Image `ZImageTransformerBlock`.",
+                _z_image: "Z-Image, as kohya-ss/musubi-tuner has it.",
+            }[given],
         )

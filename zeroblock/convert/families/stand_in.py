@@ -48,7 +48,8 @@ def _bound(original: Callable[..., Any], function: Callable[..., Any]) -> Callab
     def call(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        return function(*tree_leaves(list(given.arguments.values())))
+        values = [sorted(v.items()) if isinstance(v, dict) else v for v in given.arguments.values()]
+        return function(*tree_leaves(values))
 
     return call
 
