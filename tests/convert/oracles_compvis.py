@@ -204,3 +204,34 @@ def zeroed(block):
     """As somebody starts it who wants a residual block to begin as its shortcut."""
     zero_module(block.Conv_1 if hasattr(block, "Conv_1") else block.conv2)
     return block
+
+
+# ---- attention over pixels -------------------------------------------------------------------------------------------
+
+
+class AttnBlock(nn.Module):
+    def __init__(self, channels=16):
+        super().__init__()
+        self.norm = nn.GroupNorm(4, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def projected(self, h):
+        return self.q(h), self.k(h), self.v(h)
+
+    def forward(self, x):
+        q, k, v = (t.flatten(2) for t in self.projected(self.norm(x)))
+        w = (q.transpose(1, 2) @ k * x.shape[1] ** -0.5).softmax(dim=-1)
+        return x + self.proj_out((v @ w.transpose(1, 2)).view(x.shape))
+
+
+class TogetherAttnBlock(AttnBlock):
+    def __init__(self, channels=16):
+        super().__init__(channels)
+        del self.q, self.k, self.v
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+
+    def projected(self, h):
+        return self.qkv(h).chunk(3, dim=1)
+
+
+TogetherAttnBlock.__name__ = "AttnBlock"

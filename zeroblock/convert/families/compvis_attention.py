@@ -58,9 +58,7 @@ class AttnBlock(Family):
             return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
 
         modules = (norm, *_projections(block))
-        answer, y = residual_branch(
-            self.name, self.zero_skip, x, body, proj, None, (x,), modules=modules, trusted=""
-        )
+        answer, y = residual_branch(self.name, self.zero_skip, x, body, proj, None, (x,), modules=modules, trusted="")
         if y is not None:
             return y
         policy = op_policy(answer, self.zero_skip)

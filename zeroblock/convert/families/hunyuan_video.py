@@ -249,8 +249,7 @@ for name, given, musubis in (
         has=("heads_num", *(("attn_mode",) if musubis else ())),
         unless=_parallel,
         stand_ins={"attention": of_heads},
-        about="Tencent/HunyuanVideo `MMSingleStreamBlock`"
-        + (", as kohya-ss/musubi-tuner has it." if musubis else "."),
+        about="Tencent/HunyuanVideo `MMSingleStreamBlock`" + (", as kohya-ss/musubi-tuner has it." if musubis else "."),
     )
 
 # ---- the refiner of the text -----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def _given(
         return None
     if block._chunk_size is not None or block.only_cross_attention:
         return None
-    rows = table_rows(table, timestep.reshape(len(x), timestep.shape[1], len(table), -1), 2)  # type: ignore[union-attr]
+    rows = table_rows(table, timestep.unflatten(-1, (len(table), -1)), 2)  # type: ignore[union-attr]
     attn1 = {"freqs_cis": freqs_cis, "encoder_hidden_states": None, "attention_mask": attention_mask}
     attn1 |= {"skip_layer_mask": None, "skip_layer_strategy": skip_layer_strategy}
     attn2 = {"freqs_cis": freqs_cis, "encoder_hidden_states": encoder_hidden_states}
@@ -60,9 +60,9 @@ described(
     gates=table_gates,
     classes=("BasicTransformerBlock",),
     has=("adaptive_norm",),
-    variant=lambda block: None
-    if block.adaptive_norm == "single_scale_shift"
-    else f"its adaptive_norm is {block.adaptive_norm}",
+    variant=lambda block: (
+        None if block.adaptive_norm == "single_scale_shift" else f"its adaptive_norm is {block.adaptive_norm}"
+    ),
     stand_ins={"attn1": of_tokens, "attn2": of_tokens},
     about="Lightricks/LTX-Video `BasicTransformerBlock`.",
 )

@@ -106,14 +106,22 @@ def with_stand_ins(block: nn.Module, stand_ins: StandIns) -> nn.Module:
 
 @functools.cache
 def _staged(kind: type[nn.Module], functions: tuple[tuple[str, Callable[..., Any]], ...]) -> type[nn.Module]:
-    """A subclass whose methods find these functions where the original finds its module's."""
+    """A subclass whose methods find these functions where the original's find those of their module."""
     body: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    for name in ("forward", "_forward"):
-        method = getattr(kind, name, None)
-        if isinstance(method, types.FunctionType) and not hasattr(method, "__wrapped__"):
-            theirs = method.__globals__
-            known = theirs | {n: _bound(theirs[n], f) for n, f in functions if callable(theirs.get(n))}
-            staged = types.FunctionType(method.__code__, known, name, method.__defaults__, method.__closure__)
-            staged.__kwdefaults__ = method.__kwdefaults__
-            body[name], body["_zeroblock_home"] = staged, types.SimpleNamespace(**known)
+    for name in {name for base in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(base)}:
+        method = getattr(kind, name)
+        if not isinstance(method, types.FunctionType) or hasattr(method, "__wrapped__"):
+            continue
+        theirs = method.__globals__
+        found = {n: _bound(theirs[n], f) for n, f in functions if n in theirs and _mentions(method.__code__, n)}
+        if found:
+            known = theirs | found
+            body[name] = types.FunctionType(method.__code__, known, name, method.__defaults__, method.__closure__)
+            body[name].__kwdefaults__ = method.__kwdefaults__
+            body["_zeroblock_home"] = types.SimpleNamespace(**known)
     return type(kind.__name__, (kind,), body)
+
+
+def _mentions(code: types.CodeType, name: str) -> bool:
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return name in code.co_names or any(_mentions(c, name) for c in inner)

@@ -65,9 +65,7 @@ for name, version, dim in (("WanAttentionBlock", "2.1", 3), ("Wan22AttentionBloc
     ) -> Given | None:
         if e.dim() != dim or not _takes(block, x, e):
             return None
-        return Given(
-            (x,), (), {"self_attn": (seq_lens, grid_sizes, freqs), "cross_attn": (context, context_lens)}
-        )
+        return Given((x,), (), {"self_attn": (seq_lens, grid_sizes, freqs), "cross_attn": (context, context_lens)})
 
     def _example(block: Any, side: int, dim: int = dim) -> tuple:
         C, T = block.modulation.shape[-1], side**2
