@@ -129,6 +129,9 @@ _ALL = [
     *_of("transformer_ideogram4", "Ideogram4TransformerBlock")(16, 32, 2, 1e-5, 12),
     *_of("transformer_mochi", "MochiTransformerBlock")(*_COG),
     Built("transformer_mochi", "MochiTransformerBlock", _COG, {"context_pre_only": True}, "MochiLastBlock"),
+    Built(
+        "hunyuan_transformer_2d", "HunyuanDiTBlock", (16, 2, 12), {"activation_fn": "gelu-approximate", "skip": True}
+    ),
     *_of("transformer_nucleusmoe_image", "NucleusMoEImageTransformerBlock")(*_FLUX, joint_attention_dim=12),
     *_of("transformer_sd3", "SD3SingleTransformerBlock")(*_FLUX),
     *_of("transformer_prx", "PRXBlock")(16, 2),

@@ -27,6 +27,7 @@ class Found(NamedTuple):
 def search(model: nn.Module, known: list[Family]) -> tuple[list[Found], list[LeftAlone]]:
     found: list[Found] = []
     obstacles: dict[nn.Module, Obstacle] = {}
+    closest: dict[nn.Module, tuple[bool, bool]] = {}
     blocks: set[nn.Module] = set()  # that families know, no parts of blocks
     taken: set[nn.Module] = set()  # what belongs to a block that was found already
     for path, block in model.named_modules():
@@ -50,9 +51,8 @@ def search(model: nn.Module, known: list[Family]) -> tuple[list[Found], list[Lef
             elif verdict.obstacle.reason is Reason.NAMESAKE:
                 continue
             # Families share names of classes: the one that has the block's structure knows more.
-            first = obstacles.setdefault(block, verdict.obstacle)
-            if first.reason is Reason.NAMESAKE and (verdict.tried or verdict.obstacle.reason is not Reason.NAMESAKE):
-                obstacles[block] = verdict.obstacle
+            if block not in obstacles or _closeness(verdict) > closest[block]:
+                obstacles[block], closest[block] = verdict.obstacle, _closeness(verdict)
     names = {f.block: f.family.name for f in found}
     for block in residual.blocks_beside(model, blocks, taken):
         parts = sorted({names[m] for m in block.modules() if m in names})
@@ -60,6 +60,12 @@ def search(model: nn.Module, known: list[Family]) -> tuple[list[Found], list[Lef
         obstacles[block] = Obstacle(Reason.PARTS if parts else Reason.UNKNOWN, said)
     rows = [(path, block, obstacles[block]) for path, block in model.named_modules() if block in obstacles]
     return found, [LeftAlone(path, type(block).__name__, o.found, o.reason) for path, block, o in rows]
+
+
+def _closeness(verdict: proof.Verdict) -> tuple[bool, bool]:
+    """Of an obstacle: how much of the family the block has."""
+    assert verdict.obstacle is not None
+    return verdict.obstacle.reason is not Reason.NAMESAKE, verdict.tried
 
 
 def _verdict(block: nn.Module, path: str, model: nn.Module, family: Family) -> proof.Verdict:

@@ -46,9 +46,12 @@ class DescribedFamily(Family):
     gate: ClassVar[int | None]  # the row that is, where there is one branch and one linear gives its rows
     seams: ClassVar[bool]  # the rows are known before the block that comes before has returned
 
+    def knows(self, block: nn.Module) -> bool:
+        return super().knows(block) and lacks(block, *self.description.has) is None
+
     def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
         d = self.description
-        missing = lacks(block, *(p for b in d.branches if not b.optional for p in b.paths()), *d.linears, *d.has)
+        missing = lacks(block, *(p for b in d.branches if not b.optional for p in b.paths()), *d.linears)
         said = None if missing is not None or d.variant is None else d.variant(block)
         return missing if said is None else Obstacle(Reason.VARIANT, said)
 
@@ -157,10 +160,9 @@ class DescribedFamily(Family):
         return copy_if_gates_are_zero(self.name, self.zero_skip, x, linear, block.children(), chunks, (gate,))
 
     def _rows(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        d = self.description
-        assert d.rows is not None
-        if d.given is None:  # x, the first argument or one by its name
-            args, kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "x"}
+        d: Any = self.description
+        if d.given is None:  # without x, the first argument or one of that name
+            args, kwargs = args[1:], {name: v for name, v in kwargs.items() if name != "x"}
         return d.rows(block, *args, **kwargs)
 
     def _next_step(
@@ -234,9 +236,7 @@ def _same(x: Tensor) -> Tensor:
 
 def _simple(d: GatedBlock, block: Any, x: Any, *args: Any, **kwargs: Any) -> Given:
     """`Given` of a block with one stream, its first argument; what else it was called with is for all its calls."""
-    if d.first is not None:
-        x = d.first(block, x, *args, **kwargs)
-    return Given((x,), (), {"": (args, kwargs)})
+    return Given((x if d.first is None else d.first(block, x, *args, **kwargs),), layers={"": (args, kwargs)})
 
 
 def _with_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -275,10 +275,8 @@ def family_of(description: GatedBlock) -> type[Family]:
     Training backward while a gate is zero: the gate's gradient alone; the rest are zeros.
     """
     if d.given is None:
-        with_arguments = [
-            b if b.call is None else dataclasses.replace(b, call=_with_arguments(b.call)) for b in d.branches
-        ]
-        d = dataclasses.replace(d, branches=tuple(with_arguments))
+        branches = (b if b.call is None else dataclasses.replace(b, call=_with_arguments(b.call)) for b in d.branches)
+        d = dataclasses.replace(d, branches=tuple(branches))
     norms = [part.norm for b in d.branches for part in b.parts() if isinstance(part.norm, str)]
     fields = {
         "description": d,

@@ -107,12 +107,11 @@ def _one_of_musubi(
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-def _attention(block: Any, q: Tensor, k: Tensor, v: Tensor, layers: dict[str, Any]) -> Tensor:
-    attention, attn = home(block).attention, layers["attn"]
+def _attention(block: Any, qkv: list[Tensor], layers: dict[str, Any]) -> Tensor:
+    attention, attn, B = home(block).attention, layers["attn"], len(qkv[0])
     if "attn_params" in attn:
-        return attention([q, k, v], **attn)
-    streams = ([q, k, v],) if "mode" in attn else (q, k, v)
-    return attention(*streams, batch_size=q.shape[0], **attn)
+        return attention(qkv, **attn)
+    return attention(*((qkv,) if "mode" in attn else qkv), batch_size=B, **attn)
 
 
 def _heads(block: Any, name: str, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,8 +126,8 @@ def _attend(block: Any, h: tuple[Tensor, Tensor], layers: dict[str, Any]) -> tup
     (q, k, v), txt = (_heads(block, name, t) for name, t in zip(("img", "txt"), h, strict=True))
     if layers["angles"] is not None:
         q, k = home(block).apply_rotary_emb(q, k, layers["angles"], head_first=False)
-    both = (torch.cat(pair, dim=1) for pair in zip((q, k, v), txt, strict=True))
-    attn, T = _attention(block, *both, layers), q.shape[1]
+    both = [torch.cat(pair, dim=1) for pair in zip((q, k, v), txt, strict=True)]
+    attn, T = _attention(block, both, layers), q.shape[1]
     return block.img_attn_proj(attn[:, :T]), block.txt_attn_proj(attn[:, T:])
 
 
@@ -141,39 +140,39 @@ def _beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
     if layers["angles"] is not None:
         rotated = home(block).apply_rotary_emb(q[:, :-text], k[:, :-text], layers["angles"], head_first=False)
         q, k = (torch.cat([t, rest[:, -text:]], dim=1) for t, rest in zip(rotated, (q, k), strict=True))
-    return torch.cat((_attention(block, q, k, v, layers), block.mlp_act(h[..., 3 * D :])), dim=2)
+    return torch.cat((_attention(block, [q, k, v], layers), block.mlp_act(h[..., 3 * D :])), dim=2)
 
 
 # ---- the families ----------------------------------------------------------------------------------------------------
 
 
-def _random(side: int, *sizes: int) -> Tensor:
-    """The lengths of sequences are those of so many samples: one in a large example."""
-    return torch.randn(2 if side == SMALL else 1, *sizes)
+def _samples(side: int) -> int:
+    """The lengths of sequences are those of so many samples: a large example is cut to one."""
+    return 2 if side == SMALL else 1
 
 
-def _rest(block: Any, D: int, side: int) -> tuple:
+def _rest(block: Any, D: int, side: int, image: int) -> tuple:
     """What a proof gives its attention."""
-    T, B = side**2 + TEXT, 2 if side == SMALL else 1
+    T, B = image + TEXT, _samples(side)
     ends = torch.tensor([0, *(n for i in range(B) for n in ((i + 1) * T - 1, (i + 1) * T))], dtype=torch.int32)
     mask = (None, torch.tensor([T - 1, T][:B])) if _musubis(block) else ()
-    return *mask, ends, ends, T, T, _angles(block, D, side)
+    return *mask, ends, ends, T, T, _angles(block, D, image)
 
 
-def _angles(block: Any, D: int, side: int) -> tuple[Tensor, Tensor]:
-    angles = torch.randn(side**2, D // block.heads_num)
+def _angles(block: Any, D: int, tokens: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(tokens, D // block.heads_num)
     return angles.cos(), angles.sin()
 
 
 def _two_example(block: Any, side: int) -> tuple:
-    D = block.img_mod.linear.in_features
-    rest = _rest(block, D, side) if hasattr(block, "img_attn_qkv") else (_angles(block, D, side), 0.5)
-    return _random(side, side**2, D), _random(side, TEXT, D), _random(side, D), *rest
+    B, T, D = _samples(side), side**2, block.img_mod.linear.in_features
+    rest = _rest(block, D, side, T) if hasattr(block, "img_attn_qkv") else (_angles(block, D, T), 0.5)
+    return torch.randn(B, T, D), torch.randn(B, TEXT, D), torch.randn(B, D), *rest
 
 
 def _one_example(block: Any, side: int) -> tuple:
-    D = block.modulation.linear.in_features
-    return _random(side, side**2 + TEXT, D), _random(side, D), TEXT, *_rest(block, D, side)
+    B, T, D = _samples(side), side**2, block.modulation.linear.in_features
+    return torch.randn(B, T, D), torch.randn(B, D), TEXT, *_rest(block, D, side, T - TEXT)
 
 
 def _two_rows(block: Any, img: Any, txt: Any, vec: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -188,25 +187,19 @@ def _of_both(*names: str) -> tuple[str, ...]:
     return tuple(f"{stream}_{name}" for stream in ("img", "txt") for name in names)
 
 
-for name, given, attention, musubis in (
-    ("MMDoubleStreamBlock", _two, ("attn_qkv",), False),
-    ("MusubiMMDoubleStreamBlock", _two_of_musubi, ("attn_qkv",), True),
-    ("MusubiMM15DoubleStreamBlock", _two_of_15, ("attn_q", "attn_k", "attn_v"), False),
+_TRAINED = ", as kohya-ss/musubi-tuner has it"
+
+for name, given, attention, more, about in (
+    ("MMDoubleStreamBlock", _two, ("attn_qkv",), (), ""),
+    ("MusubiMMDoubleStreamBlock", _two_of_musubi, ("attn_qkv",), ("attn_mode",), _TRAINED),
+    ("MusubiMM15DoubleStreamBlock", _two_of_15, ("attn_q", "attn_k", "attn_v"), (), f"{_TRAINED}, of 1.5"),
 ):
     others = _of_both(*attention, "attn_q_norm", "attn_k_norm", "attn_proj")
+    of_text = GatedBranch("txt_attn_proj", "txt_norm1", 6, 7, 8, stream=1)
     described(
         name,
         (
-            GatedBranch(
-                "img_attn_proj",
-                "img_norm1",
-                0,
-                1,
-                2,
-                call=_attend,
-                context=GatedBranch("txt_attn_proj", "txt_norm1", 6, 7, 8, stream=1),
-                others=others,
-            ),
+            GatedBranch("img_attn_proj", "img_norm1", 0, 1, 2, call=_attend, context=of_text, others=others),
             GatedBranch("img_mlp", "img_norm2", 3, 4, 5),
             GatedBranch("txt_mlp", "txt_norm2", 9, 10, 11, stream=1),
         ),
@@ -215,41 +208,29 @@ for name, given, attention, musubis in (
         example=_two_example,
         linear=("img_mod.linear", "txt_mod.linear"),
         classes=("MMDoubleStreamBlock",),
-        has=("heads_num", *others, *(("attn_mode",) if musubis else ())),
+        has=("heads_num", *others, *more),
         unless=_parallel,
         stand_ins={"attention": of_heads},
-        about="Tencent/HunyuanVideo `MMDoubleStreamBlock`"
-        + ("" if given is _two else ", as kohya-ss/musubi-tuner has it" + ", of 1.5" * (given is _two_of_15))
-        + ".",
+        about=f"Tencent/HunyuanVideo `MMDoubleStreamBlock`{about}.",
     )
 
-for name, given, musubis in (
-    ("MMSingleStreamBlock", _one, False),
-    ("MusubiMMSingleStreamBlock", _one_of_musubi, True),
+_ONE = GatedBranch("linear1", "pre_norm", 0, 1, 2, call=_beside, last="linear2", others=("q_norm", "k_norm", "mlp_act"))
+for name, given_one, more, about in (
+    ("MMSingleStreamBlock", _one, (), ""),
+    ("MusubiMMSingleStreamBlock", _one_of_musubi, ("attn_mode",), _TRAINED),
 ):
     described(
         name,
-        (
-            GatedBranch(
-                "linear1",
-                "pre_norm",
-                0,
-                1,
-                2,
-                call=_beside,
-                last="linear2",
-                others=("q_norm", "k_norm", "mlp_act"),
-            ),
-        ),
+        (_ONE,),
         rows=_one_rows,
-        given=given,
+        given=given_one,
         example=_one_example,
         linear="modulation.linear",
         classes=("MMSingleStreamBlock",),
-        has=("heads_num", *(("attn_mode",) if musubis else ())),
+        has=("heads_num", *more),
         unless=_parallel,
         stand_ins={"attention": of_heads},
-        about="Tencent/HunyuanVideo `MMSingleStreamBlock`" + (", as kohya-ss/musubi-tuner has it." if musubis else "."),
+        about=f"Tencent/HunyuanVideo `MMSingleStreamBlock`{about}.",
     )
 
 # ---- the refiner of the text -----------------------------------------------------------------------------------------
@@ -283,25 +264,19 @@ def _refiner_rows_15(block: Any, c: Tensor, attn_params: Any) -> tuple[Tensor, .
     return _refiner_rows(block, c)
 
 
-for name, rows, refines, example in (
-    ("IndividualTokenRefinerBlock", _refiner_rows, _refines, _refiner_example),
-    (
-        "MusubiTokenRefinerBlock",
-        _refiner_rows_15,
-        _refines_15,
-        lambda block, side: (*_refiner_example(block, side)[:2], 0.5),
-    ),
+def _refiner_example_15(block: Any, side: int) -> tuple:
+    return *_refiner_example(block, side)[:2], 0.5
+
+
+_PARTS = ("self_attn_qkv", "self_attn_q_norm", "self_attn_k_norm")
+for name, rows, refines, example, about in (
+    ("IndividualTokenRefinerBlock", _refiner_rows, _refines, _refiner_example, ""),
+    ("MusubiTokenRefinerBlock", _refiner_rows_15, _refines_15, _refiner_example_15, f"{_TRAINED}, of 1.5"),
 ):
     described(
         name,
         (
-            GatedBranch(
-                "self_attn_proj",
-                "norm1",
-                gate=0,
-                call=refines,
-                others=("self_attn_qkv", "self_attn_q_norm", "self_attn_k_norm"),
-            ),
+            GatedBranch("self_attn_proj", "norm1", gate=0, call=refines, others=_PARTS),
             GatedBranch("mlp", "norm2", gate=1),
         ),
         rows=rows,
@@ -310,6 +285,5 @@ for name, rows, refines, example in (
         classes=("IndividualTokenRefinerBlock",),
         has=("self_attn_qkv", "heads_num"),
         stand_ins={"attention": of_heads},
-        about="Tencent/HunyuanVideo `IndividualTokenRefinerBlock`"
-        + (", of 1.5 as kohya-ss/musubi-tuner has it." if refines is _refines_15 else "."),
+        about=f"Tencent/HunyuanVideo `IndividualTokenRefinerBlock`{about}.",
     )

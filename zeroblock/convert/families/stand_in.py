@@ -100,7 +100,7 @@ def with_stand_ins(block: nn.Module, stand_ins: StandIns) -> nn.Module:
         elif parts[name] is not None:
             parts[name] = _Layer(type(parts[name]), function)
     if functions:
-        twin.__class__ = _staged(type(block), tuple(functions))
+        twin.__class__ = _staged(type(block), tuple(functions))  # type: ignore[arg-type]
     return twin
 
 
