@@ -10,6 +10,8 @@ pytest.importorskip("diffusers.models.transformers", reason="diffusers is not in
 
 # Blocks whose attention and feed-forward run by their layers; elsewhere what those keep for themselves outweighs.
 BY_LAYERS = ("DiTBlock", "F5DiTBlock", "AdaLNSelfAttn", "SD3SingleTransformerBlock")
+# Blocks without gates: what is merely added is kept as well.
+UNGATED = ("HunYuanDiTBlock", "HunyuanDiTBlock", "LDMTransformerBlock")
 
 
 def test_every_family_is_in_the_table():
@@ -20,7 +22,7 @@ def test_what_the_table_says():
     lines = costs.table()
     for name, line in lines.items():
         # A norm before each branch and a gate after it are one op, and one more at the end of each stream.
-        assert float(line["saved"]) <= 1.0 or name == "ErnieImageSharedAdaLNBlock", name
+        assert float(line["saved"]) <= 1.0 or name in ("ErnieImageSharedAdaLNBlock", *UNGATED), name
         assert int(line["beside"]) < int(line["eager"]), name
         assert line["in a row"] == "" or int(line["in a row"]) <= int(line["inference"]), name
     for name in BY_LAYERS:

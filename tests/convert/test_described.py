@@ -113,6 +113,16 @@ def test_drop_in(name):
     assert_drop_in(CASES[name])
 
 
+def test_the_stream_by_its_name():
+    plain = randomize_(oracles.ResBlock())
+    ours = copy.deepcopy(plain)
+    zb.accelerate(ours, strict=True)
+    x, y = torch.randn(5, D), torch.randn(5, D)
+    reset_counters()
+    torch.testing.assert_close(ours(x=x, y=y), plain(x=x, y=y), rtol=1e-4, atol=1e-5)
+    assert counters()[MAR] == (1, 0)
+
+
 def test_active_stochastic_depth_is_the_originals():
     plain = oracles.AdaLNSelfAttn(drop_path=True)
     ours = copy.deepcopy(plain)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +25,8 @@ from .. import seam
 from ..family import NEVER_ZERO, Family, lacks, register
 from ..report import Obstacle, Reason
 from .adaln import feed_forward, fits, fused_feed_forward, gate_rows, is_plain, is_split, zeroing_tensors
-from .description import GatedBlock, Given, Joined, Row, joined
+from .arguments import forward_like, simple, with_arguments
+from .description import GatedBlock, Joined, Row, joined
 from .dit import mlp_half
 from .operands import row_of, submodule
 from .stand_in import find_home, inner_method, with_stand_ins
@@ -99,7 +99,7 @@ class DescribedFamily(Family):
         d = self.description
         given = None
         if (d.unless is None or not d.unless(block)) and not self._watched(block):
-            given = _simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
+            given = simple(d, block, *args, **kwargs) if d.given is None else d.given(block, *args, **kwargs)
         if given is None:
             return self.eager(block, *args, **kwargs)
         seams = self.seams and seam.possible(args[0] if args else next(iter(kwargs.values()), None))
@@ -234,36 +234,6 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _simple(d: GatedBlock, block: Any, x: Any, *args: Any, **kwargs: Any) -> Given:
-    """`Given` of a block with one stream, its first argument; what else it was called with is for all its calls."""
-    return Given((x if d.first is None else d.first(block, x, *args, **kwargs),), layers={"": (args, kwargs)})
-
-
-def _with_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A call(block, h, *args, **kwargs) as one of the `layers` that `_simple` gives."""
-
-    def called(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
-        args, kwargs = layers[""]
-        return call(block, h, *args, **kwargs)
-
-    return called
-
-
-def _forward_like(function: Callable[..., Any], streams: int) -> Callable[..., Any]:
-    """DescribedFamily.forward with the parameters of `function` (after `streams` named x): by these it is known what
-    may be passed."""
-
-    @functools.wraps(DescribedFamily.forward)
-    def forward(self: DescribedFamily, block: Any, *args: Any, **kwargs: Any) -> Any:
-        return DescribedFamily.forward(self, block, *args, **kwargs)
-
-    ours = list(inspect.signature(DescribedFamily.forward).parameters.values())[:2]
-    x = [inspect.Parameter("x", inspect.Parameter.POSITIONAL_OR_KEYWORD)] * streams
-    theirs = list(inspect.signature(function).parameters.values())[1:]
-    forward.__signature__ = inspect.Signature([*ours, *x, *theirs])  # type: ignore[attr-defined]
-    return forward
-
-
 def family_of(description: GatedBlock) -> type[Family]:
     d = description
     doc = f"""{d.formula()}
@@ -275,7 +245,7 @@ def family_of(description: GatedBlock) -> type[Family]:
     Training backward while a gate is zero: the gate's gradient alone; the rest are zeros.
     """
     if d.given is None:
-        branches = (b if b.call is None else dataclasses.replace(b, call=_with_arguments(b.call)) for b in d.branches)
+        branches = (b if b.call is None else dataclasses.replace(b, call=with_arguments(b.call)) for b in d.branches)
         d = dataclasses.replace(d, branches=tuple(branches))
     norms = [part.norm for b in d.branches for part in b.parts() if isinstance(part.norm, str)]
     fields = {
@@ -288,7 +258,7 @@ def family_of(description: GatedBlock) -> type[Family]:
         "name": d.name,
         "classes": d.classes or (d.name,),
         "method": d.method,
-        "forward": _forward_like(d.rows, 1) if d.given is None else _forward_like(d.given, 0),  # type: ignore[arg-type]
+        "forward": forward_like(DescribedFamily.forward, d.given or d.rows, int(d.given is None)),  # type: ignore[arg-type]
         "__doc__": doc,
         "__module__": __name__,
     }
