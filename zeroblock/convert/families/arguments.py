@@ -28,7 +28,7 @@ def with_arguments(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def forward_like(forward: Callable[..., Any], function: Callable[..., Any], streams: int) -> Callable[..., Any]:
-    """forward(family, block, ...) with the parameters of `function` (after `streams` named x): by these it is known what
+    """forward(family, block, ...) with the parameters of `function`, after `streams` named x: by these it is known what
     may be passed."""
 
     @functools.wraps(forward)
