@@ -124,7 +124,7 @@ def facts(kernel: Kernel) -> list[str]:
         lines.append(line(gpu, "Triton", kernel, found.count, row, threads, use))
     for gpu in GPUS:
         cuda = kernel.cuda.get(gpu.target) if isinstance(kernel.cuda, dict) else kernel.cuda
-        if cuda is not None and gpu.target in ("sm_80", "sm_90", "sm_100"):
+        if cuda is not None and gpu.target.startswith("sm_"):
             row, use = cuda_use(kernel, cuda, gpu)
             lines.append(line(gpu, "CUDA", kernel, cuda.launches, row, int(row["threads"]), use))
     return lines

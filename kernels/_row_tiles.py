@@ -19,7 +19,9 @@ BACKWARD_PER_THREAD = (8, 16)
 MAX_TUNED_D = 4096
 # Rows that lie in two parts, and their warps: shorter ones share a tile. The second part is at least this share of the
 # first: of 1152 columns 10 % of the lanes idle in forward and 25 % in backward, not 44. A quarter there would be 40
-# numbers of a thread in place of 24, of several tensors and sums (registers: python -m tests.triton.static).
+# numbers of a thread in place of 24, of several tensors and sums (registers: python -m tests.triton.static). The gated
+# norms' backward, of four tensors and three sums, would take 250 registers, and spill under triton 3.3: its rows are
+# whole. On an H200 its instructions, idle lanes too, take less time than its bytes (python -m tests.triton.streams).
 LEAST_PARTED_D, PARTED_WARPS, FORWARD_SHARE, BACKWARD_SHARE = 513, 4, 4, 2
 # A program of backward takes LEAST_ROWS rows or more, so that its partial sums, written and read again, cost at most
 # 1n bytes each (bytes: python -m tests.triton.traffic_cases).

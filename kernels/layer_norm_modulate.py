@@ -7,7 +7,7 @@ grid    (row blocks, B); a program takes `steps` tiles of ROWS rows of one sampl
         a power of 2 holds badly lies in two parts (`_row_tiles.py`).
 zero    none, the kernel takes no flag.
 
-Backward, 3ns bytes. With da = dy * (1 + scale) and g = da * weight:
+Backward, 3ns bytes, rows in parts where operands leave the registers. With da = dy * (1 + scale) and g = da * weight:
 dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for RMSNorm. What rows share has its gradient from
 sums over the rows of a sample:
 
