@@ -92,8 +92,7 @@ def saved_statistics(mean, rstd, b, block, T, ROWS: tl.constexpr, RMS: tl.conste
 def saved_xhat(x, row_mean, row_rstd, at, mask, RMS: tl.constexpr):
     """xhat of rows by the statistics that forward saved; 0 where masked."""
     xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    if not RMS:
-        xhat -= row_mean[:, None]
+    xhat = xhat if RMS else xhat - row_mean[:, None]
     return tl.where(mask, xhat * row_rstd[:, None], 0.0)
 
 

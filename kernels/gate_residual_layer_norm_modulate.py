@@ -8,7 +8,6 @@ zero    none, the kernel takes no flag.
 Backward: dx is the norm's gradient of dy (+ dx_new); dresidual = dx, dbranch = dx * gate, dgate = sum of dx * branch,
 dshift = sum of dy, dscale = sum of dy * xhat. Reads dx_new, dy, x_new and branch, writes dresidual and dbranch: 6ns.
 Rows of more than MAX_TUNED_D in fp32 take two kernels instead, the norm's and the gate's: 9ns.
-
 order   a program adds its rows in order into one partial sum per column, [B, P, D] in fp32; `sum_partials` adds the P.
 """
 

@@ -7,7 +7,7 @@ grid    (row blocks, B); a program takes `steps` tiles of ROWS rows of one sampl
         a power of 2 holds badly lies in two parts (`_row_tiles.py`).
 zero    none, the kernel takes no flag.
 
-Backward, 3ns bytes, rows in parts where operands leave the registers. With da = dy * (1 + scale) and g = da * weight:
+Backward, 3ns bytes, rows in parts where registers allow it. With da = dy * (1 + scale) and g = da * weight:
 dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for RMSNorm. What rows share has its gradient from
 sums over the rows of a sample:
 
@@ -70,10 +70,6 @@ MAX_D = 8192
 FINISH_WARPS = 8  # for three sums side by side (registers: python -m tests.triton.static)
 
 
-def kind_of(v: Tensor | None) -> int:
-    return NONE if v is None else PER_SAMPLE if v.dim() == 2 else PER_TOKEN
-
-
 def strides(v: Tensor | None) -> tuple[int, int]:
     """(between samples, between tokens) of a per-sample or per-token operand; the last dimension is dense."""
     return (0, 0) if v is None else (v.stride(0), v.stride(1) if v.dim() == 3 else 0)
@@ -115,6 +111,10 @@ def _forward(
         if not RMS:
             tl.store(mean + b * T + t, row_mean, mask=t < T)
         tl.store(rstd + b * T + t, row_rstd, mask=t < T)
+
+
+def kind_of(v: Tensor | None) -> int:
+    return NONE if v is None else PER_SAMPLE if v.dim() == 2 else PER_TOKEN
 
 
 def forward(

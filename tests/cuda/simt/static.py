@@ -29,8 +29,7 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 TABLE = Path(__file__).with_name("static.csv")
 CACHE = ROOT / "build/simt/cubin"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
-# Shared memory of a multiprocessor, its warps and blocks (CUDA programming guide); each block takes 1 KB more of the
-# memory than it asks for.
+# Shared memory of a multiprocessor, warps, blocks (CUDA programming guide); a block takes 1 KB more than it asks for.
 LIMITS = {"sm_80": (167936, 64, 32), "sm_90": (233472, 64, 32), "sm_100": (233472, 64, 32), "sm_120": (102400, 48, 24)}
 KINDS = {
     "HMMA": r"HMMA\.", "LDSM": r"LDSM", "LDGSTS": r"LDGSTS", "LDG.128": r"LDG\.E\.(?:\w+\.)*128",
@@ -136,8 +135,8 @@ def resident(target: str, threads: int, registers: int, shared: int) -> int:
     """Blocks on one multiprocessor: registers by warp in units of 256, shared memory with the system's 1 KB."""
     warps = -(-threads // 32)
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
-    on_chip, most_warps, most_blocks = LIMITS[target]
-    return min(most_blocks, most_warps // warps, by_registers, on_chip // (-(-(shared + 1024) // 128) * 128))
+    memory, most, blocks = LIMITS[target]
+    return min(blocks, most // warps, by_registers, memory // (-(-(shared + 1024) // 128) * 128))
 
 
 def table(targets=TARGETS, fresh: bool = False) -> list[dict[str, str]]:
