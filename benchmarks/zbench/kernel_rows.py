@@ -136,7 +136,7 @@ KERNELS = (
     Kernel(
         "group_norm_silu backward, channels-last", NHWC_BWD, 3, 2, IMAGES[:3],
         ("group_norm_silu_bwd-320x64-bfloat16-nhwc", "_apply"), calls.group_norm(True, True), _lanes(2),
-        {"sm_80": PASSES_BWD, "sm_90": CLUSTER_BWD, "sm_100": CLUSTER_BWD, "sm_120": CLUSTER_BWD},
+        {"sm_80": PASSES_BWD, "sm_90": CLUSTER_BWD, "sm_100": CLUSTER_BWD, "sm_120": PASSES_BWD},
     ),
     Kernel(
         "channel_rms_norm_silu, channels-last", "channel_rms_norm_silu-96x64-bf16-nhwc", 2, 1, VIDEO_IMAGES,

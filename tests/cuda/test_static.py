@@ -57,9 +57,9 @@ def test_the_judgement_can_fail(change, message):
 
 def test_clusters_are_compiled_for_sm_90_and_later_alone():
     clustered = [row for row in ROWS if static.is_clustered(row)]
-    assert {row["target"] for row in clustered} == {"sm_90", "sm_100"}
+    assert {row["target"] for row in clustered} == {"sm_90", "sm_100", "sm_120"}
     launched = [int(row["cluster"]) for row in clustered if row["threads"]]
-    assert len(launched) == 8 and min(launched) > 1
+    assert len(launched) == 11 and min(launched) > 1
 
 
 ROW_NORM_BWD = {"false": (2, 2), "true": (4, 1)}  # gate: tensors read, rows ahead (csrc/cuda/row_norm_bwd.cu)
@@ -86,7 +86,7 @@ def test_backward_of_row_norms_has_25_kb_in_flight(D, gate):
         "true": lambda: CUDA.gate_residual_layer_norm_modulate_bwd(x, x, x, stats, stats, v, x, v, v),
     }[gate]
     tensors, ahead = ROW_NORM_BWD[gate]
-    for target, processors in (("sm_80", 108), ("sm_90", 132), ("sm_100", 148)):
+    for target, processors in (("sm_80", 108), ("sm_90", 132), ("sm_100", 148), ("sm_120", 170)):
         with emulated.emulated(), emulated.gpu(*emulated.GPUS[target]):
             threads, shared, _ = emulated.recorded(call)[0]
         assert threads >= D // 8 and shared >= threads * 16 * tensors * (ahead + 1)
