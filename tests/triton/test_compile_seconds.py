@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 from . import compile_seconds, static  # noqa: E402
 
 # What takes longer, and why: a product of tiles is unrolled to thousands of instructions, in full fp32 to as many
-# multiplications of each thread; smaller tiles would read operands more often. Row norms whose rows lie in two parts have
-# 24 to 40 numbers of each of several tensors in a thread.
+# multiplications of each thread; smaller tiles would read operands more often. Row norms in two parts have 24 to 40
+# numbers of each of several tensors in a thread.
 PRODUCTS = ("conv_residual-", "group_norm_silu_conv_residual-", "linear_gate_residual-")
 ROW_NORMS = (
     "layer_norm_modulate-",
