@@ -124,7 +124,7 @@ def facts(kernel: Kernel) -> list[str]:
         lines.append(line(gpu, "Triton", kernel, found.count, row, threads, use))
     for gpu in GPUS:
         cuda = kernel.cuda.get(gpu.target) if isinstance(kernel.cuda, dict) else kernel.cuda
-        if cuda is not None and gpu.target in ("sm_80", "sm_90", "sm_100"):
+        if cuda is not None and gpu.target.startswith("sm_"):
             row, use = cuda_use(kernel, cuda, gpu)
             lines.append(line(gpu, "CUDA", kernel, cuda.launches, row, int(row["threads"]), use))
     return lines
@@ -162,6 +162,14 @@ rates, in bf16. Launches, tails and clocks are left out: real times are longer. 
   of a kernel that reads so much.
 - bandwidth: expected share of the data sheet's, counting compulsory bytes alone. A copy reaches {COPY:.0%}; a block
   that loads nothing ahead has loads in flight for {WAITING:.0%} of its life (both assumed). Last: what costs most.
+
+- a second read: of channels-last group norms of large images, in two passes. From sm_90 on clusters of CUDA's read once
+  at every stage of the U-Nets of Stable Diffusion 1.5 and XL and of ADM, for batches of 1, 2 and 8, but at 960 x 128 x
+  128 and 256 x 256 x 256, in backward also at 960 and 1920 x 64 x 64 and 320 and 640 x 128 x 128
+  (`tests/cuda/test_cluster.py`). The plan measures both; where nothing is measured it takes CUDA's where they alone
+  read once.
+- idle lanes of rows that no power of 2 holds are no loss here: `python -m tests.triton.streams` has them, beside the
+  cycles that instructions and bytes of a row take.
 
 | GPU | GB/s | bf16 TFLOP/s | multiprocessors |
 | --- | ---: | ---: | ---: |

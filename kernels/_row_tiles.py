@@ -1,7 +1,7 @@
 """How the row norms cut x [B, T, D] into programs and tiles, on the host.
 
-A program takes `steps` tiles of ROWS rows of one sample, ROWS x BLOCK_D numbers; in forward a row may
-have TAIL columns more (`_rows.py`, `part_columns`).
+A program takes `steps` tiles of ROWS rows of one sample, ROWS x BLOCK_D numbers; a row may have TAIL columns more
+(`_rows.py`, `part_columns`).
 Lanes that idle and bytes in flight: `python -m tests.triton.streams`.
 """
 
@@ -17,9 +17,12 @@ FORWARD_PER_THREAD = (16, 8, 32)
 BACKWARD_PER_THREAD = (8, 16)
 # Longer rows take all warps of a program: there is nothing to try (registers: python -m tests.triton.static).
 MAX_TUNED_D = 4096
-# Rows of forward that lie in two parts, and their warps: shorter ones share a tile (registers: python -m
-# tests.triton.static).
-LEAST_PARTED_D, PARTED_WARPS = 513, 4
+# Rows that lie in two parts, and their warps: shorter ones share a tile. The second part is at least this share of the
+# first: of 1152 columns 10 % of the lanes idle in forward and 25 % in backward, not 44. A quarter there would be 40
+# numbers of a thread in place of 24, of several tensors and sums (registers: python -m tests.triton.static). The gated
+# norms' backward, of four tensors and three sums, would take 250 registers, and spill under triton 3.3: its rows are
+# whole. On an H200 its instructions, idle lanes too, take less time than its bytes (python -m tests.triton.streams).
+LEAST_PARTED_D, PARTED_WARPS, FORWARD_SHARE, BACKWARD_SHARE = 513, 4, 4, 2
 # A program of backward takes LEAST_ROWS rows or more, so that its partial sums, written and read again, cost at most
 # 1n bytes each (bytes: python -m tests.triton.traffic_cases).
 LEAST_ROWS = 8
@@ -41,16 +44,32 @@ def tile(D: int, per_thread: int) -> tuple[int, int, int]:
     return min(32, elements // block), block, elements // (32 * per_thread)
 
 
-def forward_tile(D: int, per_thread: int, size: int) -> tuple[int, int, int, int]:
-    """(ROWS, BLOCK_D, TAIL, num_warps): rows that a power of 2 holds badly lie in two parts, of which the second is at
-    least a quarter of the first, in as many rows as give each thread 16 bytes of it. Only for the default of
-    `per_thread`, so that a plan has both to choose from."""
-    rows, block, warps = tile(D, per_thread)
-    main = block // 2
-    tail = max(power_of_2(D - main), main // 4)
-    if per_thread != FORWARD_PER_THREAD[0] or not LEAST_PARTED_D <= D <= MAX_TUNED_D or tail >= main:
-        return rows, block, 0, warps
+def _in_parts(D: int, size: int, share: int) -> tuple[int, int, int, int] | None:
+    """(ROWS, BLOCK_D, TAIL, num_warps) of rows that a power of 2 holds badly: in two parts, of which the second is at
+    least 1 / share of the first, in as many rows as give each thread 16 bytes of it."""
+    main = power_of_2(D) // 2
+    tail = max(power_of_2(D - main), main // share)
+    if not LEAST_PARTED_D <= D <= MAX_TUNED_D or tail >= main:
+        return None
     return max(1, 16 // size * 32 * PARTED_WARPS // tail), main, tail, PARTED_WARPS
+
+
+def _whole(D: int, per_thread: int) -> tuple[int, int, int, int]:
+    rows, block, warps = tile(D, per_thread)
+    return rows, block, 0, warps
+
+
+def forward_tile(D: int, per_thread: int, size: int) -> tuple[int, int, int, int]:
+    """(ROWS, BLOCK_D, TAIL, num_warps). In parts only for the default of `per_thread`, so that a plan has both to
+    choose from."""
+    parts = _in_parts(D, size, FORWARD_SHARE) if per_thread == FORWARD_PER_THREAD[0] else None
+    return parts or _whole(D, per_thread)
+
+
+def backward_tile(D: int, per_thread: int, size: int, crowded: bool) -> tuple[int, int, int, int]:
+    """The same; `crowded`: operands leave no registers for more than a thread has of a whole row."""
+    parts = None if crowded or per_thread != BACKWARD_PER_THREAD[0] else _in_parts(D, size, BACKWARD_SHARE)
+    return parts or _whole(D, per_thread)
 
 
 def why_not_tile(D: int) -> str | None:

@@ -78,22 +78,22 @@ def defined_variance(v):
 
 
 @triton.jit
-def saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS: tl.constexpr):
-    """(xhat, rstd) of the rows t of sample b by the statistics that forward saved; 0 where masked."""
-    xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+def saved_statistics(mean, rstd, b, block, T, ROWS: tl.constexpr, RMS: tl.constexpr):
+    """(mean, rstd) of row block `block` of sample b as forward saved them; RMSNorm has no mean."""
+    t = block * ROWS + tl.arange(0, ROWS)
     row_rstd = tl.load(rstd + b * T + t, mask=t < T, other=0.0)
-    if not RMS:
-        xhat -= tl.load(mean + b * T + t, mask=t < T, other=0.0)[:, None]
-    return tl.where(mask, xhat * row_rstd[:, None], 0.0), row_rstd
+    if RMS:
+        return row_rstd, row_rstd
+    else:
+        return tl.load(mean + b * T + t, mask=t < T, other=0.0), row_rstd
 
 
 @triton.jit
-def row_norm_grad(g, xhat, rstd, D, RMS: tl.constexpr):
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) along the rows; RMSNorm has no mean, and no mean(g)."""
-    mean_gxhat = (tl.sum(g * xhat, 1) / D)[:, None]
-    if not RMS:
-        g -= (tl.sum(g, 1) / D)[:, None]  # first: of one element nothing is left
-    return (g - xhat * mean_gxhat) * rstd[:, None]
+def saved_xhat(x, row_mean, row_rstd, at, mask, RMS: tl.constexpr):
+    """xhat of rows by the statistics that forward saved; 0 where masked."""
+    xhat = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    xhat = xhat if RMS else xhat - row_mean[:, None]
+    return tl.where(mask, xhat * row_rstd[:, None], 0.0)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def cached_row(p, d, D, steps):
     return row
 
 
-# A row of forward lies in one or two parts, tiles of BLOCK_D and of TAIL columns, whose sum is nearer to D than a power
+# A row lies in one or two parts, tiles of BLOCK_D and of TAIL columns, whose sum is nearer to D than a power
 # of 2 (TAIL 0: there is one). A tuple has an entry for each part.
 @triton.jit
 def part_columns(i: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
@@ -171,3 +171,45 @@ def row_statistics(row, D, eps, RMS: tl.constexpr, EXACT: tl.constexpr, BLOCK_D:
             centred = centred_parts(row, mean, D, BLOCK_D, TAIL)
         variance = defined_variance(variance)
     return mean, tl.rsqrt(variance + eps), centred
+
+
+@triton.jit
+def zeros_of_parts(ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    if TAIL > 0:
+        return tl.zeros([ROWS, BLOCK_D], tl.float32), tl.zeros([ROWS, TAIL], tl.float32)
+    else:
+        return (tl.zeros([ROWS, BLOCK_D], tl.float32),)
+
+
+@triton.jit
+def added(total, row, TAIL: tl.constexpr):
+    if TAIL > 0:
+        return total[0] + row[0], total[1] + row[1]
+    else:
+        return (total[0] + row[0],)
+
+
+@triton.jit
+def row_norm_grad(g, xhat, rstd, D, RMS: tl.constexpr, TAIL: tl.constexpr):
+    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) along rows in parts; RMSNorm has no mean, and no mean(g)."""
+    gxhat = tl.sum(g[0] * xhat[0], 1)
+    if TAIL > 0:
+        gxhat += tl.sum(g[1] * xhat[1], 1)
+    gxhat = (gxhat / D)[:, None]
+    mean = (sum_of_parts(g, TAIL) / D)[:, None]
+    dx = ()
+    for i in tl.static_range(2 if TAIL > 0 else 1):
+        v = g[i]
+        if not RMS:
+            v -= mean  # first: of one element nothing is left
+        dx = dx + ((v - xhat[i] * gxhat) * rstd[:, None],)
+    return dx
+
+
+@triton.jit
+def store_sums(part, total, at, D, BLOCK_D: tl.constexpr, TAIL: tl.constexpr):
+    """The partial sums of a program, over the rows of its tiles; `at`: where they begin."""
+    if part is not None:
+        for i in tl.static_range(2 if TAIL > 0 else 1):
+            d = part_columns(i, BLOCK_D, TAIL)
+            tl.store(part + at + d, tl.sum(total[i], 0), mask=d < D)

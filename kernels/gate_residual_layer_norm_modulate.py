@@ -8,7 +8,6 @@ zero    none, the kernel takes no flag.
 Backward: dx is the norm's gradient of dy (+ dx_new); dresidual = dx, dbranch = dx * gate, dgate = sum of dx * branch,
 dshift = sum of dy, dscale = sum of dy * xhat. Reads dx_new, dy, x_new and branch, writes dresidual and dbranch: 6ns.
 Rows of more than MAX_TUNED_D in fp32 take two kernels instead, the norm's and the gate's: 9ns.
-
 order   a program adds its rows in order into one partial sum per column, [B, P, D] in fp32; `sum_partials` adds the P.
 """
 
@@ -44,6 +43,7 @@ from ._rows import (
     row_norm_grad,
     row_statistics,
     sample_row,
+    saved_statistics,
     saved_xhat,
     token_rows,
 )
@@ -204,9 +204,11 @@ def _backward(
     sum_dshift = tl.zeros([ROWS, BLOCK_D], tl.float32)
     sum_dscale = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
+        block = tl.program_id(0).to(tl.int64) * steps + step
+        t, mask, at = token_rows(b, block, T, d, D, ROWS)
         g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        xhat, row_rstd = saved_xhat(x_new, mean, rstd, b, t, T, at, mask, False)
+        row_mean, row_rstd = saved_statistics(mean, rstd, b, block, T, ROWS, False)
+        xhat = saved_xhat(x_new, row_mean, row_rstd, at, mask, False)
         if part_dshift is not None:
             sum_dshift += g
         if SCALE == 2:
@@ -215,7 +217,7 @@ def _backward(
             sum_dscale += g * xhat
         scale_row = sample_row(scale, b, scale_b, d, D, SCALE) if LONG else kept_scale
         g *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
-        dx = row_norm_grad(g, xhat, row_rstd, D, False)
+        dx = row_norm_grad((g,), (xhat,), row_rstd, D, False, 0)[0]
         if dx_new is not None:
             dx += tl.load(dx_new + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dresidual + at, dx, mask=mask)

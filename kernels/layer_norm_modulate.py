@@ -7,7 +7,7 @@ grid    (row blocks, B); a program takes `steps` tiles of ROWS rows of one sampl
         a power of 2 holds badly lies in two parts (`_row_tiles.py`).
 zero    none, the kernel takes no flag.
 
-Backward, 3ns bytes. With da = dy * (1 + scale) and g = da * weight:
+Backward, 3ns bytes, rows in parts where registers allow it. With da = dy * (1 + scale) and g = da * weight:
 dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), without mean(g) for RMSNorm. What rows share has its gradient from
 sums over the rows of a sample:
 
@@ -41,15 +41,16 @@ from ._row_tiles import (
     FORWARD_PER_THREAD,
     backward_stages,
     backward_steps,
+    backward_tile,
     forward_steps,
     forward_tile,
     per_thread_choices,
-    tile,
 )
 from ._rows import (
     NONE,
     PER_SAMPLE,
     PER_TOKEN,
+    added,
     cached_row,
     cdiv,
     operand_rows,
@@ -57,17 +58,16 @@ from ._rows import (
     row_norm_grad,
     row_statistics,
     sample_row,
+    saved_statistics,
     saved_xhat,
+    store_sums,
     token_rows,
+    zeros_of_parts,
 )
 
 # The longest row that backward keeps in registers (spills: python -m tests.triton.static).
 MAX_D = 8192
 FINISH_WARPS = 8  # for three sums side by side (registers: python -m tests.triton.static)
-
-
-def kind_of(v: Tensor | None) -> int:
-    return NONE if v is None else PER_SAMPLE if v.dim() == 2 else PER_TOKEN
 
 
 def strides(v: Tensor | None) -> tuple[int, int]:
@@ -111,6 +111,10 @@ def _forward(
         if not RMS:
             tl.store(mean + b * T + t, row_mean, mask=t < T)
         tl.store(rstd + b * T + t, row_rstd, mask=t < T)
+
+
+def kind_of(v: Tensor | None) -> int:
+    return NONE if v is None else PER_SAMPLE if v.dim() == 2 else PER_TOKEN
 
 
 def forward(
@@ -165,44 +169,60 @@ def forward(
 @triton.jit
 def _backward(
     dy, x, mean, rstd, scale, weight, bias, dx, dscale, part_dy, part_uxhat, part_u, T, D, steps, scale_b, scale_t,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SCALE: tl.constexpr, RMS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, SCALE: tl.constexpr, RMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    scale_row = sample_row(scale, b, scale_b, d, D, SCALE)
-    sum_dy = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    sum_uxhat = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    sum_u = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    PARTS: tl.constexpr = 2 if TAIL > 0 else 1
+    scale_rows = ()
+    for i in tl.static_range(PARTS):
+        scale_rows = scale_rows + (sample_row(scale, b, scale_b, part_columns(i, BLOCK_D, TAIL), D, SCALE),)
+    sum_dy = zeros_of_parts(ROWS, BLOCK_D, TAIL)
+    sum_uxhat = zeros_of_parts(ROWS, BLOCK_D, TAIL)
+    sum_u = zeros_of_parts(ROWS, BLOCK_D, TAIL)
     for step in tl.range(0, steps, num_stages=STAGES):
-        t, mask, at = token_rows(b, tl.program_id(0).to(tl.int64) * steps + step, T, d, D, ROWS)
-        g = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        xhat, row_rstd = saved_xhat(x, mean, rstd, b, t, T, at, mask, RMS)
-        u = g
-        if part_dy is not None:
-            sum_dy += g
-        g *= 1.0 + operand_rows(scale, scale_row, b, t, scale_b, scale_t, d, mask, SCALE)
-        if SCALE == 2:
-            a = xhat
+        block = tl.program_id(0).to(tl.int64) * steps + step
+        row_mean, row_rstd = saved_statistics(mean, rstd, b, block, T, ROWS, RMS)
+        dys = ()
+        us = ()
+        uxhats = ()
+        gs = ()
+        xhats = ()
+        for i in tl.static_range(PARTS):
+            d = part_columns(i, BLOCK_D, TAIL)
+            t, mask, at = token_rows(b, block, T, d, D, ROWS)
+            u = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+            dys = dys + (u,)
+            xhat = saved_xhat(x, row_mean, row_rstd, at, mask, RMS)
+            g = u * (1.0 + operand_rows(scale, scale_rows[i], b, t, scale_b, scale_t, d, mask, SCALE))
+            if SCALE == 2:
+                a = xhat
+                if weight is not None:
+                    a *= cached_row(weight, d, D, steps)
+                if bias is not None:
+                    a += cached_row(bias, d, D, steps)
+                tl.store(dscale + at, u * a, mask=mask)
+                u = g
+            us = us + (u,)
+            uxhats = uxhats + (u * xhat,)
             if weight is not None:
-                a *= cached_row(weight, d, D, steps)
-            if bias is not None:
-                a += cached_row(bias, d, D, steps)
-            tl.store(dscale + at, u * a, mask=mask)
-            u = g
+                g *= cached_row(weight, d, D, steps)
+            gs = gs + (g,)
+            xhats = xhats + (xhat,)
+        if part_dy is not None:
+            sum_dy = added(sum_dy, dys, TAIL)
         if part_uxhat is not None:
-            sum_uxhat += u * xhat
+            sum_uxhat = added(sum_uxhat, uxhats, TAIL)
         if part_u is not None:
-            sum_u += u
-        if weight is not None:
-            g *= cached_row(weight, d, D, steps)
-        tl.store(dx + at, row_norm_grad(g, xhat, row_rstd, D, RMS), mask=mask)
-    at = (b * tl.num_programs(0) + tl.program_id(0)) * D + d
-    if part_dy is not None:
-        tl.store(part_dy + at, tl.sum(sum_dy, 0), mask=d < D)
-    if part_uxhat is not None:
-        tl.store(part_uxhat + at, tl.sum(sum_uxhat, 0), mask=d < D)
-    if part_u is not None:
-        tl.store(part_u + at, tl.sum(sum_u, 0), mask=d < D)
+            sum_u = added(sum_u, us, TAIL)
+        dxs = row_norm_grad(gs, xhats, row_rstd, D, RMS, TAIL)
+        for i in tl.static_range(PARTS):
+            t, mask, at = token_rows(b, block, T, part_columns(i, BLOCK_D, TAIL), D, ROWS)
+            tl.store(dx + at, dxs[i], mask=mask)
+    at = (b * tl.num_programs(0) + tl.program_id(0)) * D
+    store_sums(part_dy, sum_dy, at, D, BLOCK_D, TAIL)
+    store_sums(part_uxhat, sum_uxhat, at, D, BLOCK_D, TAIL)
+    store_sums(part_u, sum_u, at, D, BLOCK_D, TAIL)
 
 
 @triton.jit
@@ -265,10 +285,11 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dshift, dscale, dweight, dbias), each in the dtype of its operand; a per-token dshift is dy, left out."""
     B, T, D = x.shape
-    rows, block, warps = tile(D, per_thread)
+    kind, scale_rows = kind_of(scale), strides(scale)
+    crowded = kind == PER_TOKEN or (kind == PER_SAMPLE and weight is not None)
+    rows, block, tail, warps = backward_tile(D, per_thread, x.element_size(), crowded)
     steps = backward_steps(B, T, D, rows)
     programs = cdiv(T, rows * steps)
-    kind, scale_rows = kind_of(scale), strides(scale)
     dx = torch.empty_like(x)
     dshift = shift.new_empty(shift.shape) if shift is not None and shift.dim() == 2 else None
     dscale = None if scale is None else scale.new_empty(scale.shape)
@@ -304,9 +325,10 @@ def backward(
         scale_t=scale_rows[1],
         ROWS=rows,
         BLOCK_D=block,
+        TAIL=tail,
         SCALE=kind,
         RMS=rms,
-        STAGES=backward_stages(rows, block, *streamed),
+        STAGES=backward_stages(rows, block + tail, *streamed),
     )
     if part_dy is None and part_uxhat is None and part_u is None:
         return dx, dshift, dscale, None, None

@@ -182,7 +182,7 @@ def _backward(
                 sum_u += u
             if weight is not None:
                 g *= cached_row(weight, d, D, steps)
-            dx = row_norm_grad(g, xhat, row_rstd, D, RMS)
+            dx = row_norm_grad((g,), (xhat,), row_rstd, D, RMS, 0)[0]
             if dx_new is not None:
                 dx += tl.load(dx_new + at, mask=mask, other=0.0).to(tl.float32)
         else:
@@ -218,7 +218,7 @@ def _backward(
                 if branch_weight is not None:
                     v *= cached_row(branch_weight, d, D, steps)
                 if branch_rstd is not None:
-                    v = row_norm_grad(v, h, h_rstd, D, True)
+                    v = row_norm_grad((v,), (h,), h_rstd, D, True, 0)[0]
                 tl.store(dbranch + at, v, mask=mask)
     if index is not None:
         slot += current

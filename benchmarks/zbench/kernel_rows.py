@@ -117,7 +117,7 @@ KERNELS = (
     Kernel(
         "group_norm_silu, channels-last, large image", NHWC, 2, 1, IMAGES[:2],
         ("group_norm_silu-320x64-bfloat16-nhwc", "_apply"), calls.group_norm(True, False), _lanes(1),
-        {"sm_80": PASSES, "sm_90": CLUSTER, "sm_100": CLUSTER},
+        {"sm_80": PASSES, "sm_90": CLUSTER, "sm_100": CLUSTER, "sm_120": CLUSTER},
     ),
     Kernel(
         "group_norm_silu, channels-last, small image", "group_norm_silu-1280x16-bf16-nhwc", 2, 1, IMAGES[2:],
@@ -136,7 +136,7 @@ KERNELS = (
     Kernel(
         "group_norm_silu backward, channels-last", NHWC_BWD, 3, 2, IMAGES[:3],
         ("group_norm_silu_bwd-320x64-bfloat16-nhwc", "_apply"), calls.group_norm(True, True), _lanes(2),
-        {"sm_80": PASSES_BWD, "sm_90": CLUSTER_BWD, "sm_100": CLUSTER_BWD},
+        {"sm_80": PASSES_BWD, "sm_90": CLUSTER_BWD, "sm_100": CLUSTER_BWD, "sm_120": PASSES_BWD},
     ),
     Kernel(
         "channel_rms_norm_silu, channels-last", "channel_rms_norm_silu-96x64-bf16-nhwc", 2, 1, VIDEO_IMAGES,
@@ -187,7 +187,7 @@ KERNELS = (
     Kernel(
         "residual_norm_modulate backward", "residual_norm_modulate_bwd-sample", 6, 4, VIDEO_TOKENS,
         (RESIDUAL.replace("-", "_bwd-", 1), "_backward"), calls.residual_norm(True), _tokens(4),
-        Cuda("residual_norm_bwd_kernel<bf16,8>", "residual_norm_modulate_bwd-sample", 4, 3, False, 3, 256),
+        Cuda("residual_norm_bwd_kernel<bf16,8>", "residual_norm_modulate_bwd-sample", 8, 3, False, 3, 256),
     ),
     Kernel(
         "conv_residual 3x3", "conv_residual-3x3-0", 3, 2, IMAGES,

@@ -71,6 +71,10 @@ struct TeamSums {
   }
 };
 
+// Loads of a row leave together, dx_new's and the branch's with those of x and dy: 49 KB are then in flight on an SM of
+// whose two blocks of 192 threads (D = 3072 in 16 bits) an H200 needs 17 and a B200 25. For that a thread takes up to
+// 128 registers; with 84 or fewer the row in it spills 8 bytes and more, with 112 a third block fits, but has 37 KB in
+// flight with its loads in two turns, and 16 rows a block leave few tokens no third block.
 template <class T, int V>
 __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(ResidualNorm p, Work w) {
   ZB_SHARED(float, part, [2][3][kMaxRowWarps]);  // of even and of odd rows
@@ -80,7 +84,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
   const int64_t number = chunk * w.teams.per_block + team.index, begin = number * w.rows;
   TeamSums<V> sums{w, team, static_cast<int>(p.D), p.workspace + b * w.slots * w.sums * p.D,
                    columns + int64_t(team.index) * w.sums * p.D};
-  int64_t current = -1;  // the indexed row whose tokens are being summed
+  constexpr bool kAllAtOnce = V == 8;  // of 16 bits: for four tensors in fp32 the registers are too few
+  int64_t current = -1;                // the indexed row whose tokens are being summed
   if (p.index == nullptr) sums.begin(number);
   for (int64_t step = 0; step < w.rows; step++) {
     const bool valid = begin + step < p.T;
@@ -92,14 +97,25 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
       sums.begin(number + chosen);
       current = chosen;
     }
-    Pack<Kept<T>, V> xs[kKept / V];
+    Pack<Kept<T>, V> xs[kKept / V], directs[kKept / V] = {}, branches[kKept / V] = {};
     float ds[kKept / V][V];  // dy, then g, d, v
+    // dx_new and the branch, where nothing has read them with x and dy.
+    auto read_direct = [&](int i, int d) {
+      if (kAllAtOnce && p.norm) return directs[i];
+      return load_tensor<T, V>(p.dx_new, p.x_dtype, at + d);
+    };
+    auto read_branch = [&](int i, int d) {
+      if (kAllAtOnce && p.norm) return branches[i];
+      return load_tensor<T, V>(p.branch, p.branch_dtype, at + d);
+    };
     if (p.norm) {
       const float mean = valid && p.mean ? p.mean[row] : 0.0f, rstd = valid ? p.rstd[row] : 0.0f;
       const int64_t scale_row = row_begin(p.scale, b, t, chosen);
       float g_sums[2] = {};
       auto load = [&](int i, int d) {
         xs[i] = load_tensor<T, V>(p.x, p.x_dtype, at + d);
+        if (kAllAtOnce && p.dx_new) directs[i] = load_tensor<T, V>(p.dx_new, p.x_dtype, at + d);
+        if (kAllAtOnce && p.branch) branches[i] = load_tensor<T, V>(p.branch, p.branch_dtype, at + d);
         const Pack<Kept<T>, V> dy = load_tensor<T, V>(p.dy, p.y_dtype, at + d);
 #pragma unroll
         for (int k = 0; k < V; k++) ds[i][k] = dy[k];
@@ -155,7 +171,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
     }
     each_pack<V>(team, D, [&](int i, int d) {
       if (p.dx_new) {
-        const Pack<Kept<T>, V> direct = load_tensor<T, V>(p.dx_new, p.x_dtype, at + d);
+        const Pack<Kept<T>, V> direct = read_direct(i, d);
 #pragma unroll
         for (int k = 0; k < V; k++) ds[i][k] += direct[k];
       }
@@ -168,7 +184,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) residual_norm_bwd_kernel(Resid
     const bool gate_of_token = p.gate.kind == RowKind::kToken;
     float projection = 0;
     each_pack<V>(team, D, [&](int i, int d) {
-      xs[i] = load_tensor<T, V>(p.branch, p.branch_dtype, at + d);
+      xs[i] = read_branch(i, d);
       float hhat[V], gate[V], out[V];
 #pragma unroll
       for (int k = 0; k < V; k++) {

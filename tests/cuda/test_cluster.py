@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zeroblock.backends.cuda import CUDA, MOST_GROUPED
+from zeroblock.backends.gpu.one_read import a_cluster_holds
 from zeroblock.testing import assert_bitwise_equal, poison_empty, use_backend
 from zeroblock.testing.cases import Case
 from zeroblock.testing.draw import Draw
@@ -145,3 +146,33 @@ def test_launches_at_shapes_of_unets(layout, shape, sm_80, sm_90):
             launches = emulated.recorded(call)
         assert [cluster for _, _, cluster in launches] == expected, (name, launches)
         assert all(shared <= emulated.GPUS[name][0] for _, shared, _ in launches)
+
+
+# Channels-last images of U-Nets, (channels, side): Stable Diffusion 1.5 and XL, ADM; the last of each concatenated.
+STAGES = (
+    *((320, 64), (640, 32), (1280, 16), (1280, 8), (640, 64), (960, 64), (1920, 32), (2560, 16)),
+    *((320, 128), (640, 64), (1280, 32), (640, 128), (960, 128), (1920, 64)),
+    *((192, 64), (384, 32), (576, 16), (768, 8), (256, 256), (256, 128), (512, 64), (1024, 16)),
+)
+# What not even a cluster of eight holds: tiles of 64 bytes a pixel or more.
+TWICE = {(960, 128), (256, 256)}
+TWICE_BACKWARD = TWICE | {(960, 64), (320, 128), (640, 128), (1920, 64)}
+
+
+@pytest.mark.parametrize("batch", (1, 2, 8))
+def test_one_read_at_every_stage_of_a_unet(batch):
+    """On an H100, but where a cluster is too small; and the fixed rule knows which: CUDA's kernels where they read an
+    image once and Triton's twice."""
+    for C, side in STAGES:
+        x = torch.empty(batch, C, side, side, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        stat = torch.empty(batch, 32)
+        forward = lambda: CUDA.group_norm_silu(x, 32, None, None, 1e-5, None, None, True)  # noqa: B023, E731
+        backward = lambda: CUDA.group_norm_silu_bwd(x, x, stat, stat, *[None] * 4, 32, True)  # noqa: B023, E731
+        shared = emulated.GPUS["sm_90"][0]
+        for call, twice, tensors in ((forward, TWICE, 1), (backward, TWICE_BACKWARD, 2)):
+            with emulated.emulated(), emulated.gpu(*emulated.GPUS["sm_90"]):
+                launches = emulated.recorded(call)
+            assert (len(launches) == 1) == ((C, side) not in twice), (C, side, tensors)
+            if launches[0][2] > 1 or len(launches) > 1:  # no block holds it alone
+                known = a_cluster_holds(batch, C, side * side, 32, 2, tensors, shared)
+                assert known == (len(launches) == 1), (C, side, tensors)

@@ -34,7 +34,8 @@ def test_two_blocks_of_the_convolution_are_resident():
     rows = [row for row in ROWS if row["kernel"].startswith("conv_residual_kernel")]
     assert len(rows) == 8 * len(static.TARGETS) and max(int(row["registers"]) for row in rows) <= 128
     placed = [row for row in rows if row["threads"]]
-    assert len(placed) == 4 * len(static.TARGETS) and {row["blocks"] for row in placed} == {"2"}
+    assert len(placed) == 4 * len(static.TARGETS)
+    assert {row["blocks"] for row in placed if row["target"] != "sm_120"} == {"2"}  # which has 100 KB
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,9 @@ def test_the_judgement_can_fail(change, message):
 
 def test_clusters_are_compiled_for_sm_90_and_later_alone():
     clustered = [row for row in ROWS if static.is_clustered(row)]
-    assert {row["target"] for row in clustered} == {"sm_90", "sm_100"}
+    assert {row["target"] for row in clustered} == {"sm_90", "sm_100", "sm_120"}
     launched = [int(row["cluster"]) for row in clustered if row["threads"]]
-    assert len(launched) == 8 and min(launched) > 1
+    assert len(launched) == 11 and min(launched) > 1
 
 
 ROW_NORM_BWD = {"false": (2, 2), "true": (4, 1)}  # gate: tensors read, rows ahead (csrc/cuda/row_norm_bwd.cu)
@@ -67,7 +68,7 @@ ROW_NORM_BWD = {"false": (2, 2), "true": (4, 1)}  # gate: tensors read, rows ahe
 
 def test_backward_of_row_norms_takes_few_registers():
     rows = [row for row in ROWS if row["kernel"].startswith("row_norm_bwd_kernel")]
-    assert len(rows) == 36 and max(int(row["registers"]) for row in rows) <= 84
+    assert len(rows) == 12 * len(static.TARGETS) and max(int(row["registers"]) for row in rows) <= 84
 
 
 @pytest.mark.skipif(NEEDED is not None, reason=str(NEEDED))
@@ -86,7 +87,7 @@ def test_backward_of_row_norms_has_25_kb_in_flight(D, gate):
         "true": lambda: CUDA.gate_residual_layer_norm_modulate_bwd(x, x, x, stats, stats, v, x, v, v),
     }[gate]
     tensors, ahead = ROW_NORM_BWD[gate]
-    for target, processors in (("sm_80", 108), ("sm_90", 132), ("sm_100", 148)):
+    for target, processors in (("sm_80", 108), ("sm_90", 132), ("sm_100", 148), ("sm_120", 170)):
         with emulated.emulated(), emulated.gpu(*emulated.GPUS[target]):
             threads, shared, _ = emulated.recorded(call)[0]
         assert threads >= D // 8 and shared >= threads * 16 * tensors * (ahead + 1)
@@ -94,7 +95,7 @@ def test_backward_of_row_norms_has_25_kb_in_flight(D, gate):
         (row,) = (row for row in ROWS if (row["kernel"], row["target"]) == wanted)
         resident = static.resident(target, threads, int(row["registers"]), shared + int(row["static_shared"]))
         blocks = min(resident, 448 / processors)  # kRowNormBlocks
-        needed = 12_000 if target == "sm_80" else 25_000
+        needed = {"sm_80": 12_000, "sm_120": 6_300}.get(target, 25_000)  # 1792 GB/s / 170 x 600 ns
         assert blocks * ahead * tensors * 2 * D >= needed, (target, threads, shared, resident)
 
 

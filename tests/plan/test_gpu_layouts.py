@@ -10,9 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import zeroblock as zb
 from zeroblock.backends import available as _backends
+from zeroblock.backends.gpu import norms_gates, one_read
 from zeroblock.plan import planned as _plan
 
 from .gpu_cases import NORMS_GATES, planned_on_the_cpu, prefer
+from .gpu_cases import backends_fixture as _backends_fixture  # noqa: F401  (the tests' `backends`)
 
 TRITON = _backends.triton()
 pytestmark = pytest.mark.skipif(TRITON is None or _backends.interprets(), reason="needs triton, not interpreting")
@@ -100,3 +102,26 @@ def test_own_convolutions_take_the_weight_as_it_lies():
     assert _launched("triton 64x64x64", False) == (0, ["_conv_residual"])
     copies, kernels = _launched("triton 64x64x64", True)
     assert kernels.count("_conv_residual") == 2 and copies == 1
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
+def test_the_rule_takes_the_kernels_that_read_an_image_once(backward, backends, monkeypatch):
+    """A large channels-last group norm, where there are clusters: Triton's kernels would read it twice."""
+    monkeypatch.setattr(one_read, "cluster_shared", lambda device: shared)
+    step = norms_gates.GROUP_NORM_SILU_BWD if backward else norms_gates.GROUP_NORM_SILU
+
+    def chosen(C, side, last=True):
+        x = torch.empty(2, C, side, side, dtype=torch.bfloat16)
+        x = x.to(memory_format=torch.channels_last) if last else x
+        stat, none = torch.empty(2, 32), [None] * 4
+        if backward:
+            return step._fixed(x, x, stat, stat, *none, 32, True).name
+        return step._fixed(x, 32, None, None, 1e-5, None, None, True).name
+
+    shared = 227 << 10
+    assert [chosen(320, 64), chosen(640, 32)] == ["cuda"] * 2
+    read_once_or_by_none = chosen(320, 64, last=False), chosen(1280, 8), chosen(960, 128)
+    assert read_once_or_by_none == ("triton",) * 3
+    assert chosen(960, 64) == ("triton" if backward else "cuda")
+    shared = 0
+    assert chosen(320, 64) == "triton"

@@ -1,4 +1,6 @@
 """Bytes in flight and idle lanes of the row norms: `python -m tests.triton.streams` prints them. A model, not measured.
+Of backward also the cycles that a multiprocessor issues the instructions of a row in (four a cycle; idle lanes issue,
+too), beside those in which its bytes arrive: where the first are fewer, idle lanes cost nothing.
 
 In flight is what a multiprocessor has asked for and not yet got while its programs reduce: resident programs (by
 registers and shared memory, static.csv, and no more than a launch has) x tiles ahead x bytes of the tensors of a tile.
@@ -10,18 +12,21 @@ from __future__ import annotations
 
 import csv
 import math
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import torch
 
-from .static import TABLE
+from .static import TABLE, _disassemble, _target
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+H200 = 4800 / 132 / 1.755  # bytes that reach a multiprocessor in a cycle, by the data sheet
 STREAMED = ("dx_new", "dy", "x", "x_new", "branch")
 B, T = 32, 256  # as many tokens as DiT-XL/2 trains with on one GPU
 
 
 class Stream(NamedTuple):
+    launch: Any
     lanes: int  # of a row
     tile_bytes: int  # of all streamed tensors, without what is masked
     buffers: int  # shared memory that the tiles ahead take
@@ -37,6 +42,7 @@ def stream(launch) -> Stream:
     rows, D = arguments["ROWS"], arguments["D"]
     lanes, ahead = arguments["BLOCK_D"] + arguments.get("TAIL", 0), arguments.get("STAGES", 1) - 1
     return Stream(
+        launch=launch,
         lanes=lanes,
         tile_bytes=rows * D * sum(sizes),
         buffers=ahead * rows * lanes * sum(sizes),
@@ -78,8 +84,22 @@ def facts(op: str, D: int, target: str, warps: int) -> dict[str, str]:
         rows = [
             row for row in csv.DictReader(file) if (row["case"], row["kernel"], row["target"]) == (case, kernel, target)
         ]
-    (row,) = (row for row in rows if int(row["warps"]) == warps)
-    return row
+    return next(row for row in rows if int(row["warps"]) == warps)  # the launcher's own choice comes first
+
+
+def cycles(found: Stream) -> tuple[float, float]:
+    """(to issue a row's instructions on sm_90, until its bytes arrive on an H200); compiles the kernel."""
+    import triton
+
+    compiled = triton.compile(found.launch.source(), target=_target("sm_90"), options=found.launch.options_for(32))
+    longest = 0  # loop, in instructions of 16 bytes
+    for at, to in re.findall(
+        r"/\*([0-9a-f]{4,})\*/[^;]*BRA[^;]*?0x([0-9a-f]+)", _disassemble(compiled.asm["cubin"])[1]
+    ):
+        longest = max(longest, (int(at, 16) - int(to, 16)) // 16)
+    rows = found.launch.arguments["ROWS"]
+    moved = found.tile_bytes / rows * 1.5  # half as much is written as is read
+    return longest * found.warps / 4 / rows, moved / H200
 
 
 def in_flight(found: Stream, row: dict[str, str]) -> float:
@@ -89,14 +109,16 @@ def in_flight(found: Stream, row: dict[str, str]) -> float:
 
 
 def main() -> None:
-    print("| kernel | D | idle lanes | registers, blocks (sm_90) | tiles ahead | KB in flight per SM |")
+    print("| kernel | D | idle lanes | registers, blocks (sm_90) | KB in flight per SM | cycles a row: issue, H200 |")
     print("| --- | ---: | ---: | --- | ---: | ---: |")
     for D in (1152, 3072):
         for op, found in launches(D).items():
-            rows = [facts(op, D, "sm_90", found.warps)] if not op.endswith("ate") else []
-            known = f"{rows[0]['registers']}, {rows[0]['blocks']}" if rows else ""
-            flight = f"{in_flight(found, rows[0]):.1f}" if rows else ""
-            print(f"| {op} | {D} | {found.idle:.0%} | {known} | {found.ahead} | {flight} |")
+            cells = [op, f"{D}", f"{found.idle:.0%}", "", "", ""]
+            if op.endswith("_bwd"):
+                row, (issue, memory) = facts(op, D, "sm_90", found.warps), cycles(found)
+                cells[3:5] = f"{row['registers']}, {row['blocks']}", f"{in_flight(found, row):.1f}"
+                cells[5] = f"{issue:.0f}, {memory:.0f}"
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

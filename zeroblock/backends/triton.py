@@ -22,6 +22,7 @@ from ..kernels import gate_residual_layer_norm_modulate as _gate_norm
 from ..kernels import group_norm_silu as _group_norm
 from ..kernels import group_norm_silu_bwd as _group_norm_bwd
 from ..kernels import layer_norm_modulate as _layer_norm
+from ..kernels._group_tiles import ALONE, held
 from ..kernels.zero_flag import zero_flag as _zero_flag
 from ..reference import promoted
 from .base import MaybeTensor
@@ -42,6 +43,12 @@ PER_THREAD: dict[str, tuple[int, ...]] = {
     "gate_residual_layer_norm_modulate": _row_tiles.FORWARD_PER_THREAD,
     "gate_residual_layer_norm_modulate_bwd": _row_tiles.BACKWARD_PER_THREAD,
 }
+
+
+def splits(N: int, C: int, pixels: int, num_groups: int, size: int, backward: bool) -> bool:
+    """Whether the kernels of a channels-last group norm read it twice."""
+    table, alone = (_group_norm_bwd.HELD, ALONE // 2) if backward else (_group_norm.HELD, ALONE)
+    return held(N, C // num_groups, pixels, num_groups, True, size, table, alone) is None
 
 
 def why_not_tile(op: str, x: Tensor) -> str | None:

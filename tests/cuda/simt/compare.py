@@ -13,7 +13,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 TRITON = HERE.parents[1] / "triton"
 PAGE = HERE / "backends.md"
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 COLUMNS = (
     "op",
     "kernel",

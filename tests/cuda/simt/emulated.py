@@ -181,7 +181,12 @@ def clusters() -> int:
 
 
 # Bytes of shared memory that a block may ask for, and blocks of a cluster.
-GPUS = {"sm_80": (163 * 1024, 1), "sm_90": (227 * 1024, 8), "sm_100": (227 * 1024, 8)}
+GPUS = {
+    "sm_80": (163 * 1024, 1),
+    "sm_90": (227 * 1024, 8),
+    "sm_100": (227 * 1024, 8),
+    "sm_120": (99 * 1024, 8),
+}
 
 
 @contextlib.contextmanager

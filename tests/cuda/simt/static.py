@@ -28,9 +28,9 @@ from .norm_shapes import norm_launches
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 TABLE = Path(__file__).with_name("static.csv")
 CACHE = ROOT / "build/simt/cubin"
-TARGETS = ("sm_80", "sm_90", "sm_100")
-# Shared memory of a multiprocessor (CUDA programming guide); each block takes 1 KB more than it asks for.
-SHARED = {"sm_80": 167936, "sm_90": 233472, "sm_100": 233472}
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+# Shared memory of a multiprocessor, warps, blocks (CUDA programming guide); a block takes 1 KB more than it asks for.
+LIMITS = {"sm_80": (167936, 64, 32), "sm_90": (233472, 64, 32), "sm_100": (233472, 64, 32), "sm_120": (102400, 48, 24)}
 KINDS = {
     "HMMA": r"HMMA\.", "LDSM": r"LDSM", "LDGSTS": r"LDGSTS", "LDG.128": r"LDG\.E\.(?:\w+\.)*128",
     "LDG.other": r"LDG\.", "STG.128": r"STG\.E\.(?:\w+\.)*128", "STG.other": r"STG\.",
@@ -133,9 +133,9 @@ def short_name(demangled: str) -> str:
 
 def resident(target: str, threads: int, registers: int, shared: int) -> int:
     """Blocks on one multiprocessor: registers by warp in units of 256, shared memory with the system's 1 KB."""
-    warps = -(-threads // 32)
+    warps, (memory, most, blocks) = -(-threads // 32), LIMITS[target]
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
-    return min(32, 64 // warps, by_registers, SHARED[target] // (-(-(shared + 1024) // 128) * 128))
+    return min(blocks, most // warps, by_registers, memory // (-(-(shared + 1024) // 128) * 128))
 
 
 def table(targets=TARGETS, fresh: bool = False) -> list[dict[str, str]]:
@@ -192,9 +192,9 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
     huge, huge_nhwc = t(2, 128, 512, 512), image(2, 128, 512, 512)
     totals = ["group_norm_silu_bwd_totals_kernel"]
 
-    def norms(kernel: str, last: str, between: Sequence[str] = ()) -> list[str]:
-        """A cluster where there are clusters, else two passes."""
-        if target != "sm_80":
+    def norms(kernel: str, last: str, between: Sequence[str] = (), without: Sequence[str] = ("sm_80",)) -> list[str]:
+        """A cluster, two passes on GPUs without one that is large enough."""
+        if target not in without:
             return [kernel.format(last, 3)]
         return [kernel.format(last, 1), *between, kernel.format(last, 2)]
 
@@ -209,7 +209,7 @@ def launches(target: str) -> dict[str, tuple[int, int, int]]:
         (norm(small, small), [*norms(bwd, "false", totals), finish]),
         (norm(huge, huge), [bwd.format("false", 1), *totals, bwd.format("false", 2), finish]),
         (norm(flat, flat), [bwd.format("true", 0), finish]),
-        (norm(nhwc, nhwc), [*norms(bwd, "true", totals), finish]),
+        (norm(nhwc, nhwc), [*norms(bwd, "true", totals, ("sm_80", "sm_120")), finish]),
         (norm(huge_nhwc, huge_nhwc), [bwd.format("true", 1), *totals, bwd.format("true", 2), finish]),
         (lambda: CUDA.layer_norm_modulate(x, v, v, None, None, 1e-6, False), ["row_norm_fwd_kernel<bf16,8,false>"]),
         (lambda: CUDA.gate_residual_layer_norm_modulate(x, v, x, v, v, 1e-6), ["row_norm_fwd_kernel<bf16,8,true>"]),

@@ -165,9 +165,10 @@ class FlaggedNormConvCall(NamedTuple):
 
     def signature(self) -> tuple:
         groups, weight, bias, _, scale, shift, keep, _ = self.norm
-        absent = (weight is None, bias is None, scale is None, shift is None, keep is None)
-        aligned = alignment(weight, bias, scale, shift, keep)
-        return groups, absent, self.weight.dtype, self.conv.signature(), aligned
+        operands = (weight, bias, scale, shift, keep)
+        forms = tuple([t if t is None else (t.stride(), t.dtype) for t in operands])
+        aligned = alignment(*operands)
+        return groups, forms, self.weight.dtype, self.conv.signature(), aligned
 
     def describe(self) -> str:
         return f"{self.conv.describe()}, weight {dtype_name(self.weight)}, {describe_norm(self.norm)}"

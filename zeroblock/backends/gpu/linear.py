@@ -21,7 +21,7 @@ def _signature(call: LinearGateCall) -> tuple:
         (h.shape, h.stride(), h.dtype, h.device),
         (weight.shape, weight.stride(), weight.dtype),
         bias is None,
-        gate if gate is None else (gate.shape, gate.dtype),
+        gate if gate is None else (gate.shape, gate.stride(), gate.dtype),
         residual if residual is None else (residual.stride(), residual.dtype),
         (activation, zero_skip, save_branch),
         library_settings(h),

@@ -2,9 +2,10 @@
 configurations, the CUDA kernels.
 
 Where nothing is measured (capture, torch.compile, deterministic algorithms, ZEROBLOCK_PLAN=fixed, tensors of less than
-WORTH bytes) the rule is: Triton with the configuration that its launcher picks by size, else the CUDA kernel, else the
-library. "triton x16" is Triton's kernel with 16 numbers of a tile per thread, instead of the launcher's own choice;
-"triton split" a group norm in two passes over more programs, also where one program holds a group.
+WORTH bytes) the rule is: the CUDA kernels of a group norm that they alone read once, else Triton with the configuration
+that its launcher picks by size, else the CUDA kernel, else the library. "triton x16" is Triton's kernel with 16 numbers
+of a tile per thread, instead of the launcher's own choice; "triton split" a group norm in
+two passes over more programs, also where one program holds a group.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .. import available
 from ..base import Backend, MaybeTensor
 from ..eager import EAGER
 from ..residual_norm import Branch, Needed, Norm, ResidualNormGrads, Stats
+from .one_read import prefers_cuda
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -97,6 +99,10 @@ def _why_not_tile(name: str, device_arg: int, *args: Any) -> str | None:
     return available.why_not("triton", name, args[device_arg]) or why_not_tile(name, args[device_arg])
 
 
+def _reads_once(device_arg: int, groups_arg: int, *args: Any) -> bool:
+    return prefers_cuda(args[device_arg], args[groups_arg], device_arg > 0)
+
+
 def _rule(backends: tuple[str, ...], name: str, device_arg: int, *args: Any) -> str:
     return next((b for b in backends if available.why_not(b, name, args[device_arg]) is None), "library")
 
@@ -119,7 +125,8 @@ def _step(
     )
     step.add("triton", triton, partial(_why_not, "triton", name, device_arg))
     if cuda is not None:
-        step.add("cuda", cuda, partial(_why_not_cuda, name, device_arg, groups_arg))
+        reads_once = partial(_reads_once, device_arg, groups_arg) if groups_arg is not None and INSTALLED else None
+        step.add("cuda", cuda, partial(_why_not_cuda, name, device_arg, groups_arg), rule=reads_once)
     # Triton's kernel as a plan may ask for it beside the launcher's own choice.
     choose = cast("Callable[..., R]", triton)
     if name.startswith("group_norm") and INSTALLED:
