@@ -18,6 +18,9 @@ MORE = {
     "Cosmos3VLTextMoTDecoderLayer": "three tokens in its first stream, after which it goes",
     "ErnieImageSharedAdaLNBlock": "q, k and v, and tokens in another order",
     "PixArtBlock": "a feed-forward twice as wide as the tokens",
+    **dict.fromkeys(("LDMTransformerBlock", "LTXBasicTransformerBlock"), "what its attention keeps"),
+    **dict.fromkeys(("HunYuanDiTBlock", "HunyuanDiTBlock"), "the norm of both streams side by side, and attention's"),
+    **dict.fromkeys(("IndividualTokenRefinerBlock", "MusubiTokenRefinerBlock"), "q, k and v in its own forward"),
     "MDTBlock": "four tokens, of which nothing is made again",
 }
 # Blocks whose attention and feed-forward run by their layers; elsewhere what those keep for themselves outweighs.

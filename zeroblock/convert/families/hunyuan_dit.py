@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.remade import joined
 from ..family import NEVER_ZERO
 from .described import described
 from .description import GatedBranch, Given
@@ -17,7 +18,7 @@ _TEXT = 3
 
 
 def _skipped_to(block: Any, x: Tensor, skip: Tensor | None) -> Tensor:
-    return x if block.skip_linear is None else block.skip_linear(block.skip_norm(torch.cat([x, skip], dim=-1)))  # type: ignore[list-item]
+    return x if block.skip_linear is None else block.skip_linear(block.skip_norm(joined([x, skip], dim=-1)))  # type: ignore[list-item]
 
 
 def _skip(block: Any, x: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.remade import joined
 from ..family import SMALL
 from .described import described
 from .description import GatedBranch, Given
@@ -140,7 +141,7 @@ def _beside(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
     if layers["angles"] is not None:
         rotated = home(block).apply_rotary_emb(q[:, :-text], k[:, :-text], layers["angles"], head_first=False)
         q, k = (torch.cat([t, rest[:, -text:]], dim=1) for t, rest in zip(rotated, (q, k), strict=True))
-    return torch.cat((_attention(block, [q, k, v], layers), block.mlp_act(h[..., 3 * D :])), dim=2)
+    return joined((_attention(block, [q, k, v], layers), block.mlp_act(h[..., 3 * D :])), dim=2)
 
 
 # ---- the families ----------------------------------------------------------------------------------------------------

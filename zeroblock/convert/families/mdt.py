@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.remade import joined
 from ..family import register
 from .described import family_of
 from .description import GatedBlock, GatedBranch
@@ -22,7 +23,7 @@ def _attend(block: Any, h: Tensor, c: Tensor, skip: Tensor | None = None, ids_ke
 
 
 def _skipped_to(block: Any, x: Tensor, c: Tensor, skip: Tensor | None = None, ids_keep: Tensor | None = None) -> Tensor:
-    return x if block.skip_linear is None else block.skip_linear(torch.cat([x, skip], dim=-1))  # type: ignore[list-item]
+    return x if block.skip_linear is None else block.skip_linear(joined([x, skip], dim=-1))  # type: ignore[list-item]
 
 
 def _example(block: Any, side: int) -> tuple:
