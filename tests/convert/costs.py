@@ -1,6 +1,6 @@
 """What a gated transformer block costs, counted: no clock is involved.
 
-`python -m tests.convert.costs` renews the table (costs.csv), a line for each family:
+`ZEROBLOCK_PLAN=fixed python -m tests.convert.costs` renews the table (costs.csv), a line for each family:
 
     results      how many tensors the block returns
     inference    ops of norms and gates that zeroblock runs in a forward without gradients

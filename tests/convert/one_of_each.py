@@ -135,6 +135,7 @@ BLOCKS = {
     "CosmosResnetBlock3d": autoencoder_block("kl_cosmos", "CosmosResnetBlock3d", 8, 16),
     "LTXVideoResnetBlock3d": autoencoder_block("kl_ltx", "LTXVideoResnetBlock3d", 8, 8, timestep_conditioning=True),
     "MiniMaxH3VideoResnetBlock3d": autoencoder_block("kl_minimax_h3", "MiniMaxH3VideoResnetBlock3d", 8, 16, 4),
+    "PlainTransformerBlock": diffusers_block("attention", "BasicTransformerBlock", 16, 2, 8, cross_attention_dim=12),
     "BasicTransformerBlock": diffusers_block(
         "attention", "BasicTransformerBlock", 16, 2, 8, norm_type="ada_norm_single", cross_attention_dim=12
     ),
