@@ -18,8 +18,11 @@ from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 import zeroblock as zb
+from zeroblock.blocks import tiny
 from zeroblock.convert import Reason
 from zeroblock.testing import counters, eager, reset_counters
+
+tiny.IMAGES = tiny.TOKENS = 0  # as in conftest.py: the models here are tiny
 
 DDP_MODES = {
     "default": {},
