@@ -147,8 +147,8 @@ MISTAKES = {
     "dropped tanh'": ("backward", "product *= 1.0 - z * z", "product *= 1.0", "token"),
     "norm of the branch not differentiated": (
         "backward",
-        "v = row_norm_grad(v, h,",
-        "v = row_norm_grad(v, 0 * h,",
+        "v = row_norm_grad((v,), (h,),",
+        "v = row_norm_grad((v,), (0 * h,),",
         "all",
     ),
     "dropped branch weight in backward": (
