@@ -29,8 +29,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYER_NORMS: Forwards = {nn.LayerNorm.forward: None}
 GROUP_NORMS: Forwards = {nn.GroupNorm.forward: None}
 SILUS: Forwards = {nn.SiLU.forward: None}
-# The same functions one by one: of torch's own classes a compiler asks for them in a third of the time of a look into a
-# table, all of which it reads and guards.
+# The same functions one by one: a compiler asks for them in a third of the time of a look into a table, all of which it
+# reads and guards. Asked of the layer's own class: torch 2.11's compiler guards no class that is compared alone.
 _CONV2D, _CONVOLVE2D = nn.Conv2d.forward, nn.Conv2d._conv_forward
 _LINEAR, _GROUP_NORM = nn.Linear.forward, nn.GroupNorm.forward
 DROPOUTS: Forwards = {nn.Dropout.forward: None}
@@ -127,10 +127,10 @@ def _is_plain_weight(t: Any) -> bool:
 def is_plain_conv(module: Any) -> bool:
     """A convolution whose forward is torch.convolution of its weight: no unknown subclass, zero padding, no patch."""
     kind: Any = type(module)
-    known = kind is nn.Conv2d and nn.Conv2d.forward is _CONV2D and nn.Conv2d._conv_forward is _CONVOLVE2D
     return (
-        (known or isinstance(module, CONVS) and kind.forward in _PLAIN_FORWARDS)
-        and (known or kind._conv_forward in _PLAIN_FORWARDS)
+        isinstance(module, CONVS)
+        and (kind.forward is _CONV2D or kind.forward in _PLAIN_FORWARDS)
+        and (kind._conv_forward is _CONVOLVE2D or kind._conv_forward in _PLAIN_FORWARDS)
         and "_conv_forward" not in module.__dict__
         and module._conv_forward is not None  # a compiler guards attributes, not what __dict__ lacks
         and "forward" not in module.__dict__
@@ -141,9 +141,10 @@ def is_plain_conv(module: Any) -> bool:
 
 def is_plain_linear(module: Any) -> bool:
     """A linear layer whose forward is F.linear of its weight, an ordinary tensor."""
-    known = type(module) is nn.Linear and nn.Linear.forward is _LINEAR
+    kind: Any = type(module)
     return (
-        (known or isinstance(module, nn.Linear) and type(module).forward in _PLAIN_FORWARDS)
+        isinstance(module, nn.Linear)
+        and (kind.forward is _LINEAR or kind.forward in _PLAIN_FORWARDS)
         and "forward" not in module.__dict__
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
@@ -162,9 +163,9 @@ def is_plain_norm(module: Any) -> bool:
 def is_group_norm(module: Any, swish: float = 0.0) -> bool:
     """A GroupNorm with parameters of its own (parametrized ones live elsewhere) that computes one, and then silu(y)
     where `swish` is 1: glide-text2im's norms hold their activation, as an attribute of that name."""
-    known = type(module) is nn.GroupNorm and nn.GroupNorm.forward is _GROUP_NORM
     return (
-        (known or isinstance(module, nn.GroupNorm) and computes(module, GROUP_NORMS))
+        isinstance(module, nn.GroupNorm)
+        and (type(module).forward is _GROUP_NORM or computes(module, GROUP_NORMS))
         and module._parameters.get("weight") is not None
         and module.__dict__.get("swish", 0.0) == swish
     )
