@@ -141,10 +141,9 @@ def is_plain_conv(module: Any) -> bool:
 
 def is_plain_linear(module: Any) -> bool:
     """A linear layer whose forward is F.linear of its weight, an ordinary tensor."""
-    kind: Any = type(module)
     return (
         isinstance(module, nn.Linear)
-        and (kind.forward is _LINEAR or kind.forward in _PLAIN_FORWARDS)
+        and (type(module).forward is _LINEAR or type(module).forward in _PLAIN_FORWARDS)
         and "forward" not in module.__dict__
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
