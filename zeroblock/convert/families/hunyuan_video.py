@@ -33,6 +33,11 @@ def _lengths(q: Any, kv: Any, most: Any, most_kv: Any) -> dict[str, Any]:
     return {"cu_seqlens_q": q, "cu_seqlens_kv": kv, "max_seqlen_q": most, "max_seqlen_kv": most_kv}
 
 
+def _as_musubi_attends(given: Given, block: Any, attn_mask: Any, total_len: Any) -> Given:
+    given.layers["attn"] |= {"attn_mask": attn_mask, "total_len": total_len, "mode": block.attn_mode}
+    return given
+
+
 def _two(
     block: Any,
     img: Tensor,
@@ -62,8 +67,7 @@ def _two_of_musubi(
     freqs_cis: Any = None,
 ) -> Given:
     given = _two(block, img, txt, vec, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, freqs_cis)
-    given.layers["attn"] |= {"attn_mask": attn_mask, "total_len": total_len, "mode": block.attn_mode}
-    return given
+    return _as_musubi_attends(given, block, attn_mask, total_len)
 
 
 def _two_of_15(
@@ -101,8 +105,7 @@ def _one_of_musubi(
     freqs_cis: Any = None,
 ) -> Given:
     given = _one(block, x, vec, txt_len, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv, freqs_cis)
-    given.layers["attn"] |= {"attn_mask": attn_mask, "total_len": total_len, "mode": block.attn_mode}
-    return given
+    return _as_musubi_attends(given, block, attn_mask, total_len)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
