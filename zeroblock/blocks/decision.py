@@ -160,8 +160,9 @@ def _bypassable_in_a_graph(waiting: list[nn.Module | None], may_draw: bool) -> b
         if m is not None:
             # Written with `and`, it is traced in half the time.
             unwatched = not m._forward_hooks and not m._forward_pre_hooks and not m._backward_hooks
-            # That `forward` is the class's it guards where it is read, not where it is looked for in __dict__.
-            if not unwatched or m._backward_pre_hooks or "forward" in m.__dict__ or m.forward is None:
+            # That `forward` is the class's it guards where it is read, not where it is looked for among the instance's
+            # own (vars, which it traces in less time than __dict__).
+            if not unwatched or m._backward_pre_hooks or "forward" in vars(m) or m.forward is None:
                 return False
             if isinstance(m, _NormBase) and m.training or not may_draw and draws(m):
                 return False
@@ -173,7 +174,7 @@ def _bypassable_in_a_graph(waiting: list[nn.Module | None], may_draw: bool) -> b
 def is_watched(m: nn.Module) -> bool:
     """Whether hooks of this module, or a forward of the instance's own, would not be called if it were bypassed."""
     hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-    return any(hooks) or "forward" in m.__dict__ or m.forward is None  # the last: for a compiler's guards, as above
+    return any(hooks) or "forward" in vars(m) or m.forward is None  # the last: for a compiler's guards, as above
 
 
 _READ = ("training", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

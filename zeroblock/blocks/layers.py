@@ -131,9 +131,9 @@ def is_plain_conv(module: Any) -> bool:
         isinstance(module, CONVS)
         and (kind.forward is _CONV2D or kind.forward in _PLAIN_FORWARDS)
         and (kind._conv_forward is _CONVOLVE2D or kind._conv_forward in _PLAIN_FORWARDS)
-        and "_conv_forward" not in module.__dict__
+        and "_conv_forward" not in vars(module)
         and module._conv_forward is not None  # a compiler guards attributes, not what __dict__ lacks
-        and "forward" not in module.__dict__
+        and "forward" not in vars(module)
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
         and module.padding_mode == "zeros"
     )
@@ -144,7 +144,7 @@ def is_plain_linear(module: Any) -> bool:
     return (
         isinstance(module, nn.Linear)
         and (type(module).forward is _LINEAR or type(module).forward in _PLAIN_FORWARDS)
-        and "forward" not in module.__dict__
+        and "forward" not in vars(module)
         and (type(weight := module._parameters.get("weight")) in _PLAIN_WEIGHTS or is_whole(weight))
     )
 
@@ -166,7 +166,7 @@ def is_group_norm(module: Any, swish: float = 0.0) -> bool:
         isinstance(module, nn.GroupNorm)
         and (type(module).forward is _GROUP_NORM or computes(module, GROUP_NORMS))
         and module._parameters.get("weight") is not None
-        and module.__dict__.get("swish", 0.0) == swish
+        and vars(module).get("swish", 0.0) == swish
     )
 
 
@@ -186,8 +186,8 @@ def is_unit_conv(module: Any) -> bool:
     beside: video autoencoders pad in a forward of their own."""
     return (
         isinstance(module, CONVS)
-        and "forward" not in module.__dict__
-        and "_conv_forward" not in module.__dict__
+        and "forward" not in vars(module)
+        and "_conv_forward" not in vars(module)
         and module._conv_forward is not None
         and _is_plain_weight(module._parameters.get("weight"))
         and module.groups == 1
