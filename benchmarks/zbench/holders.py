@@ -9,15 +9,19 @@ import collections
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch._C._profiler import _EventType
+from torch.utils.checkpoint import checkpoint
 
 from . import whole
 from .case import module_work
 from .peak import most_resident
 
+BLOCKS = ("ResBlock", "ResnetBlock2D", "DiTBlock", "BasicTransformerBlock")
 _FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 
 
@@ -95,14 +99,30 @@ def _holder(event) -> str:
     return f"{names[0]} < {outer}" if names else "elsewhere"
 
 
+def _checkpoint_blocks(model: nn.Module) -> None:
+    """Has backward compute each residual block of the model again, as most training scripts can be told to."""
+    for kind in {type(m) for m in model.modules() if type(m).__name__ in BLOCKS}:
+        kind.forward = _checkpointed(kind.forward)  # of this process
+
+
+def _checkpointed(forward: Callable) -> Callable:
+    def again(self, *args, **kwargs):
+        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
+
+    return again
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", choices=whole.MODELS)
     parser.add_argument("side", choices=whole.SIDES)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--checkpoint", action="store_true", help="backward computes each block again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, x = whole.build(options.op, options.side, "training", options.quick)
+    if options.checkpoint:
+        _checkpoint_blocks(model)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     work = module_work(model, model, (x,), "training")
     before, process = heap(), most_resident()

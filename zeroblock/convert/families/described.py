@@ -43,7 +43,7 @@ class DescribedFamily(Family):
 
     description: ClassVar[GatedBlock]
     wrappers: ClassVar[tuple[str, ...]]  # modules around norms, which are not called themselves
-    calls_functions: ClassVar[bool]  # norms that are no modules
+    left_to_compilers: ClassVar[bool]
     alone: ClassVar[bool]  # the layers see nothing but their tokens
     gate: ClassVar[int | None]  # the row that is, where there is one branch and one linear gives its rows
     seams: ClassVar[bool]  # the rows are known before the block that comes before has returned
@@ -194,8 +194,8 @@ class DescribedFamily(Family):
     def _takes(self, streams: tuple[Any, ...]) -> bool:
         """[B, T, D]; [N, D] where the layers see nothing but that. For training, a compiler fuses the original as
         well."""
-        if self.calls_functions and is_compiling():
-            return False  # their stand-ins are made at the first call
+        if self.left_to_compilers and is_compiling():
+            return False
         for x in streams:
             if (
                 not isinstance(x, Tensor)
@@ -256,10 +256,16 @@ def family_of(description: GatedBlock) -> type[Family]:
     if d.given is None:
         branches = (b if b.call is None else dataclasses.replace(b, call=with_arguments(b.call)) for b in d.branches)
         d = dataclasses.replace(d, branches=tuple(branches))
-    norms = [part.norm for b in d.branches for part in b.parts() if isinstance(part.norm, str)]
+    parts = [part for b in d.branches for part in b.parts()]
+    norms = [part.norm for part in parts if isinstance(part.norm, str)]
+    # A norm that is a function has a stand-in, made at the first call. And norms and sums alone a compiler fuses with
+    # what surrounds them, while tracing ours would cost it more than half as much again (compile_times.py, control-xs).
+    functions = any(isinstance(part.norm, float) for part in parts)
+    plain = all(part.shift is None and part.scale is None and part.gate is None for part in parts)
+    plain = plain and all(b.last is None for b in d.branches)
     fields = {
         "description": d,
-        "calls_functions": any(isinstance(part.norm, float) for b in d.branches for part in b.parts()),
+        "left_to_compilers": functions or plain,
         "alone": all(b.call is None for b in d.branches),
         "gate": d.branches[0].gate if len(d.linears) == 1 == len(d.branches) and not d.branches[0].context else None,
         "seams": d.rows is not None and d.first is None,
