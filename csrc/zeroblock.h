@@ -94,6 +94,15 @@ struct LayerNormModulate {
   float* workspace;
 };
 
+// The same with a second modulation, y2 = xhat * (1 + scale2) + shift2: neither weight nor bias, all operands per
+// sample.
+struct LayerNormModulateTwo : LayerNormModulate {
+  Rows shift2, scale2;
+  void* y2;
+  const void* dy2;
+  float *dshift2, *dscale2;  // [B, D] or null
+};
+
 // y = residual + gate * branch, all dense [B, T, D]; gate a Rows, of type dtype where per_token, or one number for all
 // (scalar_gate).
 struct GateResidual {
@@ -274,6 +283,9 @@ struct RowKernels {
   void (*gate_residual_fwd)(const GateResidual&, ParallelFor);
   void (*gate_residual_bwd)(const GateResidual&, ParallelFor);
   int64_t (*gate_residual_bwd_workspace)(const GateResidual&);
+  void (*layer_norm_modulate_two_fwd)(const LayerNormModulateTwo&, ParallelFor);
+  void (*layer_norm_modulate_two_bwd)(const LayerNormModulateTwo&, ParallelFor);
+  int64_t (*layer_norm_modulate_two_bwd_workspace)(const LayerNormModulateTwo&);
 };
 
 struct GatedNormKernels {
