@@ -38,21 +38,16 @@ struct GroupNormSilu {
   int64_t frames = 1;
   float eps;
   const void* x;
-  const float* weight;  // [C] or null (1)
-  const float* bias;    // [C] or null (0)
-  const float* scale;   // [N, C] or null (0)
-  const float* shift;   // [N, C] or null (0)
-  float* mean;          // written by fwd, read by bwd
-  float* rstd;
-  void* y;  // fwd only
+  const float *weight, *bias;  // [C] or null (1, 0)
+  const float *scale, *shift;  // [N, C] or null (0)
+  float *mean, *rstd;          // written by fwd, read by bwd
+  void* y;                     // fwd only
   // backward
   const void* dy;  // same layout as x
   void* dx;
-  float* dweight;    // [C] or null
-  float* dbias;      // [C] or null
-  float* dscale;     // [N, C] or null
-  float* dshift;     // [N, C] or null
-  float* workspace;  // as many floats as the matching *_workspace function says
+  float *dweight, *dbias;  // [C] or null
+  float *dscale, *dshift;  // [N, C] or null
+  float* workspace;        // as many floats as the matching *_workspace function says
 };
 
 // The same with statistics over the C channels of each pixel, and no mean: G is 1, mean null, rstd [N, S] is 1 /
@@ -78,20 +73,26 @@ struct LayerNormModulate {
   int64_t B, T, D;
   float eps;
   const void* x;
-  const float* weight;  // [D] or null
-  const float* bias;    // [D] or null
+  const float *weight, *bias;  // [D] or null
   Rows shift, scale;
-  float* mean;
-  float* rstd;
+  float *mean, *rstd;
   void* y;
   // backward; a per-token dshift is dy itself and is never asked for
   const void* dy;
   void* dx;
-  float* dweight;  // [D] or null
-  float* dbias;    // [D] or null
-  float* dshift;   // [B, D] or null
-  void* dscale;    // per_token ? of the type of scale, [B, T, D] : fp32 [B, D]; or null
+  float *dweight, *dbias;  // [D] or null
+  float* dshift;           // [B, D] or null
+  void* dscale;            // per_token ? of the type of scale, [B, T, D] : fp32 [B, D]; or null
   float* workspace;
+};
+
+// The same with a second modulation, y2 = xhat * (1 + scale2) + shift2: neither weight nor bias, all operands per
+// sample.
+struct LayerNormModulateTwo : LayerNormModulate {
+  Rows shift2, scale2;
+  void* y2;
+  const void* dy2;
+  float *dshift2, *dscale2;  // [B, D] or null
 };
 
 // y = residual + gate * branch, all dense [B, T, D]; gate a Rows, of type dtype where per_token, or one number for all
@@ -99,8 +100,7 @@ struct LayerNormModulate {
 struct GateResidual {
   DType dtype;
   int64_t B, T, D;
-  const void* residual;
-  const void* branch;
+  const void *residual, *branch;
   Rows gate;
   const float* scalar_gate;  // one element, or null
   void* y;
@@ -119,13 +119,11 @@ struct GateResidualLayerNormModulate {
   DType dtype;
   int64_t B, T, D;
   float eps;
-  const void* residual;
-  const void* branch;
+  const void *residual, *branch;
   Rows gate, shift, scale;
   void* x_new;  // written by fwd, read by bwd
   void* y;
-  float* mean;
-  float* rstd;
+  float *mean, *rstd;
   // backward
   const void* dx_new;  // or null (0)
   const void* dy;
@@ -274,6 +272,9 @@ struct RowKernels {
   void (*gate_residual_fwd)(const GateResidual&, ParallelFor);
   void (*gate_residual_bwd)(const GateResidual&, ParallelFor);
   int64_t (*gate_residual_bwd_workspace)(const GateResidual&);
+  void (*layer_norm_modulate_two_fwd)(const LayerNormModulateTwo&, ParallelFor);
+  void (*layer_norm_modulate_two_bwd)(const LayerNormModulateTwo&, ParallelFor);
+  int64_t (*layer_norm_modulate_two_bwd_workspace)(const LayerNormModulateTwo&);
 };
 
 struct GatedNormKernels {

@@ -65,6 +65,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_bwd(Tenso
           as_gradient(dbias, bias)};
 }
 
+// One norm, two modulations: all operands [B, D] or none.
+LayerNormModulateTwo two_params(const Tensor& x, const MaybeTensor& shift, const MaybeTensor& scale,
+                                const MaybeTensor& shift2, const MaybeTensor& scale2, bool rms,
+                                std::vector<Tensor>& copies) {
+  LayerNormModulateTwo p{};
+  static_cast<LayerNormModulate&>(p) = layer_norm_params(x, shift, scale, {}, {}, rms, copies);
+  p.shift2 = as_rows(shift2, x, copies, "shift2");
+  p.scale2 = as_rows(scale2, x, copies, "scale2");
+  STD_TORCH_CHECK(!p.shift.per_token && !p.scale.per_token && !p.shift2.per_token && !p.scale2.per_token,
+                  "zeroblock: two modulations take one row for each sample");
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_two(Tensor x, MaybeTensor shift, MaybeTensor scale,
+                                                                   MaybeTensor shift2, MaybeTensor scale2, double eps,
+                                                                   bool rms) {
+  std::vector<Tensor> copies;
+  LayerNormModulateTwo p = two_params(x, shift, scale, shift2, scale2, rms, copies);
+  Tensor y = dense_like(x), y2 = dense_like(x);
+  Tensor mean = rms ? absent() : f32(x, {p.B, p.T}), rstd = f32(x, {p.B, p.T});
+  p.eps = static_cast<float>(eps);
+  p.y = y.mutable_data_ptr();
+  p.y2 = y2.mutable_data_ptr();
+  p.mean = rms ? nullptr : data<float>(mean);
+  p.rstd = data<float>(rstd);
+  kernels().layer_norm_modulate_two_fwd(p, parallel_for);
+  return {y, y2, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_modulate_two_bwd(Tensor dy, Tensor dy2, Tensor x,
+                                                                               MaybeTensor mean, Tensor rstd,
+                                                                               MaybeTensor shift, MaybeTensor scale,
+                                                                               MaybeTensor shift2, MaybeTensor scale2,
+                                                                               bool rms) {
+  std::vector<Tensor> copies;
+  LayerNormModulateTwo p = two_params(x, shift, scale, shift2, scale2, rms, copies);
+  for (const Tensor* t : {&dy, &dy2}) check_like(*t, x, "dy and dy2"), check_tokens(*t, "dy and dy2");
+  p.mean = const_cast<float*>(as_f32(mean, p.B * p.T, copies, "mean"));
+  STD_TORCH_CHECK(rms || mean, "zeroblock: mean must be given");
+  p.rstd = const_cast<float*>(as_f32(rstd, p.B * p.T, copies, "rstd"));
+  p.dy = dy.const_data_ptr();
+  p.dy2 = dy2.const_data_ptr();
+  Tensor dx = dense_like(x);
+  p.dx = dx.mutable_data_ptr();
+  const auto gradient = [&](const MaybeTensor& operand) { return operand ? f32(x, {p.B, p.D}) : absent(); };
+  Tensor dshift = gradient(shift), dscale = gradient(scale), dshift2 = gradient(shift2), dscale2 = gradient(scale2);
+  if (shift) p.dshift = data<float>(dshift);
+  if (scale) p.dscale = dscale.mutable_data_ptr();
+  if (shift2) p.dshift2 = data<float>(dshift2);
+  if (scale2) p.dscale2 = data<float>(dscale2);
+  const Workspace workspace(kernels().layer_norm_modulate_two_bwd_workspace(p));
+  p.workspace = workspace.data.get();
+  kernels().layer_norm_modulate_two_bwd(p, parallel_for);
+  return {dx, as_gradient(dshift, shift), as_gradient(dscale, scale), as_gradient(dshift2, shift2),
+          as_gradient(dscale2, scale2)};
+}
+
 // ---- gate_residual --------------------------------------------------------------------------------------------------
 
 Rows gate_rows(const Tensor& gate, const Tensor& branch, std::vector<Tensor>& copies) {
@@ -188,6 +245,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
   m.def(
       "_layer_norm_modulate_bwd(Tensor dy, Tensor x, Tensor? mean, Tensor rstd, Tensor? shift, Tensor? scale, "
       "Tensor? weight, Tensor? bias, bool rms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_layer_norm_modulate_two(Tensor x, Tensor? shift, Tensor? scale, Tensor? shift2, Tensor? scale2, float eps, "
+      "bool rms) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_layer_norm_modulate_two_bwd(Tensor dy, Tensor dy2, Tensor x, Tensor? mean, Tensor rstd, Tensor? shift, "
+      "Tensor? scale, Tensor? shift2, Tensor? scale2, bool rms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_gate_residual(Tensor residual, Tensor gate, Tensor branch) -> Tensor");
   m.def(
       "_gate_residual_bwd(Tensor dy, Tensor gate, Tensor branch, bool need_dgate, bool need_dbranch) "
@@ -203,6 +266,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(zeroblock, m) {
 STABLE_TORCH_LIBRARY_IMPL(zeroblock, CPU, m) {
   m.impl("_layer_norm_modulate", TORCH_BOX(&layer_norm_modulate));
   m.impl("_layer_norm_modulate_bwd", TORCH_BOX(&layer_norm_modulate_bwd));
+  m.impl("_layer_norm_modulate_two", TORCH_BOX(&layer_norm_modulate_two));
+  m.impl("_layer_norm_modulate_two_bwd", TORCH_BOX(&layer_norm_modulate_two_bwd));
   m.impl("_gate_residual", TORCH_BOX(&gate_residual));
   m.impl("_gate_residual_bwd", TORCH_BOX(&gate_residual_bwd));
   m.impl("_gate_residual_layer_norm_modulate", TORCH_BOX(&gate_residual_layer_norm_modulate));

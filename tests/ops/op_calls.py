@@ -81,6 +81,11 @@ def forward_calls(make: Make) -> dict[str, list[tuple]]:
             (t, n(2, 5, 8), n(2, 5, 8), None, 1e-6),
             (t, None, None, None, 1e-6),
         ],
+        "norm_modulate_two": [
+            (t, u, n(2, 8), n(2, 8), n(2, 8), 1e-6, False),
+            (t, u, None, None, n(2, 8), 1e-6, True),
+            (t, None, None, None, None, 1e-6, False),
+        ],
         "gate_residual": [(t, g, n(2, 5, 8)) for g in (u, v, n(2, 5, 8), n(1))] + [(x, n(1), n(2, 8, 5, 3))],
         "gate_residual_layer_norm_modulate": [
             (t, u, n(2, 5, 8), n(2, 8), n(2, 8), 1e-6),
@@ -146,6 +151,10 @@ def backward_calls(op: str, args: tuple, out: tuple, like: Make) -> list[tuple]:
     if op == "rms_norm_modulate":
         x, shift, scale, w, _ = args
         return [(dy, x, out[1], shift, scale, w)]
+    if op == "norm_modulate_two":
+        rest = (args[0], *out[2:], *args[1:5], args[6])
+        dy2 = like(*out[1].shape)
+        return [(dy, dy2, *rest), (dy, None, *rest), (None, dy2, *rest)]
     if op == "gate_residual":
         return [(dy, args[1], args[2], True, True), (dy, args[1], args[2], False, True), (dy, *args[1:], True, False)]
     if op == "gate_residual_layer_norm_modulate":

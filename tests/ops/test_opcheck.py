@@ -26,7 +26,8 @@ FORWARD = tuple(forward_calls(maker(F32, "contiguous")))
 ALL_OPS = (*FORWARD, *(f"{op}_bwd" for op in FORWARD))
 # The derivative is tested where it is registered: the backward ops themselves carry none.
 DIFFERENTIABLE = {
-    op: 2 if op in ("gate_residual_layer_norm_modulate", "residual_norm_modulate") else 1 for op in FORWARD
+    op: 2 if op in ("gate_residual_layer_norm_modulate", "norm_modulate_two", "residual_norm_modulate") else 1
+    for op in FORWARD
 }
 
 
@@ -136,6 +137,8 @@ SCHEMAS = {
     "layer_norm_modulate": "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps) "
     "-> (Tensor, Tensor, Tensor)",
     "rms_norm_modulate": "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    "norm_modulate_two": "(Tensor x, Tensor? shift, Tensor? scale, Tensor? shift2, Tensor? scale2, float eps, "
+    "bool rms) -> (Tensor, Tensor, Tensor, Tensor)",
     "gate_residual": "(Tensor residual, Tensor gate, Tensor branch) -> Tensor",
     "gate_residual_layer_norm_modulate": "(Tensor residual, Tensor gate, Tensor branch, Tensor shift, Tensor scale, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor)",

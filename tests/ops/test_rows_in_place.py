@@ -75,13 +75,61 @@ def test_gradients_that_are_one_are_one_tensor():
 
 
 def test_a_second_modulation_is_a_plain_one(monkeypatch):
-    """Neither of them goes the way of operands of every form."""
+    """Neither of them goes the way of operands of every form; where all are rows of samples, one op has both."""
     x, rows = torch.randn(2, 6, 40), torch.randn(4, 2, 40).unbind()
     monkeypatch.setattr("zeroblock.functional.tokens.residual_norm", lambda *args: pytest.fail("the general form"))
+    calls, op = [], zb.ops.norm_modulate_two
+    monkeypatch.setattr(zb.ops, "norm_modulate_two", lambda *args: calls.append(args) or op(*args))
     for function in (zb.layer_norm_modulate, zb.rms_norm_modulate):
         y, y2 = function(x, *rows[:2], second=rows[2:])
         assert_bitwise_equal(y, function(x, *rows[:2]))
         assert_bitwise_equal(y2, function(x, *rows[2:]))
+    assert len(calls) == 2
+    zb.layer_norm_modulate(x, *rows[:2], second=(None, torch.randn(2, 6, 40)))
+    assert len(calls) == 2
+
+
+def _two(function, x, rows, dy, dy2):
+    """Results and gradients of both modulations, in one call and in two."""
+    y, y2 = function(x, *rows[:2], second=tuple(rows[2:]))
+    apart = function(x, *rows[:2]), function(x, *rows[2:])
+    leaves = [t for t in (x, *rows) if t is not None]
+    grads = [torch.autograd.grad(results, leaves, (dy, dy2)) for results in ((y, y2), apart)]
+    return (y, y2), apart, *grads
+
+
+@pytest.mark.parametrize("function", [zb.layer_norm_modulate, zb.rms_norm_modulate])
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16, torch.float64])
+@pytest.mark.parametrize("tokens", [(2, 70, 40), (1, 9, 131), (2, 5, 1100)])
+def test_two_modulations_at_once_are_those_of_two_calls(tokens, dtype, function):
+    """Bit for bit, but for the gradient of x, which is rounded once instead of three times."""
+    generator = torch.Generator().manual_seed(0)
+    B, _, D = tokens
+    x, rows = _drawn(generator, tokens, dtype), [_drawn(generator, (B, D), dtype) for _ in range(4)]
+    grads = [torch.randn(tokens, generator=generator).to(dtype) for _ in range(2)]
+    if D == 131:
+        rows[0] = rows[3] = None
+    results, apart, mine, expected = _two(function, x, rows, *grads)
+    for a, b in zip((*results, *mine[1:]), (*apart, *expected[1:]), strict=True):
+        assert_bitwise_equal(a, b)
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, *rows, *grads)]
+    exact = _two(function, wide[0], wide[1:5], *wide[5:])[2][0]
+    error, allowed = ((g.double() - exact).abs().max() for g in (mine[0], expected[0]))
+    assert error <= allowed * (1.01 if dtype.itemsize == 2 else 2) + 1e-14
+
+
+@pytest.mark.parametrize("function", [zb.layer_norm_modulate, zb.rms_norm_modulate])
+def test_one_of_two_modulations_alone_has_a_gradient(function):
+    generator = torch.Generator().manual_seed(0)
+    x, rows = _drawn(generator, (2, 6, 40), FP32), [_drawn(generator, (2, 40), FP32) for _ in range(4)]
+    for k in range(2):
+        results = function(x, *rows[:2], second=tuple(rows[2:]))
+        mine = torch.autograd.grad(results[k].square().sum(), (x, *rows), allow_unused=True)
+        pair = rows[2 * k : 2 * k + 2]
+        expected = torch.autograd.grad(function(x, *pair).square().sum(), (x, *pair))
+        assert all(g is None for g in mine[3 - 2 * k : 5 - 2 * k])
+        for a, b in zip((mine[0], *mine[1 + 2 * k : 3 + 2 * k]), expected, strict=True):
+            assert_bitwise_equal(a, b)
 
 
 @pytest.mark.parametrize("norm", [None, "layer"])

@@ -132,6 +132,38 @@ class NormsGates:
         """The gradients of (x, shift, scale, weight, bias)."""
         raise NotImplementedError
 
+    def norm_modulate_two(
+        self,
+        x: Tensor,
+        shift: MaybeTensor,
+        scale: MaybeTensor,
+        shift2: MaybeTensor,
+        scale2: MaybeTensor,
+        eps: float,
+        rms: bool,
+    ) -> tuple[Tensor, Tensor, MaybeTensor, Tensor]:
+        """(y, y2, mean, rstd): two of `layer_norm_modulate`, here one after the other."""
+        y, mean, rstd = self.layer_norm_modulate(x, shift, scale, None, None, eps, rms)
+        return y, self.layer_norm_modulate(x, shift2, scale2, None, None, eps, rms)[0], mean, rstd
+
+    def norm_modulate_two_bwd(
+        self,
+        dy: Tensor,
+        dy2: Tensor,
+        x: Tensor,
+        mean: MaybeTensor,
+        rstd: Tensor,
+        shift: MaybeTensor,
+        scale: MaybeTensor,
+        shift2: MaybeTensor,
+        scale2: MaybeTensor,
+        rms: bool,
+    ) -> NormGrads:
+        """The gradients of (x, shift, scale, shift2, scale2)."""
+        one = self.layer_norm_modulate_bwd(dy, x, mean, rstd, shift, scale, None, None, rms)
+        two = self.layer_norm_modulate_bwd(dy2, x, mean, rstd, shift2, scale2, None, None, rms)
+        return one[0] + two[0], *one[1:3], *two[1:3]
+
     def gate_residual(self, residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         """residual + gate * branch."""
         raise NotImplementedError

@@ -36,6 +36,8 @@ _native = getattr(torch.ops, NAMESPACE)
 # Bound once: looking an overload up costs as much as a small kernel (benchmarks/overhead.py).
 _layer_norm_modulate = _native._layer_norm_modulate.default
 _layer_norm_modulate_bwd = _native._layer_norm_modulate_bwd.default
+_two = _native._layer_norm_modulate_two.default
+_two_bwd = _native._layer_norm_modulate_two_bwd.default
 _gate_residual = _native._gate_residual.default
 _gate_residual_bwd = _native._gate_residual_bwd.default
 _gate_norm = _native._gate_residual_layer_norm_modulate.default
@@ -128,6 +130,34 @@ class Cpu(CpuImages, CpuRows):
         # The gradient of a per-token shift is dy, as a tensor of its own.
         dshift = dshift if row_shift is shift else like(dy.clone(), shift)
         return dx, dshift, like(dscale, scale), dweight, dbias
+
+    def norm_modulate_two(
+        self,
+        x: Tensor,
+        shift: MaybeTensor,
+        scale: MaybeTensor,
+        shift2: MaybeTensor,
+        scale2: MaybeTensor,
+        eps: float,
+        rms: bool,
+    ) -> tuple[Tensor, Tensor, MaybeTensor, Tensor]:
+        return _two(x.contiguous(), shift, scale, shift2, scale2, eps, rms)  # type: ignore[no-any-return]
+
+    def norm_modulate_two_bwd(
+        self,
+        dy: Tensor,
+        dy2: Tensor,
+        x: Tensor,
+        mean: MaybeTensor,
+        rstd: Tensor,
+        shift: MaybeTensor,
+        scale: MaybeTensor,
+        shift2: MaybeTensor,
+        scale2: MaybeTensor,
+        rms: bool,
+    ) -> tuple[Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]:
+        grads = (dy.contiguous(), dy2.contiguous(), x.contiguous(), mean, rstd)
+        return _two_bwd(*grads, shift, scale, shift2, scale2, rms)  # type: ignore[no-any-return]
 
     def gate_residual(self, residual: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
         one_dtype = residual.dtype == branch.dtype == gate.dtype

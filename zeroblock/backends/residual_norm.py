@@ -168,6 +168,10 @@ def native_backward(
     needed: Needed,
 ) -> ResidualNormGrads:
     """index: with what a backend makes of it."""
+    bits = 0
+    for i, wanted in enumerate(needed):
+        if wanted:
+            bits |= 1 << i
     grads = op(
         None if dx_new is None else dx_new.contiguous(),
         None if dy is None else dy.contiguous(),
@@ -177,6 +181,6 @@ def native_backward(
         *native_norm(norm),
         *index,
         DTYPE_IDS[residual_dtype],
-        sum(1 << i for i, n in enumerate(needed) if n),
+        bits,
     )
     return ResidualNormGrads(*grads)

@@ -11,11 +11,13 @@ from torch.compiler import is_compiling
 
 from .. import _checks, ops, zero
 from .. import reference as ref
+from ..backends.base import MaybeTensor
 from . import operands
 from .general import NORMS, Modulated, residual_norm
 from .rounding import eager_norm
 
 Pair = tuple[Tensor | None, Tensor | None]  # shift and scale
+Four = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
 
 
 @overload
@@ -81,8 +83,8 @@ def layer_norm_modulate(
         shift_table, scale_table: [D] or None, added to every row of shift and scale in fp32.
         index: [T] or [B, T], int32 or int64: shift and scale are then rows [K, D] or [B, K, D], of which token t takes
             row index[b, t]. In [0, K): else ValueError on a CPU, and the nearest row on a GPU.
-        second: (shift, scale) of a second modulation of the same norm, with the same tables: (y, y2) is returned. The
-            norm is computed twice.
+        second: (shift, scale) of a second modulation of the same norm, with the same tables: (y, y2) is returned. On a
+            CPU, where all operands are [B, D] and no more is given, x is read once, else once for each.
         y_dtype: of y; None: that of x.
         rounding: "once", or "eager": PyTorch's operators one after another, with their roundings.
 
@@ -129,9 +131,30 @@ def layer_norm_modulate(
 def _twice(
     norm: Callable[..., Any], x: Tensor, first: Pair, second: Pair, shared: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
+    op = norm.__name__
     if not isinstance(second, tuple) or len(second) != 2:
-        raise TypeError(f"{norm.__name__}: second must be (shift, scale), got {type(second).__name__}")
+        raise TypeError(f"{op}: second must be (shift, scale), got {type(second).__name__}")
+    if (rows := _two_rows(op, x, first, second, shared)) is not None and not zero.transforms_active():
+        return ops.norm_modulate_two(x, *rows, float(shared["eps"]), norm is rms_norm_modulate)[:2]
     return norm(x, *first, **shared), norm(x, *second, **shared)
+
+
+def _two_rows(op: str, x: Tensor, first: Pair, second: Pair, shared: dict[str, Any]) -> Four | None:
+    """The four operands for the op of both modulations: on a CPU, one row for each sample, and nothing else given."""
+    if any(v is not None for arg, v in shared.items() if arg not in ("eps", "rounding")):
+        return None
+    if shared["rounding"] != "once" or not isinstance(x, Tensor) or not x.is_cpu or x.dim() != 3:
+        return None
+    rows = (*first, *second)
+    size = (x.shape[0], x.shape[2])
+    if any(v is not None and (not isinstance(v, Tensor) or v.shape != size) for v in rows):
+        return None
+    if not is_compiling():
+        names = {"shift": rows[0], "scale": rows[1], "second[0]": rows[2], "second[1]": rows[3]}
+        _checks.floating(op, 1, x=x, **names)
+        _checks.tokens(op, "x", x)
+        _checks.eps_value(op, shared["eps"])
+    return None if operands.needs_fp64(x, *rows) else rows
 
 
 def _modulated(op: str, x: Tensor, a: Modulated, index: Tensor | None, rounding: str) -> Tensor:

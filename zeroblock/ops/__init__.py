@@ -14,6 +14,7 @@ from .is_zero import is_zero
 from .layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_bwd
 from .layer_norm_modulate_linear import layer_norm_modulate_linear, layer_norm_modulate_linear_bwd
 from .linear_gate_residual import linear_gate_residual, linear_gate_residual_bwd
+from .norm_modulate_two import norm_modulate_two, norm_modulate_two_bwd
 from .residual_norm_modulate import residual_norm_modulate, residual_norm_modulate_bwd
 from .rms_norm_modulate import rms_norm_modulate, rms_norm_modulate_bwd
 
@@ -37,6 +38,8 @@ __all__ = [
     "layer_norm_modulate_linear_bwd",
     "linear_gate_residual",
     "linear_gate_residual_bwd",
+    "norm_modulate_two",
+    "norm_modulate_two_bwd",
     "residual_norm_modulate",
     "residual_norm_modulate_bwd",
     "rms_norm_modulate",

@@ -26,7 +26,7 @@ _OPERANDS = (
     "float branch_eps, int norm, Tensor? weight, Tensor? bias, Tensor? shift, Tensor? shift_table, Tensor? scale, "
     "Tensor? scale_table, Tensor? index, float eps, ScalarType x_dtype, ScalarType y_dtype"
 )
-_AT = (0, 1, 2, 5, 8, 9, 10, 11, 12, 13)  # where `differentiable` stands among the operands; then comes the index
+_NOTHING = (None,) * 4  # the gradients of what follows them
 _SHIFT = 5  # the shift's place among the gradients after the branch's
 
 
@@ -153,23 +153,32 @@ def residual_norm_modulate_bwd(
     tensors = (dx_new, dy, x, mean, rstd, branch_rstd)
     if not direct and (route := BACKWARD.route(*tensors, *given.differentiable(), given.index)):
         return route(*tensors, *operands)
+    grads = _run_backward(tensors, given, residual_dtype, Needed(*needed))
+    return ResidualNormGrads(*(g if n else None for g, n in zip(grads, needed, strict=True)))
+
+
+def _run_backward(
+    tensors: Sequence[MaybeTensor], given: Operands, residual_dtype: torch.dtype, needed: Needed
+) -> ResidualNormGrads:
+    dx_new, dy, x, mean, rstd, branch_rstd = tensors
     branch, norm = given.parts()
     if dy is None:
         norm = None
+    if norm is None:
+        x = None
     stats = Stats(
         mean if norm is not None and not norm.rms else None,
         rstd if norm is not None else None,
         branch_rstd if given.branch_rms else None,
     )
-    x = x if norm is not None else None
     first = given.branch if given.branch is not None else x
     assert first is not None
     grads = select("residual_norm_modulate_bwd", first).residual_norm_modulate_bwd(
-        dx_new, dy, x, stats, branch, norm, given.index, residual_dtype, Needed(*needed)
+        dx_new, dy, x, stats, branch, norm, given.index, residual_dtype, needed
     )
     if dy is None:
         grads = ResidualNormGrads(*grads[:5], *(_zeros(t) for t in given.differentiable()[4:]))
-    return ResidualNormGrads(*(g if n else None for g, n in zip(grads, needed, strict=True)))
+    return grads
 
 
 def _zeros(t: MaybeTensor) -> MaybeTensor:
@@ -232,10 +241,8 @@ def _of_results(given: Operands, dx_new: MaybeTensor, dy: MaybeTensor) -> tuple[
 
 def _in_place(grads: Sequence[MaybeTensor]) -> list[MaybeTensor]:
     """The gradients of residual and the operands that have one, as those of all inputs."""
-    results: list[MaybeTensor] = [None] * (1 + len(Operands._fields))
-    for i, grad in zip((0, *(1 + i for i in _AT)), grads, strict=True):
-        results[i] = grad
-    return results
+    residual, branch, gate, gate_table, branch_weight, *of_norm = grads
+    return [residual, branch, gate, gate_table, None, None, branch_weight, None, None, *of_norm, *_NOTHING]
 
 
 @FORWARD.backward(_double_backward)
@@ -252,14 +259,21 @@ def _backward(
         given = given._replace(branch=saved[0].to(given.branch.dtype))  # type: ignore[union-attr]
     # Without dy the gradient of the residual is dx_new; a branch that is merely added has the residual's; and a shift
     # that each token has of its own has dy.
-    wanted = Needed(needed[0] and dy is not None, *(needed[1 + i] for i in _AT))
-    shared = wanted.residual and wanted.branch and merely_added and given.branch.dtype == residual_dtype  # type: ignore[union-attr]
-    own_dy = wanted.shift and dy is not None and _is_of_each_token(given.shift, given.index, dy)
-    reduced = wanted._replace(branch=wanted.branch and not shared, shift=wanted.shift and not own_dy)
-    dresidual, dbranch, *grads = residual_norm_modulate_bwd(dx_new, dy, *saved, *given, residual_dtype, list(reduced))
+    residual, branch, gate, gate_table, _, _, branch_weight, _, _, weight, bias, shift, *of_norm = needed[:15]
+    residual = residual and dy is not None
+    shared = residual and branch and merely_added and given.branch.dtype == residual_dtype  # type: ignore[union-attr]
+    own_dy = shift and dy is not None and _is_of_each_token(given.shift, given.index, dy)
+    of_branch = (branch and not shared, gate, gate_table, branch_weight)
+    reduced = Needed(residual, *of_branch, weight, bias, shift and not own_dy, *of_norm)
+    tensors = (dx_new, dy, *saved)
+    if route := BACKWARD.route(*tensors, *given.differentiable(), given.index):
+        grads = route(*tensors, *given, residual_dtype, list(reduced))
+    else:
+        grads = _run_backward(tensors, given, residual_dtype, reduced)
+    dresidual, dbranch, *grads = grads
     if own_dy:
         grads[_SHIFT] = dy
-    dresidual = dresidual if wanted.residual else None
+    dresidual = dresidual if residual else None
     return _in_place((dresidual, dresidual if shared else dbranch, *grads))
 
 
