@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
+from ...blocks import video
 from ...blocks.activated import Activate, Conv, activated_conv
+from ...blocks.broadcast import same_batch
 from ...blocks.decision import bypassable
 from ...blocks.layers import SILUS, computes
 from ..family import Family, lacks, register
@@ -75,6 +77,52 @@ class LTX2AudioResnetBlock(VideoResnet):
     def forward(self, block: Any, x: Tensor, temb: Tensor | None = None) -> Tensor:
         y = None if temb is not None else self.run(block, x)
         return self.eager(block, x, temb) if y is None else y
+
+    def shortcut(self, block: Any, x: Tensor) -> Tensor:
+        if block.in_channels == block.out_channels:
+            return x
+        return block.conv_shortcut(x) if block.use_conv_shortcut else block.nin_shortcut(x)
+
+
+@register
+class KVAEResnetBlock2D(VideoResnet):
+    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1 x))))), of images, edges repeated
+
+    Group norms, or norms conditioned on latents (zq). Source: diffusers KVAEResnetBlock2D.
+    Use: zb.accelerate(vae), before torch.compile.
+    Inference while conv2 is zero: nothing but shortcut and bias is computed.
+    Training forward while zero: conv2 is not executed.
+    Training backward while zero: exact zeros upstream of conv2.
+    """
+
+    name = "KVAEResnetBlock2D"
+    classes = ("KVAEResnetBlock2D",)
+    dims = 2
+
+    def norm(self, block: Any, norm: Any) -> Activate | None:
+        if isinstance(norm, nn.GroupNorm):
+            return layers.group(norm)
+        return layers.spatial(norm)
+
+    def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
+        found = layers.plain(conv)
+        return None if found is None else (found,)
+
+    def example(self, block: Any, side: int) -> tuple:
+        x = self.images(block, side)
+        norm = block.norm1
+        zq = None if isinstance(norm, nn.GroupNorm) else torch.randn(2, norm.conv_y.in_channels, side, 1)
+        return x, None, zq
+
+    def forward(self, block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None = None) -> Tensor:
+        halves = self.halves(block) if x.dim() == 4 and temb is None else None
+        if halves is None or (zq is None) != isinstance(block.norm1, nn.GroupNorm):
+            return self.eager(block, x, temb, zq)
+        if zq is not None:
+            x, zq = same_batch(x, zq)
+            first, second = halves
+            halves = first._replace(operands=(zq,)), second._replace(operands=(zq,))
+        return video.forward(video.Layers(self.name, self.zero_skip, *halves, lambda x: self.shortcut(block, x)), x)
 
     def shortcut(self, block: Any, x: Tensor) -> Tensor:
         if block.in_channels == block.out_channels:
