@@ -21,7 +21,7 @@ from .conv import CONV, ConvCall, conv_layout, empty_conv_output, unit_geometry
 from .conv_bwd import CONV_BWD, ConvGradsCall
 
 # Pixels of a frame, of all samples, from which on results are computed a few frames at a time: what is copied and added
-# up on the way is no more than them. The weight is transformed for each anew (guess).
+# up on the way is no more than them (guess).
 LARGE = 1 << 13
 
 
@@ -70,20 +70,23 @@ def _conv(call: ConvCall) -> Tensor:
 
 
 def _frame_by_frame(call: ConvCall) -> Tensor:
-    """`_conv` with copies of no more frames than the kernel has taps."""
+    """`_conv` by Winograd's kernels, with copies of no more frames than the kernel has taps."""
     backend, h, weight, bias, residual, geometry = call
     front, *space = geometry.padding
-    images, kernels = unit_geometry(space), [weight[:, :, k].contiguous() for k in range(weight.shape[2])]
+    images, tile = unit_geometry(space), winograd.tile_for()
+    kernels = [weight[:, :, k].contiguous() for k in range(weight.shape[2])]
+    prepared = [winograd.pack(backend, kernel, tile) for kernel in kernels]
     y = empty_conv_output(h, weight, geometry, weight.dtype)
     last, added = not y.is_contiguous(), residual if residual is not None and alike(residual, y) else None
     read: dict[int, Tensor] = {}
     for t in range(y.shape[2]):
         first, total = t - front, None
         for f in range(max(0, first), min(h.shape[2], first + len(kernels))):
-            x = read.pop(f) if f in read else _frames(h[:, :, f : f + 1], last)[0]
-            if f > first:  # the next result reads it too
+            x, k = read.pop(f) if f in read else _frames(h[:, :, f : f + 1], last)[0], f - first
+            if k > 0:  # the next result reads it too
                 read[f] = x
-            total = CONV(ConvCall(backend, x, kernels[f - first], None if total is not None else bias, total, images))
+            step = ConvCall(backend, x, kernels[k], bias if total is None else None, total, images)
+            total = winograd.conv(tile, step, prepared=prepared[k])
         assert total is not None
         if added is None:
             y[:, :, t] = total
