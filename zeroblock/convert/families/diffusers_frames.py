@@ -173,3 +173,47 @@ class DCResBlock(Family):
             h, norm.weight, norm.bias, eps=norm.eps, eps_mode="inside", activation=None
         )
         return h + hidden_states
+
+
+@register
+class AutoencoderTinyBlock(Family):
+    """y = act(skip(x) + conv3(act(conv2(act(conv1 x))))), without norms, of images
+
+    Its convolutions are zeroblock's, the last one with the sum; activations are called as they are. Source: diffusers
+    AutoencoderTinyBlock (TAESD).
+    Use: zb.accelerate(vae), before torch.compile.
+    Inference while the last convolution is zero: nothing but skip, bias and activation is computed.
+    Training forward while zero: the last convolution is not executed.
+    Training backward while zero: exact zeros upstream of it.
+    """
+
+    name = "AutoencoderTinyBlock"
+    classes = ("AutoencoderTinyBlock",)
+
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
+        missing = lacks(block, "conv.4", "skip", "fuse")
+        return missing or (None if self._halves(block) else layers.NOT_PLAIN)
+
+    def _halves(self, block: Any) -> tuple[video.Half, video.Half] | None:
+        if not isinstance(block.conv, nn.Sequential) or len(block.conv) != 5 or not bypassable((block.conv,)):
+            return None
+        first, act, second, last_act, third = block.conv
+        convs = layers.plain(first), layers.plain(second), layers.plain(third)
+        if any(conv is None for conv in convs):
+            return None
+        return (
+            video.Half(video.as_it_is, (), (convs[0], act, convs[1])),
+            video.Half(last_act, (last_act,), (convs[2],)),
+        )
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"conv.4": (block.conv[4].weight.detach(),)}
+
+    def example(self, block: Any, side: int) -> tuple:
+        return (torch.randn(2, block.conv[0].in_channels, 2 * side, 2),)
+
+    def forward(self, block: Any, x: Tensor) -> Tensor:
+        halves = self._halves(block) if x.dim() == 4 else None
+        if halves is None:
+            return self.eager(block, x)
+        return block.fuse(video.forward(video.Layers(self.name, self.zero_skip, *halves, block.skip), x))

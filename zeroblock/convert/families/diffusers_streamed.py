@@ -98,7 +98,7 @@ class CogVideoXResnetBlock3D(VideoResnet):
     def norm(self, block: Any, norm: Any) -> Activate | None:
         if isinstance(norm, nn.GroupNorm):
             return layers.group(norm)
-        return _as_it_is if layers.is_spatial_norm(norm) else F.silu  # after `_conditioned`
+        return video.as_it_is if layers.is_spatial_norm(norm) else F.silu  # after `_conditioned`
 
     def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
         found = layers.cogvideox(conv)
@@ -163,13 +163,9 @@ class CogVideoXResnetBlock3D(VideoResnet):
         return y
 
 
-def _as_it_is(h: Tensor) -> Tensor:
-    return h
-
-
 def _conditioned(norm: Any, half: video.Half, f: Tensor, zq: Tensor, cache: Any) -> tuple[Tensor, dict[str, Any]]:
     """What `half` activates, and the latents that the convolutions of one tap keep, which nobody reads."""
-    if half.activate is not _as_it_is:
+    if half.activate is not video.as_it_is:
         return norm(f, zq, conv_cache=cache)
     pieces = spatial_norm.first_frame_apart(f)
     h = spatial_norm.spatial_norm_silu(f, norm.norm_layer, zq, norm.conv_y.conv, norm.conv_b.conv, pieces)
