@@ -114,6 +114,9 @@ BLOCKS = {
     "ResnetBlockCondNorm2D": diffusers_block(
         "resnet", "ResnetBlockCondNorm2D", in_channels=16, groups=4, temb_channels=16, time_embedding_norm="ada_group"
     ),
+    "SpatialNormResnetBlock2D": diffusers_block(
+        "resnet", "ResnetBlockCondNorm2D", in_channels=32, temb_channels=4, time_embedding_norm="spatial"
+    ),
     "ResidualBlock": lambda: oracles_wan.ResidualBlock(8, 16),
     "QwenImage21ResidualBlock": autoencoder_block("kl_qwenimage21", "QwenImage21ResidualBlock", 8, 16),
     "LTX2AudioResnetBlock": autoencoder_block("kl_ltx2_audio", "LTX2AudioResnetBlock", 8, 16, norm_type="pixel"),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ... import functional
 from ...blocks import video
 from ...blocks.activated import Activate, Conv, activated_conv
-from ...blocks.broadcast import same_batch
 from ...blocks.decision import bypassable
 from ...blocks.layers import SILUS, computes
 from ..family import Family, lacks, register
@@ -119,9 +118,7 @@ class KVAEResnetBlock2D(VideoResnet):
         if halves is None or (zq is None) != isinstance(block.norm1, nn.GroupNorm):
             return self.eager(block, x, temb, zq)
         if zq is not None:
-            x, zq = same_batch(x, zq)
-            first, second = halves
-            halves = first._replace(operands=(zq,)), second._replace(operands=(zq,))
+            x, halves = layers.conditioned(halves, x, zq)
         return video.forward(video.Layers(self.name, self.zero_skip, *halves, lambda x: self.shortcut(block, x)), x)
 
     def shortcut(self, block: Any, x: Tensor) -> Tensor:

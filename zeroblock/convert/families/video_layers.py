@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...blocks import video
 from ...blocks.activated import Activate, Conv
+from ...blocks.broadcast import same_batch
 from ...blocks.decision import bypassable
 from ...blocks.layers import DROPOUTS, SILUS, Forwards, computes, fits_fused, is_group_norm, is_unit_conv
 from ...blocks.spatial_norm import spatial_norm_silu
@@ -98,6 +99,14 @@ def spatial(norm: Any) -> Activate:
     if not is_spatial_norm(norm):
         return lambda x, zq: F.silu(norm(x, zq))
     return lambda x, zq: spatial_norm_silu(x, norm.norm_layer, zq, norm.conv_y, norm.conv_b)
+
+
+def conditioned(
+    halves: tuple[video.Half, video.Half], x: Tensor, zq: Tensor
+) -> tuple[Tensor, tuple[video.Half, video.Half]]:
+    """x and the halves of a block of images with latents for their norms."""
+    x, zq = same_batch(x, zq)
+    return x, (halves[0]._replace(operands=(zq,)), halves[1]._replace(operands=(zq,)))
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
