@@ -5,8 +5,8 @@
 //   dx = |rstd| * (a * dz - xhat * m); the sums of dz and of dz * xhat over the pixels are what the gradients of
 //   weight, bias, scale and shift take (group_norm_silu_bwd.h).
 // Loop: as in channel_rms_norm_silu.h, two walks; the first keeps dz, and of a tile x, for the second, so that x, dy
-// and dx pass once; of a tile, the second has the next one fetched. Reduction order: over the channels in order; over the
-// pixels, a chunk or tile, then these in order. Zero path: as forward.
+// and dx pass once; of a tile, the second has the next one fetched. Reduction order: over the channels in order; over
+// the pixels, a chunk or tile, then these in order. Zero path: as forward.
 #pragma once
 
 #include "channel_rms_norm_silu.h"
