@@ -159,6 +159,11 @@ def in_layout_with(residual: Tensor | None, branch: Tensor, layout: torch.memory
     )
 
 
+def alike(residual: Tensor, branch: Tensor) -> bool:
+    """Whether the sum may be written into a tensor like the branch, part by part."""
+    return residual.dtype == branch.dtype and residual.stride() == branch.stride()
+
+
 def _is_embedding(strides: tuple[int, ...]) -> bool:
     """Strides of [N, C] expanded to images, which leave the memory format of a sum to the other operand."""
     return len(strides) > 2 and not any(strides[2:]) and (strides[0] == 0 or strides[0] >= strides[1])

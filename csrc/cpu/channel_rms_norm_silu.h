@@ -5,8 +5,9 @@
 // is 1 / sqrt(mean(x^2) + eps), or sqrt(C) / max(norm, eps), negative where that divisor is eps. Loop, [N, S, C]:
 // chunks of pixels, shared between the threads; four rows at a time, twice, in L1 the second time. [N, C, S]: tiles of
 // pixels, whose channels come as runs from all over memory: the first walk over a tile leaves it dense beside the sums
-// of squares, so that the second does not depend on what S makes the caches keep. Reduction order: blocks of
-// kSummedChannels. Zero path: none; the caller decides (add_bias.h).
+// of squares, so that the second does not depend on what S makes the caches keep; the second, which reads no memory,
+// has the next tile fetched meanwhile. Reduction order: blocks of kSummedChannels. Zero path: none; the caller decides
+// (add_bias.h).
 #pragma once
 
 #include "group_norm_silu_bwd.h"
@@ -20,7 +21,7 @@ constexpr int64_t kSummedChannels = 32;  // squares added to one fp32 sum before
 // benchmarks/run.py --group memory_bound --filter channel_rms_norm_silu, as is kRunsAhead).
 constexpr int64_t kTileBytes = int64_t{192} << 10;
 constexpr int64_t kMaxPixels = 512, kMinPixels = 16;
-constexpr int64_t kRunsAhead = 4;   // channels: how far ahead a run is prefetched
+constexpr int64_t kRunsAhead = 2;   // channels: how far ahead a run is prefetched
 constexpr int64_t kKeptRow = 1024;  // channels of four rows of dz in 16 KB
 
 // rstd of four pixels from their sums of squares.
@@ -133,29 +134,41 @@ inline int64_t pixels_of_tile(int64_t C, int64_t bytes) {
   return larger(kMinPixels, smaller(kMaxPixels, fit / step * step));
 }
 
-// Hardware does not see a run coming: it is in another page than the one before.
-template <class T>
-ZB_INLINE void prefetch_run(const T* run, int64_t pixels) {
-  for (int64_t i = 0; i < pixels; i += 64 / static_cast<int64_t>(sizeof(T))) {
-    _mm_prefetch(reinterpret_cast<const char*>(run + i), _MM_HINT_T0);
+// Elements that a step of for_lanes_by_4 takes.
+ZB_INLINE constexpr int64_t step_of(FourVecs) { return 4 * kLanes; }
+ZB_INLINE constexpr int64_t step_of(OneVec) { return kLanes; }
+ZB_INLINE constexpr int64_t step_of(int n) { return n; }
+// Has what a step reads fetched, `away` elements from p: hardware does not see a run coming, for it is in another page
+// than the one before. It may lie beyond the tensor, where nothing is fetched.
+template <int kHint, class T, class Lanes>
+ZB_INLINE void prefetch(const T* p, int64_t away, Lanes lanes) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(away) * sizeof(T);
+  for (uintptr_t i = 0; i < static_cast<uintptr_t>(step_of(lanes)) * sizeof(T); i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + i), static_cast<_mm_hint>(kHint));
   }
 }
+template <class T, class Lanes>
+ZB_INLINE void copy_step(T* to, const T* from, Lanes lanes) {
+  std::memcpy(to, from, static_cast<size_t>(step_of(lanes)) * sizeof(T));
+}
+// How far from the run of channel c that of the channel lies which is read kRunsAhead later.
+ZB_INLINE int64_t run_ahead(int64_t c, int64_t C, int64_t S) { return smaller(kRunsAhead, C - 1 - c) * S; }
 
 template <bool kKeep, bool kSilu, class T>
 ZB_LOOPS void norm_tile_of_pixels(const T* x, T* y, float* rstd, int64_t pixels, int64_t C, int64_t S,
                                   PixelAffine affine, PixelScale scale, bool streamed) {
   alignas(64) T kept[kKeep ? kTileBytes / sizeof(T) : 1];
   alignas(64) float squares[kMaxPixels], part[kMaxPixels];
-  const auto channel = [&](int64_t c) ZB_BODY { return kKeep ? kept + c * pixels : x + c * S; };
   fill(squares, kMaxPixels, 0.0f);
   for (int64_t begin = 0; begin < C; begin += kSummedChannels) {
     fill(part, pixels, 0.0f);
     for (int64_t c = begin; c < smaller(begin + kSummedChannels, C); ++c) {
-      prefetch_run(x + smaller(c + kRunsAhead, C - 1) * S, pixels);
-      if (kKeep) std::memcpy(kept + c * pixels, x + c * S, static_cast<size_t>(pixels) * sizeof(T));
-      const T* const v = channel(c);
+      const T* const run = x + c * S;
+      const int64_t ahead = run_ahead(c, C, S);
       for_lanes_by_4(pixels, [&](int64_t i, auto lanes) ZB_BODY {
-        const auto value = load(v + i, lanes);
+        prefetch<_MM_HINT_T0>(run + i, ahead, lanes);
+        if (kKeep) copy_step(kept + c * pixels + i, run + i, lanes);
+        const auto value = load(run + i, lanes);
         store(part + i, fmadd(value, value, load(part + i, lanes)), lanes);
       });
     }
@@ -172,8 +185,9 @@ ZB_LOOPS void norm_tile_of_pixels(const T* x, T* y, float* rstd, int64_t pixels,
   std::memcpy(rstd, squares, static_cast<size_t>(pixels) * sizeof(float));
   for (int64_t c = 0; c < C; ++c) {
     const Vec a = set1(affine.a[c]), b = set1(affine.b[c]);
-    const T* const v = channel(c);
+    const T* const v = kKeep ? kept + c * pixels : x + c * S;
     for_lanes_by_4(pixels, [&](int64_t i, auto lanes) ZB_BODY {
+      if (kKeep) prefetch<_MM_HINT_T1>(x + c * S + i, pixels, lanes);
       auto z = fmadd(load(v + i, lanes) * load(r + i, lanes), decltype(load(v + i, lanes))(a),
                      decltype(load(v + i, lanes))(b));
       if constexpr (kSilu) z = silu_for(z, y);

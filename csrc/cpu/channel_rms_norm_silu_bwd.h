@@ -5,8 +5,8 @@
 //   dx = |rstd| * (a * dz - xhat * m); the sums of dz and of dz * xhat over the pixels are what the gradients of
 //   weight, bias, scale and shift take (group_norm_silu_bwd.h).
 // Loop: as in channel_rms_norm_silu.h, two walks; the first keeps dz, and of a tile x, for the second, so that x, dy
-// and dx pass once. Reduction order: over the channels in order; over the pixels, a chunk or tile, then these in order.
-// Zero path: as forward.
+// and dx pass once; of a tile, the second has the next one fetched. Reduction order: over the channels in order; over
+// the pixels, a chunk or tile, then these in order. Zero path: as forward.
 #pragma once
 
 #include "channel_rms_norm_silu.h"
@@ -93,12 +93,12 @@ ZB_LOOPS void norm_tile_of_pixels_bwd(const T* x, const T* dy, T* dx, const floa
   for (int64_t c = 0; c < C; ++c) {
     const Vec a = set1(affine.a[c]), b = set1(affine.b[c]);
     Vec sum_dz = zero(), sum_dz_xhat = zero();
-    const int64_t ahead = smaller(c + kRunsAhead, C - 1) * S;
-    prefetch_run(x + ahead, pixels);
-    prefetch_run(dy + ahead, pixels);
-    if (kKeep) std::memcpy(kept_x + c * pixels, x + c * S, static_cast<size_t>(pixels) * sizeof(T));
+    const int64_t ahead = run_ahead(c, C, S);
     for_lanes_by_4(pixels, [&](int64_t i, auto lanes) ZB_BODY {
-      const auto v = kKeep ? load(kept_x + c * pixels + i, lanes) : load(x + c * S + i, lanes);
+      prefetch<_MM_HINT_T0>(x + c * S + i, ahead, lanes);
+      prefetch<_MM_HINT_T0>(dy + c * S + i, ahead, lanes);
+      if (kKeep) copy_step(kept_x + c * pixels + i, x + c * S + i, lanes);
+      const auto v = load(x + c * S + i, lanes);
       const auto xhat = v * load(r + i, lanes), dz = dz_of(xhat, dy + c * S + i, a, b, lanes), product = dz * xhat;
       if (kKeep) store(kept_dz + c * pixels + i, dz, lanes);
       sum_dz += total(dz);
@@ -114,6 +114,8 @@ ZB_LOOPS void norm_tile_of_pixels_bwd(const T* x, const T* dy, T* dx, const floa
   for (int64_t c = 0; c < C; ++c) {
     const Vec a = set1(affine.a[c]), b = set1(affine.b[c]);
     for_lanes_by_4(pixels, [&](int64_t i, auto lanes) ZB_BODY {
+      if (kKeep) prefetch<_MM_HINT_T1>(x + c * S + i, pixels, lanes);
+      if (kKeep) prefetch<_MM_HINT_T1>(dy + c * S + i, pixels, lanes);
       const auto v = kKeep ? load(kept_x + c * pixels + i, lanes) : load(x + c * S + i, lanes);
       const auto rs = load(r + i, lanes);
       auto dz = v;

@@ -114,10 +114,15 @@ BLOCKS = {
     "ResnetBlockCondNorm2D": diffusers_block(
         "resnet", "ResnetBlockCondNorm2D", in_channels=16, groups=4, temb_channels=16, time_embedding_norm="ada_group"
     ),
+    "SpatialNormResnetBlock2D": diffusers_block(
+        "resnet", "ResnetBlockCondNorm2D", in_channels=32, temb_channels=4, time_embedding_norm="spatial"
+    ),
     "ResidualBlock": lambda: oracles_wan.ResidualBlock(8, 16),
     "QwenImage21ResidualBlock": autoencoder_block("kl_qwenimage21", "QwenImage21ResidualBlock", 8, 16),
     "LTX2AudioResnetBlock": autoencoder_block("kl_ltx2_audio", "LTX2AudioResnetBlock", 8, 16, norm_type="pixel"),
     "DCResBlock": autoencoder_block("dc", "ResBlock", 8, 8, norm_type="rms_norm", act_fn="silu"),
+    "AutoencoderTinyBlock": diffusers_block("unets.unet_2d_blocks", "AutoencoderTinyBlock", 8, 8, "relu"),
+    "TemporalResnetBlock": diffusers_block("resnet", "TemporalResnetBlock", 32, temb_channels=8),
     "WanResidualBlock": autoencoder_block("kl_wan", "WanResidualBlock", 8, 16),
     "CogVideoXResnetBlock3D": autoencoder_block(
         "kl_cogvideox", "CogVideoXResnetBlock3D", 8, 8, 0.0, 0, 4, spatial_norm_dim=4

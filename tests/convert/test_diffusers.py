@@ -26,7 +26,11 @@ def _resnet(kind="ResnetBlock2D", temb=True, channels=16, spatial=False, **optio
         shape = (2, 12, 3, 2) if spatial else (2, 12)
         return {"input_tensor": normal(g, 2, channels, 6, 4), "temb": normal(g, *shape) if temb else None}
 
-    return Case(lambda: getattr(resnet, kind)(**options), inputs, rows("conv2")[:1], {kind: 1})
+    family = "SpatialNormResnetBlock2D" if spatial and "up" not in options else kind
+    # One that is fused skips conv2 alone in training, by the op.
+    return Case(
+        lambda: getattr(resnet, kind)(**options), inputs, rows("conv2")[:1], {family: int(family is kind)}, {family: 1}
+    )
 
 
 def _tokens(g, *names, T=5, D=16, **shapes):
@@ -84,6 +88,18 @@ BLOCKS = {
     "resnet-gelu-dropout": _resnet(dropout=0.3, non_linearity="gelu"),
     "resnet-ada-group": _resnet("ResnetBlockCondNorm2D", non_linearity="gelu"),
     "resnet-spatial": _resnet("ResnetBlockCondNorm2D", channels=32, spatial=True, time_embedding_norm="spatial"),
+    "resnet-spatial-wider": _resnet(
+        "ResnetBlockCondNorm2D",
+        channels=32,
+        spatial=True,
+        time_embedding_norm="spatial",
+        out_channels=64,
+        output_scale_factor=2.0,
+        dropout=0.2,
+    ),
+    "resnet-spatial-up": _resnet(
+        "ResnetBlockCondNorm2D", channels=32, spatial=True, time_embedding_norm="spatial", up=True
+    ),
     "temporal": Case(
         lambda: resnet.TemporalConvLayer(16, norm_num_groups=4),
         lambda g: {"hidden_states": normal(g, 6, 16, 4, 3), "num_frames": 3},

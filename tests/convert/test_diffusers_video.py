@@ -57,7 +57,7 @@ NOT_SKIPPED = (
 
 def case(name):
     block = BLOCKS[name]
-    none = {"temb": None} if "kvae" in name else {}
+    none = {"temb": None} if "kvae" in name or name == "temporal-vae" else {}
     inputs = lambda g: {k: normal(g, *size) for k, size in block.given.items()} | none  # noqa: E731
     tail = (
         "norm."
@@ -66,6 +66,8 @@ def case(name):
         if "cosmos" in name
         else "residual.6."
         if "original" in name
+        else "conv.4."
+        if "tiny" in name
         else "conv2.*"
     )
     build = (lambda: Pieces(block.make(), block.cache)) if block.cache else block.make

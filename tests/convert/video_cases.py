@@ -19,11 +19,14 @@ class Block(NamedTuple):
     cache: str | None  # what the frames are kept in, where the block is called with one piece of a clip after the other
 
 
+OTHERS = ("resnet", "unets.unet_2d_blocks")
+
+
 def _block(module: str, kind: str, *args: Any, given: dict, family: str = "", cache: str | None = None, **options: Any):
     def make() -> nn.Module:
         if module == "wan":
             return getattr(oracles_wan, kind)(*args, **options)
-        name = f"diffusers.models.autoencoders.autoencoder_{module}"
+        name = f"diffusers.models.{module if module in OTHERS else f'autoencoders.autoencoder_{module}'}"
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"this diffusers has no {kind}")
         return getattr(importlib.import_module(name), kind)(*args, **options)
@@ -142,6 +145,23 @@ BLOCKS = {
     ),
     "kvae-zq": _block(
         "kl_kvae", "KVAEResnetBlock2D", given={"x": IMAGE, "zq": (2, 4, 3, 2)}, in_channels=32, temb_channels=0, zq_ch=4
+    ),
+    "tiny": _block("unets.unet_2d_blocks", "AutoencoderTinyBlock", 8, 8, "relu", given={"x": (2, 8, 5, 3)}),
+    "tiny-wider": _block("unets.unet_2d_blocks", "AutoencoderTinyBlock", 8, 16, "silu", given={"x": (2, 8, 5, 3)}),
+    "temporal": _block(
+        "resnet",
+        "TemporalResnetBlock",
+        32,
+        64,
+        given={"input_tensor": (2, 32, 3, 2, 3), "temb": (2, 3, 6)},
+        temb_channels=6,
+    ),
+    "temporal-vae": _block(
+        "resnet",
+        "TemporalResnetBlock",
+        32,
+        given={"input_tensor": (2, 32, 3, 2, 3)},
+        temb_channels=None,
     ),
 }
 

@@ -63,7 +63,7 @@ class DenseSteps(Backend):
             return
         a = ConvArguments.of(op, arguments)
         if is_padded(a.padding, a.weight):
-            for part in padded_calls(a.h, a.weight, a.padding):
+            for part in padded_calls(self, a.h, a.weight, a.padding):
                 yield CONV, (ConvCall(self, part.h, part.weight, a.bias, None, unit_geometry(part.padding)),)
             return
         geometry = unit_geometry(a.padding)

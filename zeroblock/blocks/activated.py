@@ -17,8 +17,10 @@ from .. import functional, ops, zero
 from .._autocast import autocast, is_autocast
 from .._checks import convolution
 from .._layout import channels_last_format
+from .._padding import is_padded
 from ..plan.mode import allow_reduced, reduced_allowed, training
 from ..reference import draw_keep, dropout_keep
+from ..steps import padded
 from .layers import Owned
 from .skip import as_in_forward
 
@@ -45,6 +47,16 @@ class Conv(NamedTuple):
             conv_cache=cache,
             zero_skip=zero_skip,
         )
+
+    def ahead(self, h: Tensor) -> tuple[Conv, Tensor]:
+        """(conv', h') with conv'(h') = conv(h), what padding copies copied: nobody need hold h while conv' runs."""
+        weight, bias = self.layer.weight, self.layer.bias
+        sides = convolution("conv_residual", h, weight, bias, None, self.padding, self.padding_mode)
+        if is_compiling() or zero.transforms_active() or not is_padded(sides, weight):
+            return self, h
+        h, left = padded.ahead(h, weight, sides)
+        modes = ["replicate" if repeated else "zeros" for _, _, repeated in left]
+        return Conv(self.layer, [side[:2] for side in left], modes), h
 
 
 def activated_conv(

@@ -46,7 +46,8 @@ def run_half(half: Half, x: Tensor, residual: Tensor | None = None, zero_skip: s
     """residual + convs(dropout(activate(x)))"""
     first, *rest = half.convs
     if not (isinstance(first, Conv) and torch.is_grad_enabled()):
-        return _convolved(half.convs, _activated(half, x), residual, zero_skip)
+        convs, h = _ready(half, activated(half, x))
+        return _convolved(convs, h, residual, zero_skip)
     h = activated_conv(
         half.activate,
         (x, *half.operands),
@@ -70,20 +71,29 @@ def _convolved(convs: Sequence[Any], h: Tensor, residual: Tensor | None, zero_sk
     return h if residual is None else h + residual
 
 
-def _activated(half: Half, x: Tensor) -> Tensor:
+def activated(half: Half, x: Tensor) -> Tensor:
+    """dropout(activate(x))"""
     return dropped(half.activate(x, *half.operands), half.dropout, isinstance(half.activate, FrameGroup))
 
 
-def stream_half(
-    half: Half, x: Tensor, cache: Tensor | None, residual: Tensor | None = None, zero_skip: str = UNTESTED
-) -> tuple[Tensor, Tensor]:
-    """(residual + conv(dropout(activate(x))), what the convolution reads) of a piece of a video; `cache`: what it read
-    before, or None. For one convolution: a `Conv`, or a module that takes the cache."""
-    h, conv = _activated(half, x), half.convs[0]
+def _ready(half: Half, h: Tensor) -> tuple[Sequence[Any], Tensor]:
+    """The convolutions and what the first of them reads of h; where padding copies it, the copy."""
+    first, *rest = half.convs
+    if isinstance(first, Conv):
+        first, h = first.ahead(h)
+    return (first, *rest), h
+
+
+def streamed(
+    half: Half, h: Tensor, cache: Tensor | None, residual: Tensor | None = None, zero_skip: str = UNTESTED
+) -> Tensor:
+    """residual + conv(h) of a piece of a video, h as `activated` gives it; `cache`: what the convolution read before,
+    or None. For one convolution: a `Conv`, or a module that takes the cache."""
+    conv = half.convs[0]
     if isinstance(conv, Conv):
-        return conv(h, residual, cache, zero_skip=zero_skip), h
+        return conv(h, residual, cache, zero_skip=zero_skip)
     y = conv(h, cache)
-    return y if residual is None else y + residual, h
+    return y if residual is None else y + residual
 
 
 def forward(layers: Layers, x: Tensor) -> Tensor:
@@ -94,8 +104,9 @@ def forward(layers: Layers, x: Tensor) -> Tensor:
     h = run_half(first, x)
     if torch.is_grad_enabled():
         return run_half(second, h, shortcut(x), policy)
-    h = _activated(second, h)  # what conv1 gave is not held while conv2 runs
-    return _convolved(second.convs, h, shortcut(x), policy)
+    h = activated(second, h)  # what conv1 gave is not held while conv2 runs
+    convs, h = _ready(second, h)
+    return _convolved(convs, h, shortcut(x), policy)
 
 
 def _skipped(layers: Layers, x: Tensor) -> tuple[Tensor | None, str]:
@@ -116,6 +127,11 @@ def _skipped(layers: Layers, x: Tensor) -> tuple[Tensor | None, str]:
 
 def _layers(convs: Sequence[Any]) -> list[Any]:
     return [conv.layer if isinstance(conv, Conv) else conv for conv in convs]
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    """What a half without a norm activates."""
+    return x
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------

@@ -147,9 +147,11 @@ class VideoResBlock(nn.Module):
         a row give what the whole would, but for "group", whose statistics are those of a piece."""
         first, second = self._halves()
         before = cache or (None, None)
-        h, read1 = video.stream_half(first, x, before[0])
-        y, read2 = video.stream_half(second, h, before[1], self.conv_shortcut(x), self.zero_skip)
-        return y, (_last_frames(before[0], read1), _last_frames(before[1], read2))
+        h = video.activated(first, x)
+        kept = _last_frames(before[0], h)
+        h = video.activated(second, video.streamed(first, h, before[0]))
+        y = video.streamed(second, h, before[1], self.conv_shortcut(x), self.zero_skip)
+        return y, (kept, _last_frames(before[1], h))
 
     def _halves(self) -> tuple[video.Half, video.Half]:
         norm1, norm2, conv1, conv2 = self.norm1, self.norm2, self.conv1, self.conv2

@@ -16,13 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._layout import add_residual, in_layout
+from .._layout import add_residual, alike, in_layout
 from .._padding import Sides, padded, sides
 from ..backends.base import Backend, ConvGrads, GroupNorm, MaybeTensor
 from .conv import conv_layout, empty_conv_output, unit_geometry
 from .flag import EXECUTED, NEVER, skipped
 from .norm_conv import norm_grads, normalised
 from .packed import Geometry
+from .taps import sums_large
+
+# Frames of the result that are computed at once where they are large: what is copied to its place is no more than them.
+_AT_ONCE = 4
 
 
 def _size(h: Tensor, weight: Tensor, padding: Sequence[int]) -> tuple[int, ...]:
@@ -60,14 +64,14 @@ class Part(NamedTuple):
 ALL = Part(slice(None), slice(None), slice(None))
 
 
-def _parts(frames: int, taps: int, time: tuple[int, int, int]) -> Iterator[Part]:
-    """In the order of frames; the whole kernel for as many frames at once as it fits."""
+def _parts(frames: int, taps: int, time: tuple[int, int, int], most: int) -> Iterator[Part]:
+    """In the order of frames; the whole kernel for as many frames at once as it fits, but no more than `most`."""
     front, back, _ = time
     count = frames + front + back - taps + 1
     whole = range(front, front + max(0, frames - taps + 1))
     t = 0
     while t < count:
-        end = whole.stop if t in whole else t + 1
+        end = min(whole.stop, t + most) if t in whole else t + 1
         first, last = t - front, end - 1 - front + taps
         inside = slice(max(0, first), min(frames, last))
         yield Part(slice(t, end), inside, slice(inside.start - first, taps - (last - inside.stop)))
@@ -105,7 +109,7 @@ class Split(NamedTuple):
     copied: Sides
 
     @classmethod
-    def of(cls, h: Tensor, weight: Tensor, padding: Sequence[int]) -> Split:
+    def of(cls, h: Tensor, weight: Tensor, padding: Sequence[int], most: int = 0) -> Split:
         copied, left = sides(padding), [0] * (weight.dim() - 2)
         for i, (front, back, repeated) in enumerate(copied):
             if front == back and not (repeated and front):
@@ -114,7 +118,7 @@ class Split(NamedTuple):
         if len(copied) < 3 or not 0 < max(time[:2]) < taps:
             return cls([ALL], 0, tuple(left), copied)
         copied[0] = (0, 0, 0)
-        parts = list(_parts(h.shape[2], taps, time))
+        parts = list(_parts(h.shape[2], taps, time, most or h.shape[2]))
         parts.sort(key=lambda p: p.inputs.start - p.inputs.stop)  # the longest first
         return cls(parts, time[2], tuple(left), copied)
 
@@ -162,11 +166,20 @@ class Call(NamedTuple):
         return t if t.dim() == self.h.dim() else t.squeeze(2)
 
 
-def calls(h: Tensor, weight: Tensor, padding: Sequence[int]) -> list[Call]:
+def calls(backend: Backend, h: Tensor, weight: Tensor, padding: Sequence[int]) -> list[Call]:
     """The convolutions that make up the call."""
     split = Split.of(h, weight, padding)
+    if sums_large(backend, h, weight, (0, *split.padding[1:])):
+        split = Split.of(h, weight, padding, _AT_ONCE)
     h = _padded(h, split.copied)
     return [Call.of(part, h, weight, split) for part in split.parts]
+
+
+def ahead(h: Tensor, weight: Tensor, padding: Sequence[int]) -> tuple[Tensor, Sides]:
+    """h with the padding that is a copy, and the padding that is left: for a caller who needs h no longer."""
+    copied = Split.of(h, weight, padding).copied
+    left = [(0, 0, 0) if any(now[:2]) else side for now, side in zip(copied, sides(padding), strict=True)]
+    return _padded(h, copied), left
 
 
 # ---- residual + conv(h) ---------------------------------------------------------------------------------------------
@@ -176,23 +189,20 @@ def conv_residual(
     backend: Backend, h: Tensor, weight: Tensor, bias: MaybeTensor, residual: MaybeTensor, padding: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """(residual + conv(h), skipped) as `Backend.conv_residual` gives it. No kernel reads a flag."""
-    ran, parts = skipped(h, EXECUTED), calls(h, weight, padding)
+    ran, parts = skipped(h, EXECUTED), calls(backend, h, weight, padding)
     if parts[0].part is ALL:
         _, h, weight, left = parts[0]
         return backend.conv_residual(h, weight, bias, residual, left, NEVER)[0], ran
     y = empty_output(h, weight, padding, weight.dtype)
-    added = residual if residual is not None and _alike(residual, y) else None
+    added = residual if residual is not None and alike(residual, y) else None
     for call in parts:
         step = backend.conv_residual(call.h, call.weight, bias, None, call.padding, NEVER)[0]
         if added is None:
             call.output(y).copy_(step)
         else:
             torch.add(call.output(added), step, out=call.output(y))
+        del step  # not held while the next one is computed
     return y if added is not None else add_residual(residual, y), ran
-
-
-def _alike(residual: Tensor, y: Tensor) -> bool:
-    return residual.dtype == y.dtype and residual.stride() == y.stride()
 
 
 # ---- its gradients --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ frames, that plans for itself (Winograd's kernels among its ways).
     y[t] = conv(h[t - p], weight[0]) + conv(h[t - p + 1], weight[1]) + ...        kernel K x 3 x 3, float32, on the CPU
 
 Each convolution adds what the taps before it gave. Frames are copied into a tensor of their own where they are not one
-after the other in memory (channels first, or several samples).
+after the other in memory (channels first, or several samples): large ones when they are read, so that a few exist.
 """
 
 from __future__ import annotations
@@ -14,11 +14,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._layout import in_layout, in_layout_with
+from .._layout import add_residual, alike, in_layout, in_layout_with
 from ..backends.base import Backend, ConvGrads
 from . import winograd
-from .conv import CONV, ConvCall, conv_layout, unit_geometry
+from .conv import CONV, ConvCall, conv_layout, empty_conv_output, unit_geometry
 from .conv_bwd import CONV_BWD, ConvGradsCall
+
+# Pixels of a frame, of all samples, from which on results are computed a few frames at a time: what is copied and added
+# up on the way is no more than them (guess).
+LARGE = 1 << 13
+
+
+def _is_large(h: Tensor) -> bool:
+    return h.shape[0] * h.shape[3] * h.shape[4] >= LARGE
+
+
+def sums_large(backend: Backend, h: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
+    """Whether the fixed rule takes this way for large frames."""
+    return h.dim() == 5 and _is_large(h) and _rule(backend, h, weight, padding)
 
 
 def _frames(x: Tensor, last: bool) -> Tensor:
@@ -40,6 +53,8 @@ def _taps(frames: int, taps: int, padding: int) -> Iterator[tuple[int, slice, sl
 def _conv(call: ConvCall) -> Tensor:
     backend, h, weight, bias, residual, geometry = call
     layout = conv_layout(h, weight, geometry)
+    if _is_large(h) and (layout is None or h.shape[0] > 1):
+        return _frame_by_frame(call)
     time, *space = geometry.padding
     frames, images, y = _frames(h, layout is not None), unit_geometry(space), torch.empty(0)
     for i, (k, outputs, inputs) in enumerate(_taps(h.shape[2], weight.shape[2], time)):
@@ -52,6 +67,32 @@ def _conv(call: ConvCall) -> Tensor:
         else:
             y[outputs] = step
     return in_layout_with(residual, y.permute(1, 2, 0, 3, 4), layout)
+
+
+def _frame_by_frame(call: ConvCall) -> Tensor:
+    """`_conv` by Winograd's kernels, with copies of no more frames than the kernel has taps."""
+    backend, h, weight, bias, residual, geometry = call
+    front, *space = geometry.padding
+    images, tile = unit_geometry(space), winograd.tile_for()
+    kernels = [weight[:, :, k].contiguous() for k in range(weight.shape[2])]
+    prepared = [winograd.pack(backend, kernel, tile) for kernel in kernels]
+    y = empty_conv_output(h, weight, geometry, weight.dtype)
+    last, added = not y.is_contiguous(), residual if residual is not None and alike(residual, y) else None
+    read: dict[int, Tensor] = {}
+    for t in range(y.shape[2]):
+        first, total = t - front, None
+        for f in range(max(0, first), min(h.shape[2], first + len(kernels))):
+            x, k = read.pop(f) if f in read else _frames(h[:, :, f : f + 1], last)[0], f - first
+            if k > 0:  # the next result reads it too
+                read[f] = x
+            step = ConvCall(backend, x, kernels[k], bias if total is None else None, total, images)
+            total = winograd.conv(tile, step, prepared=prepared[k])
+        assert total is not None
+        if added is None:
+            y[:, :, t] = total
+        else:
+            torch.add(added[:, :, t], total, out=y[:, :, t])
+    return y if added is not None else add_residual(residual, y)
 
 
 def _conv_grads(call: ConvGradsCall) -> ConvGrads:

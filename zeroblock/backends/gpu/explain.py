@@ -119,7 +119,7 @@ def why_not_flagged(backend: Backend, op: str, a: dict[str, Any]) -> str | None:
 def _convolution(backend: Backend, a: ConvArguments, zero_skip: int, training: bool) -> Iterator[Step]:
     x, h, norm, weight, bias, residual, padding = a
     if is_padded(padding, weight):
-        for part in padded_calls(h, weight, padding):
+        for part in padded_calls(backend, h, weight, padding):
             yield CONV_RESIDUAL, (FlaggedConvCall(backend, part.h, part.weight, bias, None, part.padding, NEVER),)
         return
     flag: MaybeTensor = None

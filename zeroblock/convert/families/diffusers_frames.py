@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
+from ...blocks import video
 from ...blocks.activated import Activate, Conv, activated_conv
 from ...blocks.decision import bypassable
 from ...blocks.layers import SILUS, computes
@@ -83,6 +84,50 @@ class LTX2AudioResnetBlock(VideoResnet):
 
 
 @register
+class KVAEResnetBlock2D(VideoResnet):
+    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1 x))))), of images, edges repeated
+
+    Group norms, or norms conditioned on latents (zq). Source: diffusers KVAEResnetBlock2D.
+    Use: zb.accelerate(vae), before torch.compile.
+    Inference while conv2 is zero: nothing but shortcut and bias is computed.
+    Training forward while zero: conv2 is not executed.
+    Training backward while zero: exact zeros upstream of conv2.
+    """
+
+    name = "KVAEResnetBlock2D"
+    classes = ("KVAEResnetBlock2D",)
+    dims = 2
+
+    def norm(self, block: Any, norm: Any) -> Activate | None:
+        if isinstance(norm, nn.GroupNorm):
+            return layers.group(norm)
+        return layers.spatial(norm)
+
+    def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
+        found = layers.plain(conv)
+        return None if found is None else (found,)
+
+    def example(self, block: Any, side: int) -> tuple:
+        x = self.images(block, side)
+        norm = block.norm1
+        zq = None if isinstance(norm, nn.GroupNorm) else torch.randn(2, norm.conv_y.in_channels, side, 1)
+        return x, None, zq
+
+    def forward(self, block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None = None) -> Tensor:
+        halves = self.halves(block) if x.dim() == 4 and temb is None else None
+        if halves is None or (zq is None) != isinstance(block.norm1, nn.GroupNorm):
+            return self.eager(block, x, temb, zq)
+        if zq is not None:
+            x, halves = layers.conditioned(halves, x, zq)
+        return video.forward(video.Layers(self.name, self.zero_skip, *halves, lambda x: self.shortcut(block, x)), x)
+
+    def shortcut(self, block: Any, x: Tensor) -> Tensor:
+        if block.in_channels == block.out_channels:
+            return x
+        return block.conv_shortcut(x) if block.use_conv_shortcut else block.nin_shortcut(x)
+
+
+@register
 class DCResBlock(Family):
     """y = x + rms(conv2(silu(conv1 x))) * weight + bias, the RMS norm over channels, of images
 
@@ -125,3 +170,47 @@ class DCResBlock(Family):
             h, norm.weight, norm.bias, eps=norm.eps, eps_mode="inside", activation=None
         )
         return h + hidden_states
+
+
+@register
+class AutoencoderTinyBlock(Family):
+    """y = act(skip(x) + conv3(act(conv2(act(conv1 x))))), without norms, of images
+
+    Its convolutions are zeroblock's, the last one with the sum; activations are called as they are. Source: diffusers
+    AutoencoderTinyBlock (TAESD).
+    Use: zb.accelerate(vae), before torch.compile.
+    Inference while the last convolution is zero: nothing but skip, bias and activation is computed.
+    Training forward while zero: the last convolution is not executed.
+    Training backward while zero: exact zeros upstream of it.
+    """
+
+    name = "AutoencoderTinyBlock"
+    classes = ("AutoencoderTinyBlock",)
+
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
+        missing = lacks(block, "conv.4", "skip", "fuse")
+        return missing or (None if self._halves(block) else layers.NOT_PLAIN)
+
+    def _halves(self, block: Any) -> tuple[video.Half, video.Half] | None:
+        if not isinstance(block.conv, nn.Sequential) or len(block.conv) != 5 or not bypassable((block.conv,)):
+            return None
+        first, act, second, last_act, third = block.conv
+        convs = layers.plain(first), layers.plain(second), layers.plain(third)
+        if any(conv is None for conv in convs):
+            return None
+        return (
+            video.Half(video.as_it_is, (), (convs[0], act, convs[1])),
+            video.Half(last_act, (last_act,), (convs[2],)),
+        )
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {"conv.4": (block.conv[4].weight.detach(),)}
+
+    def example(self, block: Any, side: int) -> tuple:
+        return (torch.randn(2, block.conv[0].in_channels, 2 * side, 2),)
+
+    def forward(self, block: Any, x: Tensor) -> Tensor:
+        halves = self._halves(block) if x.dim() == 4 else None
+        if halves is None:
+            return self.eager(block, x)
+        return block.fuse(video.forward(video.Layers(self.name, self.zero_skip, *halves, block.skip), x))

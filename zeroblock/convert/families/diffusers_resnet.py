@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...blocks import resblock
+from ...blocks import resblock, video
+from ...blocks.activated import Activate
 from ...blocks.decision import allowed, bypassable
 from ...blocks.layers import DROPOUTS, SILUS
 from ...blocks.residual import residual_branch
 from ..family import Family, lacks, register
 from ..report import Obstacle, Reason
+from . import video_layers as layers
 from .adaln import zeroing_tensors
 
 
@@ -133,7 +135,7 @@ class ResnetBlock2D(_Resnet):
         resample = block.upsample or block.downsample
         if not fits or not self._takes(block, temb) or not isinstance(resample, (nn.Module, type(None))):
             return None  # FIR filters are functions
-        layers = resblock.Layers(
+        found = resblock.Layers(
             self.name,
             self.zero_skip,
             norm1,
@@ -147,7 +149,7 @@ class ResnetBlock2D(_Resnet):
             resample_h=resample,
             resample_x=resample,
         )
-        return resblock.forward(layers, x, temb)
+        return resblock.forward(found, x, temb)
 
     def _by_parts(self, block: Any, x: Tensor, temb: Tensor | None) -> Tensor | None:
         return super()._by_parts(block, x, temb) if self._takes(block, temb) else None
@@ -159,6 +161,47 @@ class ResnetBlock2D(_Resnet):
         if scale is not None and shift is not None:
             h = h * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return block.dropout(block.nonlinearity(h))
+
+
+@register
+class SpatialNormResnetBlock2D(layers.VideoResnet):
+    """y = (shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x, zq))), zq))))) / output_scale_factor, of images
+
+    ResnetBlockCondNorm2D with SpatialNorm, of MoVQ's decoder (Kandinsky 2); before the family that only skips such
+    blocks. Source: diffusers models/resnet.py.
+    Use: zb.accelerate(vae), before torch.compile.
+    Inference while conv2 is zero: nothing but shortcut and bias is computed.
+    Training forward while zero: conv2 is not executed.
+    Training backward while zero: exact zeros upstream of conv2.
+    """
+
+    name = "SpatialNormResnetBlock2D"
+    classes = ("ResnetBlockCondNorm2D",)
+    parts = (*layers.VideoResnet.parts, "output_scale_factor")
+    dims = 2
+
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
+        if block.upsample is not None or block.downsample is not None:
+            return Obstacle(Reason.VARIANT, "it changes the size of images")
+        return super().match(block, path, root)
+
+    def norm(self, block: Any, norm: Any) -> Activate | None:
+        return layers.spatial(norm) if layers.is_spatial_norm(norm) else None
+
+    def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
+        found = layers.plain(conv)
+        return None if found is None else (found,)
+
+    def example(self, block: Any, side: int) -> tuple:
+        return self.images(block, side), torch.randn(2, block.norm1.conv_y.in_channels, side, 1)
+
+    def forward(self, block: Any, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        halves = self.halves(block) if input_tensor.dim() == temb.dim() == 4 and not (args or kwargs) else None
+        if halves is None:
+            return self.eager(block, input_tensor, temb, *args, **kwargs)
+        x, halves = layers.conditioned(halves, input_tensor, temb)
+        y = video.forward(video.Layers(self.name, self.zero_skip, *halves, lambda x: self.shortcut(block, x)), x)
+        return y if block.output_scale_factor == 1.0 else y / block.output_scale_factor
 
 
 @register

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...blocks import video
+from ...blocks import spatial_norm, video
 from ...blocks.activated import Activate
 from ...blocks.broadcast import same_batch
 from ..family import register
@@ -70,10 +70,11 @@ class WanResidualBlock(VideoResnet):
             before = None if before is None else before.to(x.device)
             if half is halves[1]:
                 residual = self.shortcut(block, x)
-            h, read = video.stream_half(half, h, before, residual, self.zero_skip)
-            kept = read[:, :, -_KEPT:].clone()
+            h = video.activated(half, h)
+            kept = h[:, :, -_KEPT:].clone()
             if kept.shape[2] < _KEPT and before is not None:
                 kept = torch.cat([before[:, :, -1:], kept], dim=2)
+            h = video.streamed(half, h, before, residual, self.zero_skip)
             cache[index[0]] = kept
             index[0] += 1
         return h
@@ -83,8 +84,8 @@ class WanResidualBlock(VideoResnet):
 class CogVideoXResnetBlock3D(VideoResnet):
     """y = shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1 x)) + temb))))
 
-    Group norms, or norms conditioned on latents (zq), which are called as they are; the first frame repeated in front,
-    or conv_cache's frames. Source: diffusers CogVideoXResnetBlock3D.
+    Group norms, or norms conditioned on latents (zq); the first frame repeated in front, or conv_cache's frames.
+    Source: diffusers CogVideoXResnetBlock3D.
     Use: zb.accelerate(vae), before torch.compile.
     Inference while conv2 is zero: conv2 is not executed.
     Training forward while zero: conv2 is not executed.
@@ -95,7 +96,9 @@ class CogVideoXResnetBlock3D(VideoResnet):
     classes = ("CogVideoXResnetBlock3D",)
 
     def norm(self, block: Any, norm: Any) -> Activate | None:
-        return layers.group(norm) if isinstance(norm, nn.GroupNorm) else F.silu
+        if isinstance(norm, nn.GroupNorm):
+            return layers.group(norm)
+        return video.as_it_is if layers.is_spatial_norm(norm) else F.silu  # after `_conditioned`
 
     def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
         found = layers.cogvideox(conv)
@@ -131,10 +134,11 @@ class CogVideoXResnetBlock3D(VideoResnet):
         kept: dict[str, Any] = {}
         for i, half in enumerate(halves, 1):
             norm, conv = f"norm{i}", f"conv{i}"
-            if spatial:
-                h, kept[norm] = getattr(block, norm)(h, zq, conv_cache=cache.get(norm))
+            if zq is not None:
+                h, kept[norm] = _conditioned(getattr(block, norm), half, h, zq, cache.get(norm))
             if half is halves[1]:
                 residual = self._shortcut(block, inputs, cache, kept)
+            h = video.activated(half, h)
             h, kept[conv] = self._streamed(half, h, cache.get(conv), residual)
             if i == 1 and temb is not None:
                 h = h + block.temb_proj(block.nonlinearity(temb))[:, :, None, None, None]
@@ -143,13 +147,13 @@ class CogVideoXResnetBlock3D(VideoResnet):
         return h, kept
 
     def _streamed(
-        self, half: video.Half, x: Tensor, before: Tensor | None, residual: Tensor | None
+        self, half: video.Half, h: Tensor, before: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         conv = half.convs[0]
         if conv.padding_mode[1] == "replicate":  # which keeps nothing
-            return video.stream_half(half, x, None, residual, self.zero_skip)[0], None
-        y, read = video.stream_half(half, x, before, residual, self.zero_skip)
-        return y, _last_frames(read, before, conv.padding[0][0])
+            return video.streamed(half, h, None, residual, self.zero_skip), None
+        y = video.streamed(half, h, before, residual, self.zero_skip)
+        return y, _last_frames(h, before, conv.padding[0][0])
 
     def _shortcut(self, block: Any, x: Tensor, cache: dict[str, Any], kept: dict[str, Any]) -> Tensor:
         layer = getattr(block, "conv_shortcut", None)
@@ -157,6 +161,16 @@ class CogVideoXResnetBlock3D(VideoResnet):
             return x if layer is None else layer(x)
         y, kept["conv_shortcut"] = layer(x, conv_cache=cache.get("conv_shortcut"))
         return y
+
+
+def _conditioned(norm: Any, half: video.Half, f: Tensor, zq: Tensor, cache: Any) -> tuple[Tensor, dict[str, Any]]:
+    """What `half` activates, and the latents that the convolutions of one tap keep, which nobody reads."""
+    if half.activate is not video.as_it_is:
+        return norm(f, zq, conv_cache=cache)
+    pieces = spatial_norm.first_frame_apart(f)
+    h = spatial_norm.spatial_norm_silu(f, norm.norm_layer, zq, norm.conv_y.conv, norm.conv_b.conv, pieces)
+    kept = spatial_norm.stretched(zq, f, pieces)
+    return h, {"conv_y": kept, "conv_b": kept}
 
 
 def _last_frames(read: Tensor, before: Tensor | None, count: int) -> Tensor:
@@ -234,53 +248,8 @@ class EasyAnimateResidualBlock3D(VideoResnet):
             if half is halves[1]:
                 residual = block.shortcut(hidden_states)
             before = conv.prev_features
-            h, read = video.stream_half(half, h, before, residual, self.zero_skip)
-            conv.prev_features = _last_frames(read, before, conv.temporal_padding)
+            h = video.activated(half, h)
+            kept = _last_frames(h, before, conv.temporal_padding)
+            h = video.streamed(half, h, before, residual, self.zero_skip)
+            conv.prev_features = kept
         return h if block.output_scale_factor == 1.0 else h / block.output_scale_factor
-
-
-@register
-class KVAEResnetBlock2D(VideoResnet):
-    """y = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1 x))))), of images, edges repeated
-
-    Group norms, or norms conditioned on latents (zq), which are called as they are. Source: diffusers
-    KVAEResnetBlock2D.
-    Use: zb.accelerate(vae), before torch.compile.
-    Inference while conv2 is zero: nothing but shortcut and bias is computed.
-    Training forward while zero: conv2 is not executed.
-    Training backward while zero: exact zeros upstream of conv2.
-    """
-
-    name = "KVAEResnetBlock2D"
-    classes = ("KVAEResnetBlock2D",)
-    dims = 2
-
-    def norm(self, block: Any, norm: Any) -> Activate | None:
-        if isinstance(norm, nn.GroupNorm):
-            return layers.group(norm)
-        return lambda x, zq: F.silu(norm(x, zq))
-
-    def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
-        found = layers.plain(conv)
-        return None if found is None else (found,)
-
-    def example(self, block: Any, side: int) -> tuple:
-        x = self.images(block, side)
-        norm = block.norm1
-        zq = None if isinstance(norm, nn.GroupNorm) else torch.randn(2, norm.conv_y.in_channels, side, 1)
-        return x, None, zq
-
-    def forward(self, block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None = None) -> Tensor:
-        halves = self.halves(block) if x.dim() == 4 and temb is None else None
-        if halves is None or (zq is None) != isinstance(block.norm1, nn.GroupNorm):
-            return self.eager(block, x, temb, zq)
-        if zq is not None:
-            x, zq = same_batch(x, zq)
-            first, second = halves
-            halves = first._replace(operands=(zq,)), second._replace(operands=(zq,))
-        return video.forward(video.Layers(self.name, self.zero_skip, *halves, lambda x: self.shortcut(block, x)), x)
-
-    def shortcut(self, block: Any, x: Tensor) -> Tensor:
-        if block.in_channels == block.out_channels:
-            return x
-        return block.conv_shortcut(x) if block.use_conv_shortcut else block.nin_shortcut(x)

@@ -222,3 +222,41 @@ class HunyuanImageResnetBlock(VideoResnet):
     def forward(self, block: Any, x: Tensor) -> Tensor:
         y = self.run(block, x)
         return self.eager(block, x) if y is None else y
+
+
+@register
+class TemporalResnetBlock(VideoResnet):
+    """y = shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1 x)) + temb)))), convolutions along the frames
+
+    Source: diffusers TemporalResnetBlock (Stable Video Diffusion's U-Net and autoencoder); temb is one of each frame.
+    Use: zb.accelerate(model), before torch.compile.
+    Inference while conv2 is zero: nothing but shortcut and bias is computed.
+    Training forward while zero: conv2 is not executed.
+    Training backward while zero: exact zeros upstream of conv2.
+    """
+
+    name = "TemporalResnetBlock"
+    classes = ("TemporalResnetBlock",)
+
+    def norm(self, block: Any, norm: Any) -> Activate | None:
+        return layers.group(norm)
+
+    def convs(self, block: Any, conv: Any) -> tuple[Any, ...] | None:
+        found = layers.plain(conv)
+        return None if found is None else (found,)
+
+    def example(self, block: Any, side: int) -> tuple:
+        x, proj = self.images(block, side), block.time_emb_proj
+        return x, None if proj is None else torch.randn(2, x.shape[2], proj.in_features)
+
+    def forward(self, block: Any, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
+        halves, proj = self.halves(block) if input_tensor.dim() == 5 else None, block.time_emb_proj
+        if halves is None or proj is not None and (temb is None or temb.dim() != 3):
+            return self.eager(block, input_tensor, temb)
+        first, second = halves
+        if proj is not None:
+            input_tensor, temb = same_batch(input_tensor, temb)
+            e, act = proj(block.nonlinearity(temb)).transpose(1, 2)[..., None, None], second.activate
+            second = second._replace(activate=lambda h, e: act(h + e), operands=(e,))
+        found = video.Layers(self.name, self.zero_skip, first, second, lambda x: self.shortcut(block, x))
+        return video.forward(found, input_tensor)

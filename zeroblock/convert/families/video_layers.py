@@ -6,13 +6,16 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
 from ...blocks import video
 from ...blocks.activated import Activate, Conv
+from ...blocks.broadcast import same_batch
 from ...blocks.decision import bypassable
 from ...blocks.layers import DROPOUTS, SILUS, Forwards, computes, fits_fused, is_group_norm, is_unit_conv
+from ...blocks.spatial_norm import spatial_norm_silu
 from ..family import Family, lacks
 from ..report import Obstacle, Reason
 
@@ -24,6 +27,7 @@ _MODES = {"replicate": "replicate", "constant": "zeros", "zeros": "zeros"}
 _CHANNEL_RMS: Forwards = {}
 _PIXEL_NORMS: Forwards = {}
 _FRAME_NORMS: Forwards = {}
+_SPATIAL_NORMS: Forwards = {}
 _WAN: Forwards = {}
 _HUNYUAN: Forwards = {}
 _COGVIDEOX: Forwards = {}
@@ -79,6 +83,30 @@ def frame_group(norm: Any, inner: str | None = None) -> Activate | None:
 def group_in(norm: Any, inner: str) -> Activate | None:
     """A group norm of the clip, in a module that calls it."""
     return group(getattr(norm, inner)) if computes(norm, _FRAME_NORMS) else None
+
+
+def is_spatial_norm(norm: Any) -> bool:
+    """MoVQ's norm, whose scale and shift are convolutions of stretched latents (`blocks.spatial_norm`)."""
+    if not hasattr(norm, "conv_y") or getattr(norm, "add_conv", False):
+        return False
+    convs = [getattr(conv, "conv", conv) for conv in (norm.conv_y, norm.conv_b)]
+    one_tap = all(is_unit_conv(conv) and {*conv.kernel_size} == {1} and not any(conv.padding) for conv in convs)
+    return one_tap and is_group_norm(norm.norm_layer) and computes(norm, _SPATIAL_NORMS)
+
+
+def spatial(norm: Any) -> Activate:
+    """silu of a norm of images that takes latents."""
+    if not is_spatial_norm(norm):
+        return lambda x, zq: F.silu(norm(x, zq))
+    return lambda x, zq: spatial_norm_silu(x, norm.norm_layer, zq, norm.conv_y, norm.conv_b)
+
+
+def conditioned(
+    halves: tuple[video.Half, video.Half], x: Tensor, zq: Tensor
+) -> tuple[Tensor, tuple[video.Half, video.Half]]:
+    """x and the halves of a block of images with latents for their norms."""
+    x, zq = same_batch(x, zq)
+    return x, (halves[0]._replace(operands=(zq,)), halves[1]._replace(operands=(zq,)))
 
 
 # ---- convolutions ---------------------------------------------------------------------------------------------------
