@@ -27,7 +27,7 @@ EVERY = {(name, mode) for name in {**CASES, **MODELS} for mode in compile_times.
 def test_no_model_costs_a_compiler_more_than_it_may(table):
     """Time at most LIMIT of the untouched model's, no more graphs or recompiles, exported where that is. Both files are
     renewed as compile_times.py says."""
-    assert {(name, mode) for name, mode in EVERY if table is STORED or name in CASES} <= table.keys()
+    assert table.keys() >= EVERY
     for row in table.values():
         assert not compile_times.above_limit(row), row
 
@@ -35,7 +35,7 @@ def test_no_model_costs_a_compiler_more_than_it_may(table):
 def test_the_tables_hold_what_they_are_asked_for():
     for (name, mode), row in STORED.items():
         assert compile_times.above_limit(row | {"graphs_accelerated": "2", "graphs": "1"})
-        if mode == "inference" and row["exports"]:
+        if mode == "inference":
             assert row["exports"] == str(int(name not in _NOT_EXPORTED))
             assert compile_times.above_limit(row | {"exports": "1", "exports_accelerated": "0"})
             assert compile_times.above_limit(row | {"recompiles": "1", "recompiles_accelerated": "2"})
