@@ -19,12 +19,12 @@ BACKWARD_PER_THREAD = (8, 16)
 MAX_TUNED_D = 4096
 # Rows that lie in two parts, and their warps: shorter ones share a tile. The second part is at least this share of the
 # first: of 1152 columns 10 % of the lanes idle in forward and 25 % in backward, not 44. A quarter there would be 40
-# numbers of a thread in place of 24, of several tensors and sums (registers: python -m tests.triton.static). Whole are
-# the rows of the gated norms' and the residual norms' backward, of four tensors and three sums or more: in parts the
-# first would take 250 registers, and spill under triton 3.3. On an H200 its instructions, idle lanes too, take less time
-# than its bytes (python -m tests.triton.streams). Whole are also rows whose scale is per token: in parts they take 128
-# registers, not 48, and with weight and bias 255, not 100, of 3072 columns they spill on sm_100, and they compile for
-# 0.8 to 1.4 seconds. Five tensors move in the time in which whole rows issue, 576 cycles of 1152 columns, 556 of bytes.
+# numbers of a thread in place of 24, of several tensors and sums (registers: python -m tests.triton.static).
+# Whole are, in backward, the rows of the gated and the residual norms, of four tensors and three sums or more: in parts
+# the first would take 250 registers, and spill under triton 3.3. On an H200 its instructions, idle lanes too, take less
+# time than its bytes (python -m tests.triton.streams). Whole are also rows whose scale is per token: in parts they take
+# 128 registers, not 48, and with weight and bias 255, not 100; of 3072 columns they spill on sm_100; and they compile
+# for 0.8 to 1.4 seconds. Their instructions take about as long as their bytes: 1152 columns 576 and 556 cycles.
 LEAST_PARTED_D, PARTED_WARPS, FORWARD_SHARE, BACKWARD_SHARE = 513, 4, 4, 2
 # A program of backward takes LEAST_ROWS rows or more, so that its partial sums, written and read again, cost at most
 # 1n bytes each (bytes: python -m tests.triton.traffic_cases).
