@@ -29,7 +29,7 @@ DRY = {**MEASURED, "ZEROBLOCK_CACHE_DIR": ""}
 def steps(jobs: int, dry: bool) -> list[Step]:
     measured = DRY if dry else MEASURED
     return [
-        Step("machine", 1, 60, 0.1, every_run=True),
+        Step("machine", 1, 60, 0.25, every_run=True),
         Step("parts", 1, 170, 0.35, every_run=True),
         Step("correct", jobs, 100, 0.6, FIXED),
         Step("headlines", 1, 60, 0.8, measured),

@@ -19,9 +19,12 @@ BACKWARD_PER_THREAD = (8, 16)
 MAX_TUNED_D = 4096
 # Rows that lie in two parts, and their warps: shorter ones share a tile. The second part is at least this share of the
 # first: of 1152 columns 10 % of the lanes idle in forward and 25 % in backward, not 44. A quarter there would be 40
-# numbers of a thread in place of 24, of several tensors and sums (registers: python -m tests.triton.static). The gated
-# norms' backward, of four tensors and three sums, would take 250 registers, and spill under triton 3.3: its rows are
-# whole. On an H200 its instructions, idle lanes too, take less time than its bytes (python -m tests.triton.streams).
+# numbers of a thread in place of 24, of several tensors and sums (registers: python -m tests.triton.static).
+# Whole are, in backward, the rows of the gated and the residual norms, of four tensors and three sums or more: in parts
+# the first would take 250 registers, and spill under triton 3.3. On an H200 its instructions, idle lanes too, take less
+# time than its bytes (python -m tests.triton.streams). Whole are also rows whose scale is per token: in parts they take
+# 128 registers, not 48, and with weight and bias 255, not 100; of 3072 columns they spill on sm_100; and they compile
+# for 0.8 to 1.4 seconds. Their instructions take about as long as their bytes: 1152 columns 576 and 556 cycles.
 LEAST_PARTED_D, PARTED_WARPS, FORWARD_SHARE, BACKWARD_SHARE = 513, 4, 4, 2
 # A program of backward takes LEAST_ROWS rows or more, so that its partial sums, written and read again, cost at most
 # 1n bytes each (bytes: python -m tests.triton.traffic_cases).
@@ -47,9 +50,11 @@ def tile(D: int, per_thread: int) -> tuple[int, int, int]:
 def _in_parts(D: int, size: int, share: int) -> tuple[int, int, int, int] | None:
     """(ROWS, BLOCK_D, TAIL, num_warps) of rows that a power of 2 holds badly: in two parts, of which the second is at
     least 1 / share of the first, in as many rows as give each thread 16 bytes of it."""
+    if not LEAST_PARTED_D <= D <= MAX_TUNED_D:
+        return None
     main = power_of_2(D) // 2
     tail = max(power_of_2(D - main), main // share)
-    if not LEAST_PARTED_D <= D <= MAX_TUNED_D or tail >= main:
+    if tail >= main:
         return None
     return max(1, 16 // size * 32 * PARTED_WARPS // tail), main, tail, PARTED_WARPS
 

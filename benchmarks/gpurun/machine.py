@@ -62,4 +62,5 @@ def ceilings(setting: Setting) -> dict:
 
 
 def units(setting: Setting) -> dict[str, Callable[[], dict]]:
-    return {f.__name__: (lambda f=f: f(setting)) for f in (versions, gpu, ceilings)}
+    """First of all whether there is a GPU: without one nothing else is tried."""
+    return {f.__name__: (lambda f=f: f(setting)) for f in (gpu, versions, ceilings)}

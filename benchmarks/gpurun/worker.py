@@ -24,8 +24,15 @@ PR_SET_PDEATHSIG = 1
 Unit = Callable[[], dict | None]
 
 
-def outcome(unit: Unit, settle: Callable[[], None]) -> dict:
-    """The row of a unit; settle() waits for the device and raises what it has to say."""
+def settle() -> None:
+    """Waits for the device, where the process has one in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def outcome(unit: Unit) -> dict:
+    """The row of a unit, and of what the device has to say of it afterwards."""
     start = time.perf_counter()
     try:
         found = {"status": "ok", **(unit() or {})}
@@ -39,15 +46,7 @@ def outcome(unit: Unit, settle: Callable[[], None]) -> dict:
     return {**found, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def settle_for(setting: Setting) -> Callable[[], None]:
-    def settle() -> None:
-        if setting.device == "cuda" and "torch" in sys.modules:
-            sys.modules["torch"].cuda.synchronize()
-
-    return settle
-
-
-def is_broken(settle: Callable[[], None]) -> bool:
+def is_broken() -> bool:
     """Whether the device takes no more work from this process, as after an illegal access."""
     try:
         settle()
@@ -69,11 +68,11 @@ def serve(module: str, setting: Setting) -> None:
     """Answers on what was the standard output; what the module and its units print goes to the log."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
-        units, settle = units_of(module, setting), settle_for(setting)
+        units = units_of(module, setting)
         print(json.dumps({"units": list(units)}), file=answers, flush=True)
         for line in sys.stdin:
-            row = outcome(units[json.loads(line)], settle)
-            ends = row["status"] == "failed" and is_broken(settle)
+            row = outcome(units[json.loads(line)])
+            ends = row["status"] == "failed" and is_broken()
             print(json.dumps({**row, "ends": ends}), file=answers, flush=True)
             if ends:
                 return
@@ -92,7 +91,7 @@ def main(arguments: list[str]) -> int:
         serve(options.module, setting)
     else:
         units_of(options.module, setting)[options.only]()
-        settle_for(setting)()
+        settle()
     return 0
 
 

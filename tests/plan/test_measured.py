@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -219,8 +221,6 @@ def test_capture_measures_nothing_and_remembers_nothing(ruled, monkeypatch):
 
 def test_nobody_waits_for_a_measurement(ruled):
     """Another thread's call in the same situation goes by the rule while the first is measuring."""
-    import threading
-
     others = []
 
     def timer(name, run, device):
@@ -233,6 +233,29 @@ def test_nobody_waits_for_a_measurement(ruled):
     with _plan.use(timer=timer):
         assert chosen(ruled, x4) == "fast"
     assert others == ["picky"]
+
+
+def test_a_thread_that_captures_measures_nothing_while_another_does(ruled, monkeypatch):
+    """Nor goes by the rule: that way may have to be compiled. What the other has measured then holds in a capture."""
+    measuring, captured = threading.current_thread(), []
+    monkeypatch.setattr(_plan, "capturing", lambda device: threading.current_thread() is not measuring)
+
+    def capture():
+        thread = threading.Thread(target=lambda: captured.append(chosen(ruled, x4)))
+        thread.start()
+        thread.join(60)
+
+    def timer(name, run, device):
+        assert threading.current_thread() is measuring
+        if not captured:
+            with pytest.warns(UserWarning, match="double is captured in a CUDA graph before a call like it ran"):
+                capture()
+        return {"fast": 0.1}.get(name, 1.0)
+
+    with _plan.use(timer=timer):
+        assert chosen(ruled, x4) == "fast"
+        capture()
+    assert captured == ["library", "fast"]
 
 
 @pytest.mark.parametrize("way", ["dispatcher", "compile"])

@@ -97,7 +97,8 @@ def test_without_a_gpu_it_says_so_and_ends(tmp_path):
     entry = (sys.executable, str(BENCHMARKS / "first_gpu.py"), "--minutes", str(HANG / 60), "--out", str(tmp_path))
     done = subprocess.run(entry, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 1 and "no GPU that torch can use, nothing else is tried" in done.stdout, done.stderr
-    assert {row["step"] for row in rows_of(tmp_path)} == {"machine"}
+    found = {(row["step"], row["unit"]): row["status"] for row in rows_of(tmp_path)}
+    assert {step for step, _ in found} == {"machine"} and found["machine", "versions"] == "ok"
 
 
 def children(pid):

@@ -35,21 +35,48 @@ with cache.meta_goes_as_a_gpu():
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("index", (0, 1, 10))
-def test_launches_are_recorded_without_a_gpu(index):
-    """In a process of its own, which changes what meta tensors are; a measured plan starts more than one way."""
+# What a zero block starts: the kernels with a flag, where one was seen zero, and the test that finds it so.
+HEADLINES = """
+from gpurun import cache
+from zbench import headlines
+zero = [case for case in headlines.cases(True) if case.group == "zero" and case.mode == "training"]
+with cache.meta_goes_as_a_gpu():
+    for case in zero:
+        found = list(cache.of_headlines([case]))
+        looks = [one for one in found if "zero_flag" in one.kernel.__module__]
+        print(case.op, len(looks), sum(one.arguments.get("flag") is not None for one in found), len(found))
+"""
+
+
+def recorded(script: str) -> list[list[str]]:
+    """The words that a script prints, which records launches in a process of its own: it changes what meta tensors
+    are."""
     pytest.importorskip("triton")
     path = os.pathsep.join([str(BENCHMARKS.parent), str(BENCHMARKS)])
     done = subprocess.run(
-        [sys.executable, "-c", RECORD.format(index=index)],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr
-    counts = dict(line.split() for line in done.stdout.splitlines())
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", (0, 1, 10))
+def test_launches_are_recorded_without_a_gpu(index):
+    """A measured plan starts more than one way."""
+    counts = dict(recorded(RECORD.format(index=index)))
     assert 1 <= int(counts["triton"]) < int(counts["measured"])
+
+
+def test_both_plans_of_a_zero_block_are_recorded():
+    """The dense one, which looks at the weight, and the flagged one, which follows where that was zero."""
+    lines = recorded(HEADLINES)
+    assert {name for name, *_ in lines} == {"resblock", "dit_block"}
+    for name, looks, flagged, every in lines:
+        assert 0 < int(looks) < int(every) and 0 < int(flagged) < int(every), name
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ CALLS = {
     ),
     "layer_norm_modulate_bwd": (
         partial(layer_norm_modulate.backward, X, X, STAT, STAT, ROW, ROW, None, None, False),
-        (25, 33, 2),
+        (25, 28, 2),
     ),
     "group_norm_silu": (
         partial(group_norm_silu.forward, IMAGE, 32, WEIGHT, WEIGHT, 1e-5, ROW, ROW, True, False),
