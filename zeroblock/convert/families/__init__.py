@@ -32,6 +32,7 @@ ORIGINS = (
     "diffusers_blocks",
     "diffusers_kandinsky",
     "diffusers_later",
+    "diffusers_latest",
     "diffusers_ungated",
     "diffusers_video",
     "dit",
