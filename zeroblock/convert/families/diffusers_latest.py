@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...ops.register import left_to_compiler
+from ..family import Family, lacks, register
+from ..report import Obstacle
 from .described import described
-from .description import GatedBranch, Given
+from .description import GatedBranch, Given, Row
 from .diffusers_lumina import Z_IMAGE, polar, token_mask, unmodulated
 from .diffusers_wan import table_gates, table_rows
+from .operands import row_of
 from .stand_in import of_tokens, width_of
+from .streams import Stream
 
 _TEXT = 3
 
@@ -35,11 +40,9 @@ def _sana_wm(
 ) -> Given | None:
     if frame_valid_mask is not None or (hasattr(block, "plucker_proj") and plucker_emb is None):
         return None
-    (B, T), frames = x.shape[:2], t.shape[2]
-    rows = table_rows(block.scale_shift_table, t.reshape(B, frames, 6, -1), 2)
-    which = None
-    if frames > 1:
-        which = torch.arange(frames, device=x.device).repeat_interleave(T // frames).expand(B, -1)
+    t = t.reshape(x.shape[0], t.shape[2], 6, -1)
+    which = _frame_of_token(x, t)
+    rows = table_rows(block.scale_shift_table, t, 2)
     attend = {
         "HW": THW,
         "rotary_emb": rotary_emb,
@@ -51,6 +54,14 @@ def _sana_wm(
     }
     layers = {"attn": attend, "plucker_proj": plucker_emb, "cross_attn": (y, mask), "mlp": {"HW": THW}}
     return Given((x,), rows, layers, which=(which,))
+
+
+def _frame_of_token(x: Tensor, rows: Tensor) -> Tensor | None:
+    """Which frame's row serves a token; None: there is one row for all."""
+    (B, T), frames = x.shape[:2], rows.shape[1]
+    if frames == 1:
+        return None
+    return torch.arange(frames, device=x.device).repeat_interleave(T // frames).expand(B, -1)
 
 
 def _sana_wm_crosses(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
@@ -253,3 +264,36 @@ described(
     variant=unmodulated,
     about="diffusers models/controlnets/controlnet_z_image.py.",
 )
+
+
+@register
+class SanaWMFinalLayer(Family):
+    """linear(norm_final(x) * (1 + scale) + shift), (shift, scale) = scale_shift_table + t, of each frame
+
+    Source: `T2IFinalLayer` of diffusers models/transformers/transformer_sana_wm.py.
+    Use: zb.accelerate(model), before torch.compile.
+    Inference: one pass over x for norm and modulation. There is nothing to skip.
+    Training forward: the same.
+    Training backward: one pass.
+    """
+
+    name = "SanaWMFinalLayer"
+    eager_rounding = True
+    classes = ("T2IFinalLayer",)
+
+    def match(self, block: Any, path: str, root: nn.Module) -> Obstacle | None:
+        return lacks(block, "norm_final", "linear", "scale_shift_table")
+
+    def branches(self, block: Any) -> dict[str, tuple[Tensor, ...]]:
+        return {}
+
+    def example(self, block: Any, side: int) -> tuple:
+        D = block.linear.in_features
+        return torch.randn(2, side**2, D), torch.randn(2, 1, side, D)
+
+    def forward(self, block: Any, x: Tensor, t: Tensor) -> Tensor:
+        if x.dim() != 3 or t.dim() != 4 or left_to_compiler(x):
+            return self.eager(block, x, t)
+        t = t.transpose(1, 2).squeeze(2)
+        shift, scale = (row_of(Row(t, table)) for table in block.scale_shift_table)
+        return block.linear(Stream(x, index=_frame_of_token(x, t)).normed(block.norm_final, shift, scale))
