@@ -66,9 +66,9 @@ def _anima(
 
 def _anima_example(block: Any, side: int) -> tuple:
     attn, T = block.cross_attn, side**2
-    D, heads = attn.q_proj.in_features if hasattr(attn, "q_proj") else attn.to_q.in_features, attn.heads
-    text = torch.randn(2, _TEXT, width_of(attn, "k_proj", 0) or width_of(attn, "to_k", D))
-    own, other = _angles(T, D // heads), _angles(_TEXT, D // heads)
+    D, width = attn.q_proj.in_features, attn.attention_head_dim
+    own, other = _angles(T, width), _angles(_TEXT, width)
+    text = torch.randn(2, _TEXT, attn.k_proj.in_features)
     return torch.randn(2, T, D), text, None, None, tuple(a[None] for a in own), tuple(a[None] for a in other)
 
 
@@ -157,6 +157,7 @@ described(
     (GatedBranch("attn", "norm1", gate=0), GatedBranch("ff", "norm2", gate=1)),
     given=_minimax,
     example=lambda block, side: (torch.randn(2, side**2, len(block.scale1)),),
+    options=lambda block: {"rotary_emb": (tuple(a[None, :, None] for a in _angles(SMALL**2, 2)),)},
     gates=lambda block, i: ((block.scale1, block.scale2)[i].detach(),),
     about="diffusers models/autoencoders/autoencoder_kl_minimax_h3.py.",
 )

@@ -64,7 +64,7 @@ def _basic_variant(block: Any) -> str | None:
 
 def _context(block: Any) -> Tensor | None:
     D = block.cross_attention_dim
-    return None if D is None else torch.randn(2, _TEXT, D)
+    return None if D is None or block.double_self_attention else torch.randn(2, _TEXT, D)
 
 
 def _basic_options(block: Any) -> dict[str, tuple]:
