@@ -2,8 +2,8 @@
 
 `ZEROBLOCK_PLAN=fixed python -m tests.convert.coverage` renews the table (zeroblock/convert/coverage.csv): the model's
 class; the level; the families of whole blocks and how many of their branches there are; every residual block that is
-left alone, with the reason. Sizes and inputs of the models are in diffusers_models.json (transformers) and diffusers_others.json (U-Nets,
-ControlNets, autoencoders).
+left alone, with the reason. Sizes and inputs of the models are in diffusers_models.json (transformers) and
+diffusers_others.json (U-Nets, ControlNets, autoencoders).
 
 Levels: "blocks" (every residual block that has norms of its own is run by zeroblock, none of them asks its original
 at a call), "some blocks", "parts" (layers or norms alone), "nothing".

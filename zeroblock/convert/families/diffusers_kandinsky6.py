@@ -1,5 +1,5 @@
 """diffusers' Kandinsky 6: a stream of video and one of audio, each attending to itself and to the text, then both to
-each other."""
+each other; and its super-resolution."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ...ops.register import left_to_compiler
 from ..family import Family, lacks, register
 from ..report import Obstacle
-from .description import Row
+from .described import described
+from .description import GatedBranch, Given, Row
 from .operands import Gate
+from .stand_in import of_tokens
 from .streams import Stream
 
 _TEXT = 3
@@ -143,3 +145,36 @@ def _meet(
     to_audio = block.av_cross_attention(k, encoder_hidden_states=queries[0], rope_q=other, rope_kv=own)
     x.add(to_video, Gate(gate))
     y.add(to_audio, Gate(audio_gate))
+
+
+# ---- Kandinsky 6, super-resolution -----------------------------------------------------------------------------------
+
+
+def _kandinsky_sr(block: Any, hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor, sparse_params: Any) -> Given:
+    rows = block.visual_modulation(temb).chunk(6, dim=-1)
+    return Given((hidden_states,), rows, {"self_attention": (rotary_emb, sparse_params)})
+
+
+def _kandinsky_sr_attends(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
+    return block.self_attention(h, *layers["self_attention"])
+
+
+def _kandinsky_sr_example(block: Any, side: int) -> tuple:
+    linear = block.visual_modulation.out_layer
+    x, temb = torch.randn(2, side**2, linear.out_features // 6), torch.randn(2, linear.in_features)
+    return x, temb, torch.randn(side**2, 2), {"sta_mask": torch.ones(2, 2), "threshold": 0.5}
+
+
+described(
+    "Kandinsky6SRTransformerBlock",
+    (
+        GatedBranch("self_attention", "self_attention_norm", 0, 1, 2, call=_kandinsky_sr_attends),
+        GatedBranch("feed_forward", "feed_forward_norm", 3, 4, 5),
+    ),
+    given=_kandinsky_sr,
+    example=_kandinsky_sr_example,
+    linear="visual_modulation.out_layer",
+    fp32=True,
+    stand_ins={"self_attention": of_tokens},  # flex attention
+    about="diffusers models/transformers/transformer_kandinsky6_sr.py.",
+)

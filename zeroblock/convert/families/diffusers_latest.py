@@ -1,4 +1,4 @@
-"""diffusers' SANA-WM and its refiner, Wan-Animate 2, Kandinsky 6's super-resolution, and the ControlNet of Z-Image."""
+"""diffusers' SANA-WM and its refiner, Wan-Animate 2, and the ControlNet of Z-Image."""
 
 from __future__ import annotations
 
@@ -120,10 +120,14 @@ def _refiner_example(block: Any, side: int) -> tuple:
     D = block.scale_shift_table.shape[-1]
     text = torch.randn(2, _TEXT, width_of(block.attn2, "to_k", D))
     angles = torch.randn(2, side**2, D)
+    return torch.randn(2, side**2, D), text, torch.randn(2, 1, 6 * D), (angles.cos(), angles.sin())
+
+
+def _refiner_options(block: Any) -> dict[str, tuple]:
     mask = torch.zeros(2, 1, _TEXT)
     mask[1, :, -1] = -10000.0
-    rotary = angles.cos(), angles.sin()
-    return torch.randn(2, side**2, D), text, torch.randn(2, 1, 6 * D), rotary, mask, rotary, 3.0, "capture"
+    found: dict[str, tuple] = {"encoder_attention_mask": (mask,), "sink_rotary_emb": (torch.randn(2),)}
+    return found | {"kv_cache": (torch.randn(3),), "kv_cache_mode": ("inject",)}
 
 
 described(
@@ -131,6 +135,7 @@ described(
     (GatedBranch("attn1", "norm1", 0, 1, 2), GatedBranch("attn2", "norm2"), GatedBranch("ff", "norm3", 3, 4, 5)),
     given=_refiner,
     example=_refiner_example,
+    options=_refiner_options,
     gates=table_gates,
     variant=lambda block: None if len(block.scale_shift_table) == 6 else "its cross-attention has rows",
     stand_ins={"attn1": of_tokens},  # which keeps keys and values
@@ -198,38 +203,6 @@ described(
     fp32=True,
     stand_ins={"self_attn": of_tokens},  # which keeps keys and values, and is flex attention
     about="diffusers models/transformers/transformer_wan_animate_2.py.",
-)
-
-# ---- Kandinsky 6, super-resolution -----------------------------------------------------------------------------------
-
-
-def _kandinsky_sr(block: Any, hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor, sparse_params: Any) -> Given:
-    rows = block.visual_modulation(temb).chunk(6, dim=-1)
-    return Given((hidden_states,), rows, {"self_attention": (rotary_emb, sparse_params)})
-
-
-def _kandinsky_sr_attends(block: Any, h: Tensor, layers: dict[str, Any]) -> Tensor:
-    return block.self_attention(h, *layers["self_attention"])
-
-
-def _kandinsky_sr_example(block: Any, side: int) -> tuple:
-    linear = block.visual_modulation.out_layer
-    x, temb = torch.randn(2, side**2, linear.out_features // 6), torch.randn(2, linear.in_features)
-    return x, temb, torch.randn(side**2, 2), {"sta_mask": torch.ones(2, 2), "threshold": 0.5}
-
-
-described(
-    "Kandinsky6SRTransformerBlock",
-    (
-        GatedBranch("self_attention", "self_attention_norm", 0, 1, 2, call=_kandinsky_sr_attends),
-        GatedBranch("feed_forward", "feed_forward_norm", 3, 4, 5),
-    ),
-    given=_kandinsky_sr,
-    example=_kandinsky_sr_example,
-    linear="visual_modulation.out_layer",
-    fp32=True,
-    stand_ins={"self_attention": of_tokens},  # flex attention
-    about="diffusers models/transformers/transformer_kandinsky6_sr.py.",
 )
 
 # ---- Z-Image's ControlNet: each block returns the hints so far, and its own ------------------------------------------
