@@ -1,12 +1,12 @@
 """What accelerate does with every model of the installed diffusers, in tiny sizes, and a table of it.
 
-`ZEROBLOCK_PLAN=fixed python -m tests.convert.coverage` renews the table (zeroblock/convert/coverage.csv): the model's
-class; the level; the families of whole blocks and how many of their branches there are; every residual block that is
-left alone, with the reason. Sizes and inputs of the models are in diffusers_models.json (transformers) and
-diffusers_others.json (U-Nets, ControlNets, autoencoders).
+`ZEROBLOCK_PLAN=fixed python -m tests.convert.coverage [CLASS ...]` renews the table (zeroblock/convert/coverage.csv):
+the model's class; the level; the families of whole blocks and how many of their branches there are; every residual
+block that is left alone, with the reason. Sizes and inputs of the models are in diffusers_models.json (transformers)
+and diffusers_others.json (U-Nets, ControlNets, autoencoders).
 
 Levels: "blocks" (every residual block that has norms of its own is run by zeroblock, none of them asks its original
-at a call), "some blocks", "parts" (layers or norms alone), "nothing".
+at a call), "some blocks", "parts" (layers or norms alone), "nothing", "no blocks" (there is none: a projection, say).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from zeroblock.convert.trial import tensors as tensors
 
 HERE = Path(__file__).parent
 FIELDS = ("class", "level", "blocks", "left alone")
-# Classes that are not run, and why.
+# Classes that cannot be run, and why.
 NOT_RUN: dict[str, str] = {}
 
 
@@ -160,7 +160,7 @@ def row(model: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str]:
     left = collections.Counter(f"{b.block}: {b.kind.title}" for b in report.left_alone)
     left.update(f"{name}: runs the original" for name in originals.ran)
     open_ = originals.ran or any(b.path in has_norms for b in report.left_alone)
-    level = "parts" if report.blocks else "nothing"
+    level = "parts" if report.blocks else "nothing" if report.left_alone else "no blocks"
     if blocks:
         level = "some blocks" if open_ else "blocks"
     words = ["; ".join(f"{k} ({n})" for k, n in sorted(counts.items())) for counts in (blocks, left)]
@@ -172,15 +172,18 @@ def table() -> dict[str, dict[str, str]]:
         return {line["class"]: line for line in csv.DictReader(file)}
 
 
-def renew() -> None:
+def renew(only: list[str]) -> None:
+    """All lines, or those of these classes."""
     torch.set_num_threads(1)
-    lines = []
+    lines, known_lines = [], table()
     for name in sorted(classes()):
         if name in NOT_RUN:
             lines.append({"class": name, "level": "not run", "blocks": "", "left alone": NOT_RUN[name]})
-            continue
-        model, inputs = build(name)
-        lines.append({"class": name, **row(model.eval(), lambda m, inputs=inputs: m(**inputs))})
+        elif only and name not in only:
+            lines.append(known_lines[name])
+        else:
+            model, inputs = build(name)
+            lines.append({"class": name, **row(model.eval(), lambda m, inputs=inputs: m(**inputs))})
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
@@ -190,4 +193,4 @@ def renew() -> None:
 
 if __name__ == "__main__":
     tiny.IMAGES = tiny.TOKENS = 0  # as in the tests: the blocks here are tiny
-    renew()
+    renew(sys.argv[1:])
