@@ -204,13 +204,13 @@ for name, given, modulated in (
     context = GatedBranch(
         "context_proj", call=lambda block, h, layers: block.context_proj(layers["context_proj"]).flatten(1, 3)
     )
-    rows = ((1, 0), (4, 3)) if modulated else ((None, None), (None, None))
+    scales, shifts = ((0, 3), (1, 4)) if modulated else ((None, None), (None, None))
     described(
         name,
         (
             *((context,) if modulated else ()),
-            GatedBranch("attn", "norm1", *rows[0], call=_looks_around),
-            GatedBranch("mlp", "norm2", *rows[1]),
+            GatedBranch("attn", "norm1", shifts[0], scales[0], call=_looks_around),
+            GatedBranch("mlp", "norm2", shifts[1], scales[1]),
         ),
         given=given,
         example=_grid_example,
