@@ -1,12 +1,12 @@
 """What accelerate does with every model of the installed diffusers, in tiny sizes, and a table of it.
 
-`python -m tests.convert.coverage` renews the table (zeroblock/convert/coverage.csv): the model's class; the level; the
-families of whole blocks and how many of their branches there are; every residual block that is left alone, with the
-reason. Sizes and inputs of the models are in diffusers_models.json (transformers) and diffusers_others.json (U-Nets,
-ControlNets, autoencoders).
+`ZEROBLOCK_PLAN=fixed python -m tests.convert.coverage [CLASS ...]` renews the table (zeroblock/convert/coverage.csv):
+the model's class; the level; the families of whole blocks and how many of their branches there are; every residual
+block that is left alone, with the reason. Sizes and inputs of the models are in diffusers_models.json (transformers)
+and diffusers_others.json (U-Nets, ControlNets, autoencoders).
 
 Levels: "blocks" (every residual block that has norms of its own is run by zeroblock, none of them asks its original
-at a call), "some blocks", "parts" (layers or norms alone), "nothing".
+at a call), "some blocks", "parts" (layers or norms alone), "nothing", "no blocks" (there is none: a projection, say).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import collections
 import csv
 import inspect
 import json
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,49 +25,15 @@ import torch
 from torch import nn
 
 import zeroblock as zb
+from zeroblock.blocks import tiny
 from zeroblock.convert.families import known
 from zeroblock.convert.table import TABLE as TABLE
 from zeroblock.convert.trial import tensors as tensors
 
 HERE = Path(__file__).parent
 FIELDS = ("class", "level", "blocks", "left alone")
-# Classes that are not run, and why.
-NOT_RUN = {
-    "BriaFibo2Transformer2DModel": "chooses how many tokens of the text it keeps",
-    "DreamLiteTransformer2DModel": "an inner model of DreamLite's U-Net",
-    "HunyuanDiT2DControlNetModel": "takes the residuals of a HunyuanDiT2DModel",
-    "HunyuanDiT2DMultiControlNetModel": "several HunyuanDiT2DControlNetModel",
-    "Kandinsky6SRTransformer3DModel": "its attention is flex attention over blocks of 64 tokens",
-    "Kandinsky6Transformer3DModel": "takes latents of a video and of its audio, packed",
-    "RFD4ProteinaTransformer": "takes the atoms of a protein",
-    "SanaWMLTX2RefinerTransformer3DModel": "takes the latents of LTX-2's autoencoder",
-    "SanaWMTransformer3DModel": "takes rays of a camera",
-    "WanAnimate2Transformer3DModel": "takes a cache of keys and values",
-}
-# Models that are not transformers and are not run, by why.
-OTHERS_NOT_RUN = {
-    "several models of another class, or weights for one": (
-        *("ControlNetXSAdapter", "FluxMultiControlNetModel", "MotionAdapter", "MultiAdapter", "MultiControlNetModel"),
-        *("QwenImageMultiControlNetModel", "SD3MultiControlNetModel", "Kandinsky6SRLatentUpscalerBank"),
-    ),
-    "prepares conditions": (
-        *("AceStepConditionEncoder", "AnimaTextConditioner", "AudioLDM2ProjectionModel", "CLIPImageProjection"),
-        *("Ideogram4PromptEnhancerHead", "MiniMaxMusic3ConditionEncoder", "ReduxImageEncoder"),
-        *("StableAudio3DurationEmbedder", "StableAudioProjectionModel", "UniDiffuserTextDecoder"),
-    ),
-    "tokens or waves of sound": (
-        *("AceStepAudioTokenDetokenizer", "AceStepAudioTokenizer", "AutoencoderKLKVAEAudio", "AutoencoderSAME"),
-        *("AutoencoderKLMiniMaxH3Audio", "Cosmos3AVAEAudioTokenizer", "LongCatAudioDiTVae", "MMAudioVAE"),
-        *("MMAudioVocoder", "MiniMaxMusic3RVQDepthDecoder", "MiniMaxMusic3Vocoder", "T5FilmDecoder"),
-    ),
-    "has no small size here yet": (
-        *("AutoencoderKLAllegro", "AutoencoderKLHunyuanImageRefiner", "AutoencoderKLKVAEVideo"),
-        *("AutoencoderKLMiniMaxH3", "AutoencoderKLQwenImage21", "AutoencoderRAE", "AutoencoderVidTok"),
-        *("CosmosControlNetModel", "DreamLiteUNetModel", "I2VGenXLUNet", "Kandinsky3UNet", "Kandinsky6SRVAE"),
-        *("LTX2VideoDiffusionDecoderModel", "RFD4ProteinaAutoencoder", "UniDiffuserModel", "ZImageControlNetModel"),
-    ),
-}
-NOT_RUN |= {name: why for why, names in OTHERS_NOT_RUN.items() for name in names}
+# Classes that cannot be run, and why.
+NOT_RUN: dict[str, str] = {}
 
 
 class Model(NamedTuple):
@@ -103,11 +70,31 @@ def build(name: str) -> Model:
         for p in model.parameters():
             p.masked_fill_(~(p.abs() < 100), 0.0)  # some are made by torch.empty and never filled
             p.add_(0.05 * torch.randn_like(p))
-    return Model(model, {k: _value(v, generator) for k, v in spec["inputs"].items()})
+    return Model(_ready(model), {k: _value(v, generator) for k, v in spec["inputs"].items()})
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """The model that is run: most as they are, some need a setting or run as a part of another model."""
+    import diffusers
+
+    match type(model).__name__:
+        case "AutoencoderKLAllegro":
+            model.enable_tiling()
+        case "ControlNetXSAdapter":
+            size = {**sizes()["UNet2DConditionModel"]["config"], "layers_per_block": 2}
+            unet = diffusers.UNet2DConditionModel(**{k: _value(v, torch.Generator()) for k, v in size.items()})
+            return diffusers.UNetControlNetXSModel.from_unet(unet, model)
+        case "MotionAdapter":
+            return diffusers.UNetMotionModel.from_unet2d(build("UNet2DConditionModel").model, model)
+        case "ZImageControlNetModel":
+            model.gradient_checkpointing = False  # which training asks for and its constructor forgets
+            return type(model).from_transformer(model, build("ZImageTransformer2DModel").model)
+    return model
 
 
 def _value(v: Any, generator: torch.Generator) -> Any:
-    """Of the file: {"normal": size}, {dtype: values}, {dtype: size, "all": value}, {dtype: size, "below": bound}."""
+    """Of the file: {"normal": size}, {dtype: values}, {dtype: size, "all": value}, {dtype: size, "below": bound},
+    {"model": class}, {"object": "module.class", "of": its arguments}."""
     if isinstance(v, list):
         return [_value(x, generator) for x in v]
     if isinstance(v, str) and v.startswith("arange "):
@@ -118,6 +105,10 @@ def _value(v: Any, generator: torch.Generator) -> Any:
         return tuple(_value(x, generator) for x in v["tuple"])
     if "dict" in v:
         return {k: _value(x, generator) for k, x in v["dict"].items()}
+    if "model" in v:
+        return build(v["model"]).model
+    if "object" in v:
+        return pkgutil.resolve_name(v["object"])(*v["of"])
     if "numbered" in v:
         return {int(k): x for k, x in v["numbered"].items()}
     if "normal" in v:
@@ -169,7 +160,7 @@ def row(model: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str]:
     left = collections.Counter(f"{b.block}: {b.kind.title}" for b in report.left_alone)
     left.update(f"{name}: runs the original" for name in originals.ran)
     open_ = originals.ran or any(b.path in has_norms for b in report.left_alone)
-    level = "parts" if report.blocks else "nothing"
+    level = "parts" if report.blocks else "nothing" if report.left_alone else "no blocks"
     if blocks:
         level = "some blocks" if open_ else "blocks"
     words = ["; ".join(f"{k} ({n})" for k, n in sorted(counts.items())) for counts in (blocks, left)]
@@ -181,15 +172,18 @@ def table() -> dict[str, dict[str, str]]:
         return {line["class"]: line for line in csv.DictReader(file)}
 
 
-def renew() -> None:
+def renew(only: list[str]) -> None:
+    """All lines, or those of these classes."""
     torch.set_num_threads(1)
-    lines = []
+    lines, known_lines = [], table()
     for name in sorted(classes()):
         if name in NOT_RUN:
             lines.append({"class": name, "level": "not run", "blocks": "", "left alone": NOT_RUN[name]})
-            continue
-        model, inputs = build(name)
-        lines.append({"class": name, **row(model.eval(), lambda m, inputs=inputs: m(**inputs))})
+        elif only and name not in only:
+            lines.append(known_lines[name])
+        else:
+            model, inputs = build(name)
+            lines.append({"class": name, **row(model.eval(), lambda m, inputs=inputs: m(**inputs))})
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
@@ -198,4 +192,5 @@ def renew() -> None:
 
 
 if __name__ == "__main__":
-    renew()
+    tiny.IMAGES = tiny.TOKENS = 0  # as in the tests: the blocks here are tiny
+    renew(sys.argv[1:])

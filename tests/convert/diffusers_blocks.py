@@ -18,7 +18,7 @@ SIDE = 3
 
 
 class Built(NamedTuple):
-    """A block of diffusers' module `home`."""
+    """A block of diffusers' module `home`, in a folder of models where it is not among the transformers."""
 
     home: str
     block: str
@@ -27,7 +27,8 @@ class Built(NamedTuple):
     family: str | None = None  # where it is not the block's name
 
     def make(self) -> nn.Module:
-        module = pytest.importorskip(f"diffusers.models.transformers.{self.home}", reason="diffusers is not installed")
+        home = self.home if "." in self.home else f"models.transformers.{self.home}"
+        module = pytest.importorskip(f"diffusers.{home}", reason="diffusers is not installed")
         return getattr(module, self.block)(*self.args, **self.kwargs)
 
     @property
@@ -71,6 +72,7 @@ _LTX2 = {
     "audio_cross_attention_dim": 12,
 }
 _COSMOS = {"adaln_lora_dim": 4}
+_KANDINSKY6 = (16, 12, 32, 8, 12, 12, 24, 6)
 
 _ALL = [
     *_both("transformer_longcat_image", "LongCatImage", *_FLUX),
@@ -143,6 +145,39 @@ _ALL = [
         16, 12, 32, 8
     ),
     *_of("transformer_kandinsky6", "Kandinsky6TransformerEncoderBlock")(16, 12, 32, 8),
+    *(
+        Built("transformer_kandinsky6", "Kandinsky6FusedTransformerDecoderBlock", _KANDINSKY6, options)
+        for options in ({}, {"cross_gates": True}, {"fix_modulation": True, "cross_gates": True})
+    ),
+    *_of("transformer_sana_wm_refiner", "SanaWMLTX2RefinerTransformerBlock")(**_LTX2),
+    *_of("models.controlnets.controlnet_z_image", "ZImageControlTransformerBlock")(*_Z_IMAGE),
+    *_of("models.controlnets.controlnet_z_image", "ZImageControlTransformerBlock")(*_Z_IMAGE, block_id=1),
+    *_of("pipelines.ace_step.modeling_ace_step", "AceStepEncoderLayer")(16, 2, 1, 8, 32),
+    *_of("models.condition_embedders.condition_embedder_anima", "AnimaTextConditionerBlock")(12, 16, 2),
+    *_of("models.condition_embedders.condition_embedder_anima", "AnimaTextConditionerBlock")(
+        12, 16, 2, use_self_attention=False, use_layer_norm=True
+    ),
+    *_of("transformer_bria_fibo2", "BriaFibo2PerceiverLayer")(24, 2, 12, 1e-5),
+    *_of("models.unets.unet_i2vgen_xl", "I2VGenXLTransformerTemporalEncoder")(16, 2, 8, "gelu", ff_inner_dim=32),
+    *_of("minimax_music3_rvq_depth_decoder", "MiniMaxMusic3DepthDecoderBlock")(16, 2, 32),
+    *_of("models.autoencoders.autoencoder_kl_minimax_h3", "MiniMaxH3VideoTransformerBlock")(16, 2, 8),
+    *_of("models.attention", "TemporalBasicTransformerBlock")(16, 16, 2, 8, 12),
+    *_of("models.attention", "TemporalBasicTransformerBlock")(16, 16, 2, 8),
+    *_of("models.attention", "SkipFFTransformerBlock")(16, 2, 8, 12, True, cross_attention_dim=16),
+    Built(
+        "transformer_2d_dreamlite",
+        "BasicTransformerBlockDreamLite",
+        (16, 2, 8),
+        {"cross_attention_dim": 12, "use_self_attention": False},
+        "PlainTransformerBlock",
+    ),
+    Built(
+        "models.attention",
+        "BasicTransformerBlock",
+        (16, 2, 8),
+        {"cross_attention_dim": 12, "double_self_attention": True},
+        "PlainTransformerBlock",
+    ),
     *_of("transformer_minimax_h3", "MiniMaxH3TransformerBlock")(16, 2, 8, 32, 12, 1e-5, 1e-5),
     *_of("transformer_minimax_h3", "MiniMaxH3TokenRefinerBlock")(16, 2, 8, 32, 1e-5, 1e-5),
     *_of("transformer_krea2", "Krea2TextFusionBlock")(16, 2, 1, 32, 1e-5),

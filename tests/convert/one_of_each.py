@@ -40,6 +40,13 @@ def ada_norm_zero(**options):
     return BasicTransformerBlock(16, 2, 8, norm_type="ada_norm_zero", num_embeds_ada_norm=4, **options)
 
 
+def sana_wm():
+    home = pytest.importorskip("diffusers.models.transformers.transformer_sana_wm", reason="diffusers is not installed")
+    attention, options = home.BidirectionalGDNUCPESinglePathLiteLA, {"linear_head_dim": 16, "cam_attn_compress": 1}
+    options |= {"ffn_type": "GLUMBConvTemp", "use_chunk_plucker_post_attn": True}
+    return home.SanaVideoMSCamCtrlBlock(32, 2, attention, **options)
+
+
 def dit_model():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     return diffusers.DiTTransformer2DModel(2, 8, 4, num_layers=1, sample_size=4, num_embeds_ada_norm=10)
@@ -160,6 +167,20 @@ BLOCKS = {
     "ResNetBlock": torchvision_block,
     "NormFreeBlock": timm_nfnet,
     "LoRA": lora,
+    "SanaVideoMSCamCtrlBlock": sana_wm,
+    "SanaWMFinalLayer": diffusers_block("transformers.transformer_sana_wm", "T2IFinalLayer", 16, (1, 2, 2), 4),
+    "WanAnimate2TransformerBlock": diffusers_block(
+        "transformers.transformer_wan_animate_2", "WanAnimate2TransformerBlock", 16, 32, 2, True
+    ),
+    "Kandinsky6SRTransformerBlock": diffusers_block(
+        "transformers.transformer_kandinsky6_sr", "Kandinsky6SRTransformerBlock", 16, 12, 32, 8
+    ),
+    "LTX2VideoVaeNABlock": diffusers_block(
+        "autoencoders.ltx2_diffusion_decoder", "LTX2VideoVaeNABlock", 16, (3, 3, 3), 8
+    ),
+    "LTX2VideoVaeDiffusionNABlock": diffusers_block(
+        "autoencoders.ltx2_diffusion_decoder", "LTX2VideoVaeDiffusionNABlock", 16, (3, 3, 3), 12, 8
+    ),
     "ZImageFinalLayer": diffusers_block("transformers.transformer_z_image", "FinalLayer", 16, 4),
 }
 BLOCKS |= {name: built.make for name, built in diffusers_blocks.BLOCKS.items() if name == built.name}

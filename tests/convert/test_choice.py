@@ -123,6 +123,35 @@ def test_a_block_that_leaves_a_trace_is_not_run_for_a_measurement():
     assert not timer.calls and len(seen) == 2
 
 
+class Cache(list):
+    """A list that nobody knows how to copy."""
+
+
+@pytest.mark.parametrize(("kind", "measured"), [(list, True), (Cache, False)])
+def test_what_a_block_leaves_in_its_arguments_is_left_once(kind, measured):
+    """The cache of frames and the place in it, while both forwards are measured."""
+    wan = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
+    block, x, timer, results = (
+        randomize_(wan.WanResidualBlock(8, 8)).eval(),
+        torch.randn(1, 8, 1, 4, 4),
+        Timer("fused"),
+        [],
+    )
+    with torch.no_grad(), _plan.use(timer=timer):
+        for accelerated in (False, True):
+            if accelerated:
+                zb.accelerate(block, strict=True)
+            cache, place = kind([None, None]), kind([0])
+            for _ in range(3):  # each looks back at the ones before
+                place[0] = 0
+                y = block(x, feat_cache=cache, feat_idx=place)
+            results.append((y, *cache))
+            assert place == [2]
+    assert bool(timer.calls) == measured
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 WITH_A_TABLE = ("WanTransformerBlock", "SkyReelsV2TransformerBlock", "LTXVideoTransformerBlock", "SanaTransformerBlock")
 OF_TWO_LINEARS = ("CogVideoXBlock", "EasyAnimateTransformerBlock")
 

@@ -21,6 +21,7 @@ MORE = {
     **dict.fromkeys(("LDMTransformerBlock", "LTXBasicTransformerBlock"), "what its attention keeps"),
     **dict.fromkeys(("HunYuanDiTBlock", "HunyuanDiTBlock"), "the norm of both streams side by side, and attention's"),
     **dict.fromkeys(("IndividualTokenRefinerBlock", "MusubiTokenRefinerBlock"), "q, k and v in its own forward"),
+    "I2VGenXLTransformerTemporalEncoder": "one norm alone",
     "MDTBlock": "four tokens, of which nothing is made again",
 }
 # Blocks whose attention and feed-forward run by their layers; elsewhere what those keep for themselves outweighs.

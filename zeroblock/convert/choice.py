@@ -2,9 +2,9 @@
 
 A choice between two forwards that are both exact, by the size of the first operand, remembered like that of any other
 step. It is made on a CPU: in inference; in training where `prefer="speed"`, since zeroblock's forward keeps less for
-backward. Both run a few times for it, so it is left out where running a block leaves a trace: hooks, layers that draw
-random numbers, code that is neither torch's nor diffusers'. A block with a branch that is zero runs zeroblock's. One
-that is tiny (blocks/tiny.py) runs its own without a measurement.
+backward. Both run a few times for it, with lists and dicts of their own, so it is left out where running a block leaves
+a trace: hooks, layers that draw random numbers, code that is neither torch's nor diffusers', objects that it is given.
+A block with a branch that is zero runs zeroblock's. One that is tiny (blocks/tiny.py) runs its own, unmeasured.
 """
 
 from __future__ import annotations
@@ -59,17 +59,18 @@ class BlockCall(NamedTuple):
     def run(self, forward: Callable[..., Any]) -> Any:
         """One run for a measurement, which nothing counts; for training with a backward, of which nothing is kept."""
         counts = [(table, dict(table)) for table in (zero.executed, zero.skipped)]
+        args, kwargs = _copied(self.args), _copied(self.kwargs)
         try:
             with seam.paused():
-                return self._step(forward) if self.trained else forward(self.block, *self.args, **self.kwargs)
+                return self._step(forward, args, kwargs) if self.trained else forward(self.block, *args, **kwargs)
         finally:
             for table, before in counts:
                 table.clear()
                 table.update(before)
 
-    def _step(self, forward: Callable[..., Any]) -> Any:
+    def _step(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.enable_grad():
-            args, kwargs = _leaves(self.args), dict(zip(self.kwargs, _leaves(tuple(self.kwargs.values())), strict=True))
+            args, kwargs = _leaves(args), dict(zip(kwargs, _leaves(tuple(kwargs.values())), strict=True))
             results = forward(self.block, *args, **kwargs)
             results = results if isinstance(results, (tuple, list)) else (results,)
             wanted = [t for t in (*args, *kwargs.values(), *self.block.parameters()) if _learns(t)]
@@ -79,6 +80,24 @@ class BlockCall(NamedTuple):
 
 def _leaves(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(v.detach().requires_grad_() if _learns(v) else v for v in values)
+
+
+def _copied(value: Any) -> Any:
+    """The same tensors, in lists and dicts of its own: a block may leave something there (caches of frames)."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_copied, value))
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
+
+
+# What a block cannot leave anything in.
+_VALUES = frozenset((*zero.PLAIN_TYPES, type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size))
+
+
+def _can_be_copied(value: Any) -> bool:
+    kind = type(value)
+    if kind in (tuple, list, dict):
+        return all(map(_can_be_copied, value.values() if kind is dict else value))
+    return kind in _VALUES or isinstance(value, Tensor)
 
 
 def _learns(t: Any) -> bool:
@@ -176,6 +195,8 @@ class Choice:
             return None
         known = self._look_at(block)
         if known.parts is None or not known.repeatable:
+            return None
+        if not all(map(_can_be_copied, (*args, *kwargs.values()))):
             return None
         return BlockCall(block, x, known.kind, fused, original, args, kwargs, trained)
 

@@ -1,4 +1,4 @@
-"""What `accelerate` makes of each transformer of diffusers, run in a small size (coverage.csv; a test compares it)."""
+"""What `accelerate` makes of each model of diffusers, run in a small size (coverage.csv; a test compares it)."""
 
 from __future__ import annotations
 

@@ -122,8 +122,8 @@ def _cosmos_example(block: Any, side: int) -> tuple:
     D = linear.out_features // 3
     width = getattr(block.attn2, "cross_attention_dim", None) or D
     x, text = torch.randn(2, side**2, D), torch.randn(2, _TEXT, width)
-    latents = None if block.before_proj is None else torch.randn(2, side**2, D)
     context = (text, None) if block.img_context else text
+    latents = torch.randn(2, side**2, D)  # which only the first block of a ControlNet adds
     return x, context, torch.randn(2, D), torch.randn(2, 3 * D), None, None, None, None, latents
 
 

@@ -38,7 +38,7 @@ def _without_rows(branches: tuple[GatedBranch, ...], norm: str) -> tuple[GatedBr
     )
 
 
-def _unmodulated(block: Any) -> str | None:
+def unmodulated(block: Any) -> str | None:
     return None if block.modulation else "it has no modulation"
 
 
@@ -85,7 +85,7 @@ described(
     given=_lumina2,
     example=_lumina2_example,
     linear="norm1.linear",
-    variant=_unmodulated,
+    variant=unmodulated,
     about="diffusers models/transformers/transformer_lumina2.py.",
 )
 described(
@@ -191,10 +191,10 @@ def _z_image_options(block: Any) -> dict[str, tuple]:
     return {"noise_mask": (torch.tensor([[1, 0, 0, 1], [0, 1, 1, 1]]),)} if block.modulation else {}
 
 
-_Z_IMAGE = _branches("attention", "attention_norm1", "attention_norm2", "feed_forward", "ffn_norm1", "ffn_norm2")
+Z_IMAGE = _branches("attention", "attention_norm1", "attention_norm2", "feed_forward", "ffn_norm1", "ffn_norm2")
 for name, branches, variant in (
-    ("ZImageTransformerBlock", _Z_IMAGE, _unmodulated),
-    ("ZImageRefinerBlock", _without_rows(_Z_IMAGE, "attention_norm1"), _modulated),
+    ("ZImageTransformerBlock", Z_IMAGE, unmodulated),
+    ("ZImageRefinerBlock", _without_rows(Z_IMAGE, "attention_norm1"), _modulated),
 ):
     described(
         name,
@@ -203,7 +203,7 @@ for name, branches, variant in (
         example=_z_image_example,
         options=_z_image_options,
         classes=("ZImageTransformerBlock",),
-        linear="adaLN_modulation.0" if variant is _unmodulated else None,
+        linear="adaLN_modulation.0" if variant is unmodulated else None,
         variant=variant,
         about="diffusers models/transformers/transformer_z_image.py.",
     )
@@ -229,7 +229,7 @@ def _ideogram_example(block: Any, side: int) -> tuple:
 
 described(
     "Ideogram4TransformerBlock",
-    _Z_IMAGE,
+    Z_IMAGE,
     given=_ideogram,
     example=_ideogram_example,
     linear="adaln_modulation",

@@ -38,7 +38,8 @@ def _basic(
         return None
     own = {"encoder_hidden_states": encoder_hidden_states if block.only_cross_attention else None}
     across = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
-    return Given((hidden_states,), (), {"attn1": own | {"attention_mask": attention_mask}, "attn2": across})
+    x = block.norm1(hidden_states) if block.attn1 is None else hidden_states  # DreamLite's, without self-attention
+    return Given((x,), (), {"attn1": own | {"attention_mask": attention_mask}, "attn2": across})
 
 
 def _at_places(name: str) -> Any:
@@ -63,7 +64,7 @@ def _basic_variant(block: Any) -> str | None:
 
 def _context(block: Any) -> Tensor | None:
     D = block.cross_attention_dim
-    return None if D is None else torch.randn(2, _TEXT, D)
+    return None if D is None or block.double_self_attention else torch.randn(2, _TEXT, D)
 
 
 def _basic_options(block: Any) -> dict[str, tuple]:
@@ -79,16 +80,16 @@ def _basic_options(block: Any) -> dict[str, tuple]:
 described(
     "PlainTransformerBlock",
     (
-        GatedBranch("attn1", "norm1", call=_at_places("attn1"), others=("pos_embed",)),
+        GatedBranch("attn1", "norm1", call=_at_places("attn1"), others=("pos_embed",), optional=True),
         GatedBranch("attn2", "norm2", call=_at_places("attn2"), others=("pos_embed",), optional=True),
         GatedBranch("ff", "norm3"),
     ),
     given=_basic,
     example=_basic_example,
     options=_basic_options,
-    classes=("BasicTransformerBlock",),
+    classes=("BasicTransformerBlock", "BasicTransformerBlockDreamLite"),
     variant=_basic_variant,
-    about="diffusers models/attention.py.",
+    about="diffusers models/attention.py; also of DreamLite.",
 )
 
 # ---- OmniGen, Stable Audio, MiniMax-Music3 ---------------------------------------------------------------------------
