@@ -255,6 +255,7 @@ class TemporalResnetBlock(VideoResnet):
             return self.eager(block, input_tensor, temb)
         first, second = halves
         if proj is not None:
+            assert temb is not None
             input_tensor, temb = same_batch(input_tensor, temb)
             e, act = proj(block.nonlinearity(temb)).transpose(1, 2)[..., None, None], second.activate
             second = second._replace(activate=lambda h, e: act(h + e), operands=(e,))
